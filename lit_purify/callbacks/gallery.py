@@ -1,0 +1,38 @@
+"""Pictures of what purification does to single samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torchvision.utils import save_image
+
+from lit_purify.functional.rendering import panels
+from lit_purify.metrics import Record
+from lit_purify.run_folder import RunFolder
+from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
+
+
+class Gallery(Callback, EvaluationListener):
+    """Writes ``overlays/DEFENSE.ATTACK.INDEX.png``: original, adversarial, mask overlay, noised, purified, side by side.
+
+    Beside it the bare mask at its own size, ``....mask.png``, where the defense has one.
+    """
+
+    def on_evaluated(
+        self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
+    ) -> None:
+        """Whichever process holds a sample writes its picture."""
+        folder = RunFolder(Path(trainer.default_root_dir)).overlays
+        folder.mkdir(parents=True, exist_ok=True)
+        for view in views:
+            defense, attack, index = view.record.key
+            mask = torch.zeros_like(view.original[:1]) if view.mask is None else view.mask
+            images = torch.stack([view.original, view.adversarial, view.adversarial, view.noised, view.purified])
+            strip = panels(images, mask, overlay=2)
+            save_image(strip, folder / f"{defense}.{attack}.{index:06d}.png")
+            if view.mask is not None:
+                save_image(view.mask, folder / f"{defense}.{attack}.{index:06d}.mask.png")

@@ -1,0 +1,123 @@
+"""report.html: one file that opens without a network."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from lit_purify.callbacks.summary import RULES, attack_line, headline, percent, signed
+from lit_purify.metrics import Record
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; } thead th { vertical-align: bottom; }
+figure { margin: 1rem 0; padding: .6rem; background: var(--soft); border-radius: .4rem; }
+figure img { max-width: 100%; height: auto; } figcaption { font-size: .9rem; }
+.plot { background: #fff; border-radius: .4rem; max-width: 100%; height: auto; } pre { overflow-x: auto; font-size: .8rem; }
+.broken { color: #c2410c; } .held { color: #15803d; }
+@media (prefers-color-scheme: dark) { .broken { color: #fb923c; } .held { color: #4ade80; } }
+"""
+
+
+def page(summary: Mapping[str, Any], pictures: Sequence[tuple[Record, str]], classes: Sequence[str], config: str) -> str:
+    """The whole report.
+
+    Args:
+        summary: Content of ``summary.json``.
+        pictures: Records with their picture, PNG in base64.
+        classes: Names of the classes.
+        config: The resolved configuration, YAML.
+    """
+    facts = {
+        "subset": f"sha256 {summary['subset_sha256']}",
+        "seed": summary["seed"],
+        "rows of a network call": summary["chunk"],
+        "classifier": summary["classifier"],
+        "denoiser": summary["denoiser"],
+    }
+    attacks = dict.fromkeys(result["attack"] for result in summary["results"])
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>{escape(summary['dataset'])}: robust accuracy</title><style>{_STYLE}</style>",
+        f"<h1>Robust accuracy</h1><p>{escape(headline(summary))}</p>",
+    ]
+    for attack in attacks:
+        group = [result for result in summary["results"] if result["attack"] == attack]
+        parts += [f"<h2>{escape(attack_line(group[0]))}</h2>", _table(group, summary["baseline"]), _plot(group)]
+    parts += [
+        "<p>Average: mean over the runs. Worst: right in every run. Majority: the vote of the runs, a tie counts as "
+        "wrong. Brackets: 95 % intervals. Differences are paired over the same samples.</p>",
+        "<h2>Gallery</h2><p>Left to right: original, adversarial, mask (strong noise) over it, noised, purified.</p>",
+        *(_figure(record, image, classes) for record, image in pictures),
+        "<h2>How to repeat it</h2><ul>",
+        *(f"<li>{escape(name)}: {escape(str(value))}</li>" for name, value in facts.items()),
+        f"</ul><details><summary>Configuration</summary><pre>{escape(config)}</pre></details></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _table(results: Sequence[Mapping[str, Any]], baseline: str) -> str:
+    head = "".join(f"<th>clean<br>{rule}</th>" for rule in RULES) + "".join(f"<th>robust<br>{rule}</th>" for rule in RULES)
+    rows = []
+    for result in results:
+        cells = [percent(result[kind][rule]) for kind in ("clean", "robust") for rule in RULES]
+        difference = signed(result["robust_difference"]["average"]) if "robust_difference" in result else ""
+        levels = ", ".join(str(level) for level in result["levels"]) or "none"
+        rows.append(
+            f"<tr><td>{escape(result['defense'])}</td><td>{result['nfe_defense']}</td><td>{levels}</td>"
+            + "".join(f"<td>{cell}</td>" for cell in [*cells, difference])
+            + f"<td>{result['seconds']:.0f}</td></tr>"
+        )
+    return (
+        "<div class='scroll'><table><thead><tr><th>defense</th><th>network<br>calls</th><th>levels</th>"
+        f"{head}<th>robust average<br>less {escape(baseline)}</th><th>seconds</th></tr></thead><tbody>"
+        + "".join(rows)
+        + "</tbody></table></div>"
+    )
+
+
+def _plot(results: Sequence[Mapping[str, Any]]) -> str:
+    """Clean against robust average accuracy, with intervals, as an inline drawing."""
+    import matplotlib  # noqa: PLC0415  (a second of start-up that only a report needs)
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for result in results:
+        x, y = (100 * result[kind]["average"][0] for kind in ("clean", "robust"))
+        spread = [
+            [[100 * abs(result[kind]["average"][k] - result[kind]["average"][0])] for k in (1, 2)]
+            for kind in ("clean", "robust")
+        ]
+        # A dollar sign in a name would start a formula.
+        label = result["defense"].replace("$", r"\$")
+        axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o", capsize=3, label=label)
+    axes.set(xlabel="clean accuracy, average (%)", ylabel="robust accuracy, average (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    drawing = text.getvalue()
+    return drawing[drawing.index("<svg") :].replace("<svg", "<svg class='plot' role='img' aria-label='Clean against robust accuracy'", 1)
+
+
+def _figure(record: Record, image: str, classes: Sequence[str]) -> str:
+    right = sum(p == record.label for p in record.adversarial)
+    clean = sum(p == record.label for p in record.clean)
+    runs = len(record.adversarial)
+    outcome = "held" if right == runs else "broken"
+    return (
+        f"<figure><img src='data:image/png;base64,{image}' alt='sample {record.index}, {escape(record.defense)}'>"
+        f"<figcaption>{escape(record.defense)}, {escape(record.attack)}, sample {record.index}, "
+        f"{escape(classes[record.label])}: clean right in {clean} of {runs} runs, "
+        f"<span class='{outcome}'>attacked right in {right} of {runs}</span></figcaption></figure>"
+    )

@@ -1,0 +1,42 @@
+"""Appending records as they come, and taking up an interrupted evaluation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lit_purify.metrics import Record
+from lit_purify.run_folder import RunFolder
+from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
+
+
+class RecordWriter(Callback, EvaluationListener):
+    """Keeps ``records.jsonl``: one line a record, written through at once, so that a killed run loses one batch at most."""
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Merges what the last run left, and tells the task what is done."""
+        assert isinstance(pl_module, RobustnessTask)
+        folder = RunFolder(Path(trainer.default_root_dir))
+        if trainer.is_global_zero:
+            folder.collect(write=True)
+        trainer.strategy.barrier("records")
+        records = folder.collect(write=False)
+        pl_module.resume(records, count=trainer.is_global_zero)
+        # Nobody writes before everybody has read.
+        trainer.strategy.barrier("resumed")
+        if records and trainer.is_global_zero:
+            print(f"{folder.path}: goes on after {len(records)} records")
+
+    def on_evaluated(
+        self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
+    ) -> None:
+        """One write a batch, flushed to the disk."""
+        path = RunFolder(Path(trainer.default_root_dir)).part(trainer.global_rank)
+        with path.open("a") as stream:
+            stream.write("".join(record.line() for record in records))
+            stream.flush()
+            os.fsync(stream.fileno())

@@ -1,0 +1,59 @@
+"""summary.json, report.html and the printed table, from the records of all processes."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lit_purify.callbacks.html import page
+from lit_purify.callbacks.summary import summarize, table
+from lit_purify.errors import InputError
+from lit_purify.run_folder import RunFolder
+from lit_purify.tasks.robustness import RobustnessTask
+
+
+class Report(Callback):
+    """Turns records into what people read, when every sample is there."""
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Rank zero writes, once all processes are done."""
+        trainer.strategy.barrier("report")
+        if not trainer.is_global_zero or not isinstance(pl_module, RobustnessTask):
+            return
+        folder = RunFolder(Path(trainer.default_root_dir))
+        records = folder.collect(write=True)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        evaluated = data.evaluated
+        wanted = {(*pair, int(i)) for pair in pl_module.pairs for i in evaluated.positions}
+        missing = sorted(wanted - {record.key for record in records})
+        if missing:
+            raise InputError(
+                f"{folder.records}: {len(missing)} of {len(wanted)} records are missing (first {missing[0]}); "
+                "run the same command again to go on"
+            )
+        facts = {
+            "dataset": data.name,
+            "split": data.evaluate_on,
+            "samples": len(evaluated),
+            "subset_sha256": data.subset_sha256,
+            "seed": pl_module.seed,
+            "runs": pl_module.runs,
+            "chunk": pl_module.chunk,
+            "classifier": pl_module.classifier.title,
+            "denoiser": pl_module.denoiser.title,
+        }
+        summary = summarize([r for r in records if r.key in wanted], pl_module.describe(), facts, pl_module.baseline)
+        folder.summary.write_text(json.dumps(summary, indent=1) + "\n")
+        pictures = [
+            (record, base64.b64encode(path.read_bytes()).decode())
+            for record in records
+            if (path := folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png").exists()
+        ]
+        folder.report.write_text(page(summary, pictures, list(data.classes), folder.config.read_text()))
+        print(table(summary))
+        print(f"Report: {folder.report}")

@@ -1,0 +1,24 @@
+"""One LightningDataModule a dataset, on one base."""
+
+from lit_purify.data.base import ImageDataModule, ImageDataset
+from lit_purify.data.cifar10 import CIFAR10
+from lit_purify.data.digits import Digits
+from lit_purify.data.folder import ImageFolder
+from lit_purify.data.imagenet import ImageNet
+from lit_purify.data.subset import Balanced, First, IndexFile, RandomChoice, Subset
+from lit_purify.data.svhn import SVHN
+
+__all__ = [
+    "CIFAR10",
+    "SVHN",
+    "Balanced",
+    "Digits",
+    "First",
+    "ImageDataModule",
+    "ImageDataset",
+    "ImageFolder",
+    "ImageNet",
+    "IndexFile",
+    "RandomChoice",
+    "Subset",
+]

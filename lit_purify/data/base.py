@@ -1,0 +1,174 @@
+"""The base of every datamodule: batches that name image, label and index, loaders that shard exactly."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lit_purify.data.subset import Indices, Subset, subset_sha256
+from lit_purify.errors import InputError
+
+Batch = dict[str, Tensor]
+"""``image`` (B, C, H, W) float32 in [0, 1], ``label`` (B,) int64, ``index`` (B,) int64: position in the split."""
+
+
+@dataclass(frozen=True)
+class ImageDataset(Dataset[dict[str, Any]]):
+    """A split: a function that reads one image, and the labels.
+
+    Args:
+        read: From a position to an image (C, H, W), float32 in [0, 1]; picklable, for worker processes.
+        labels: Label of every sample.
+        classes: Names of the classes.
+        positions: Positions to read, in order; each is its sample's identity.
+    """
+
+    read: Callable[[int], Tensor]
+    labels: Indices
+    classes: Sequence[str]
+    positions: Indices
+
+    @staticmethod
+    def whole(read: Callable[[int], Tensor], labels: Sequence[int] | Indices, classes: Sequence[str]) -> ImageDataset:
+        """A split with all its samples."""
+        array = np.asarray(labels, dtype=np.int64)
+        if not len(array):
+            raise InputError("the split has no images")
+        if array.min() < 0 or array.max() >= len(classes):
+            bad = int(np.flatnonzero((array < 0) | (array >= len(classes)))[0])
+            raise InputError(f"label {array[bad]} of sample {bad} is outside 0 .. {len(classes) - 1}")
+        return ImageDataset(read, array, classes, np.arange(len(array)))
+
+    def choose(self, subset: Subset) -> ImageDataset:
+        """The samples that a rule picks; they keep their positions."""
+        return ImageDataset(self.read, self.labels, self.classes, subset.indices(self.labels))
+
+    def part(self, positions: Indices) -> ImageDataset:
+        """A split of its own made of some samples, which are numbered anew."""
+        return ImageDataset.whole(partial(_read_at, self.read, positions), self.labels[positions], self.classes)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        position = int(self.positions[item])
+        return {"image": self.read(position), "label": int(self.labels[position]), "index": position}
+
+
+class ImageDataModule(L.LightningDataModule, ABC):
+    """Loads three splits of images.
+
+    Shuffling depends on ``seed`` and the epoch alone; augmentation is the task's, keyed by sample. So an interrupted
+    training that resumes sees the same batches.
+
+    Args:
+        batch_size: Samples a batch and process.
+        num_workers: Processes that read images.
+        subset: Which samples of the evaluated split count; ``None`` takes all.
+        evaluate_on: The split that ``test`` reads: ``test``, or ``val`` to choose settings on.
+        seed: Of the shuffling.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        subset: Subset | None = None,
+        evaluate_on: str = "test",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise InputError(f"batch_size = {batch_size}: use at least 1")
+        if evaluate_on not in ("train", "val", "test"):
+            raise InputError(f"evaluate_on = {evaluate_on!r}: use train, val or test")
+        self.batch_size, self.num_workers, self.subset = batch_size, num_workers, subset
+        self.evaluate_on, self.seed = evaluate_on, seed
+        self._splits: dict[str, ImageDataset] = {}
+
+    @abstractmethod
+    def split(self, name: str) -> ImageDataset:
+        """Reads the split ``train``, ``val`` or ``test``; raises an ``InputError`` that names what is missing."""
+
+    @property
+    def name(self) -> str:
+        """What reports call the dataset."""
+        return type(self).__name__
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes."""
+        return self._split(self.evaluate_on).classes
+
+    @property
+    def evaluated(self) -> ImageDataset:
+        """The samples that an evaluation is about."""
+        split = self._split(self.evaluate_on)
+        return split if self.subset is None else split.choose(self.subset)
+
+    @property
+    def subset_sha256(self) -> str:
+        """Hash of the evaluated positions."""
+        return subset_sha256(self.evaluated.positions)
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Shuffled, the same order for every process count up to sharding."""
+        split = self._split("train")
+        sampler: Any = DistributedSampler(split, *self._shard(), shuffle=True, seed=self.seed, drop_last=False)
+        return self._loader(split, sampler, drop_last=len(split) >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """In order, each sample once."""
+        split = self._split("val")
+        return self._loader(split, self._exact(split))
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The evaluated samples, in order, each once over all processes."""
+        chosen = self.evaluated
+        return self._loader(chosen, self._exact(chosen))
+
+    def _split(self, name: str) -> ImageDataset:
+        if name not in self._splits:
+            self._splits[name] = self.split(name)
+        return self._splits[name]
+
+    def _shard(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 1, 0
+        return self.trainer.world_size, self.trainer.global_rank
+
+    def _exact(self, split: ImageDataset) -> Any:  # noqa: ANN401  (a sampler; torch's stubs differ between versions)
+        world, rank = self._shard()
+        if len(split) < world:
+            raise InputError(f"{len(split)} samples are fewer than {world} processes: use fewer devices")
+        return UnrepeatedDistributedSampler(split, num_replicas=world, rank=rank, shuffle=False)
+
+    def _loader(self, split: ImageDataset, sampler: Any, drop_last: bool = False) -> DataLoader[dict[str, Any]]:  # noqa: ANN401
+        return DataLoader(
+            split,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            drop_last=drop_last,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _read_at(read: Callable[[int], Tensor], positions: Indices, item: int) -> Tensor:
+    return read(int(positions[item]))
+
+
+def shuffled(count: int, seed: int) -> Indices:
+    """A permutation of 0 .. count - 1 that splits are cut from."""
+    return np.random.RandomState(seed).permutation(count)

@@ -1,0 +1,61 @@
+"""CIFAR-10 (Krizhevsky 2009)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torchvision import datasets
+
+from lit_purify.data.base import ImageDataset
+from lit_purify.data.folder import ImageFolder
+from lit_purify.data.subset import Subset
+from lit_purify.data.torchvision_files import from_arrays, open_torchvision, train_or_val
+
+_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+class CIFAR10(ImageFolder):
+    """CIFAR-10 from torchvision's files, or from folders ``train`` and ``test`` with one subfolder a class.
+
+    5,000 of the 50,000 training images, drawn with ``RandomState(0)``, are the validation split.
+
+    Args:
+        root: Folder that holds ``cifar-10-batches-py``, or ``train`` and ``test``.
+        download: Fetch torchvision's files when they are missing (needs a network).
+        batch_size: Samples a batch and process.
+        num_workers: Processes that read images.
+        subset: Which samples of the evaluated split count; ``None`` takes all.
+        evaluate_on: The split that ``test`` reads.
+        seed: Of the shuffling.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        download: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        subset: Subset | None = None,
+        evaluate_on: str = "test",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root,
+            size=32,
+            val_fraction=0.1,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            subset=subset,
+            evaluate_on=evaluate_on,
+            seed=seed,
+        )
+        self.download = download
+
+    def split(self, name: str) -> ImageDataset:
+        """One of the three splits."""
+        if (self.root / "train").is_dir() or (self.root / "test").is_dir():
+            return super().split(name)
+        found = open_torchvision(datasets.CIFAR10, self.root, self.download, train=name != "test")
+        whole = from_arrays(np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)), np.array(found.targets), _CLASSES)
+        return whole if name == "test" else train_or_val(whole, name)

@@ -1,0 +1,54 @@
+"""The 1,797 handwritten digits, 8x8, that come with scikit-learn."""
+
+from __future__ import annotations
+
+from functools import partial
+from operator import getitem
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+
+from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
+from lit_purify.data.subset import Subset
+from lit_purify.functional.images import resize
+
+_TRAIN, _VAL = 1097, 300
+
+
+class Digits(ImageDataModule):
+    """UCI handwritten digits as shipped by scikit-learn (no download): 1,097 training, 300 validation, 400 test images.
+
+    The split is a permutation with ``RandomState(0)``.
+
+    Args:
+        size: Height and width; 8 is the original, larger ones are resized bilinearly.
+        batch_size: Samples a batch and process.
+        num_workers: Processes that read images.
+        subset: Which samples of the evaluated split count; ``None`` takes all.
+        evaluate_on: The split that ``test`` reads.
+        seed: Of the shuffling.
+    """
+
+    def __init__(
+        self,
+        size: int = 8,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        subset: Subset | None = None,
+        evaluate_on: str = "test",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, subset, evaluate_on, seed)
+        self.size = size
+
+    def split(self, name: str) -> ImageDataset:
+        """One of the three splits."""
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).float().div(16.0).unsqueeze(1)
+        if self.size != images.shape[-1]:
+            images = resize(images, self.size)
+        whole = ImageDataset.whole(partial(getitem, images), digits.target, [str(c) for c in digits.target_names])
+        order = shuffled(len(whole), 0)
+        bounds = {"train": (0, _TRAIN), "val": (_TRAIN, _TRAIN + _VAL), "test": (_TRAIN + _VAL, len(whole))}
+        return whole.part(np.asarray(order[slice(*bounds[name])]))

@@ -1,0 +1,117 @@
+"""Which samples of a split are evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_purify.errors import InputError
+
+Indices = NDArray[np.int64]
+
+
+class Subset(ABC):
+    """A rule that picks positions of a split."""
+
+    @abstractmethod
+    def indices(self, labels: Indices) -> Indices:
+        """Positions in the split, in the order of evaluation.
+
+        Args:
+            labels: Label of every sample of the split.
+        """
+
+
+class First(Subset):
+    """The first ``n`` samples.
+
+    Args:
+        n: How many.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def indices(self, labels: Indices) -> Indices:
+        """0 .. n - 1."""
+        return np.arange(_check_count(self.n, len(labels)))
+
+
+class RandomChoice(Subset):
+    """``RandomState(seed).choice(n_total, n, replace=False)``: with n = 512, seed = 0 the field's subset of CIFAR-10.
+
+    Args:
+        n: How many.
+        seed: Of numpy's legacy generator.
+    """
+
+    def __init__(self, n: int, seed: int = 0) -> None:
+        self.n, self.seed = n, seed
+
+    def indices(self, labels: Indices) -> Indices:
+        """Drawn without replacement, in the order drawn."""
+        return np.random.RandomState(self.seed).choice(len(labels), _check_count(self.n, len(labels)), replace=False)
+
+
+class Balanced(Subset):
+    """``n`` samples, the same number of every class (a remainder goes to the first classes), drawn at random.
+
+    Args:
+        n: How many.
+        seed: Of numpy's legacy generator.
+    """
+
+    def __init__(self, n: int, seed: int = 0) -> None:
+        self.n, self.seed = n, seed
+
+    def indices(self, labels: Indices) -> Indices:
+        """Class by class in turn, so that every prefix is balanced as well."""
+        _check_count(self.n, len(labels))
+        order = np.random.RandomState(self.seed).permutation(len(labels))
+        classes = np.unique(labels)
+        groups = [order[labels[order] == c] for c in classes]
+        wanted = [self.n // len(classes) + (i < self.n % len(classes)) for i in range(len(classes))]
+        for c, group, want in zip(classes, groups, wanted, strict=True):
+            if len(group) < want:
+                raise InputError(f"n = {self.n} needs {want} samples of class {c}, the split has {len(group)}")
+        return np.array([g[k] for k in range(max(wanted)) for g, w in zip(groups, wanted, strict=True) if k < w])
+
+
+class IndexFile(Subset):
+    """Positions from a text file, one a line.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def indices(self, labels: Indices) -> Indices:
+        """In the order of the file."""
+        try:
+            found = np.array([int(word) for word in Path(self.path).read_text().split()], dtype=np.int64)
+        except FileNotFoundError as error:
+            raise InputError(f"{self.path}: no such file of indices") from error
+        except ValueError as error:
+            raise InputError(f"{self.path}: not a file of indices, one whole number a line ({error})") from error
+        if not len(found) or found.min() < 0 or found.max() >= len(labels):
+            raise InputError(f"{self.path}: indices must lie in 0 .. {len(labels) - 1}, at least one of them")
+        if len(np.unique(found)) != len(found):
+            raise InputError(f"{self.path}: an index stands there twice")
+        return found
+
+
+def subset_sha256(indices: Indices) -> str:
+    """Hash of the chosen positions: decimal, one a line, in order; the same as ``sha256sum`` of an index file."""
+    return hashlib.sha256("".join(f"{i}\n" for i in indices).encode()).hexdigest()
+
+
+def _check_count(n: int, available: int) -> int:
+    if not 1 <= n <= available:
+        raise InputError(f"n = {n} samples cannot be chosen from a split of {available}: use 1 .. {available}")
+    return n

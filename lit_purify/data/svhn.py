@@ -1,0 +1,46 @@
+"""Street View House Numbers, cropped digits (Netzer et al. 2011)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchvision import datasets
+
+from lit_purify.data.base import ImageDataModule, ImageDataset
+from lit_purify.data.subset import Subset
+from lit_purify.data.torchvision_files import from_arrays, open_torchvision, train_or_val
+
+
+class SVHN(ImageDataModule):
+    """SVHN from torchvision's files ``train_32x32.mat`` and ``test_32x32.mat``.
+
+    5,000 of the training images, drawn with ``RandomState(0)``, are the validation split.
+
+    Args:
+        root: Folder that holds the files.
+        download: Fetch them when they are missing (needs a network).
+        batch_size: Samples a batch and process.
+        num_workers: Processes that read images.
+        subset: Which samples of the evaluated split count; ``None`` takes all.
+        evaluate_on: The split that ``test`` reads.
+        seed: Of the shuffling.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        download: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        subset: Subset | None = None,
+        evaluate_on: str = "test",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, subset, evaluate_on, seed)
+        self.root, self.download = Path(root), download
+
+    def split(self, name: str) -> ImageDataset:
+        """One of the three splits."""
+        found = open_torchvision(datasets.SVHN, self.root, self.download, split="test" if name == "test" else "train")
+        whole = from_arrays(found.data, found.labels, [str(c) for c in range(10)])
+        return whole if name == "test" else train_or_val(whole, name)

@@ -1,0 +1,46 @@
+"""Datasets in the files that torchvision reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_purify.data.base import ImageDataset, shuffled
+from lit_purify.data.subset import Indices
+from lit_purify.errors import InputError
+
+VAL = 5000
+"""Training images kept back for validation, drawn with ``RandomState(0)``."""
+
+
+def open_torchvision(make: Callable[..., Any], root: Path, download: bool, **options: Any) -> Any:  # noqa: ANN401
+    """A torchvision dataset, or an ``InputError`` that says what to do."""
+    try:
+        return make(root, download=download, **options)
+    except RuntimeError as error:
+        raise InputError(f"{root}: {make.__name__} is not there or not whole; set download: true to fetch it") from error
+    except OSError as error:
+        raise InputError(f"{root}: {make.__name__} cannot be fetched or read ({error})") from error
+
+
+def from_arrays(images: np.ndarray[Any, Any], labels: Indices, classes: list[str]) -> ImageDataset:
+    """A split from uint8 images (n, C, H, W)."""
+    return ImageDataset.whole(partial(_read_array, images), labels, classes)
+
+
+def train_or_val(whole: ImageDataset, name: str) -> ImageDataset:
+    """The training images less the validation images, or those."""
+    order = shuffled(len(whole), 0)
+    # Small files, as tests make them, keep a tenth back.
+    val = min(VAL, len(whole) // 10)
+    return whole.part(np.sort(order[:val] if name == "val" else order[val:]))
+
+
+def _read_array(images: np.ndarray[Any, Any], item: int) -> Tensor:
+    return torch.from_numpy(images[item]).float().div(255.0)

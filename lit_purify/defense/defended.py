@@ -1,0 +1,37 @@
+"""A classifier behind a purifier: what is attacked and what is defended."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lit_purify.defense.purifiers import Purifier
+from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
+from lit_purify.models import Classifier
+
+
+class DefendedClassifier(nn.Module):
+    """logits = classifier(purify(image)).
+
+    Args:
+        purifier: Applied first.
+        classifier: Applied to what comes out.
+    """
+
+    def __init__(self, purifier: Purifier, classifier: Classifier) -> None:
+        super().__init__()
+        self.purifier, self.classifier = purifier, classifier
+
+    def forward(self, image: Tensor, noise: Noise | None = None) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W) in [0, 1].
+
+        Args:
+            image: The images.
+            noise: Randomness of the rows; ``None`` draws a fresh key from torch's global generator, so that an attack
+                library that knows nothing of keys sees an ordinary randomized network.
+        """
+        if noise is None:
+            seed, run = (int(word) for word in torch.randint(2**32, (2,)))
+            index = torch.arange(len(image), device=image.device)
+            noise = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION)
+        return self.classifier(self.purifier(image, noise))  # type: ignore[no-any-return]

@@ -1,0 +1,143 @@
+"""Rules that say which pixels are noised strongly."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from lit_purify.errors import InputError
+from lit_purify.functional import mask as F
+from lit_purify.functional.noise import MASK_STEP, Noise
+from lit_purify.models import Classifier
+
+
+class Mask(ABC):
+    """A rule from an image to a mask.
+
+    The mask is hard and computed without a gradient: differentiating through a threshold gives zero everywhere.
+    """
+
+    @torch.no_grad()
+    def __call__(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """(B, 1, H, W) in {0, 1}: 1 where the noise is strong.
+
+        Args:
+            classifier: Whose attention counts.
+            image: (B, C, H, W) in [0, 1].
+            noise: Randomness of the same rows, for rules that draw.
+        """
+        return self.build(classifier, image, noise)
+
+    @abstractmethod
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """As ``__call__``, which wraps it in ``no_grad``."""
+
+
+class SoftmaxThreshold(Mask):
+    """The paper's rule: M = union_m [softmax(G_m) > tau] (Pei et al. 2025, section 3.2).
+
+    A softmax over all pixels sums to 1, so ``tau`` is of the order of 1 / (H W).
+
+    Args:
+        tau: Threshold in (0, 1).
+        power: p of G_m = sum_c |A_m,c|^p.
+    """
+
+    def __init__(self, tau: float, power: float = 2.0) -> None:
+        self.tau, self.power = _fraction("tau", tau), power
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return F.threshold_union(F.softmax_normalize(_saliency(classifier, image, self.power)), self.tau)
+
+
+class MinMaxThreshold(Mask):
+    """The released code's rule on CIFAR-10: every G_m scaled to [0, 1], then M = union_m [G_m > tau].
+
+    Args:
+        tau: Threshold in (0, 1); 0.9 in the release.
+        power: p of G_m = sum_c |A_m,c|^p.
+    """
+
+    def __init__(self, tau: float = 0.9, power: float = 2.0) -> None:
+        self.tau, self.power = _fraction("tau", tau), power
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return F.threshold_union(F.minmax_normalize(_saliency(classifier, image, self.power)), self.tau)
+
+
+class TopFraction(Mask):
+    """The released code's rule on ImageNet: the top fraction of max_m G_m, each G_m scaled to [0, 1].
+
+    Args:
+        fraction: Part of the pixels, in (0, 1); 0.15 in the release.
+        power: p of G_m = sum_c |A_m,c|^p.
+    """
+
+    def __init__(self, fraction: float = 0.15, power: float = 2.0) -> None:
+        self.fraction, self.power = _fraction("fraction", fraction), power
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return F.top_fraction(F.minmax_normalize(_saliency(classifier, image, self.power)), self.fraction)
+
+
+class Ones(Mask):
+    """Strong noise everywhere."""
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return torch.ones_like(image[:, :1])
+
+
+class Zeros(Mask):
+    """Weak noise everywhere."""
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return torch.zeros_like(image[:, :1])
+
+
+class RandomArea(Mask):
+    """As many pixels as another rule chooses, drawn at random: the control for whether the place matters.
+
+    Args:
+        area_of: The rule whose area is matched, image by image.
+    """
+
+    def __init__(self, area_of: Mask) -> None:
+        self.area_of = area_of
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        count = self.area_of.build(classifier, image, noise).flatten(1).sum(dim=1)
+        return F.top_count(noise.uniform(MASK_STEP, image[:, :1]), count)
+
+
+class Inverse(Mask):
+    """What another rule leaves out.
+
+    Args:
+        of: The other rule.
+    """
+
+    def __init__(self, of: Mask) -> None:
+        self.of = of
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return 1.0 - self.of.build(classifier, image, noise)
+
+
+def _saliency(classifier: Classifier, image: Tensor, power: float) -> Tensor:
+    size = (image.shape[-2], image.shape[-1])
+    return F.saliency(classifier.features(image), size, power)
+
+
+def _fraction(name: str, value: float) -> float:
+    if not 0.0 < value < 1.0:
+        raise InputError(f"{name} = {value} is outside (0, 1)")
+    return value

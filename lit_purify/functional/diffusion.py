@@ -1,0 +1,55 @@
+"""Forward noising and deterministic or ancestral steps back, for one level or a map of levels.
+
+``abar`` arguments are float64, 0-dimensional or broadcastable to the image; coefficients are computed in float64 and
+rounded once, so that one level and a constant map of it give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_diffusion(image: Tensor) -> Tensor:
+    """[0, 1] to [-1, 1]."""
+    return image * 2.0 - 1.0
+
+
+def to_image(u: Tensor) -> Tensor:
+    """[-1, 1] to [0, 1]; what lies outside is clipped."""
+    return (u * 0.5 + 0.5).clamp(0.0, 1.0)
+
+
+def noised(u: Tensor, abar: Tensor, eps: Tensor) -> Tensor:
+    """x(t) = sqrt(abar_t) u + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4)."""
+    return abar.sqrt().to(u.dtype) * u + (1.0 - abar).sqrt().to(u.dtype) * eps
+
+
+def renoised(x: Tensor, abar_from: Tensor, abar_to: Tensor, eps: Tensor) -> Tensor:
+    """A sample at one level noised forward to a stronger one in one jump, x(t) to x(t + U)."""
+    ratio = abar_to / abar_from
+    return ratio.sqrt().to(x.dtype) * x + (1.0 - ratio).sqrt().to(x.dtype) * eps
+
+
+def step_back(
+    x: Tensor, eps: Tensor, abar_from: Tensor, abar_to: Tensor, eta: float = 0.0, noise: Tensor | None = None
+) -> Tensor:
+    """One step from a level to a weaker one, given the predicted noise (Song et al., "DDIM", ICLR 2021, eq. 12 and 16).
+
+    Args:
+        x: Sample at the stronger level, (B, C, H, W) in diffusion space.
+        eps: Noise that the denoiser predicts in ``x``, same shape.
+        abar_from: abar of the stronger level.
+        abar_to: abar of the weaker level.
+        eta: 0 is DDIM, 1 is DDPM on the same grid.
+        noise: Standard normal, same shape; needed where ``eta`` > 0.
+    """
+    variance = eta**2 * (1.0 - abar_to) / (1.0 - abar_from) * (1.0 - abar_from / abar_to)
+    a = (abar_to / abar_from).sqrt()
+    b = (1.0 - abar_to - variance).clamp(min=0.0).sqrt() - a * (1.0 - abar_from).sqrt()
+    # Where a pixel is clean already, from = to = level 0: it stays (0 / 0 above).
+    b = torch.where(abar_from == 1.0, 0.0, b)
+    stepped = a.to(x.dtype) * x + b.to(x.dtype) * eps
+    if noise is None:
+        return stepped
+    return stepped + torch.where(abar_from == 1.0, 0.0, variance).sqrt().to(x.dtype) * noise

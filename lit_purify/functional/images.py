@@ -1,0 +1,43 @@
+"""Images as tensors in [0, 1]: resizing, augmentation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) in [0, 1] with its shorter side resized to ``size`` (bilinear, antialiased) and its center cropped."""
+    height, width = image.shape[-2:]
+    if (height, width) == (size, size):
+        return image
+    scale = size / min(height, width)
+    target = (max(size, round(height * scale)), max(size, round(width * scale)))
+    image = interpolate(image, size=target, mode="bilinear", align_corners=False, antialias=True).clamp(0.0, 1.0)
+    top, left = (target[0] - size) // 2, (target[1] - size) // 2
+    return image[..., top : top + size, left : left + size]
+
+
+def shift(image: Tensor, draws: Tensor, pixels: int) -> Tensor:
+    """Each image moved by up to ``pixels`` in both directions, its border repeated.
+
+    Args:
+        image: (B, C, H, W).
+        draws: Uniform numbers in [0, 1), (B, 2).
+        pixels: Largest shift.
+    """
+    if pixels == 0:
+        return image
+    height, width = image.shape[-2:]
+    padded = pad(image, (pixels, pixels, pixels, pixels), mode="replicate")
+    offset = (draws * (2 * pixels + 1)).long()
+    rows = offset[:, 0, None] + torch.arange(height, device=image.device)
+    columns = offset[:, 1, None] + torch.arange(width, device=image.device)
+    batch = torch.arange(len(image), device=image.device)[:, None, None]
+    return padded.movedim(1, -1)[batch, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def flip(image: Tensor, draws: Tensor) -> Tensor:
+    """Half of the images mirrored left to right; ``draws`` uniform in [0, 1), (B, 1)."""
+    return torch.where(draws.reshape(-1, 1, 1, 1) < 0.5, image.flip(-1), image)

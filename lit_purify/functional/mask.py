@@ -1,0 +1,77 @@
+"""Attention masks from a classifier's activations (Pei et al., CVPR 2025, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+
+def saliency(features: Sequence[Tensor], size: tuple[int, int], power: float = 2.0) -> Tensor:
+    """G_m = sum_c |A_m,c|^p of every block, bilinearly resized to the image.
+
+    Args:
+        features: K activations (B, C_m, h_m, w_m).
+        size: (H, W) of the image.
+        power: p.
+
+    Returns:
+        (B, K, H, W), not negative.
+    """
+    maps = [feature.abs().pow(power).sum(dim=1, keepdim=True) for feature in features]
+    return torch.cat([interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps], dim=1)
+
+
+def softmax_normalize(maps: Tensor) -> Tensor:
+    """Softmax over the pixels of each map (B, K, H, W): each sums to 1 (the paper's form)."""
+    return maps.flatten(2).softmax(dim=2).reshape(maps.shape)
+
+
+def minmax_normalize(maps: Tensor) -> Tensor:
+    """Each map (B, K, H, W) scaled to [0, 1] (the released code's form); a constant map becomes 0."""
+    low, high = maps.amin(dim=(2, 3), keepdim=True), maps.amax(dim=(2, 3), keepdim=True)
+    span = high - low
+    return torch.where(span > 0, (maps - low) / torch.where(span > 0, span, 1.0), 0.0)
+
+
+def threshold_union(maps: Tensor, tau: float) -> Tensor:
+    """M = union_m [G_m > tau], (B, 1, H, W) in {0, 1}."""
+    return (maps > tau).any(dim=1, keepdim=True).to(maps.dtype)
+
+
+def top_fraction(maps: Tensor, fraction: float) -> Tensor:
+    """The ``fraction`` of the pixels with the largest max_m G_m, exactly round(fraction H W) of them."""
+    score = maps.amax(dim=1, keepdim=True)
+    return top_count(score, torch.full((len(score),), round(fraction * score[0].numel()), device=score.device))
+
+
+def top_count(score: Tensor, count: Tensor) -> Tensor:
+    """The ``count`` (B,) pixels with the largest score (B, 1, H, W); of equal ones the first in reading order."""
+    order = score.flatten(1).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.arange(order.shape[1], device=score.device).expand_as(order)
+    chosen = torch.zeros_like(score.flatten(1)).scatter(1, order, (ranks < count[:, None]).to(score.dtype))
+    return chosen.reshape(score.shape)
+
+
+def random_shapes(like: Tensor, draws: Tensor, count: int = 3) -> Tensor:
+    """Unions of up to ``count`` random ellipses, (B, 1, H, W) in {0, 1}: masks to train a denoiser on.
+
+    Args:
+        like: (B, C, H, W), gives size, type and device.
+        draws: Uniform numbers in [0, 1), (B, 6 count).
+        count: Ellipses in the union.
+    """
+    height, width = like.shape[-2:]
+    y = torch.linspace(0.0, 1.0, height, device=like.device, dtype=like.dtype)[None, None, :, None]
+    x = torch.linspace(0.0, 1.0, width, device=like.device, dtype=like.dtype)[None, None, None, :]
+    cy, cx, ry, rx, angle, used = draws.reshape(-1, count, 6, 1, 1).unbind(dim=2)
+    angle, ry, rx = angle * torch.pi, 0.05 + 0.45 * ry, 0.05 + 0.45 * rx
+    dy, dx = y - cy, x - cx
+    along, across = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
+    inside = (along / rx) ** 2 + (across / ry) ** 2 <= 1.0
+    # The first ellipse always counts; each further one in half of the images.
+    used = used < 0.5
+    used[:, 0] = True
+    return (inside & used).any(dim=1, keepdim=True).to(like.dtype)

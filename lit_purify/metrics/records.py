@@ -1,0 +1,85 @@
+"""One record for each (defense, attack, sample): the evidence that every figure is computed from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from lit_purify.errors import InputError
+
+Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one sample.
+
+    Attributes:
+        defense: Name of the defense.
+        attack: Name of the attack.
+        index: Position of the sample in its split.
+        label: Its class.
+        clean: The N predictions on the clean image.
+        adversarial: The N predictions on the adversarial image.
+        linf: Largest change of a pixel of [0, 1].
+        l2: Euclidean norm of the change.
+        seconds: Time spent on this sample, its share of the batch.
+    """
+
+    defense: str
+    attack: str
+    index: int
+    label: int
+    clean: list[int]
+    adversarial: list[int]
+    linf: float
+    l2: float
+    seconds: float
+
+    @property
+    def key(self) -> Key:
+        """(defense, attack, index): unique in an evaluation."""
+        return self.defense, self.attack, self.index
+
+    def line(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self)) + "\n"
+
+
+_FIELDS = {field.name for field in fields(Record)}
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a file, in order; of two with one key the first. A torn last line is left out.
+
+    Raises:
+        InputError: A line that is not the last cannot be read.
+    """
+    if not path.exists():
+        return []
+    found: dict[Key, Record] = {}
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            values = json.loads(line)
+            if set(values) != _FIELDS:
+                raise ValueError("other fields than a record has")
+            record = Record(**values)
+        except (ValueError, TypeError) as error:
+            if number == len(lines):
+                # Without its newline: the writer died in the middle of it.
+                continue
+            raise InputError(f"{path}: line {number} is not a record ({error}); repair or remove it") from error
+        found.setdefault(record.key, record)
+    return list(found.values())
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Replaces a file by these records, atomically."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(record.line() for record in records))
+    partial.replace(path)

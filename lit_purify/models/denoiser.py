@@ -1,0 +1,47 @@
+"""The contract of every denoiser."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from lit_purify.errors import InputError
+from lit_purify.functional.schedule import Schedule
+
+
+class Denoiser(nn.Module, ABC):
+    """Predicts the noise in a noised image: ``eps = denoiser(x_t, t)``.
+
+    Attributes:
+        channels: Channels of the images.
+        size: Height and width of the images.
+        schedule: The noise schedule it was trained with; ``t`` counts its noising steps.
+        origin: The file that its weights come from.
+    """
+
+    channels: int
+    size: int
+    schedule: Schedule
+    origin: str = "not loaded from a file"
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        count = sum(p.numel() for p in self.parameters())
+        return f"{type(self).__name__}, {count / 1e6:.2f} M parameters, {self.origin}"
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predicted noise, same shape as ``x``.
+
+        Args:
+            x: (B, C, H, W) in diffusion space, [-1, 1] when clean.
+            t: Level of each image (B,) or of each pixel (B, 1, H, W), in noising steps 1 .. T.
+        """
+
+    def check_image(self, image: Tensor) -> None:
+        """Raises an ``InputError`` when an image batch does not fit this network."""
+        expected = (self.channels, self.size, self.size)
+        if tuple(image.shape[1:]) != expected:
+            raise InputError(f"the denoiser takes images of shape {expected}, the data has {tuple(image.shape[1:])}")

@@ -1,0 +1,89 @@
+"""Our own checkpoints: a safetensors file that carries the class and the configuration of its network."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lit_purify.errors import InputError
+from lit_purify.models.classifier import Classifier
+from lit_purify.models.denoiser import Denoiser
+from lit_purify.models.weights import check_file, load_into, read_state_dict
+
+_KEY = "lit_purify"
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def save_network(
+    network: nn.Module, path: Path, info: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes ``network`` with its ``config``, atomically.
+
+    Args:
+        network: A denoiser or classifier whose ``config`` holds the arguments that build it.
+        path: A ``.safetensors`` file.
+        info: What else to remember (recipe, commit, figures), JSON values.
+        dtype: How floats are stored; they are read as float32.
+    """
+    kind = type(network)
+    header = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": network.config, "info": info or {}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    inner = network.network if isinstance(network, Classifier) else network
+    state = {
+        name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
+        for name, value in inner.state_dict().items()
+    }
+    save_file(state, partial, metadata={_KEY: json.dumps(header)})
+    partial.replace(path)
+
+
+def load_denoiser(path: Path) -> Denoiser:
+    """A denoiser from a ``.safetensors`` file that ``train.py`` wrote.
+
+    Args:
+        path: The file.
+    """
+    return _load(Path(path), Denoiser)  # type: ignore[type-abstract]
+
+
+def load_classifier(path: Path) -> Classifier:
+    """A classifier from a ``.safetensors`` file that ``train.py`` wrote.
+
+    Args:
+        path: The file.
+    """
+    return _load(Path(path), Classifier)
+
+
+def _load(path: Path, kind: type[Network]) -> Network:
+    wanted = kind.__name__.lower()
+    check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file ({error}); is it complete?") from error
+    if header is None:
+        raise InputError(f"{path}: carries no configuration of lit_purify; name its class and give the file as checkpoint")
+    module, _, name = header["class_path"].rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{path}: is of class {header['class_path']}, which is not installed") from error
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise InputError(f"{path}: holds a {name}, where a {wanted} is needed")
+    with torch.random.fork_rng(devices=[]):
+        network = found(**header["init_args"])
+    inner = network.network if isinstance(network, Classifier) else network
+    load_into(inner, read_state_dict(path), str(path))
+    network.origin = path.name
+    network.eval()
+    return network

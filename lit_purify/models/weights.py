@@ -1,0 +1,91 @@
+"""Reading weights: one state_dict out of whatever people keep them in."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lit_purify.errors import InputError
+
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "params")
+_PREFIXES = ("module.", "model.", "network.")
+
+
+def check_file(path: Path) -> None:
+    """Raises an ``InputError`` when ``path`` cannot hold weights."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; check the path")
+    with path.open("rb") as stream:
+        head = stream.read(512).lstrip()
+    if not head:
+        raise InputError(f"{path}: the file is empty; fetch it again")
+    if head[:1] == b"<" or head[:9].lower() == b"<!doctype":
+        raise InputError(f"{path}: this is an HTML page, not weights; download the file itself")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path}: this is a git-lfs pointer, not weights; run 'git lfs pull'")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The state_dict in a ``.safetensors`` file or a file of ``torch.save``, float32, common prefixes removed.
+
+    Raises:
+        InputError: The file is missing, is not weights, or holds more than tensors and plain containers.
+    """
+    path = Path(path)
+    check_file(path)
+    found: Any
+    if path.suffix == ".safetensors":
+        try:
+            found = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a safetensors file ({error}); is it complete?") from error
+    else:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise InputError(f"{path}: refused, it is not a file of plain tensors; save the state_dict alone") from error
+        except (RuntimeError, EOFError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as weights; is the download complete?") from error
+    for key in _CONTAINERS:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise InputError(f"{path}: holds no state_dict (a mapping from names to tensors)")
+    state = {str(name): value.float() if value.is_floating_point() else value for name, value in found.items()}
+    for prefix in _PREFIXES:
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Loads every tensor or none.
+
+    Raises:
+        InputError: A name or a shape of ``state`` does not match the network.
+    """
+    own = network.state_dict()
+    # Counters of batch normalization do not enter a forward pass in evaluation, and older files lack them.
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    misshapen = [name for name in own if name in state and own[name].shape != state[name].shape]
+    if misshapen and not missing and not unexpected:
+        name = misshapen[0]
+        raise InputError(
+            f"{origin}: {name} has shape {tuple(state[name].shape)}, the network needs {tuple(own[name].shape)}; "
+            "do classes, channels, width and depth agree?"
+        )
+    if missing or unexpected:
+        raise InputError(
+            f"{origin}: these weights are of another network: {len(own) - len(missing)} tensors match, "
+            f"{len(missing)} missing ({', '.join(missing[:2]) or 'none'}), "
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:2]) or 'none'})"
+        )
+    network.load_state_dict(state, strict=False)

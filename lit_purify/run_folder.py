@@ -1,0 +1,143 @@
+"""The folder of a run: what lies where in it, and whether a run may go on in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_purify.errors import InputError
+from lit_purify.metrics.records import Record, read_records, write_records
+
+_IRRELEVANT = (
+    "config",
+    "run",
+    "trainer",
+    "verbose",
+    "ckpt_path",
+    "weights_only",
+    "seed_everything",
+    "data.init_args.batch_size",
+    "data.init_args.num_workers",
+    "data.init_args.download",
+    "data.init_args.seed",
+    "model.init_args.gallery",
+)
+"""Keys that do not change a record."""
+_FILE_KEYS = ("path", "checkpoint")
+
+
+class RunFolder:
+    """Paths of a run.
+
+    Args:
+        path: The folder; made when something is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration; ``--config`` on it repeats the run."""
+        return self.path / "config.yaml"
+
+    @property
+    def identity(self) -> Path:
+        """What the records depend on: settings, and hashes of the files they name."""
+        return self.path / "identity.json"
+
+    @property
+    def records(self) -> Path:
+        """One line for each record."""
+        return self.path / "records.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """Accuracies of every result."""
+        return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        """What people look at."""
+        return self.path / "report.html"
+
+    @property
+    def overlays(self) -> Path:
+        """Images of the gallery."""
+        return self.path / "overlays"
+
+    def part(self, rank: int) -> Path:
+        """Where a process other than rank zero appends its records: every file has one writer."""
+        return self.records if rank == 0 else self.path / f"records.rank{rank}.jsonl"
+
+    def collect(self, write: bool) -> list[Record]:
+        """All records of all processes; on request merged into ``records.jsonl``, which also mends a torn line."""
+        parts = [self.records, *sorted(self.path.glob("records.rank*.jsonl"))]
+        found = {record.key: record for part in reversed(parts) for record in read_records(part)}
+        records = [*found.values()]
+        if write and records:
+            records.sort(key=lambda record: (record.index, record.defense, record.attack))
+            write_records(self.records, records)
+            for part in parts[1:]:
+                part.unlink()
+        return records
+
+    def write_config(self, text: str, write: bool) -> None:
+        """Writes the configuration of a run."""
+        if write:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.config.write_text(text)
+
+    def claim(self, text: str, write: bool) -> None:
+        """Makes the folder this run's own.
+
+        Args:
+            text: The resolved configuration, YAML.
+            write: Whether this process writes.
+
+        Raises:
+            InputError: The folder holds records of a run with other settings.
+        """
+        identity = identify(yaml.safe_load(text))
+        if self.identity.exists():
+            before = json.loads(self.identity.read_text())
+            differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+            if differing:
+                key = differing[0]
+                raise InputError(
+                    f"{self.path} holds a run with other settings ({len(differing)} differ; {key}: {before.get(key)} "
+                    f"there, {identity.get(key)} here): choose another folder with --run, or remove that one"
+                )
+        if write:
+            self.write_config(text, write)
+            self.identity.write_text(json.dumps(identity, indent=1))
+
+
+def identify(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that records depend on, flat, with the hash of every file that they name."""
+    flat = {
+        key: value
+        for key, value in _flatten(settings, "")
+        if not any(key == name or key.startswith(name + ".") for name in _IRRELEVANT)
+    }
+    for key, value in list(flat.items()):
+        if key.rpartition(".")[2] in _FILE_KEYS and isinstance(value, str) and Path(value).is_file():
+            flat[f"{key} (sha256)"] = file_sha256(Path(value))
+    return flat
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:  # noqa: ANN401
+    if not isinstance(value, Mapping):
+        return [(prefix, value)]
+    return [pair for key, inner in value.items() for pair in _flatten(inner, f"{prefix}.{key}" if prefix else str(key))]

@@ -1,0 +1,99 @@
+"""Training a classifier, plainly or adversarially."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics import MeanMetric
+
+from lit_purify.attacks import Attack
+from lit_purify.data.base import Batch
+from lit_purify.errors import InputError
+from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
+from lit_purify.models import Classifier
+from lit_purify.tasks.training import TrainingTask
+
+_AUGMENT = 0
+
+
+class ClassifierTask(TrainingTask):
+    """Cross entropy; with an attack, on adversarial images (Madry et al., ICLR 2018): the baseline for purification.
+
+    Args:
+        classifier: What is trained.
+        attack: Makes the training images adversarial; ``None`` trains on clean ones.
+        label_smoothing: Of the cross entropy.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Of AdamW.
+        warmup: Steps of linear warm-up.
+        shift_pixels: Augmentation: move images by up to so many pixels.
+        mirror: Augmentation: mirror half of the images.
+        seed: Of the attack's random start and of augmentation.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        attack: Attack | None = None,
+        label_smoothing: float = 0.0,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 5e-2,
+        warmup: int = 100,
+        shift_pixels: int = 0,
+        mirror: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay, warmup, shift_pixels, mirror, seed)
+        self.classifier, self.attack, self.label_smoothing = classifier, attack, label_smoothing
+        self.accuracy = nn.ModuleDict({name: MeanMetric() for name in ("clean", "robust")})
+
+    @property
+    def network(self) -> nn.Module:
+        """The classifier."""
+        return self.classifier
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross entropy on the (adversarial) images."""
+        if batch_idx == 0:
+            self._check(batch)
+        noise = self.keyed(batch)
+        image = self.augmented(batch["image"], noise, _AUGMENT)
+        if self.attack is not None:
+            image = self._attacked(self.attack, image, batch["label"], noise)
+        loss = cross_entropy(self.classifier(image), batch["label"], label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def _attacked(self, attack: Attack, image: Tensor, label: Tensor, noise: Noise) -> Tensor:
+        """Adversarial images against the network as it evaluates, with its batch statistics left alone."""
+        training = self.classifier.training
+        self.classifier.eval()
+        try:
+            return attack(lambda x, _: self.classifier(x), image, label, noise, chunk=len(image))
+        finally:
+            self.classifier.train(training)
+
+    def _check(self, batch: Batch) -> None:
+        self.classifier.check_image(batch["image"])
+        worst = int(batch["label"].max())
+        if worst >= self.classifier.num_classes:
+            raise InputError(f"label {worst} of the data is outside the classifier's 0 .. {self.classifier.num_classes - 1}")
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Clean accuracy, and accuracy under the training attack when there is one."""
+        self._check(batch)
+        images = {"clean": batch["image"]}
+        if self.attack is not None:
+            noise = KeyedNoise(self.seed, batch["index"], torch.zeros_like(batch["index"]), EVALUATION)
+            images["robust"] = self._attacked(self.attack, batch["image"], batch["label"], noise)
+        for name, image in images.items():
+            self.accuracy[name].update((self.classifier(image).argmax(dim=1) == batch["label"]).float())
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs accuracies."""
+        for name, metric in self.accuracy.items():
+            assert isinstance(metric, MeanMetric)
+            if name == "clean" or self.attack is not None:
+                self.log(f"val/{name}_accuracy", metric.compute(), prog_bar=True)
+            metric.reset()

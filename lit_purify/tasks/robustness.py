@@ -1,0 +1,263 @@
+"""Evaluating defenses under attacks: every sample, N runs, one record each."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lit_purify.attacks import Attack
+from lit_purify.data.base import Batch, ImageDataModule
+from lit_purify.defense import DefendedClassifier, Purifier
+from lit_purify.errors import InputError
+from lit_purify.functional.chunks import logits_in_chunks
+from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
+from lit_purify.functional.threat import l2_norm, linf_norm
+from lit_purify.metrics import Record, RobustAccuracy
+from lit_purify.metrics.records import Key
+from lit_purify.models import Classifier, Denoiser
+
+
+@dataclass(frozen=True)
+class View:
+    """One sample to look at: images (C, H, W) in [0, 1], mask (1, H, W) or ``None``, as the first run saw them."""
+
+    record: Record
+    original: Tensor
+    adversarial: Tensor
+    noised: Tensor
+    purified: Tensor
+    mask: Tensor | None
+
+
+class EvaluationListener:
+    """What callbacks of an evaluation are told, as soon as it is known."""
+
+    def on_evaluated(
+        self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
+    ) -> None:
+        """Some samples were evaluated under one defense and one attack."""
+
+
+class RobustnessTask(L.LightningModule):
+    """Attacks every defense on the same samples and counts what survives.
+
+    Clean and adversarial images are classified N times with the same fresh noise; the attack draws noise of its own. All
+    defenses share the noise keys, so their differences are paired.
+
+    Args:
+        classifier: What is defended.
+        denoiser: What purifies.
+        defenses: Purifiers by name.
+        attacks: Attacks by name.
+        baseline: The defense that paired differences are taken to; ``None`` is the first.
+        runs: N.
+        chunk: Rows that networks are called with, always this many. Part of what identifies a result: another number
+            changes results by rounding.
+        seed: Of all noise.
+        gallery: Samples whose images are shown, the first of the evaluated ones.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        denoiser: Denoiser,
+        defenses: dict[str, Callable[[Denoiser, Classifier], Purifier]],
+        attacks: dict[str, Attack],
+        baseline: str | None = None,
+        runs: int = 8,
+        chunk: int = 64,
+        seed: int = 0,
+        gallery: int = 12,
+    ) -> None:
+        super().__init__()
+        for name, value in (("runs", runs), ("chunk", chunk)):
+            if value < 1:
+                raise InputError(f"{name} = {value}: use at least 1")
+        for kind, named in (("defenses", defenses), ("attacks", attacks)):
+            if not named:
+                raise InputError(f"{kind} is empty: give at least one")
+            for name in named:
+                if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                    raise InputError(f"{kind}: the name {name!r} may hold letters, digits, '-' and '_' only")
+        self.baseline = next(iter(defenses)) if baseline is None else baseline
+        if self.baseline not in defenses:
+            raise InputError(f"baseline = {baseline!r} is not among the defenses {', '.join(defenses)}")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
+        self.classifier = classifier.requires_grad_(False)
+        self.denoiser = denoiser.requires_grad_(False)
+        self.defenses = nn.ModuleDict(
+            {name: DefendedClassifier(make(denoiser, classifier), classifier) for name, make in defenses.items()}
+        )
+        self.attacks = dict(attacks)
+        self.runs, self.chunk, self.seed, self.gallery = runs, chunk, seed, gallery
+        self.metrics = nn.ModuleDict(
+            {self.metric_name(*pair): RobustAccuracy(runs) for pair in self.pairs}
+        )
+        self.clean = nn.ModuleDict({name: RobustAccuracy(runs) for name in defenses})
+        self._done: set[Key] = set()
+        self._clean_counted: set[tuple[str, int]] = set()
+        self._shown: set[int] = set()
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every (defense, attack), in order."""
+        return [(defense, attack) for defense in self.defenses for attack in self.attacks]
+
+    @property
+    def completed(self) -> int:
+        """Records that are there."""
+        return len(self._done)
+
+    @staticmethod
+    def metric_name(defense: str, attack: str) -> str:
+        """Name of the robust accuracy of a pair."""
+        return f"{defense}/{attack}"
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What each result states beside its accuracies, in the order of ``pairs``."""
+        described = []
+        for defense, attack in self.pairs:
+            purifier, how = self._defended(defense).purifier, self.attacks[attack]
+            described.append(
+                {
+                    "defense": defense,
+                    "attack": attack,
+                    "norm": how.norm,
+                    "eps": how.eps,
+                    "attack_steps": how.steps,
+                    "eot": how.eot,
+                    "gradient": how.gradient,
+                    "nfe_defense": purifier.nfe,
+                    "nfe_attack": purifier.nfe,
+                    "levels": purifier.levels,
+                }
+            )
+        return described
+
+    def resume(self, records: Iterable[Record], count: bool) -> None:
+        """Takes over what an interrupted evaluation has recorded: it is not evaluated again.
+
+        Args:
+            records: The records.
+            count: Whether this process counts them in its metrics; one process does.
+        """
+        for record in records:
+            if (record.defense, record.attack) not in self.pairs or len(record.clean) != self.runs:
+                raise InputError(
+                    f"the run's folder holds a record of {record.defense} under {record.attack} with "
+                    f"{len(record.clean)} runs, which this evaluation does not make; use another --run"
+                )
+            self._done.add(record.key)
+            if count:
+                self._count(record)
+
+    def setup(self, stage: str) -> None:
+        """Checks that data, classifier and denoiser fit each other."""
+        data = self._data()
+        evaluated = data.evaluated
+        first = evaluated[0]["image"][None]
+        self.classifier.check_image(first)
+        self.denoiser.check_image(first)
+        worst = int(evaluated.labels[evaluated.positions].max())
+        if worst >= self.classifier.num_classes:
+            raise InputError(f"label {worst} of the data is outside the classifier's 0 .. {self.classifier.num_classes - 1}")
+        self._shown = set(evaluated.positions[: self.gallery].tolist())
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Evaluates what is not yet recorded of a batch, and tells the listeners after each pair."""
+        self.classifier.check_image(batch["image"])
+        for defense, attack in self.pairs:
+            todo = [i for i, index in enumerate(batch["index"].tolist()) if (defense, attack, index) not in self._done]
+            if not todo:
+                continue
+            rows = torch.tensor(todo, device=self.device)
+            records, views = self._evaluate(defense, attack, {name: values[rows] for name, values in batch.items()})
+            for record in records:
+                self._done.add(record.key)
+                self._count(record)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, EvaluationListener):
+                    callback.on_evaluated(self.trainer, self, records, views)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the final accuracies, over all processes."""
+        values = {}
+        for defense, attack in self.pairs:
+            result = self._metric(self.metrics, self.metric_name(defense, attack)).compute()
+            for rule in ("average", "worst", "majority"):
+                values[f"robust/{defense}/{attack}/{rule}"] = getattr(result, rule).value
+        for defense in self.defenses:
+            result = self._metric(self.clean, defense).compute()
+            for rule in ("average", "worst", "majority"):
+                values[f"clean/{defense}/{rule}"] = getattr(result, rule).value
+        self.log_dict(values)
+
+    def running(self, defense: str, attack: str) -> float:
+        """Average robust accuracy of a pair so far, on this process alone."""
+        metric = self._metric(self.metrics, self.metric_name(defense, attack))
+        return float(metric.sums[0]) / max(1, int(metric.count))
+
+    def _evaluate(self, defense: str, attack: str, batch: Batch) -> tuple[list[Record], list[View]]:
+        started = time.perf_counter()
+        model, image, label, index = self._defended(defense), batch["image"], batch["label"], batch["index"]
+        attack_noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
+        noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
+        adversarial = self.attacks[attack](model, image, label, attack_noise, self.chunk)
+        runs = list(range(self.runs))
+        clean, broken = (
+            logits_in_chunks(model, shown, noise, runs, self.chunk).argmax(dim=2).tolist()
+            for shown in (image, adversarial)
+        )
+        delta = adversarial - image
+        linf, l2 = linf_norm(delta).tolist(), l2_norm(delta).tolist()
+        seconds = (time.perf_counter() - started) / len(image)
+        records = [
+            Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds)
+            for k, (i, y) in enumerate(zip(index, label, strict=True))
+        ]
+        shown_rows = [k for k, record in enumerate(records) if record.index in self._shown]
+        views = []
+        if shown_rows:
+            rows = torch.tensor(shown_rows, device=self.device)
+            with torch.no_grad():
+                trace = model.purifier.trace(adversarial[rows], noise.rows(rows))
+            for k, row in enumerate(shown_rows):
+                mask = None if trace.mask is None else trace.mask[k].cpu()
+                images = (each.cpu() for each in (image[row], adversarial[row], trace.noised[k], trace.purified[k]))
+                views.append(View(records[row], *images, mask))
+        return records, views
+
+    def _count(self, record: Record) -> None:
+        label = torch.tensor([record.label], device=self.device)
+
+        def add(metric: RobustAccuracy, predictions: list[int]) -> None:
+            metric.update(torch.tensor([predictions], device=self.device), label)
+
+        add(self._metric(self.metrics, self.metric_name(record.defense, record.attack)), record.adversarial)
+        if (record.defense, record.index) not in self._clean_counted:
+            self._clean_counted.add((record.defense, record.index))
+            add(self._metric(self.clean, record.defense), record.clean)
+
+    def _defended(self, defense: str) -> DefendedClassifier:
+        found = self.defenses[defense]
+        assert isinstance(found, DefendedClassifier)
+        return found
+
+    @staticmethod
+    def _metric(metrics: nn.ModuleDict, name: str) -> RobustAccuracy:
+        found = metrics[name]
+        assert isinstance(found, RobustAccuracy)
+        return found
+
+    def _data(self) -> ImageDataModule:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, ImageDataModule)
+        return data

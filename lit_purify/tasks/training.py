@@ -1,0 +1,78 @@
+"""What both trainings share: the optimizer, keyed randomness, the network that is exported."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lit_purify.data.base import Batch
+from lit_purify.errors import InputError
+from lit_purify.functional.images import flip, shift
+from lit_purify.functional.noise import TRAINING, KeyedNoise
+
+
+class TrainingTask(L.LightningModule, ABC):
+    """AdamW with warm-up and cosine decay; randomness keyed by (seed, sample, epoch).
+
+    So processes see different noise because they see different samples, the split of a batch over processes changes
+    nothing, and a training resumed at an epoch's end takes the very steps it would have taken.
+
+    Args:
+        learning_rate: Peak learning rate.
+        weight_decay: Of AdamW.
+        warmup: Steps of linear warm-up.
+        shift_pixels: Augmentation: move images by up to so many pixels.
+        mirror: Augmentation: mirror half of the images.
+        seed: Of noise and augmentation.
+    """
+
+    def __init__(
+        self, learning_rate: float, weight_decay: float, warmup: int, shift_pixels: int, mirror: bool, seed: int
+    ) -> None:
+        super().__init__()
+        if not 0.0 < learning_rate < 1.0:
+            raise InputError(f"learning_rate = {learning_rate} is outside (0, 1)")
+        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.shift_pixels, self.mirror, self.seed = shift_pixels, mirror, seed
+
+    @property
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """What is trained and exported."""
+
+    def setup(self, stage: str) -> None:
+        """Gives every process a stream of its own for what is not keyed (dropout)."""
+        torch.manual_seed(self.seed + self.global_rank)
+
+    def on_train_epoch_start(self) -> None:
+        """As in ``setup``, anew for each epoch, so that a resumed training draws the same."""
+        torch.manual_seed((self.seed + self.global_rank) * 1_000_003 + self.current_epoch)
+
+    def keyed(self, batch: Batch) -> KeyedNoise:
+        """Noise of a training batch: another one in every epoch."""
+        return KeyedNoise(self.seed, batch["index"], torch.full_like(batch["index"], self.current_epoch), TRAINING)
+
+    def augmented(self, image: Tensor, noise: KeyedNoise, step: int) -> Tensor:
+        """Shifted and mirrored images."""
+        draws = noise.uniform(step, image.new_empty(len(image), 3))
+        image = shift(image, draws[:, :2], self.shift_pixels)
+        return flip(image, draws[:, 2:]) if self.mirror else image
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW; linear warm-up, then a cosine to 0 at the last step."""
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = max(1, min(self.warmup, total // 2))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
