@@ -82,6 +82,11 @@ class _CLI(LightningCLI):
 
 
 class _EvaluationCLI(_CLI):
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        # The report prints the table; Lightning's own would repeat it.
+        self._settings.verbose = False
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {"test": {"model", "dataloaders", "datamodule"}}
@@ -119,7 +124,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
-            callbacks=[RecordWriter(), Gallery(), Progress(), Report(), WandbReport()],
+            callbacks=[RecordWriter(), Gallery(), Progress(), WandbReport(), Report()],
         )
     )
 
@@ -169,6 +174,7 @@ def _essence(message: str) -> str:
 
 def _quiet() -> None:
     """Keeps remarks that no user can act on off the screen."""
+    os.environ.setdefault("WANDB_SILENT", "true")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for pattern in (
         ".*does not have many workers.*",

@@ -66,6 +66,10 @@ class WandbReport(Callback, EvaluationListener):
         logger.log_table("samples", columns=columns, data=rows)
         if overlays:
             logger.experiment.log({"masks": overlays})
+        place = logger.experiment.dir
+        logger.experiment.finish()
+        if logger._offline:
+            print(f"W&B: offline run, upload it with: wandb sync {Path(place).parent}")
 
 
 def _logger(trainer: L.Trainer) -> WandbLogger | None:

@@ -8,7 +8,6 @@ strictly more votes than any other class (a tie counts as wrong).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,7 @@ class Interval(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True)
-class Accuracies:
+class Accuracies(NamedTuple):
     """Average, worst-of-N and majority-vote accuracy over the same samples."""
 
     average: Interval
