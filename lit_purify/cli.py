@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import inspect
 import logging
 import os
+import pydoc
 import re
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported for their classes: what is imported can be named in a configuration by its short name.
@@ -30,6 +37,10 @@ class _Parser(LightningArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            # This one parses a nested class. It raises: the outer parsers add where in the configuration the class
+            # stands, or go on with another type that the place accepts.
+            super().error(message, ex)
         _fail(_essence(message))
 
 
@@ -39,19 +50,31 @@ class _CLI(LightningCLI):
     subcommand: str
 
     def __init__(self, task: type[L.LightningModule], argv: Sequence[str], **defaults: Any) -> None:  # noqa: ANN401
-        super().__init__(
-            task,
-            ImageDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            parser_class=_Parser,
-            parser_kwargs={"allow_abbrev": False},
-            seed_everything_default=0,
-            trainer_defaults=defaults,
-            auto_configure_optimizers=False,
-            args=list(argv),
-        )
+        _quiet()
+        self.folder: RunFolder | None = None
+        self.running = False
+        try:
+            _check_configs(argv)
+            super().__init__(
+                task,
+                ImageDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                save_config_callback=None,
+                parser_class=_Parser,
+                parser_kwargs={"allow_abbrev": False},
+                seed_everything_default=0,
+                trainer_defaults=defaults,
+                auto_configure_optimizers=False,
+                args=list(argv),
+            )
+        except Exception as error:
+            message = _explanation(error, self.folder)
+            if message is None:
+                # Not the user's to mend: the traceback says more.
+                raise
+            # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
+            _fail(message, every_rank=self.running)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -60,7 +83,16 @@ class _CLI(LightningCLI):
 
     @property
     def _settings(self) -> Any:  # noqa: ANN401
-        return self.config[self.subcommand]
+        return self.config[self.config.subcommand]
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
+        """Also checks what Lightning uses before it makes the classes."""
+        super().parse_arguments(parser, args)
+        seed, checkpoint = self._settings.seed_everything, self._settings.get("ckpt_path")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything = {seed} is outside 0 .. 2**32 - 1")
+        if checkpoint not in (None, "last", "best", "hpc"):
+            _check_checkpoint(Path(checkpoint))
 
     def before_instantiate_classes(self) -> None:
         """Points everything that writes to the run's folder."""
@@ -69,16 +101,30 @@ class _CLI(LightningCLI):
             sources = settings.get("config") or []
             settings.run = str(Path("runs") / (Path(str(sources[-1])).stem if sources else self.subcommand))
         self.folder = RunFolder(Path(settings.run))
-        settings.trainer.default_root_dir = str(self.folder.path)
+        settings.trainer.default_root_dir = settings.run
         loggers = settings.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
-                logger.init_args.save_dir = str(self.folder.path)
+                logger.init_args.save_dir = settings.run
 
-    def claim(self) -> None:
-        """Writes the configuration into the run's folder, or checks that it agrees with the one there."""
-        text = self._parser(self.subcommand).dump(self._settings, skip_none=False)
-        self.folder.claim(text, write=_rank() == 0)
+    def instantiate_classes(self) -> None:
+        """Constructors see nothing but the configuration: whatever they raise is about it."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            cause: BaseException = error
+            while str(cause).startswith("Does not validate against") and cause.__cause__ is not None:
+                # jsonargparse takes it for a value of the wrong type.
+                cause = cause.__cause__
+            if isinstance(cause, (InputError, OSError)):
+                raise cause from None
+            frame = traceback.extract_tb(cause.__traceback__)[-1]
+            raise InputError(f"{cause} ({type(cause).__name__} in {Path(frame.filename).name}:{frame.lineno})") from error
+
+    @property
+    def resolved(self) -> str:
+        """The configuration with all defaults, YAML."""
+        return str(self._parser(self.subcommand).dump(self._settings, skip_none=False))
 
 
 class _EvaluationCLI(_CLI):
@@ -92,7 +138,11 @@ class _EvaluationCLI(_CLI):
         return {"test": {"model", "dataloaders", "datamodule"}}
 
     def before_test(self) -> None:
-        self.claim()
+        """Nothing is written before data and networks are known to fit."""
+        assert self.folder is not None
+        self.model.check(self.datamodule)
+        self.folder.claim(self.resolved, write=_rank() == 0)
+        self.running = True
 
 
 class _TrainingCLI(_CLI):
@@ -104,7 +154,9 @@ class _TrainingCLI(_CLI):
         }
 
     def before_fit(self) -> None:
-        self.folder.write_config(self._parser(self.subcommand).dump(self._settings, skip_none=False), _rank() == 0)
+        assert self.folder is not None
+        self.folder.write_config(self.resolved, write=_rank() == 0)
+        self.running = True
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
@@ -112,47 +164,31 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] != ["test"]:
         given = ["test", *given]
-    if not any(word == "--help" or word == "-h" or word.split("=")[0] == "--config" for word in given):
+    if not any(word in ("-h", "--help", "-c") or word.split("=")[0] == "--config" for word in given):
         given = ["test", "--config", _DEFAULT_EVALUATION, *given[1:]]
-    _guard(
-        lambda: _EvaluationCLI(
-            RobustnessTask,
-            given,
-            # An attack differentiates, which Lightning's inference mode forbids.
-            inference_mode=False,
-            use_distributed_sampler=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-            callbacks=[RecordWriter(), Gallery(), Progress(), WandbReport(), Report()],
-        )
+    _EvaluationCLI(
+        RobustnessTask,
+        given,
+        # An attack differentiates, which Lightning's inference mode forbids.
+        inference_mode=False,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        callbacks=[RecordWriter(), Gallery(), Progress(), WandbReport(), Report()],
     )
 
 
 def train(argv: Sequence[str] | None = None) -> None:
     """``train.py fit --config ...``: trains a denoiser or a classifier."""
     given = list(sys.argv[1:] if argv is None else argv)
-    _guard(lambda: _TrainingCLI(TrainingTask, given, use_distributed_sampler=False, enable_progress_bar=sys.stderr.isatty()))
+    _TrainingCLI(TrainingTask, given, use_distributed_sampler=False, enable_progress_bar=sys.stderr.isatty())
 
 
-def _guard(run: Callable[[], object]) -> None:
-    """Turns what the user can mend into one line and exit status 2."""
-    _quiet()
-    try:
-        run()
-    except InputError as error:
-        _fail(_worker_message(str(error)))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"{error.filename or 'the run folder'}: no space left; free some, or choose another folder with --run")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            _fail(f"{error.filename}: no right to write there; choose another folder with --run")
-        raise
-
-
-def _fail(message: str) -> NoReturn:
-    if _rank() == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+def _fail(message: str, every_rank: bool = False) -> NoReturn:
+    rank = _rank()
+    if rank == 0 or every_rank:
+        print(f"{Path(sys.argv[0]).name}: error: {message}" + (f" [rank {rank}]" if rank else ""), file=sys.stderr)
     sys.stderr.flush()
     sys.exit(2)
 
@@ -161,15 +197,110 @@ def _rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
-def _worker_message(message: str) -> str:
-    """The last line of what a loader's worker process raised, else the message."""
-    lines = [line for line in message.splitlines() if line.strip()]
-    return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if "Original Traceback" in message else " ".join(lines)
+def _check_configs(argv: Sequence[str]) -> None:
+    """Names the file that is at fault; the parser's messages do not."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        path = Path(value or following)
+        # All else, the parser refuses.
+        if name not in ("-c", "--config") or not path.is_file():
+            continue
+        try:
+            found = yaml.safe_load(path.read_text())
+        except yaml.MarkedYAMLError as error:
+            where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+            raise InputError(f"{path}: not valid YAML: {where}{error.problem}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a text file of YAML: is it a configuration?") from error
+        if not isinstance(found, dict):
+            raise InputError(f"{path}: holds no settings (key: value lines): is it a configuration?")
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; check ckpt_path")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # The unpickler fails in many ways on what is not a pickle.
+    except Exception as error:
+        raise InputError(f"{path}: refused, it is not a checkpoint of train.py that holds plain data alone") from error
+
+
+def _explanation(error: Exception, folder: RunFolder | None) -> str | None:
+    """One line about what a user can mend, ``None`` about anything else."""
+    if isinstance(error, (InputError, MisconfigurationException)):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # A worker process of a loader adds its traceback, with the message at its end.
+        return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if "Original Traceback" in str(error) else " ".join(lines)
+    if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
+        return "ckpt_path: the checkpoint is of another network than the one configured"
+    if not isinstance(error, OSError):
+        return None
+    if error.errno is None:
+        return " ".join(str(error).split())
+    reason = {errno.ENOSPC: "no space left", errno.EDQUOT: "no space left"}.get(error.errno, error.strerror)
+    # Writes into an open file do not name it: they are the run's own.
+    path = error.filename or (folder and folder.path) or "the run's folder"
+    own = folder is None or error.filename is None or Path(error.filename).is_relative_to(folder.path)
+    return f"{path}: {reason}; " + ("choose another folder with --run" if own else "check the path and its permissions")
+
+
+_CALLABLE = re.compile(
+    r"Type collections\.abc\.Callable\[.*?\] expects a function or a callable class: ([^\0]*?)"
+    r"\. Got value: Namespace\((?:class_path='([\w.]+)'.*|.*class_path='([\w.]+)'\))$",
+    re.MULTILINE,
+)
 
 
 def _essence(message: str) -> str:
-    """The one line of a nested parser error that says what to mend."""
+    """The one line of a nested parser error that says what to mend.
+
+    jsonargparse tells how it went down into the configuration (``Parser key "model": ... Problem with given class_path
+    ...: ...``), tries every type that a place accepts, and repeats the whole value at each level. What helps is the keys
+    on the way and the reason at its end.
+    """
+    keys = re.findall(r'Parser key "([\w.]+)"', message)
+    place = ".".join(keys)
+    flag = re.findall(r"Given value: NestedArg\(key='([\w.]+)'", message)
+    if flag:
+        # Given as a flag: the outermost, last, is the whole name.
+        place = f"{keys[0]}.init_args.{flag[-1]}"
+    # A purifier is made by a function, about whose class_path the message is worded differently.
+    message = _CALLABLE.sub(lambda m: f"Problem with given class_path '{m[2] or m[3]}':\n{m[1]}", message)
+    message = re.sub(r"Type collections\.abc\.Callable\[.*?callable class: ", "", message)
+
+    def found(pattern: str) -> re.Match[str] | None:
+        return re.search(pattern, message, re.MULTILINE)
+
+    at = f"{place}: " if place else ""
+    if m := found(r"unrecognized arguments: (.+)"):
+        return _unknown_flag(m[1])
+    if m := found(r"does not accept option '(.+)'"):
+        return _unknown_flag(f"--{m[1]}").replace("--", "")
+    if m := found(r"class_path '([\w.]+)':\s+Option '(.+)' is not accepted"):
+        return f"{at}{m[1].rpartition('.')[2]} has no option {m[2]!r}; {_nearest(m[2], _options(m[1]))}"
+    if m := found(r"class_path '([\w.]+)':\s+the following arguments are required: (.+)"):
+        return f"{at}{m[1].rpartition('.')[2]} needs {m[2]}: give a value"
+    if m := found(r"the following arguments are required: (.+)"):
+        return f"{re.sub(r'[a-z]+[.]', '', m[1])} missing: give a configuration that has it with --config"
     return " ".join(message.split())
+
+
+def _unknown_flag(text: str) -> str:
+    return text
+
+
+def _options(class_path: str) -> list[str]:
+    """What a configuration can give to a class or function."""
+    found: Any = pydoc.locate(class_path)
+    names = list(inspect.signature(found).parameters)
+    # A task makes its purifiers for its networks.
+    return [name for name in names if not (inspect.isclass(found) and issubclass(found, Purifier) and name in ("denoiser", "classifier"))]
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
 
 
 def _quiet() -> None:

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from lit_purify.data.subset import Indices, Subset, subset_sha256
+from lit_purify.data.subset import Indices, Subset, random_state, subset_sha256
 from lit_purify.errors import InputError
 
 Batch = dict[str, Tensor]
 """``image`` (B, C, H, W) float32 in [0, 1], ``label`` (B,) int64, ``index`` (B,) int64: position in the split."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageDataset(Dataset[dict[str, Any]]):
     """A split: a function that reads one image, and the labels.
 
@@ -40,7 +40,11 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     @staticmethod
     def whole(read: Callable[[int], Tensor], labels: Sequence[int] | Indices, classes: Sequence[str]) -> ImageDataset:
-        """A split with all its samples."""
+        """A split with all its samples.
+
+        Raises:
+            InputError: There are no samples, or a label is not the position of a class.
+        """
         array = np.asarray(labels, dtype=np.int64)
         if not len(array):
             raise InputError("the split has no images")
@@ -73,9 +77,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     Args:
         batch_size: Samples a batch and process.
-        num_workers: Processes that read images.
+        num_workers: Processes that read images; 0 reads in the main process.
         subset: Which samples of the evaluated split count; ``None`` takes all.
-        evaluate_on: The split that ``test`` reads: ``test``, or ``val`` to choose settings on.
+        evaluate_on: The split that ``test`` reads: ``test``, or ``val`` to choose settings on, or ``train``.
         seed: Of the shuffling.
     """
 
@@ -88,8 +92,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise InputError(f"batch_size = {batch_size}: use at least 1")
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise InputError(f"{name} = {value}: use at least {least}")
         if evaluate_on not in ("train", "val", "test"):
             raise InputError(f"evaluate_on = {evaluate_on!r}: use train, val or test")
         self.batch_size, self.num_workers, self.subset = batch_size, num_workers, subset
@@ -101,7 +106,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Reads the split ``train``, ``val`` or ``test``; raises an ``InputError`` that names what is missing."""
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # Lightning declares an attribute that nothing sets
         """What reports call the dataset."""
         return type(self).__name__
 
@@ -122,10 +127,10 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return subset_sha256(self.evaluated.positions)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Shuffled, the same order for every process count up to sharding."""
+        """Shuffled, the same order for every process count up to sharding; an incomplete last batch is dropped."""
         split = self._split("train")
         sampler: Any = DistributedSampler(split, *self._shard(), shuffle=True, seed=self.seed, drop_last=False)
-        return self._loader(split, sampler, drop_last=len(split) >= self.batch_size)
+        return self._loader(split, sampler, drop_last=len(sampler) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """In order, each sample once."""
@@ -160,9 +165,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
             sampler=sampler,
             num_workers=self.num_workers,
             drop_last=drop_last,
+            collate_fn=_collate,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _collate(samples: list[dict[str, Any]]) -> Batch:
+    shapes = sorted({tuple(sample["image"].shape) for sample in samples})
+    if len(shapes) > 1:
+        raise InputError(f"images of shapes {shapes[0]} and {shapes[1]} make no batch: give the data a size")
+    return default_collate(samples)  # type: ignore[no-any-return]
 
 
 def _read_at(read: Callable[[int], Tensor], positions: Indices, item: int) -> Tensor:
@@ -171,4 +184,4 @@ def _read_at(read: Callable[[int], Tensor], positions: Indices, item: int) -> Te
 
 def shuffled(count: int, seed: int) -> Indices:
     """A permutation of 0 .. count - 1 that splits are cut from."""
-    return np.random.RandomState(seed).permutation(count)
+    return random_state(seed).permutation(count)

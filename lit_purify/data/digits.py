@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from operator import getitem
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
+from torch import Tensor
 
 from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
 from lit_purify.data.subset import Subset
@@ -48,7 +48,10 @@ class Digits(ImageDataModule):
         images = torch.from_numpy(digits.images).float().div(16.0).unsqueeze(1)
         if self.size != images.shape[-1]:
             images = resize(images, self.size)
-        whole = ImageDataset.whole(partial(getitem, images), digits.target, [str(c) for c in digits.target_names])
-        order = shuffled(len(whole), 0)
-        bounds = {"train": (0, _TRAIN), "val": (_TRAIN, _TRAIN + _VAL), "test": (_TRAIN + _VAL, len(whole))}
-        return whole.part(np.asarray(order[slice(*bounds[name])]))
+        whole = ImageDataset.whole(partial(_read, images), digits.target, [str(c) for c in digits.target_names])
+        parts = np.split(shuffled(len(whole), 0), [_TRAIN, _TRAIN + _VAL])
+        return whole.part(dict(zip(("train", "val", "test"), parts, strict=True))[name])
+
+
+def _read(images: Tensor, item: int) -> Tensor:
+    return images[item]

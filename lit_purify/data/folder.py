@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -17,20 +18,31 @@ from lit_purify.data.subset import Subset
 from lit_purify.errors import InputError
 from lit_purify.functional.images import resize
 
+_FOLDERS = {"train": ["train"], "val": ["val", "valid", "validation"], "test": ["test"]}
+
 
 class ImageFolder(ImageDataModule):
     """Images in one subfolder a class.
 
-    ``root`` holds folders ``train``, ``val`` (or ``valid``) and ``test``, each with one subfolder a class; or it holds
-    the class folders itself and is split at random. A missing ``val`` is cut from ``train``; a missing ``test`` falls
-    back on ``val`` when that exists.
+    ``root`` holds folders ``train``, ``val`` (or ``valid``, ``validation``) and ``test``, each with one subfolder a
+    class; or it holds the class folders itself. What is missing is made thus:
+
+    - class folders alone, or ``train`` alone: ``test_fraction`` and ``val_fraction`` of the images, drawn with
+      ``RandomState(split_seed)``, are the test and the validation split, the rest is the training split;
+    - ``train`` and ``test``: the validation split is cut from ``train`` in the same way;
+    - ``train`` and ``val``: the test reads ``val``.
+
+    Labels count the class folders of all splits together, sorted by name. Images may lie deeper inside a class folder;
+    hidden files and folders are ignored.
 
     Args:
         root: The folder.
-        size: Height and width: the shorter side is resized, the center cropped. ``None`` keeps images as they are.
+        size: Height and width: the shorter side is resized, the center cropped. ``None`` keeps images as they are; they
+            must then have one size.
         channels: 3 for color, 1 for gray.
         val_fraction: Part of the images cut off for validation where no folder gives it.
-        test_fraction: Part of the images cut off for the test where no folder gives it.
+        test_fraction: Part of the images cut off for the test where no folder gives it; 1 (with val_fraction 0) tests
+            on all.
         split_seed: Of the random split.
         batch_size: Samples a batch and process.
         num_workers: Processes that read images.
@@ -56,72 +68,93 @@ class ImageFolder(ImageDataModule):
         super().__init__(batch_size, num_workers, subset, evaluate_on, seed)
         if channels not in (1, 3):
             raise InputError(f"channels = {channels}: use 3 for color, 1 for gray")
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise InputError("val_fraction and test_fraction must not be negative and must leave images to train on")
-        self.root, self.size, self.channels = Path(root), size, channels
+        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction > 1:
+            raise InputError(
+                f"val_fraction = {val_fraction}, test_fraction = {test_fraction}: use parts of 1 that add to at most 1"
+            )
+        self.root, self.size, self.channels = Path(root).expanduser(), size, channels
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
 
     @property
-    def name(self) -> str:
-        """Name of the folder."""
-        return f"{type(self).__name__}({self.root.name})"
+    def name(self) -> str:  # type: ignore[override]
+        """With the name of the folder."""
+        return f"{type(self).__name__}({self.root.resolve().name})"
 
-    def class_names(self, folders: Sequence[str]) -> Sequence[str]:
-        """Names in the order of labels, given the class folders that exist."""
-        return folders
+    def known_classes(self) -> Sequence[str] | None:
+        """Classes in the order of labels where the dataset fixes them; ``None`` takes the folders, sorted by name."""
+        return None
 
     def split(self, name: str) -> ImageDataset:
         """One of the three splits."""
         if not self.root.is_dir():
             raise InputError(f"{self.root}: no such folder; give root a folder with one subfolder of images a class")
-        named = {
-            "train": self._first("train"),
-            "val": self._first("val", "valid", "validation"),
-            "test": self._first("test"),
-        }
-        if all(folder is None for folder in named.values()):
-            return self._cut(self._scan(self.root), name, self.val_fraction, self.test_fraction)
-        if named["test"] is None and name == "test":
+        folders = {key: found for key, names in _FOLDERS.items() if (found := self._first(names))}
+        folders = folders or {"train": self.root}
+        classes = self._classes(folders.values())
+        if name == "test" and "test" not in folders and "val" in folders:
             # As with ImageNet, whose test labels are not public.
             name = "val"
-        folder = named[name]
-        if folder is not None and (name != "train" or named["val"] is not None):
-            return self._scan(folder)
-        if named["train"] is None:
+        if name in folders and name != "train":
+            return self._scan(folders[name], classes)
+        if "train" not in folders:
             raise InputError(f"{self.root}: has no folder {name}; it needs train, val and test, or class folders alone")
-        return self._cut(self._scan(named["train"]), name, self.val_fraction, 0.0)
+        val = 0.0 if "val" in folders else self.val_fraction
+        test = 0.0 if "val" in folders or "test" in folders else self.test_fraction
+        return self._cut(self._scan(folders["train"], classes), name, val, test)
 
-    def _first(self, *names: str) -> Path | None:
+    def _first(self, names: Sequence[str]) -> Path | None:
         return next((self.root / name for name in names if (self.root / name).is_dir()), None)
 
+    def _classes(self, folders: Iterable[Path]) -> Sequence[str]:
+        """Of all splits together, so that a label means the same in each."""
+        present = sorted({entry.name for folder in folders for entry in folder.iterdir() if _is_class(entry)})
+        known = self.known_classes()
+        unknown = [name for name in present if known is not None and name not in known]
+        if unknown:
+            raise InputError(f"{self.root}: folder {unknown[0]!r} is not a class of {type(self).__name__}")
+        return present if known is None else known
+
     def _cut(self, whole: ImageDataset, name: str, val: float, test: float) -> ImageDataset:
-        order = shuffled(len(whole), self.split_seed)
         ends = np.cumsum([round(len(whole) * test), round(len(whole) * val)])
-        part = dict(zip(("test", "val", "train"), np.split(order, ends), strict=True))[name]
+        parts = np.split(shuffled(len(whole), self.split_seed), ends)
+        part = dict(zip(("test", "val", "train"), parts, strict=True))[name]
         if not len(part):
-            raise InputError(f"{self.root}: {len(whole)} images leave none for {name}; raise {name}_fraction")
+            raise InputError(
+                f"{self.root}: of {len(whole)} images none are left for {name}; change val_fraction = "
+                f"{self.val_fraction} or test_fraction = {self.test_fraction}"
+            )
         return whole.part(np.sort(part))
 
-    def _scan(self, root: Path) -> ImageDataset:
-        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-        classes = self.class_names(folders)
-        files: list[Path] = []
-        labels: list[int] = []
-        for folder in folders:
-            found = sorted(p for p in (root / folder).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-            files += found
-            labels += [classes.index(folder)] * len(found)
-        if not files:
-            raise InputError(f"{root}: no images in it; it needs one subfolder a class, with {', '.join(IMG_EXTENSIONS)}")
+    def _scan(self, folder: Path, classes: Sequence[str]) -> ImageDataset:
+        found = [(file, label) for label, name in enumerate(classes) for file in _images(folder / name)]
+        if not found:
+            kinds = ", ".join(IMG_EXTENSIONS)
+            raise InputError(f"{folder}: no images in it; it needs one subfolder a class, with {kinds}")
+        files, labels = zip(*found, strict=True)
         return ImageDataset.whole(partial(_read_image, files, self.channels, self.size), labels, classes)
+
+
+def _is_class(entry: Path) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _images(folder: Path) -> list[Path]:
+    """Images at any depth, in the same order on every file system; hidden files and folders do not count."""
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
+    return sorted(found)
 
 
 def _read_image(files: Sequence[Path], channels: int, size: int | None, item: int) -> Tensor:
     path = files[item]
     try:
         with Image.open(path) as file:
-            pixels = np.array(file.convert("RGB" if channels == 3 else "L"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            mode, pixels = file.mode, np.array(file.convert("RGB" if channels == 3 else "L"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read as an image; remove or replace it") from error
+    if mode.startswith(("I", "F")):
+        raise InputError(f"{path}: gray with more than 8 bits, which would be clipped; save it with 8 bits")
     image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).movedim(-1, 0).float().div(255.0)
     return image if size is None else resize(image[None], size)[0]

@@ -37,10 +37,19 @@ class SVHN(ImageDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, subset, evaluate_on, seed)
-        self.root, self.download = Path(root), download
+        self.root, self.download = Path(root).expanduser(), download
+
+    def prepare_data(self) -> None:
+        """Downloads in one process, before the others look."""
+        if self.download:
+            self._open("train")
+            self._open("test")
 
     def split(self, name: str) -> ImageDataset:
         """One of the three splits."""
-        found = open_torchvision(datasets.SVHN, self.root, self.download, split="test" if name == "test" else "train")
+        found = self._open("test" if name == "test" else "train")
         whole = from_arrays(found.data, found.labels, [str(c) for c in range(10)])
         return whole if name == "test" else train_or_val(whole, name)
+
+    def _open(self, part: str) -> datasets.SVHN:
+        return open_torchvision(datasets.SVHN, self.root, self.download, split=part)

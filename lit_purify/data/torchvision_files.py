@@ -24,7 +24,8 @@ def open_torchvision(make: Callable[..., Any], root: Path, download: bool, **opt
     try:
         return make(root, download=download, **options)
     except RuntimeError as error:
-        raise InputError(f"{root}: {make.__name__} is not there or not whole; set download: true to fetch it") from error
+        remedy = "remove its files and try again" if download else "check root, or set download: true to fetch them"
+        raise InputError(f"{root}: files of {make.__name__} are missing or damaged; {remedy}") from error
     except OSError as error:
         raise InputError(f"{root}: {make.__name__} cannot be fetched or read ({error})") from error
 
@@ -35,9 +36,9 @@ def from_arrays(images: np.ndarray[Any, Any], labels: Indices, classes: list[str
 
 
 def train_or_val(whole: ImageDataset, name: str) -> ImageDataset:
-    """The training images less the validation images, or those."""
+    """The training images without the validation images (``name`` = ``train``), or the latter (``val``)."""
     order = shuffled(len(whole), 0)
-    # Small files, as tests make them, keep a tenth back.
+    # Files with fewer images than the originals keep a tenth back.
     val = min(VAL, len(whole) // 10)
     return whole.part(np.sort(order[:val] if name == "val" else order[val:]))
 

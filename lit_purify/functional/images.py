@@ -6,9 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
+from lit_purify.errors import InputError
+
 
 def resize(image: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) in [0, 1] with its shorter side resized to ``size`` (bilinear, antialiased) and its center cropped."""
+    """Images with their shorter side resized to ``size`` (bilinear, antialiased) and their center cropped.
+
+    Args:
+        image: (B, C, H, W) in [0, 1].
+        size: Height and width of the result, in pixels.
+
+    Raises:
+        InputError: ``size`` is not positive.
+    """
+    if size < 1:
+        raise InputError(f"size = {size}: use at least 1 pixel")
     height, width = image.shape[-2:]
     if (height, width) == (size, size):
         return image
@@ -20,11 +32,11 @@ def resize(image: Tensor, size: int) -> Tensor:
 
 
 def shift(image: Tensor, draws: Tensor, pixels: int) -> Tensor:
-    """Each image moved by up to ``pixels`` in both directions, its border repeated.
+    """Each image moved by -pixels .. pixels in both directions, its border repeated.
 
     Args:
         image: (B, C, H, W).
-        draws: Uniform numbers in [0, 1), (B, 2).
+        draws: Uniform numbers in [0, 1), (B, 2): the move in height and in width.
         pixels: Largest shift.
     """
     if pixels == 0:

@@ -42,8 +42,14 @@ def threshold_union(maps: Tensor, tau: float) -> Tensor:
 
 
 def top_fraction(maps: Tensor, fraction: float) -> Tensor:
-    """The ``fraction`` of the pixels with the largest max_m G_m, exactly round(fraction H W) of them."""
-    score = maps.amax(dim=1, keepdim=True)
+    """The ``fraction`` of the pixels with the largest max_m G_m, exactly round(fraction H W) of them.
+
+    Args:
+        maps: (B, K, H, W) in [0, 1].
+        fraction: In [0, 1].
+    """
+    # Resized maps have plateaus, whose pixels differ by rounding alone: that must not choose among them.
+    score = (maps.amax(dim=1, keepdim=True) * 2.0**20).round()
     return top_count(score, torch.full((len(score),), round(fraction * score[0].numel()), device=score.device))
 
 

@@ -10,19 +10,18 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
 from lit_purify.models.denoiser import Denoiser
-from lit_purify.models.weights import check_file, load_into, read_state_dict
+from lit_purify.models.weights import check_file, load_into
 
 _KEY = "lit_purify"
-Network = TypeVar("Network", bound=nn.Module)
+Network = TypeVar("Network", Classifier, Denoiser)
 
 
 def save_network(
-    network: nn.Module, path: Path, info: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    network: Classifier | Denoiser, path: Path, info: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
 ) -> None:
     """Writes ``network`` with its ``config``, atomically.
 
@@ -31,9 +30,15 @@ def save_network(
         path: A ``.safetensors`` file.
         info: What else to remember (recipe, commit, figures), JSON values.
         dtype: How floats are stored; they are read as float32.
+
+    Raises:
+        InputError: ``network`` has no ``config``, as a bare ``Classifier`` around any module.
     """
     kind = type(network)
-    header = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": network.config, "info": info or {}}
+    config = getattr(network, "config", None)
+    if not config:
+        raise InputError(f"{kind.__name__} has no config that rebuilds it, so no file can hold it: keep its state_dict")
+    header = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": config, "info": info or {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     inner = network.network if isinstance(network, Classifier) else network
@@ -50,6 +55,9 @@ def load_denoiser(path: Path) -> Denoiser:
 
     Args:
         path: The file.
+
+    Raises:
+        InputError: The file is missing, damaged, not of ``save_network``, or holds something else.
     """
     return _load(Path(path), Denoiser)  # type: ignore[type-abstract]
 
@@ -59,6 +67,9 @@ def load_classifier(path: Path) -> Classifier:
 
     Args:
         path: The file.
+
+    Raises:
+        InputError: The file is missing, damaged, not of ``save_network``, or holds something else.
     """
     return _load(Path(path), Classifier)
 
@@ -69,10 +80,11 @@ def _load(path: Path, kind: type[Network]) -> Network:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error}); is it complete?") from error
     if header is None:
-        raise InputError(f"{path}: carries no configuration of lit_purify; name its class and give the file as checkpoint")
+        raise InputError(f"{path}: carries no configuration; name the network's class and give the file as checkpoint")
     module, _, name = header["class_path"].rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
@@ -82,8 +94,7 @@ def _load(path: Path, kind: type[Network]) -> Network:
         raise InputError(f"{path}: holds a {name}, where a {wanted} is needed")
     with torch.random.fork_rng(devices=[]):
         network = found(**header["init_args"])
-    inner = network.network if isinstance(network, Classifier) else network
-    load_into(inner, read_state_dict(path), str(path))
+    load_into(network.network if isinstance(network, Classifier) else network, state, str(path))
     network.origin = path.name
     network.eval()
     return network

@@ -24,9 +24,11 @@ class BasicBlock(nn.Module):
         self.stride, self.extra = stride, width_out - width_in
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, H, W) to (B, width_out, H / stride, W / stride)."""
         h = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
         if self.extra:
-            x = pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
+            before = self.extra // 2
+            x = pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.extra - before))
         return relu(h + x)
 
 
@@ -51,6 +53,7 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(width_out, width_out, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of normalized images (B, C, H, H)."""
         h = self.layer3(self.layer2(self.layer1(relu(self.bn1(self.conv1(x))))))
         return self.linear(avg_pool2d(h, h.shape[-1]).flatten(1))  # type: ignore[no-any-return]
 

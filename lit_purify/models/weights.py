@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_purify.errors import InputError
 
-_CONTAINERS = ("state_dict", "model_state_dict", "model", "params")
+_CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "params")
 _PREFIXES = ("module.", "model.", "network.")
 
 
@@ -23,10 +24,11 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
     with path.open("rb") as stream:
-        head = stream.read(512).lstrip()
+        head = stream.read(512)
     if not head:
         raise InputError(f"{path}: the file is empty; fetch it again")
-    if head[:1] == b"<" or head[:9].lower() == b"<!doctype":
+    # Not every file that begins with '<': the length that opens a safetensors file may read so.
+    if re.match(rb"\s*<(!doctype|!--|html|head|\?xml)", head, re.IGNORECASE):
         raise InputError(f"{path}: this is an HTML page, not weights; download the file itself")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: this is a git-lfs pointer, not weights; run 'git lfs pull'")
@@ -50,19 +52,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            raise InputError(f"{path}: refused, it is not a file of plain tensors; save the state_dict alone") from error
-        except (RuntimeError, EOFError, OSError) as error:
+            raise InputError(f"{path}: refused, not a file of plain tensors; save the state_dict alone") from error
+        except Exception as error:  # a damaged file makes the reader raise nearly anything
             raise InputError(f"{path}: cannot be read as weights; is the download complete?") from error
     for key in _CONTAINERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise InputError(f"{path}: holds no state_dict (a mapping from names to tensors)")
-    state = {str(name): value.float() if value.is_floating_point() else value for name, value in found.items()}
-    for prefix in _PREFIXES:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+    prefix = _common_prefix(found)
+    return {
+        str(name).removeprefix(prefix): value.float() if value.is_floating_point() else value
+        for name, value in found.items()
+    }
 
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
@@ -72,20 +74,30 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> N
         InputError: A name or a shape of ``state`` does not match the network.
     """
     own = network.state_dict()
+    # A network whose own names share a prefix gets it back.
+    prefix = _common_prefix(own)
+    state = {prefix + name.removeprefix(prefix): value for name, value in state.items()}
     # Counters of batch normalization do not enter a forward pass in evaluation, and older files lack them.
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
-    misshapen = [name for name in own if name in state and own[name].shape != state[name].shape]
-    if misshapen and not missing and not unexpected:
-        name = misshapen[0]
-        raise InputError(
-            f"{origin}: {name} has shape {tuple(state[name].shape)}, the network needs {tuple(own[name].shape)}; "
-            "do classes, channels, width and depth agree?"
-        )
     if missing or unexpected:
         raise InputError(
-            f"{origin}: these weights are of another network: {len(own) - len(missing)} tensors match, "
+            f"{origin}: these weights are of another network: {len(state) - len(unexpected)} names match, "
             f"{len(missing)} missing ({', '.join(missing[:2]) or 'none'}), "
             f"{len(unexpected)} unexpected ({', '.join(unexpected[:2]) or 'none'})"
         )
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise InputError(
+                f"{origin}: {name} has shape {tuple(value.shape)}, the network needs {tuple(own[name].shape)}; "
+                "do classes, channels, width and depth agree?"
+            )
     network.load_state_dict(state, strict=False)
+
+
+def _common_prefix(names: Iterable[object]) -> str:
+    """What wrappers such as ``DataParallel`` put before every name, several of them in turn."""
+    rest, common = [str(name) for name in names], ""
+    while prefix := next((p for p in _PREFIXES if rest and all(name.startswith(p) for name in rest)), ""):
+        rest, common = [name.removeprefix(prefix) for name in rest], common + prefix
+    return common

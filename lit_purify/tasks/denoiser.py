@@ -85,7 +85,6 @@ class DenoiserTask(TrainingTask):
 
     def setup(self, stage: str) -> None:
         """Brings the classifier along."""
-        super().setup(stage)
         for classifier in self._classifier:
             classifier.to(self.device)
 

@@ -45,13 +45,9 @@ class TrainingTask(L.LightningModule, ABC):
     def network(self) -> nn.Module:
         """What is trained and exported."""
 
-    def setup(self, stage: str) -> None:
-        """Gives every process a stream of its own for what is not keyed (dropout)."""
-        torch.manual_seed(self.seed + self.global_rank)
-
-    def on_train_epoch_start(self) -> None:
-        """As in ``setup``, anew for each epoch, so that a resumed training draws the same."""
-        torch.manual_seed((self.seed + self.global_rank) * 1_000_003 + self.current_epoch)
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seeds what is not keyed (dropout): each process its own stream, each step anew, as a resumed training does."""
+        torch.manual_seed((self.seed * 65_537 + self.global_rank) * 1_000_003 + self.global_step)
 
     def keyed(self, batch: Batch) -> KeyedNoise:
         """Noise of a training batch: another one in every epoch."""

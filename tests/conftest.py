@@ -1,0 +1,69 @@
+"""Small networks and stub noise that tests share."""
+
+import pytest
+import torch
+
+from lit_purify.functional.schedule import Schedule
+from lit_purify.models import Denoiser, ResNetClassifier, UNet
+
+
+class FixedNoise:
+    """The same draw at every step, so that different samplers see the same noise."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def normal(self, step, like):
+        return self.value.to(like.dtype)
+
+    uniform = normal
+
+    def rows(self, rows):
+        return FixedNoise(self.value[rows])
+
+    def runs(self, runs):
+        return FixedNoise(self.value.repeat_interleave(len(runs), dim=0))
+
+
+class GaussianDenoiser(Denoiser):
+    """The optimal denoiser of pixels u ~ N(mean, variance), independent: eps = sigma (x - a mean) / (a^2 v + sigma^2)."""
+
+    def __init__(self, mean=0.2, variance=0.3, channels=1, size=4):
+        super().__init__()
+        self.mean, self.variance, self.channels, self.size = mean, variance, channels, size
+        self.schedule = Schedule.linear()
+        self.calls = []
+
+    def forward(self, x, t):
+        self.calls.append(t)
+        abar = self.schedule.at(t if t.ndim == 4 else t.reshape(-1, 1, 1, 1))
+        total = abar * self.variance + 1 - abar
+        return ((1 - abar).sqrt() / total).to(x.dtype) * (x - abar.sqrt().to(x.dtype) * self.mean)
+
+
+def randomized(network, seed=0):
+    """Random weights everywhere, also where a network starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in network.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def unet():
+    return randomized(UNet(channels=1, size=8, width=8, multipliers=[1, 2], blocks=1, attention=[4], head_width=8))
+
+
+@pytest.fixture(scope="session")
+def classifier():
+    return randomized(ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4))
+
+
+@pytest.fixture(scope="session")
+def images():
+    return torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def fixed(images):
+    return FixedNoise(torch.randn(images.shape, generator=torch.Generator().manual_seed(2)))

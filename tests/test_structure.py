@@ -1,0 +1,69 @@
+"""The shape of the library: who may import whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lit_purify"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+ALLOWED = {
+    "errors": set(),
+    "functional": {"errors"},
+    "models": {"errors", "functional"},
+    "defense": {"errors", "functional", "models"},
+    "attacks": {"errors", "functional"},
+    "metrics": {"errors", "functional"},
+    "data": {"errors", "functional", "models"},
+    "tasks": {"errors", "functional", "models", "defense", "attacks", "metrics", "data"},
+    "run_folder": {"errors", "metrics"},
+    "callbacks": {"errors", "functional", "models", "metrics", "tasks", "run_folder"},
+    "cli": {"errors", "attacks", "callbacks", "data", "defense", "models", "run_folder", "tasks"},
+}
+"""What each part may import of the others; imports go down only."""
+FOREIGN = {
+    "lightning": {"data", "tasks", "callbacks", "cli"},
+    "wandb": {"callbacks"},
+    "timm": {"models"},
+    "matplotlib": {"callbacks"},
+    "sklearn": {"data"},
+    "torchmetrics": {"metrics", "tasks"},
+    "argparse": set(),
+    "jsonargparse": {"cli"},
+}
+
+
+def part(path):
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path):
+    own = part(path)
+    for name in imports(path):
+        words = name.split(".")
+        if words[0] == "lit_purify" and own != "__init__":
+            assert words[1] == own or words[1] in ALLOWED[own], f"{own} imports {words[1]}"
+        if words[0] in FOREIGN:
+            assert own in FOREIGN[words[0]], f"{own} imports {words[0]}"
+        if words[:2] == ["os", "environ"] or "environ" in path.read_text() or "sys.argv" in path.read_text():
+            assert own == "cli", f"{own} reads arguments or the environment"
+
+
+def test_files_stay_small():
+    lines = {path: len(path.read_text().splitlines()) for path in FILES}
+    assert max(lines.values()) <= 400
+    assert sum(lines.values()) <= 5000
+    assert all(len((ROOT / name).read_text().splitlines()) <= 15 for name in ("train.py", "eval.py"))

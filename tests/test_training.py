@@ -1,0 +1,214 @@
+"""Training as a user runs it, and what its tasks promise."""
+
+import json
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from conftest import GaussianDenoiser
+from safetensors.torch import load_file
+
+from lit_purify.attacks import PGD
+from lit_purify.cli import train
+from lit_purify.defense import TopFraction
+from lit_purify.errors import InputError
+from lit_purify.functional.noise import KeyedNoise
+from lit_purify.models import ResNetClassifier, UNet, load_classifier, load_denoiser
+from lit_purify.tasks import ClassifierTask, DenoiserTask
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A denoiser's training in small, with everything a real one has."""
+    settings = {
+        "model": {
+            "class_path": "DenoiserTask",
+            "init_args": {
+                "denoiser": {
+                    "class_path": "UNet",
+                    "init_args": {
+                        "channels": 1,
+                        "size": 8,
+                        "width": 8,
+                        "multipliers": [1],
+                        "blocks": 1,
+                        "dropout": 0.1,
+                    },
+                },
+                "classifier": {
+                    "class_path": "ResNetClassifier",
+                    "init_args": {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4},
+                },
+                "mask": {"class_path": "TopFraction", "init_args": {"fraction": 0.3}},
+                "shift_pixels": 1,
+                "mirror": True,
+                "warmup": 2,
+            },
+        },
+        "data": {"class_path": "Digits", "init_args": {"batch_size": 256}},
+        "trainer": {
+            "max_epochs": 4,
+            "logger": False,
+            "enable_progress_bar": False,
+            "limit_val_batches": 1,
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
+                    "init_args": {"decay": 0.9, "use_buffers": False, "update_starting_at_step": 0},
+                },
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"save_top_k": -1, "filename": "{epoch}", "dirpath": str(tmp_path / "checkpoints")},
+                },
+                {"class_path": "Export"},
+            ],
+        },
+    }
+    path = tmp_path / "tiny_denoiser.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def test_resuming_takes_the_very_steps_it_would_have_taken(config, tmp_path):
+    """Weights after 4 epochs, through and interrupted after 2, are equal bit for bit: order, noise, dropout, EMA."""
+    train(["fit", "--config", str(config), "--run", str(tmp_path / "through")])
+    checkpoint = tmp_path / "checkpoints" / "epoch=1.ckpt"
+    state = torch.load(checkpoint, weights_only=True)
+    assert all(name.startswith("denoiser.") for name in state["state_dict"])
+    train(["fit", "--config", str(config), "--run", str(tmp_path / "resumed"), "--ckpt_path", str(checkpoint)])
+    through, resumed = (load_file(tmp_path / run / "model.safetensors") for run in ("through", "resumed"))
+    assert through.keys() == resumed.keys()
+    for name in through:
+        assert torch.equal(through[name], resumed[name]), name
+    # What is exported is the average, not the last iterate.
+    last = torch.load(tmp_path / "checkpoints" / "epoch=3.ckpt", weights_only=True)
+    assert torch.equal(through["stem.weight"], last["state_dict"]["denoiser.stem.weight"])
+    assert not torch.equal(through["stem.weight"], last["current_model_state"]["denoiser.stem.weight"])
+    assert load_denoiser(tmp_path / "through" / "model.safetensors").config["width"] == 8
+
+
+def denoiser_task(**options):
+    settings = {"constant": 0.5, "attention": 0.25, "shapes": 0.25, "max_level": 400, **options}
+    classifier = ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4)
+    return DenoiserTask(GaussianDenoiser(size=8), classifier, TopFraction(0.3), **settings)
+
+
+def test_levels_are_drawn_as_stated(images):
+    task, image = denoiser_task(), images.repeat(100, 1, 1, 1)
+    noise = KeyedNoise(0, torch.arange(600), torch.zeros(600, dtype=torch.long))
+    levels = task.draw_levels(image, noise)
+    distinct = torch.tensor([len(each.unique()) for each in levels])
+    assert set(distinct.tolist()) == {1, 2}
+    # Random shapes may cover no pixel or all of them.
+    assert 0.5 <= float((distinct == 1).float().mean()) <= 0.62
+    assert 1 <= int(levels.min()) <= 20
+    assert 380 <= int(levels.max()) <= 400
+    task = denoiser_task(constant=0.0, attention=1.0, shapes=0.0)
+    attended = task.draw_levels(image, noise)
+    mask = TopFraction(0.3)(task._classifier[0], image, noise)
+    assert all(len(one[m > 0.5].unique()) == 1 for one, m in zip(attended, mask, strict=True))
+    assert (attended.double().std(dim=(1, 2, 3)) > 0).double().mean() > 0.9
+
+
+def test_the_optimal_denoiser_has_the_theoretical_error(images):
+    """On Gaussian data E|eps - eps*|^2 = abar v / (abar v + 1 - abar) at every level, in any map."""
+    denoiser = GaussianDenoiser(mean=0.0, variance=0.04, size=8)
+    task = DenoiserTask(denoiser, constant=1.0, attention=0.0, shapes=0.0, max_level=400, val_levels=(100, 300))
+    generator = torch.Generator().manual_seed(0)
+    image = (0.2 * torch.randn(2000, 1, 8, 8, generator=generator)) / 2 + 0.5
+    task.log = task.log_dict = lambda *args, **kwargs: None
+    task.validation_step({"image": image, "label": torch.zeros(2000).long(), "index": torch.arange(2000)}, 0)
+    for t in (100, 300):
+        abar = float(denoiser.schedule.at(t))
+        expected = abar * 0.04 / (abar * 0.04 + 1 - abar)
+        for place in ("constant", "inside", "outside"):
+            assert float(task.errors[f"{place}_t{t}"].compute()) == pytest.approx(expected, rel=0.03), place
+
+
+def test_training_noise_depends_on_sample_and_epoch_alone():
+    """So two processes with half a batch each see what one sees with the whole batch."""
+    task = denoiser_task()
+    index = torch.arange(8)
+    whole = task.keyed({"index": index}).normal(0, torch.zeros(8, 1, 4, 4))
+    halves = [task.keyed({"index": half}).normal(0, torch.zeros(4, 1, 4, 4)) for half in (index[0::2], index[1::2])]
+    assert torch.equal(whole[0::2], halves[0])
+    assert torch.equal(whole[1::2], halves[1])
+
+
+def test_processes_and_steps_draw_differently_what_is_not_keyed(monkeypatch):
+    draws = []
+    for rank, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        task = denoiser_task()
+        monkeypatch.setattr(type(task), "global_rank", rank)
+        monkeypatch.setattr(type(task), "global_step", step)
+        task.on_train_batch_start({}, 0)
+        draws.append(tuple(torch.rand(4).tolist()))
+    assert len(set(draws[:3])) == 3
+    assert draws[3] == draws[0]
+
+
+def test_classifier_learns_and_adversarial_training_is_more_robust(tmp_path):
+    from lit_purify.data import Digits
+
+    accuracy = {}
+    for name, attack in (("plain", None), ("adversarial", PGD("linf", 0.15, 4, 0.06))):
+        torch.manual_seed(0)
+        task = ClassifierTask(
+            ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=8), attack, learning_rate=5e-3, warmup=10
+        )
+        trainer = L.Trainer(
+            max_epochs=8,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            inference_mode=False,
+            default_root_dir=tmp_path,
+            use_distributed_sampler=False,
+        )
+        data = Digits(batch_size=64)
+        trainer.fit(task, data)
+        task.attack = PGD("linf", 0.15, 10, 0.04)
+        (accuracy[name],) = trainer.validate(task, data, verbose=False)
+    assert accuracy["plain"]["val/clean_accuracy"] > 0.93
+    assert accuracy["adversarial"]["val/robust_accuracy"] > accuracy["plain"]["val/robust_accuracy"] + 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"constant": 0.9}, "add to 1"),
+        ({"max_level": 1001}, "max_level = 1001"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"val_levels": (0,)}, "val_levels = 0"),
+    ],
+)
+def test_impossible_settings_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        denoiser_task(**options)
+    with pytest.raises(InputError, match="needs a classifier"):
+        DenoiserTask(GaussianDenoiser())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "train").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_training_config_is_valid(path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train(["fit", "--config", str(path), "--print_config"])
+    assert not exit_.value.code
+    assert "class_path" in capsys.readouterr().out
+
+
+def test_shipped_weights_are_what_the_configs_make():
+    checkpoints = ROOT / "checkpoints"
+    assert sum(path.stat().st_size for path in checkpoints.glob("*.safetensors")) < 3e6
+    denoiser = load_denoiser(checkpoints / "digits_denoiser.safetensors")
+    recipe = yaml.safe_load((ROOT / "configs/train/digits_denoiser.yaml").read_text())
+    wanted = recipe["model"]["init_args"]["denoiser"]["init_args"]
+    assert {key: denoiser.config[key] for key in wanted} == wanted
+    classifier = load_classifier(checkpoints / "digits_classifier.safetensors")
+    assert json.dumps(classifier.config) and isinstance(denoiser, UNet)
