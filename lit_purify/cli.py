@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lit_purify import attacks, callbacks, data, defense, models, tasks  # noqa: F401
 from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, WandbReport
 from lit_purify.data import ImageDataModule
+from lit_purify.defense import Purifier
 from lit_purify.errors import InputError
 from lit_purify.run_folder import RunFolder
 from lit_purify.tasks import RobustnessTask, TrainingTask
@@ -119,7 +120,9 @@ class _CLI(LightningCLI):
             if isinstance(cause, (InputError, OSError)):
                 raise cause from None
             frame = traceback.extract_tb(cause.__traceback__)[-1]
-            raise InputError(f"{cause} ({type(cause).__name__} in {Path(frame.filename).name}:{frame.lineno})") from error
+            raise InputError(
+                f"{cause} ({type(cause).__name__} in {Path(frame.filename).name}:{frame.lineno})"
+            ) from error
 
     @property
     def resolved(self) -> str:
@@ -250,57 +253,86 @@ _CALLABLE = re.compile(
     r"\. Got value: Namespace\((?:class_path='([\w.]+)'.*|.*class_path='([\w.]+)'\))$",
     re.MULTILINE,
 )
+_NO_REASON = re.compile(
+    r"(Does not validate|Subtypes:|Errors:|Given value|Expected an? (<class '[\w.]+'>|[\w.]+\[.*\])$|Expected a path but"
+    r"|Not a valid subclass|Subclass types expect|an? (class|dict) |Problem with given class_path|$)"
+)
+"""What lines of a parser error start with that say how it was reached, or which other types a value is not of."""
 
 
 def _essence(message: str) -> str:
     """The one line of a nested parser error that says what to mend.
 
     jsonargparse tells how it went down into the configuration (``Parser key "model": ... Problem with given class_path
-    ...: ...``), tries every type that a place accepts, and repeats the whole value at each level. What helps is the keys
-    on the way and the reason at its end.
+    ...: ...``), tries every type that a place accepts, and repeats the value at each level. What helps is the keys on
+    the way and the reason at its end.
     """
-    keys = re.findall(r'Parser key "([\w.]+)"', message)
-    place = ".".join(keys)
-    flag = re.findall(r"Given value: NestedArg\(key='([\w.]+)'", message)
-    if flag:
-        # Given as a flag: the outermost, last, is the whole name.
-        place = f"{keys[0]}.init_args.{flag[-1]}"
+    keys = list(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))
+    flags = re.findall(r"Given value: NestedArg\(key='([\w.]+)'", message)
+    # A flag is repeated at each level as well; the outermost stands last and has the whole name.
+    place = f"{keys[0]}.init_args.{flags[-1]}" if keys and flags else ".".join(keys)
+    at = f"{place}: " if place else ""
+    message = re.sub(r'Parser key "[\w.]+":', "", message)
     # A purifier is made by a function, about whose class_path the message is worded differently.
     message = _CALLABLE.sub(lambda m: f"Problem with given class_path '{m[2] or m[3]}':\n{m[1]}", message)
     message = re.sub(r"Type collections\.abc\.Callable\[.*?callable class: ", "", message)
 
-    def found(pattern: str) -> re.Match[str] | None:
-        return re.search(pattern, message, re.MULTILINE)
+    if m := re.search(r'"subcommand" to be one of \{(.+?)\}', message):
+        return f"say what to do, one of {m[1]}: fit --config FILE trains"
+    if m := re.search(r"unrecognized arguments: ([^\s=]+)|does not accept option '(.+)'", message):
+        if m[1] and not m[1].startswith("-"):
+            return f"unexpected argument {m[1]}; settings are given as --NAME VALUE"
+        name = (m[1] or m[2]).removeprefix("--")
+        return f"there is no setting {name}; {_nearest(name, _SETTINGS) or '--help lists all'}"
+    if m := re.search(r"class_path '([\w.]+)':\s+Option '(.+)' is not accepted", message):
+        options = _options(m[1])
+        return f"{at}{_last(m[1])} has no option {m[2]}; {_nearest(m[2], options) or 'it has ' + ', '.join(options)}"
+    if m := re.search(r"(?:class_path '([\w.]+)':\s+)?the following arguments are required: (.+)", message):
+        if m[1]:
+            return f"{at}{_last(m[1])} needs {m[2]}"
+        return f"no {re.sub('(fit|test|validate)[.]', '', m[2])} given: name a configuration with --config"
+    if m := re.search(r"Expected a dot import path string: (.+)", message):
+        if m[1] in _CLASSES:
+            return f"{at}{m[1]} is of another kind than is needed here"
+        return f"{at}there is no class {m[1]}; {_nearest(m[1], _CLASSES) or 'classes of others need their full path'}"
+    reasons = [line for text in message.splitlines() if not _NO_REASON.match(line := text.strip(" -"))]
+    if reasons and "codec can't decode" not in reasons[0]:
+        return at + _tidy(reasons[0])
+    if "Not a valid subclass" in message or reasons:
+        return f"{at}a class is needed: give its class_path and init_args"
+    # No type of a union fits: the innermost union is the last that lists its types, and the first that ends.
+    types = re.findall(r"Subtypes: \[(.+)\]$", message, re.MULTILINE)
+    values = re.findall(r"Given value: (.+)$", message, re.MULTILINE)
+    return f"{at}Expected {_tidy(types[-1])}. Got value: {values[0]}" if types and values else at + _tidy(message)
 
-    at = f"{place}: " if place else ""
-    if m := found(r"unrecognized arguments: (.+)"):
-        return _unknown_flag(m[1])
-    if m := found(r"does not accept option '(.+)'"):
-        return _unknown_flag(f"--{m[1]}").replace("--", "")
-    if m := found(r"class_path '([\w.]+)':\s+Option '(.+)' is not accepted"):
-        return f"{at}{m[1].rpartition('.')[2]} has no option {m[2]!r}; {_nearest(m[2], _options(m[1]))}"
-    if m := found(r"class_path '([\w.]+)':\s+the following arguments are required: (.+)"):
-        return f"{at}{m[1].rpartition('.')[2]} needs {m[2]}: give a value"
-    if m := found(r"the following arguments are required: (.+)"):
-        return f"{re.sub(r'[a-z]+[.]', '', m[1])} missing: give a configuration that has it with --config"
-    return " ".join(message.split())
+
+_CLASSES = [name for module in (attacks, callbacks, data, defense, models, tasks) for name in module.__all__]
+_SETTINGS = ["config", "run", "seed_everything", "ckpt_path", "model", "data", "trainer"]
+_SETTINGS += [f"trainer.{name}" for name in inspect.signature(L.Trainer).parameters]
 
 
-def _unknown_flag(text: str) -> str:
-    return text
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _tidy(text: str) -> str:
+    """Types as a configuration writes them."""
+    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text).replace("NoneType", "null")
+    return " ".join(re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text).split())
 
 
 def _options(class_path: str) -> list[str]:
     """What a configuration can give to a class or function."""
-    found: Any = pydoc.locate(class_path)
-    names = list(inspect.signature(found).parameters)
+    made: Any = pydoc.locate(class_path)
+    names = inspect.signature(made).parameters
     # A task makes its purifiers for its networks.
-    return [name for name in names if not (inspect.isclass(found) and issubclass(found, Purifier) and name in ("denoiser", "classifier"))]
+    given = {"denoiser", "classifier"} if inspect.isclass(made) and issubclass(made, Purifier) else set()
+    return [name for name in names if name not in given]
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def _nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def _quiet() -> None:

@@ -156,6 +156,7 @@ def test_sizes_in_pixels():
 
 def test_noise_of_rows_is_asked_for_by_key(images):
     """A stub without keys works as well: attacks use the protocol alone."""
+
     def model(x, noise):
         return torch.stack([x.sum(dim=(1, 2, 3)), noise.normal(0, x).sum(dim=(1, 2, 3))], dim=1)
 

@@ -111,7 +111,11 @@ def test_a_run_leaves_what_the_contract_names(finished):
 def test_summary_follows_from_the_records(finished):
     summary = json.loads((finished / "summary.json").read_text())
     for result in summary["results"]:
-        group = [r for r in read_records(finished / "records.jsonl") if (r.defense, r.attack) == (result["defense"], result["attack"])]
+        group = [
+            r
+            for r in read_records(finished / "records.jsonl")
+            if (r.defense, r.attack) == (result["defense"], result["attack"])
+        ]
         metric = RobustAccuracy(3)
         for record in group:
             metric.update(torch.tensor([record.adversarial]), torch.tensor([record.label]))
@@ -120,7 +124,11 @@ def test_summary_follows_from_the_records(finished):
             assert value == pytest.approx(getattr(metric.compute(), rule).value)
             assert low <= value <= high
         if result["defense"] != "none":
-            first = [r for r in read_records(finished / "records.jsonl") if (r.defense, r.attack) == ("none", result["attack"])]
+            first = [
+                r
+                for r in read_records(finished / "records.jsonl")
+                if (r.defense, r.attack) == ("none", result["attack"])
+            ]
             shares = [
                 outcomes(torch.tensor([r.adversarial for r in rs]), torch.tensor([r.label for r in rs]))[:, 0].mean()
                 for rs in (group, first)
@@ -178,7 +186,9 @@ def test_resuming_completes_and_changes_nothing(config, finished, tmp_path, caps
 def test_other_settings_are_refused_in_a_used_folder(config, finished, capsys):
     before = (finished / "records.jsonl").read_bytes()
     with pytest.raises(SystemExit) as exit_:
-        evaluate(["--config", str(config), "--run", str(finished), "--model.init_args.attacks.pgd.init_args.steps", "3"])
+        evaluate(
+            ["--config", str(config), "--run", str(finished), "--model.init_args.attacks.pgd.init_args.steps", "3"]
+        )
     assert exit_.value.code == 2
     assert "attacks.pgd.init_args.steps: 2 there, 3 here" in capsys.readouterr().err
     assert (finished / "records.jsonl").read_bytes() == before
@@ -198,7 +208,9 @@ def test_processes_do_not_change_the_result(config, finished, tmp_path, processe
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "eval.py"), "--config", str(config), "--run", str(run)]
     command += ["--trainer.accelerator", "cpu", "--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().splitlines()[-1] == f"Report: {run / 'report.html'}"
     assert records(run) == records(finished)

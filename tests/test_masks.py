@@ -45,7 +45,8 @@ def test_top_fraction_has_the_exact_area_even_with_ties():
 
 
 @pytest.mark.parametrize(
-    "rule", [SoftmaxThreshold(0.02), MinMaxThreshold(0.5), TopFraction(0.25), Ones(), Zeros(), Inverse(TopFraction(0.25))]
+    "rule",
+    [SoftmaxThreshold(0.02), MinMaxThreshold(0.5), TopFraction(0.25), Ones(), Zeros(), Inverse(TopFraction(0.25))],
 )
 def test_rules_give_binary_masks_for_each_sample_alone(rule, classifier, images):
     mask = rule(classifier, images, noise(len(images)))
@@ -73,7 +74,9 @@ def test_random_area(classifier, images):
     assert float((share - share.mean(dim=(2, 3), keepdim=True)).abs().max()) < 0.2
 
 
-@pytest.mark.parametrize("rule", [lambda: MinMaxThreshold(1.0), lambda: SoftmaxThreshold(0.0), lambda: TopFraction(1.5)])
+@pytest.mark.parametrize(
+    "rule", [lambda: MinMaxThreshold(1.0), lambda: SoftmaxThreshold(0.0), lambda: TopFraction(1.5)]
+)
 def test_thresholds_out_of_range(rule):
     with pytest.raises(InputError, match=r"outside \(0, 1\)"):
         rule()

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from conftest import FixedNoise, GaussianDenoiser
@@ -67,7 +69,7 @@ def test_called_levels_are_the_stated_ones(name, classifier, images):
         assert called == [400, 310, 308, 306, 304, 302, 300, 210, 208, 206, 204, 202, 200, 100]
     else:
         assert called == purifier.levels
-    assert set(purifier.levels) <= {t if t % 100 == 0 else t - 10 for t in called} | {t for t in called}
+    assert set(purifier.levels) <= {t if t % 100 == 0 else t - 10 for t in called} | set(called)
 
 
 def test_heterogeneous_with_all_ones_is_uniform_from_high(unet, classifier, images, fixed):
@@ -111,7 +113,7 @@ def test_ddim_on_gaussian_data_follows_the_closed_form():
     m, v, levels = denoiser.mean, denoiser.variance, grid(300, 0, 3)
     abar = [float(denoiser.schedule.at(t)) for t in levels]
     x = abar[0] ** 0.5 * (2 * image.double() - 1) + (1 - abar[0]) ** 0.5 * z.double()
-    for t, s in zip(abar, abar[1:], strict=False):
+    for t, s in itertools.pairwise(abar):
         total = t * v + 1 - t
         centered = x - t**0.5 * m
         x = s**0.5 * m + centered * (s**0.5 * t**0.5 * v + ((1 - s) * (1 - t)) ** 0.5) / total

@@ -158,7 +158,10 @@ def test_classifier_learns_and_adversarial_training_is_more_robust(tmp_path):
     for name, attack in (("plain", None), ("adversarial", PGD("linf", 0.15, 4, 0.06))):
         torch.manual_seed(0)
         task = ClassifierTask(
-            ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=8), attack, learning_rate=5e-3, warmup=10
+            ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=8),
+            attack,
+            learning_rate=5e-3,
+            warmup=10,
         )
         trainer = L.Trainer(
             max_epochs=8,
@@ -211,4 +214,5 @@ def test_shipped_weights_are_what_the_configs_make():
     wanted = recipe["model"]["init_args"]["denoiser"]["init_args"]
     assert {key: denoiser.config[key] for key in wanted} == wanted
     classifier = load_classifier(checkpoints / "digits_classifier.safetensors")
-    assert json.dumps(classifier.config) and isinstance(denoiser, UNet)
+    assert json.dumps(classifier.config)
+    assert isinstance(denoiser, UNet)

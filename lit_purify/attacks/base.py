@@ -27,7 +27,9 @@ class Attack(ABC):
     def __init__(self, norm: Norm, eps: float | str) -> None:
         self.norm, self.eps = norm, pixels("eps", eps)
         if norm == "linf" and self.eps > 1.0:
-            raise InputError(f"eps = {eps} is above 1, the whole range of a pixel: images lie in [0, 1], use e.g. 8/255")
+            raise InputError(
+                f"eps = {eps} is above 1, the whole range of a pixel: images lie in [0, 1], use e.g. 8/255"
+            )
 
     def __call__(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int = 64) -> Tensor:
         """Adversarial images, (B, C, H, W) in [0, 1], detached.

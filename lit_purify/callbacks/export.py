@@ -33,5 +33,3 @@ class Export(Callback):
         dtype = torch.float16 if self.half else torch.float32
         save_network(pl_module.network, path, {"step": trainer.global_step, "metrics": figures}, dtype)
         print(f"Exported: {path}")
-
-

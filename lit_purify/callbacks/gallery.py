@@ -17,7 +17,7 @@ from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
 
 
 class Gallery(Callback, EvaluationListener):
-    """Writes ``overlays/DEFENSE.ATTACK.INDEX.png``: original, adversarial, mask overlay, noised, purified, side by side.
+    """Writes ``overlays/DEFENSE.ATTACK.INDEX.png``: original, adversarial, mask overlay, noised, purified.
 
     Beside it the bare mask at its own size, ``....mask.png``, where the defense has one.
     """

@@ -19,13 +19,16 @@ th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bo
 th:first-child, td:first-child { text-align: left; } thead th { vertical-align: bottom; }
 figure { margin: 1rem 0; padding: .6rem; background: var(--soft); border-radius: .4rem; }
 figure img { max-width: 100%; height: auto; } figcaption { font-size: .9rem; }
-.plot { background: #fff; border-radius: .4rem; max-width: 100%; height: auto; } pre { overflow-x: auto; font-size: .8rem; }
+.plot { background: #fff; border-radius: .4rem; max-width: 100%; height: auto; }
+pre { overflow-x: auto; font-size: .8rem; }
 .broken { color: #c2410c; } .held { color: #15803d; }
 @media (prefers-color-scheme: dark) { .broken { color: #fb923c; } .held { color: #4ade80; } }
 """
 
 
-def page(summary: Mapping[str, Any], pictures: Sequence[tuple[Record, str]], classes: Sequence[str], config: str) -> str:
+def page(
+    summary: Mapping[str, Any], pictures: Sequence[tuple[Record, str]], classes: Sequence[str], config: str
+) -> str:
     """The whole report.
 
     Args:
@@ -64,7 +67,9 @@ def page(summary: Mapping[str, Any], pictures: Sequence[tuple[Record, str]], cla
 
 
 def _table(results: Sequence[Mapping[str, Any]], baseline: str) -> str:
-    head = "".join(f"<th>clean<br>{rule}</th>" for rule in RULES) + "".join(f"<th>robust<br>{rule}</th>" for rule in RULES)
+    head = "".join(f"<th>clean<br>{rule}</th>" for rule in RULES) + "".join(
+        f"<th>robust<br>{rule}</th>" for rule in RULES
+    )
     rows = []
     for result in results:
         cells = [percent(result[kind][rule]) for kind in ("clean", "robust") for rule in RULES]
@@ -85,10 +90,10 @@ def _table(results: Sequence[Mapping[str, Any]], baseline: str) -> str:
 
 def _plot(results: Sequence[Mapping[str, Any]]) -> str:
     """Clean against robust average accuracy, with intervals, as an inline drawing."""
-    import matplotlib  # noqa: PLC0415  (a second of start-up that only a report needs)
+    import matplotlib
 
     matplotlib.use("svg")
-    from matplotlib import pyplot  # noqa: PLC0415
+    from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
     for result in results:
@@ -107,7 +112,9 @@ def _plot(results: Sequence[Mapping[str, Any]]) -> str:
     figure.savefig(text, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     drawing = text.getvalue()
-    return drawing[drawing.index("<svg") :].replace("<svg", "<svg class='plot' role='img' aria-label='Clean against robust accuracy'", 1)
+    return drawing[drawing.index("<svg") :].replace(
+        "<svg", "<svg class='plot' role='img' aria-label='Clean against robust accuracy'", 1
+    )
 
 
 def _figure(record: Record, image: str, classes: Sequence[str]) -> str:

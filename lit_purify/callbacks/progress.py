@@ -36,7 +36,7 @@ class Progress(Callback, EvaluationListener):
                 file=sys.stderr,
                 disable=not sys.stderr.isatty(),
                 dynamic_ncols=True,
-                bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} samples x defenses, {elapsed}, {remaining} left{postfix}",
+                bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} samples x defenses, {remaining} left{postfix}",
             )
 
     def on_evaluated(

@@ -15,7 +15,7 @@ from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
 
 
 class RecordWriter(Callback, EvaluationListener):
-    """Keeps ``records.jsonl``: one line a record, written through at once, so that a killed run loses one batch at most."""
+    """Keeps ``records.jsonl``: one line a record, written through at once: a killed run loses one batch at most."""
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merges what the last run left, and tells the task what is done."""

@@ -29,7 +29,8 @@ def summarize(
     for record in sorted(records, key=lambda record: record.index):
         by_pair.setdefault((record.defense, record.attack), []).append(record)
     survived = {
-        pair: outcomes(_predictions(group, "adversarial"), _labels(group)).unbind(dim=1) for pair, group in by_pair.items()
+        pair: outcomes(_predictions(group, "adversarial"), _labels(group)).unbind(dim=1)
+        for pair, group in by_pair.items()
     }
     results = []
     for result in described:

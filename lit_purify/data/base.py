@@ -175,7 +175,7 @@ def _collate(samples: list[dict[str, Any]]) -> Batch:
     shapes = sorted({tuple(sample["image"].shape) for sample in samples})
     if len(shapes) > 1:
         raise InputError(f"images of shapes {shapes[0]} and {shapes[1]} make no batch: give the data a size")
-    return default_collate(samples)  # type: ignore[no-any-return]
+    return default_collate(samples)
 
 
 def _read_at(read: Callable[[int], Tensor], positions: Indices, item: int) -> Tensor:

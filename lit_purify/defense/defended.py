@@ -34,4 +34,4 @@ class DefendedClassifier(nn.Module):
             seed, run = (int(word) for word in torch.randint(2**32, (2,)))
             index = torch.arange(len(image), device=image.device)
             noise = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION)
-        return self.classifier(self.purifier(image, noise))  # type: ignore[no-any-return]
+        return self.classifier(self.purifier(image, noise))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -79,8 +80,8 @@ class Purifier(nn.Module, ABC):
         """Noise predicted in ``x`` at one level or at a map of levels."""
         level = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
         if self.recompute and torch.is_grad_enabled() and x.requires_grad:
-            return checkpoint(self.denoiser, x, level, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
-        return self.denoiser(x, level)  # type: ignore[no-any-return]
+            return checkpoint(self.denoiser, x, level, use_reentrant=False, preserve_rng_state=False)
+        return self.denoiser(x, level)
 
     def ddim(self, x: Tensor, start: int, end: int) -> Tensor:
         """One DDIM step from a level to a weaker one: one network call."""
@@ -224,7 +225,7 @@ class HeterogeneousPurifier(Purifier):
         def mend(x: Tensor, t: int) -> Tensor:
             x = renoised(x, at(t), at(t + self.jump), draws.next())
             back = grid(t + self.jump, t, self.resampling_steps)
-            for k, (a, b) in enumerate(zip(back, back[1:], strict=False)):
+            for k, (a, b) in enumerate(itertools.pairwise(back)):
                 x = self.ddim(merge(x, a) if k else x, a, b)
             return x
 

@@ -1,8 +1,8 @@
 """Keyed noise: a function of (seed, sample, run, step) and of nothing else.
 
 Random numbers come from a counter-based generator, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011), written on integer tensors. So a recomputed forward pass replays its noise exactly, and a result does
-not depend on batch size, order, process count or on having been interrupted. The integers are the same on every device.
+1, 2, 3", SC 2011), written on integer tensors. So a recomputed forward pass replays its noise exactly, and a result
+does not depend on batch size, order, process count or interruption. The integers are the same on every device.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
         counter: Four broadcastable int64 tensors with values in 0 .. 2**32 - 1.
         key: Two integers in 0 .. 2**32 - 1.
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
     k0, k1 = key
     for _ in range(10):
         # The 64-bit product wraps in two's complement; masking after the shift recovers its unsigned high word.

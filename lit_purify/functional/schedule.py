@@ -32,7 +32,7 @@ class Schedule:
         return len(self.abar) - 1
 
     def at(self, t: Tensor | int) -> Tensor:
-        """abar at levels ``t`` (any shape, integers in 0 .. T), float64."""
+        """Abar at levels ``t`` (any shape, integers in 0 .. T), float64."""
         if isinstance(t, int):
             return self.abar[t]
         return self.abar.to(t.device)[t.long()]

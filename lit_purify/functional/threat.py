@@ -42,7 +42,7 @@ def l2_norm(delta: Tensor) -> Tensor:
 
 
 def project(adversarial: Tensor, image: Tensor, norm: Norm, eps: float) -> Tensor:
-    """The nearest point of the threat model (Linf: exactly; L2: onto the ball, then into [0, 1], which stays inside)."""
+    """A point of the threat model near by: onto the ball, then into [0, 1], which does not leave the ball again."""
     delta = adversarial - image
     if norm == "linf":
         delta = delta.clamp(-eps, eps)

@@ -84,7 +84,7 @@ class Classifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W) in [0, 1]."""
-        return self.network(self.normalize(image))  # type: ignore[no-any-return]
+        return self.network(self.normalize(image))
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Activations (B, C_m, h_m, w_m) of the blocks on images (B, C, H, W) in [0, 1].

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
@@ -21,7 +22,7 @@ Network = TypeVar("Network", Classifier, Denoiser)
 
 
 def save_network(
-    network: Classifier | Denoiser, path: Path, info: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    network: nn.Module, path: Path, info: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
 ) -> None:
     """Writes ``network`` with its ``config``, atomically.
 
@@ -92,8 +93,11 @@ def _load(path: Path, kind: type[Network]) -> Network:
         raise InputError(f"{path}: is of class {header['class_path']}, which is not installed") from error
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise InputError(f"{path}: holds a {name}, where a {wanted} is needed")
-    with torch.random.fork_rng(devices=[]):
-        network = found(**header["init_args"])
+    try:
+        with torch.random.fork_rng(devices=[]):
+            network = found(**header["init_args"])
+    except TypeError as error:
+        raise InputError(f"{path}: was written by another version of {name} ({error})") from error
     load_into(network.network if isinstance(network, Classifier) else network, state, str(path))
     network.origin = path.name
     network.eval()

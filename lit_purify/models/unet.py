@@ -178,7 +178,7 @@ class UNet(Denoiser):
             if not isinstance(stage[0], Upsample):  # type: ignore[index]
                 h = torch.cat((h, skips.pop()), dim=1)
             h = _run(stage, h, conditioning)
-        return self.head(silu(self.norm(h)))  # type: ignore[no-any-return]
+        return self.head(silu(self.norm(h)))
 
 
 class Upsample(nn.Module):
@@ -189,7 +189,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(interpolate(x, scale_factor=2, mode="nearest"))  # type: ignore[no-any-return]
+        return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
 
 
 def _run(stage: nn.Module, h: Tensor, conditioning: Conditioning) -> Tensor:

@@ -49,7 +49,7 @@ class ClassifierTask(TrainingTask):
         self.accuracy = nn.ModuleDict({name: MeanMetric() for name in ("clean", "robust")})
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> Classifier:
         """The classifier."""
         return self.classifier
 
@@ -78,7 +78,9 @@ class ClassifierTask(TrainingTask):
         self.classifier.check_image(batch["image"])
         worst = int(batch["label"].max())
         if worst >= self.classifier.num_classes:
-            raise InputError(f"label {worst} of the data is outside the classifier's 0 .. {self.classifier.num_classes - 1}")
+            raise InputError(
+                f"label {worst} of the data is outside the classifier's 0 .. {self.classifier.num_classes - 1}"
+            )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Clean accuracy, and accuracy under the training attack when there is one."""
@@ -88,12 +90,15 @@ class ClassifierTask(TrainingTask):
             noise = KeyedNoise(self.seed, batch["index"], torch.zeros_like(batch["index"]), EVALUATION)
             images["robust"] = self._attacked(self.attack, batch["image"], batch["label"], noise)
         for name, image in images.items():
-            self.accuracy[name].update((self.classifier(image).argmax(dim=1) == batch["label"]).float())
+            self._accuracy(name).update((self.classifier(image).argmax(dim=1) == batch["label"]).float())
 
     def on_validation_epoch_end(self) -> None:
         """Logs accuracies."""
-        for name, metric in self.accuracy.items():
-            assert isinstance(metric, MeanMetric)
-            if name == "clean" or self.attack is not None:
-                self.log(f"val/{name}_accuracy", metric.compute(), prog_bar=True)
-            metric.reset()
+        for name in ("clean", "robust") if self.attack is not None else ("clean",):
+            self.log(f"val/{name}_accuracy", self._accuracy(name).compute(), prog_bar=True)
+            self._accuracy(name).reset()
+
+    def _accuracy(self, name: str) -> MeanMetric:
+        metric = self.accuracy[name]
+        assert isinstance(metric, MeanMetric)
+        return metric

@@ -66,7 +66,9 @@ class DenoiserTask(TrainingTask):
         super().__init__(learning_rate, weight_decay, warmup, shift_pixels, mirror, seed)
         shares = (constant, attention, shapes)
         if min(shares) < 0 or abs(sum(shares) - 1.0) > 1e-6:
-            raise InputError(f"constant + attention + shapes = {sum(shares):g}: shares must not be negative and add to 1")
+            raise InputError(
+                f"constant + attention + shapes = {sum(shares):g}: shares must not be negative and add to 1"
+            )
         if attention > 0 and (classifier is None or mask is None):
             raise InputError(f"attention = {attention} needs a classifier and a mask: give both, or set attention to 0")
         for level in (max_level, *val_levels):
@@ -74,12 +76,14 @@ class DenoiserTask(TrainingTask):
         self.denoiser, self.constant, self.attention, self.max_level = denoiser, constant, attention, max_level
         self.mask, self.val_levels = mask, tuple(val_levels)
         # In a tuple: the weight average and the checkpoints are about the denoiser alone.
-        self._classifier = () if classifier is None else (classifier.eval().requires_grad_(False),)
+        self._classifier: tuple[Classifier, ...] = (
+            () if classifier is None else (classifier.eval().requires_grad_(False),)
+        )
         names = [f"{place}_t{t}" for t in self.val_levels for place in ("constant", "inside", "outside")]
         self.errors = nn.ModuleDict({name: MeanMetric() for name in names})
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> Denoiser:
         """The denoiser."""
         return self.denoiser
 
@@ -113,10 +117,9 @@ class DenoiserTask(TrainingTask):
         return two_level(mask, inside, outside)
 
     def _attention(self, image: Tensor, noise: Noise) -> Tensor:
-        (classifier,) = self._classifier
-        if self.mask is None:
-            raise RuntimeError("attention without a mask rule")
-        return self.mask(classifier, image, noise)
+        if self.mask is None or not self._classifier:
+            raise RuntimeError("attention without a classifier and a mask rule")
+        return self.mask(self._classifier[0], image, noise)
 
     def _check(self, batch: Batch) -> None:
         self.denoiser.check_image(batch["image"])
@@ -130,10 +133,12 @@ class DenoiserTask(TrainingTask):
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
         u = to_diffusion(image)
         eps = noise.normal(_NOISE, u)
-        if self._classifier:
+        if self._classifier and self.mask is not None:
             mask = self._attention(image, noise)
         else:
-            mask = random_shapes(image, noise.uniform(_SHAPES, image.new_empty(len(image), 6 * _SHAPE_COUNT)), _SHAPE_COUNT)
+            mask = random_shapes(
+                image, noise.uniform(_SHAPES, image.new_empty(len(image), 6 * _SHAPE_COUNT)), _SHAPE_COUNT
+            )
         for t in self.val_levels:
             half = max(1, t // 2)
             for place, inside, outside, weight in (
@@ -144,14 +149,18 @@ class DenoiserTask(TrainingTask):
                 levels = two_level(mask, inside, outside)
                 x = noised(u, self.denoiser.schedule.at(levels), eps)
                 error = (self.denoiser(x, levels) - eps).square().mean(dim=1, keepdim=True)
-                self.errors[f"{place}_t{t}"].update(error, weight)
+                self._error(f"{place}_t{t}").update(error, weight)
 
     def on_validation_epoch_end(self) -> None:
         """Logs every error, and their mean as ``val/loss``."""
         values = {}
-        for name, metric in self.errors.items():
-            assert isinstance(metric, MeanMetric)
-            values[f"val/mse_{name}"] = metric.compute()
-            metric.reset()
+        for name in self.errors:
+            values[f"val/mse_{name}"] = self._error(name).compute()
+            self._error(name).reset()
         self.log_dict(values)
         self.log("val/loss", torch.stack(list(values.values())).mean(), prog_bar=True)
+
+    def _error(self, name: str) -> MeanMetric:
+        metric = self.errors[name]
+        assert isinstance(metric, MeanMetric)
+        return metric

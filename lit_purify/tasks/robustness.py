@@ -48,8 +48,8 @@ class EvaluationListener:
 class RobustnessTask(L.LightningModule):
     """Attacks every defense on the same samples and counts what survives.
 
-    Clean and adversarial images are classified N times with the same fresh noise; the attack draws noise of its own. All
-    defenses share the noise keys, so their differences are paired.
+    Clean and adversarial images are classified N times with the same fresh noise; the attack draws noise of its own.
+    All defenses share the noise keys, so their differences are paired.
 
     Args:
         classifier: What is defended.
@@ -98,9 +98,7 @@ class RobustnessTask(L.LightningModule):
         )
         self.attacks = dict(attacks)
         self.runs, self.chunk, self.seed, self.gallery = runs, chunk, seed, gallery
-        self.metrics = nn.ModuleDict(
-            {self.metric_name(*pair): RobustAccuracy(runs) for pair in self.pairs}
-        )
+        self.metrics = nn.ModuleDict({self.metric_name(*pair): RobustAccuracy(runs) for pair in self.pairs})
         self.clean = nn.ModuleDict({name: RobustAccuracy(runs) for name in defenses})
         self._done: set[Key] = set()
         self._clean_counted: set[tuple[str, int]] = set()
@@ -159,17 +157,23 @@ class RobustnessTask(L.LightningModule):
             if count:
                 self._count(record)
 
-    def setup(self, stage: str) -> None:
-        """Checks that data, classifier and denoiser fit each other."""
-        data = self._data()
+    def check(self, data: ImageDataModule) -> None:
+        """Raises an ``InputError`` when data, classifier and denoiser do not fit each other."""
         evaluated = data.evaluated
         first = evaluated[0]["image"][None]
         self.classifier.check_image(first)
         self.denoiser.check_image(first)
         worst = int(evaluated.labels[evaluated.positions].max())
         if worst >= self.classifier.num_classes:
-            raise InputError(f"label {worst} of the data is outside the classifier's 0 .. {self.classifier.num_classes - 1}")
-        self._shown = set(evaluated.positions[: self.gallery].tolist())
+            raise InputError(
+                f"label {worst} of the data is outside the classifier's 0 .. {self.classifier.num_classes - 1}"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Checks, and chooses what is shown."""
+        data = self._data()
+        self.check(data)
+        self._shown = set(data.evaluated.positions[: self.gallery].tolist())
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluates what is not yet recorded of a batch, and tells the listeners after each pair."""
@@ -231,8 +235,8 @@ class RobustnessTask(L.LightningModule):
                 trace = model.purifier.trace(adversarial[rows], noise.rows(rows))
             for k, row in enumerate(shown_rows):
                 mask = None if trace.mask is None else trace.mask[k].cpu()
-                images = (each.cpu() for each in (image[row], adversarial[row], trace.noised[k], trace.purified[k]))
-                views.append(View(records[row], *images, mask))
+                original, shown = image[row].cpu(), adversarial[row].cpu()
+                views.append(View(records[row], original, shown, trace.noised[k].cpu(), trace.purified[k].cpu(), mask))
         return records, views
 
     def _count(self, record: Record) -> None:

@@ -8,12 +8,13 @@ from abc import ABC, abstractmethod
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_purify.data.base import Batch
 from lit_purify.errors import InputError
 from lit_purify.functional.images import flip, shift
 from lit_purify.functional.noise import TRAINING, KeyedNoise
+from lit_purify.models import Classifier, Denoiser
 
 
 class TrainingTask(L.LightningModule, ABC):
@@ -42,11 +43,11 @@ class TrainingTask(L.LightningModule, ABC):
 
     @property
     @abstractmethod
-    def network(self) -> nn.Module:
+    def network(self) -> Classifier | Denoiser:
         """What is trained and exported."""
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seeds what is not keyed (dropout): each process its own stream, each step anew, as a resumed training does."""
+        """Seeds what is not keyed (dropout): each process its own stream, each step anew, as when resumed."""
         torch.manual_seed((self.seed * 65_537 + self.global_rank) * 1_000_003 + self.global_step)
 
     def keyed(self, batch: Batch) -> KeyedNoise:
