@@ -26,7 +26,7 @@ class FixedNoise:
 
 
 class GaussianDenoiser(Denoiser):
-    """The optimal denoiser of pixels u ~ N(mean, variance), independent: eps = sigma (x - a mean) / (a^2 v + sigma^2)."""
+    """The optimal denoiser of independent pixels u ~ N(mean, v): eps = sigma (x - a mean) / (a^2 v + sigma^2)."""
 
     def __init__(self, mean=0.2, variance=0.3, channels=1, size=4):
         super().__init__()

@@ -53,6 +53,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """(B, width_in, h, w) to (B, width_out, h, w)."""
         h = self.conv1(silu(self.norm1(x)))
         scale, shift = conditioning.project(self.level, h.shape[-1]).chunk(2, dim=1)
         h = self.norm2(h) * (1.0 + scale) + shift
@@ -70,6 +71,7 @@ class Attention(nn.Module):
         self.out = _zeroed(nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) to the same."""
         q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
         mixed = scaled_dot_product_attention(q, k, v)
         return x + self.out(rearrange(mixed, "b n (h w) c -> b (n c) h w", h=x.shape[-2]))
@@ -189,6 +191,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) to (B, width, 2 h, 2 w)."""
         return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
 
 

@@ -76,9 +76,9 @@ class DenoiserTask(TrainingTask):
         self.denoiser, self.constant, self.attention, self.max_level = denoiser, constant, attention, max_level
         self.mask, self.val_levels = mask, tuple(val_levels)
         # In a tuple: the weight average and the checkpoints are about the denoiser alone.
-        self._classifier: tuple[Classifier, ...] = (
-            () if classifier is None else (classifier.eval().requires_grad_(False),)
-        )
+        self._classifier: tuple[Classifier, ...] = ()
+        if classifier is not None:
+            self._classifier = (classifier.eval().requires_grad_(False),)
         names = [f"{place}_t{t}" for t in self.val_levels for place in ("constant", "inside", "outside")]
         self.errors = nn.ModuleDict({name: MeanMetric() for name in names})
 
