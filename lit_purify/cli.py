@@ -12,7 +12,8 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,10 +21,11 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported for their classes: what is imported can be named in a configuration by its short name.
-from lit_purify import attacks, callbacks, data, defense, models, tasks  # noqa: F401
+from lit_purify import attacks, callbacks, data, defense, models, tasks
 from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, WandbReport
 from lit_purify.data import ImageDataModule
 from lit_purify.defense import Purifier
@@ -117,12 +119,21 @@ class _CLI(LightningCLI):
             while str(cause).startswith("Does not validate against") and cause.__cause__ is not None:
                 # jsonargparse takes it for a value of the wrong type.
                 cause = cause.__cause__
-            if isinstance(cause, (InputError, OSError)):
+            if isinstance(cause, (InputError, MisconfigurationException, OSError)):
                 raise cause from None
             frame = traceback.extract_tb(cause.__traceback__)[-1]
             raise InputError(
                 f"{cause} ({type(cause).__name__} in {Path(frame.filename).name}:{frame.lineno})"
             ) from error
+
+    def start_with(self, hook: str, write: Callable[[bool], None]) -> None:
+        """Has something written by rank zero, after the checks of the task and before the other callbacks."""
+
+        def start(trainer: L.Trainer, task: L.LightningModule) -> None:
+            write(trainer.is_global_zero)
+            self.running = True
+
+        self.trainer.callbacks.insert(0, LambdaCallback(**{hook: start}))  # type: ignore[attr-defined]
 
     @property
     def resolved(self) -> str:
@@ -141,11 +152,10 @@ class _EvaluationCLI(_CLI):
         return {"test": {"model", "dataloaders", "datamodule"}}
 
     def before_test(self) -> None:
-        """Nothing is written before data and networks are known to fit."""
         assert self.folder is not None
-        self.model.check(self.datamodule)
-        self.folder.claim(self.resolved, write=_rank() == 0)
-        self.running = True
+        # Refuses before a logger writes into a folder of other records; writes when data and networks are known to fit.
+        self.folder.claim(self.resolved, write=False)
+        self.start_with("on_test_start", partial(self.folder.claim, self.resolved))
 
 
 class _TrainingCLI(_CLI):
@@ -158,8 +168,7 @@ class _TrainingCLI(_CLI):
 
     def before_fit(self) -> None:
         assert self.folder is not None
-        self.folder.write_config(self.resolved, write=_rank() == 0)
-        self.running = True
+        self.start_with("on_train_start", partial(self.folder.write_config, self.resolved))
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
@@ -202,12 +211,13 @@ def _rank() -> int:
 
 def _check_configs(argv: Sequence[str]) -> None:
     """Names the file that is at fault; the parser's messages do not."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name, _, value = word.partition("=")
         path = Path(value or following)
-        # All else, the parser refuses.
-        if name not in ("-c", "--config") or not path.is_file():
+        if name not in ("-c", "--config") or path.suffix not in (".yaml", ".yml", ".json"):
             continue
+        if not path.is_file():
+            raise InputError(f"{path}: no such configuration; name another with --config")
         try:
             found = yaml.safe_load(path.read_text())
         except yaml.MarkedYAMLError as error:
@@ -223,10 +233,10 @@ def _check_checkpoint(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; check ckpt_path")
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    # The unpickler fails in many ways on what is not a pickle.
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    # The unpickler fails in many ways on what is not a checkpoint.
     except Exception as error:
-        raise InputError(f"{path}: refused, it is not a checkpoint of train.py that holds plain data alone") from error
+        raise InputError(f"{path}: refused, it is not a checkpoint that train.py saved (.ckpt)") from error
 
 
 def _explanation(error: Exception, folder: RunFolder | None) -> str | None:
@@ -235,29 +245,36 @@ def _explanation(error: Exception, folder: RunFolder | None) -> str | None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # A worker process of a loader adds its traceback, with the message at its end.
         return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if "Original Traceback" in str(error) else " ".join(lines)
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if isinstance(error, (TypeError, ValueError)) and place.is_relative_to(Path(L.__file__).parent):
+        # Lightning refuses a combination of settings.
+        return " ".join(str(error).split())
     if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
         return "ckpt_path: the checkpoint is of another network than the one configured"
     if not isinstance(error, OSError):
         return None
-    if error.errno is None:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if folder is None or (error.filename is None and not full):
         return " ".join(str(error).split())
-    reason = {errno.ENOSPC: "no space left", errno.EDQUOT: "no space left"}.get(error.errno, error.strerror)
-    # Writes into an open file do not name it: they are the run's own.
-    path = error.filename or (folder and folder.path) or "the run's folder"
-    own = folder is None or error.filename is None or Path(error.filename).is_relative_to(folder.path)
-    return f"{path}: {reason}; " + ("choose another folder with --run" if own else "check the path and its permissions")
+    # A write into an open file does not name it: it is one of the run's own.
+    path, run = Path(error.filename or folder.path), folder.path.absolute()
+    own = path.absolute().is_relative_to(run) or run.is_relative_to(path.absolute())
+    reason = "no space left" if full else str(error.strerror).lower()
+    return f"{path}: {reason}; {'choose another folder with --run' if own else 'check the path'}"
 
 
 _CALLABLE = re.compile(
-    r"Type collections\.abc\.Callable\[.*?\] expects a function or a callable class: ([^\0]*?)"
+    r"Type collections\.abc\.Callable\[.*?\] expects a function or a callable class: ((?s:.*?))"
     r"\. Got value: Namespace\((?:class_path='([\w.]+)'.*|.*class_path='([\w.]+)'\))$",
     re.MULTILINE,
 )
+_NO_CLASS = r"Not a valid subclass|Dict must include|.*(subclass spec|codec can't decode|has no attribute)"
+"""What is said when something stands where a class is due; of a path given there, it is tried to read the file."""
 _NO_REASON = re.compile(
-    r"(Does not validate|Subtypes:|Errors:|Given value|Expected an? (<class '[\w.]+'>|[\w.]+\[.*\])$|Expected a path but"
-    r"|Not a valid subclass|Subclass types expect|an? (class|dict) |Problem with given class_path|$)"
+    r"Does not validate|Subtypes:|Errors:|Given value|Expected an? (<class '[\w.]+'>|[\w.]+\[.*\])$|Expected a path but"
+    rf"|Problem with given class_path|Subclass types expect|an? (class|dict) |$|{_NO_CLASS}"
 )
-"""What lines of a parser error start with that say how it was reached, or which other types a value is not of."""
+"""Lines of a parser error that say how it was reached, or which other types a value is not of."""
 
 
 def _essence(message: str) -> str:
@@ -295,15 +312,18 @@ def _essence(message: str) -> str:
         if m[1] in _CLASSES:
             return f"{at}{m[1]} is of another kind than is needed here"
         return f"{at}there is no class {m[1]}; {_nearest(m[1], _CLASSES) or 'classes of others need their full path'}"
+    if m := re.search(r"module '(.+)' has no attribute '(\w+)'|(No module named '.+')", message):
+        near = _nearest(m[2], dir(pydoc.locate(m[1]))) if m[1] else ""
+        return f"{at}{m[3] or f'there is no {m[2]} in {m[1]}'}; {near or 'check class_path'}"
     reasons = [line for text in message.splitlines() if not _NO_REASON.match(line := text.strip(" -"))]
-    if reasons and "codec can't decode" not in reasons[0]:
+    if reasons:
         return at + _tidy(reasons[0])
-    if "Not a valid subclass" in message or reasons:
+    if re.search(_NO_CLASS, message):
         return f"{at}a class is needed: give its class_path and init_args"
     # No type of a union fits: the innermost union is the last that lists its types, and the first that ends.
     types = re.findall(r"Subtypes: \[(.+)\]$", message, re.MULTILINE)
     values = re.findall(r"Given value: (.+)$", message, re.MULTILINE)
-    return f"{at}Expected {_tidy(types[-1])}. Got value: {values[0]}" if types and values else at + _tidy(message)
+    return at + _tidy(f"Expected a {types[-1]}. Got value: {values[0]}" if types and values else message)
 
 
 _CLASSES = [name for module in (attacks, callbacks, data, defense, models, tasks) for name in module.__all__]
@@ -316,9 +336,12 @@ def _last(path: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Types as a configuration writes them."""
-    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text).replace("NoneType", "null")
-    return " ".join(re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text).split())
+    """Types as people write them."""
+    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", text)
+    if m := re.search(r"Expected an? (.+)\. Got value: (.+)", text):
+        return f"expected {m[1].replace(', ', ' or ').replace('NoneType', 'null')}; got {m[2]}"
+    return " ".join(text.split())
 
 
 def _options(class_path: str) -> list[str]:
@@ -338,7 +361,8 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 def _quiet() -> None:
     """Keeps remarks that no user can act on off the screen."""
     os.environ.setdefault("WANDB_SILENT", "true")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     for pattern in (
         ".*does not have many workers.*",
         ".*deprecat.*",
@@ -347,5 +371,7 @@ def _quiet() -> None:
         ".*using a `DistributedSampler`.*",
         ".*args parameter is intended.*",
         ".*smaller than the logging interval.*",
+        # Metrics are summed over processes already.
+        ".*sync_dist=True.*",
     ):
         warnings.filterwarnings("ignore", message=pattern)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lit_purify.errors import InputError
-from lit_purify.metrics.records import Record, read_records, write_records
+from lit_purify.metrics.records import Record, read_records, write_records, write_whole
 
 _IRRELEVANT = (
     "config",
@@ -76,12 +76,11 @@ class RunFolder:
         return self.records if rank == 0 else self.path / f"records.rank{rank}.jsonl"
 
     def collect(self, write: bool) -> list[Record]:
-        """All records of all processes; on request merged into ``records.jsonl``, which also mends a torn line."""
+        """All records of all processes, sorted; on request merged into ``records.jsonl``, which mends a torn line."""
         parts = [self.records, *sorted(self.path.glob("records.rank*.jsonl"))]
         found = {record.key: record for part in reversed(parts) for record in read_records(part)}
-        records = [*found.values()]
+        records = sorted(found.values(), key=lambda record: (record.index, record.defense, record.attack))
         if write and records:
-            records.sort(key=lambda record: (record.index, record.defense, record.attack))
             write_records(self.records, records)
             for part in parts[1:]:
                 part.unlink()
@@ -91,7 +90,7 @@ class RunFolder:
         """Writes the configuration of a run."""
         if write:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(text)
+            write_whole(self.config, text)
 
     def claim(self, text: str, write: bool) -> None:
         """Makes the folder this run's own.
@@ -104,7 +103,8 @@ class RunFolder:
             InputError: The folder holds records of a run with other settings.
         """
         identity = identify(yaml.safe_load(text))
-        if self.identity.exists():
+        # Without records there is nothing that other settings could mix with.
+        if self.identity.exists() and self.collect(write=False):
             before = json.loads(self.identity.read_text())
             differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
             if differing:
@@ -115,7 +115,7 @@ class RunFolder:
                 )
         if write:
             self.write_config(text, write)
-            self.identity.write_text(json.dumps(identity, indent=1))
+            write_whole(self.identity, json.dumps(identity, indent=1))
 
 
 def identify(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from torchvision.utils import save_image
 
 from lit_purify.functional.rendering import panels
 from lit_purify.metrics import Record
+from lit_purify.metrics.records import write_whole
 from lit_purify.run_folder import RunFolder
 from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
 
@@ -33,6 +36,13 @@ class Gallery(Callback, EvaluationListener):
             mask = torch.zeros_like(view.original[:1]) if view.mask is None else view.mask
             images = torch.stack([view.original, view.adversarial, view.adversarial, view.noised, view.purified])
             strip = panels(images, mask, overlay=2)
-            save_image(strip, folder / f"{defense}.{attack}.{index:06d}.png")
+            _save(strip, folder / f"{defense}.{attack}.{index:06d}.png")
             if view.mask is not None:
-                save_image(view.mask, folder / f"{defense}.{attack}.{index:06d}.mask.png")
+                _save(view.mask, folder / f"{defense}.{attack}.{index:06d}.mask.png")
+
+
+def _save(image: Tensor, path: Path) -> None:
+    """Whole or not at all: a sample whose record is there is not shown again."""
+    stream = io.BytesIO()
+    save_image(image, stream, format="png")
+    write_whole(path, stream.getvalue())

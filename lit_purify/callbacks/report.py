@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lit_purify.callbacks.html import page
 from lit_purify.callbacks.summary import summarize, table
 from lit_purify.errors import InputError
+from lit_purify.metrics.records import write_whole
 from lit_purify.run_folder import RunFolder
 from lit_purify.tasks.robustness import RobustnessTask
 
@@ -48,12 +49,12 @@ class Report(Callback):
             "denoiser": pl_module.denoiser.title,
         }
         summary = summarize([r for r in records if r.key in wanted], pl_module.describe(), facts, pl_module.baseline)
-        folder.summary.write_text(json.dumps(summary, indent=1) + "\n")
+        write_whole(folder.summary, json.dumps(summary, indent=1) + "\n")
         pictures = [
             (record, base64.b64encode(path.read_bytes()).decode())
             for record in records
             if (path := folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png").exists()
         ]
-        folder.report.write_text(page(summary, pictures, list(data.classes), folder.config.read_text()))
+        write_whole(folder.report, page(summary, pictures, list(data.classes), folder.config.read_text()))
         print(table(summary))
         print(f"Report: {folder.report}")

@@ -80,6 +80,15 @@ def read_records(path: Path) -> list[Record]:
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Replaces a file by these records, atomically."""
+    write_whole(path, "".join(record.line() for record in records))
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file or, when that fails, leaves what was there."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(record.line() for record in records))
-    partial.replace(path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

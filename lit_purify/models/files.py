@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from lit_purify.errors import InputError
@@ -47,8 +47,13 @@ def save_network(
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in inner.state_dict().items()
     }
-    save_file(state, partial, metadata={_KEY: json.dumps(header)})
-    partial.replace(path)
+    try:
+        # Written by Python: a full disk is then an OSError as everywhere.
+        partial.write_bytes(save(state, metadata={_KEY: json.dumps(header)}))
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load_denoiser(path: Path) -> Denoiser:

@@ -45,6 +45,8 @@ class ClassifierTask(TrainingTask):
         seed: int = 0,
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup, shift_pixels, mirror, seed)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise InputError(f"label_smoothing = {label_smoothing} is outside [0, 1)")
         self.classifier, self.attack, self.label_smoothing = classifier, attack, label_smoothing
         self.accuracy = nn.ModuleDict({name: MeanMetric() for name in ("clean", "robust")})
 

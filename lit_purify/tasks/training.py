@@ -38,6 +38,9 @@ class TrainingTask(L.LightningModule, ABC):
         super().__init__()
         if not 0.0 < learning_rate < 1.0:
             raise InputError(f"learning_rate = {learning_rate} is outside (0, 1)")
+        for name, value in (("weight_decay", weight_decay), ("shift_pixels", shift_pixels)):
+            if value < 0:
+                raise InputError(f"{name} = {value} must not be negative")
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.shift_pixels, self.mirror, self.seed = shift_pixels, mirror, seed
 

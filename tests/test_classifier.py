@@ -1,0 +1,525 @@
+import errno
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomized
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d, batch_norm, conv2d, linear, relu
+
+from lit_purify.errors import InputError
+from lit_purify.models import (
+    Classifier,
+    ResNetClassifier,
+    TimmClassifier,
+    load_classifier,
+    load_denoiser,
+)
+from lit_purify.models import classifier as classifier_module
+from lit_purify.models.classifier import imagenet_synsets
+from lit_purify.models.files import save_network
+from lit_purify.models.weights import load_into, read_state_dict
+
+
+def pictures(count=3, channels=3, size=16):
+    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def with_statistics(network):
+    """Random weights, and random running statistics in batch normalizations."""
+    generator = torch.Generator().manual_seed(1)
+    for module in randomized(network).modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.3)
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    return network
+
+
+def resnet(depth=8, size=16, width=4, channels=3, **options):
+    return with_statistics(ResNetClassifier(depth, size, 10, channels=channels, width=width, **options))
+
+
+class Small(nn.Module):
+    """Someone's own network, with an activation that works in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.act = nn.ReLU(inplace=True)
+        self.unused = nn.Identity()
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x):
+        return self.head(self.act(self.conv(x)).mean(dim=(2, 3)))
+
+
+def plain_resnet(state, x):
+    """Logits and the outputs of the three stages, from a state_dict alone (He et al. 2016, section 4.2, option A)."""
+
+    def normalized_convolution(x, conv, bn, stride):
+        x = conv2d(x, state[conv + ".weight"], stride=stride, padding=1)
+        mean, var = state[bn + ".running_mean"], state[bn + ".running_var"]
+        return batch_norm(x, mean, var, state[bn + ".weight"], state[bn + ".bias"], eps=1e-5)
+
+    x = relu(normalized_convolution(x, "conv1", "bn1", 1))
+    stages = []
+    for stage in (1, 2, 3):
+        block = 0
+        while f"layer{stage}.{block}.conv1.weight" in state:
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            h = relu(normalized_convolution(x, f"{name}.conv1", f"{name}.bn1", stride))
+            h = normalized_convolution(h, f"{name}.conv2", f"{name}.bn2", 1)
+            shortcut = torch.zeros_like(h)
+            start = (h.shape[1] - x.shape[1]) // 2
+            shortcut[:, start : start + x.shape[1]] = x[:, :, ::stride, ::stride]
+            x, block = relu(h + shortcut), block + 1
+        stages.append(x)
+    return linear(adaptive_avg_pool2d(x, 1).flatten(1), state["linear.weight"], state["linear.bias"]), stages
+
+
+# The wrapper.
+
+
+def test_normalization_is_inside():
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    image, network = pictures(), Small()
+    normalized = torch.stack([(image[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
+    wrapped = Classifier(network, size=16, num_classes=10, mean=mean, std=std)
+    assert torch.allclose(wrapped(image), network(normalized), atol=1e-6)
+    assert torch.equal(Classifier(network, size=16, num_classes=10)(image), network(image))
+    gray = Classifier(network, size=16, num_classes=10, mean=[0.5], std=[0.25])
+    assert torch.allclose(gray(image), network(image * 4 - 2), atol=1e-6)
+    assert set(wrapped.state_dict()) == {f"network.{name}" for name in network.state_dict()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"mean": [0.1, 0.2]}, {"std": [1.0] * 4}, {"mean": [127.5], "std": [127.5]}, {"mean": [-0.1]}, {"std": [0.0]}],
+)
+def test_impossible_normalizations_are_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        Classifier(Small(), size=16, num_classes=10, **options)
+
+
+def test_gradient_reaches_the_image():
+    image = pictures().requires_grad_()
+    resnet()(image).sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
+def test_images_of_another_shape_are_refused():
+    wrapped = resnet()
+    wrapped.check_image(pictures())
+    for image in (pictures(channels=1), pictures(size=8)):
+        with pytest.raises(InputError, match=r"\(3, 16, 16\)"):
+            wrapped.check_image(image)
+
+
+# Features.
+
+
+def test_features_are_the_outputs_of_the_modules():
+    wrapped = resnet(mean=[0.5], std=[0.25])
+    image = pictures()
+    _, stages = plain_resnet(wrapped.network.state_dict(), image * 4 - 2)
+    features = wrapped.features(image)
+    assert [tuple(f.shape) for f in features] == [(3, 4, 16, 16), (3, 8, 8, 8), (3, 16, 4, 4)]
+    for feature, stage in zip(features, stages, strict=True):
+        assert torch.allclose(feature, stage, atol=1e-5)
+
+
+def test_features_are_not_touched_by_later_modules_in_place():
+    network = Small()
+    image = pictures()
+    conv, act = Classifier(network, size=16, num_classes=10, blocks=["conv", "act"]).features(image)
+    assert torch.equal(conv, network.conv(image))
+    assert torch.equal(act, relu(network.conv(image)))
+    assert conv.min() < 0
+
+
+def test_features_leave_no_hooks_behind():
+    def hooks(network):
+        return [len(module._forward_hooks) for module in network.modules()]
+
+    wrapped = resnet()
+    wrapped.features(pictures())
+    assert not any(hooks(wrapped))
+    with pytest.raises(RuntimeError):
+        wrapped.features(pictures(channels=1))
+    assert not any(hooks(wrapped))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (["layer9"], "no module 'layer9'; it has conv, act"),
+        (["head"], "head does not"),
+        (["unused"], "not call"),
+        ([], "name"),
+    ],
+)
+def test_blocks_that_make_no_mask_are_refused(blocks, message):
+    with pytest.raises(InputError, match=message):
+        Classifier(Small(), size=16, num_classes=10, blocks=blocks).features(pictures())
+
+
+# ResNet.
+
+
+@pytest.mark.parametrize(("depth", "size", "width", "channels"), [(20, 32, 16, 3), (14, 8, 4, 1), (8, 10, 3, 3)])
+def test_resnet_agrees_with_a_plain_forward_pass(depth, size, width, channels):
+    wrapped = resnet(depth, size, width, channels)
+    image = pictures(2, channels, size)
+    expected, _ = plain_resnet(wrapped.network.state_dict(), image)
+    assert torch.allclose(wrapped(image), expected, atol=1e-5)
+    assert expected.std() > 0.01
+
+
+def test_resnet20_has_the_public_layout():
+    state = ResNetClassifier(20, 32, 10).network.state_dict()
+    convs = ["conv1", *(f"layer{s}.{b}.conv{i}" for s in (1, 2, 3) for b in range(3) for i in (1, 2))]
+    norms = [name.replace("conv", "bn") for name in convs]
+    statistics = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = {f"{name}.weight" for name in convs} | {f"{name}.{what}" for name in norms for what in statistics}
+    assert set(state) == expected | {"linear.weight", "linear.bias"}
+    assert sum(p.numel() for p in ResNetClassifier(20, 32, 10).parameters()) == 269_722
+
+
+@pytest.mark.parametrize("depth", [2, 7, 21])
+def test_impossible_depths_are_refused(depth):
+    with pytest.raises(InputError, match=f"depth = {depth}"):
+        ResNetClassifier(depth, 32, 10)
+
+
+# timm.
+
+
+def test_timm_cnn_features():
+    wrapped = TimmClassifier("test_resnet", num_classes=7, size=64).eval()
+    image = pictures(2, size=64)
+    features = wrapped.features(image)
+    assert wrapped(image).shape == (2, 7)
+    assert len(features) >= 4
+    assert all(f.ndim == 4 and f.shape[0] == 2 and f.shape[2] == f.shape[3] for f in features)
+    assert [f.shape[-1] for f in features] == sorted((f.shape[-1] for f in features), reverse=True)
+    assert torch.allclose(features[-1], wrapped.network.forward_features(wrapped.normalize(image)), atol=1e-5)
+    named = TimmClassifier("test_resnet", num_classes=7, size=64, blocks=["layer4"]).eval()
+    named.load_state_dict(wrapped.state_dict())
+    assert torch.allclose(named.features(image)[0], features[-1], atol=1e-5)
+
+
+def test_timm_transformer_features():
+    wrapped = TimmClassifier("test_vit", num_classes=7, size=32, options={"img_size": 32}).eval()
+    image = pictures(2, size=32)
+    network, features = wrapped.network, wrapped.features(image)
+    assert wrapped(image).shape == (2, 7)
+    assert len(features) == len(network.blocks)
+    assert {tuple(f.shape) for f in features} == {(2, network.embed_dim, 2, 2)}
+    tokens = network.forward_features(wrapped.normalize(image))[:, network.num_prefix_tokens :]
+    assert torch.allclose(network.norm(features[-1].flatten(2).transpose(1, 2)), tokens, atol=1e-5)
+    with pytest.raises(InputError, match=r"blocks.0 does not put out a tensor \(B, C, h, w\)"):
+        TimmClassifier("test_vit", size=160, blocks=["blocks.0"]).features(pictures(1, size=160))
+
+
+def test_timm_models_bring_their_own_settings():
+    wrapped = TimmClassifier("test_resnet")
+    assert wrapped.size == 160
+    assert wrapped.mean.flatten().tolist() == pytest.approx(wrapped.network.pretrained_cfg["mean"])
+    assert wrapped.std.flatten().tolist() == pytest.approx(wrapped.network.pretrained_cfg["std"])
+    own = TimmClassifier("test_resnet", size=64, mean=[0.25], std=[0.75])
+    assert (own.size, own.mean.item(), own.std.item()) == (64, 0.25, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "resnet_of_mine"}, "no model 'resnet_of_mine'; near: "),
+        ({"name": "test_resnet.of_mine"}, "of_mine"),
+        ({"name": "test_resnet", "options": {"colour": 3}}, "colour"),
+        ({"name": "test_resnet", "pretrained": True, "checkpoint": "some.pt"}, "choose one"),
+    ],
+)
+def test_what_timm_cannot_make_is_told(arguments, message):
+    with pytest.raises(InputError, match=message):
+        TimmClassifier(**arguments)
+
+
+def test_pretrained_weights_are_named_or_their_absence_is_told(monkeypatch):
+    create = classifier_module.timm.create_model
+    monkeypatch.setattr(classifier_module.timm, "create_model", lambda name, pretrained, **rest: create(name, **rest))
+    assert TimmClassifier("test_resnet", pretrained=True).origin == "weights of timm (r160_in1k)"
+    assert TimmClassifier("test_resnet").origin == "not loaded from a file"
+
+    def fails(*args, **options):
+        raise FileNotFoundError("cannot find the file on the hub")
+
+    monkeypatch.setattr(classifier_module.timm, "create_model", fails)
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        TimmClassifier("test_resnet", pretrained=True)
+
+
+def test_imagenet_has_1000_classes():
+    classes = imagenet_synsets()
+    assert len(set(classes)) == 1000
+    assert classes == sorted(classes)
+    assert (classes[0], classes[207], classes[999]) == ("n01440764", "n02099601", "n15075141")
+
+
+# Weights of others.
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".th", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
+@pytest.mark.parametrize("container", [None, "state_dict", "net"])
+def test_foreign_weights_load(tmp_path, suffix, prefix, container):
+    source = resnet()
+    state = {prefix + name: value for name, value in source.network.state_dict().items()}
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state if container is None else {container: state, "epoch": 3, "accuracy": 0.9}, path)
+    loaded = ResNetClassifier(8, 16, 10, width=4, checkpoint=path).eval()
+    assert torch.equal(loaded(pictures()), source(pictures()))
+    assert loaded.origin == path.name
+    assert loaded.title == f"ResNet, {path.name}"
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_names_that_begin_like_a_wrapper_load(tmp_path, prefix):
+    source, target = (nn.ModuleDict({"model": nn.ModuleDict({"network": Small()})}) for _ in range(2))
+    torch.save({prefix + name: value for name, value in source.state_dict().items()}, tmp_path / "own.pt")
+    Classifier(target, size=16, num_classes=10, checkpoint=tmp_path / "own.pt")
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
+
+
+def test_half_precision_and_absent_counters_load(tmp_path):
+    source = resnet()
+    state = {n: v for n, v in source.network.state_dict().items() if not n.endswith("num_batches_tracked")}
+    torch.save({name: value.half() for name, value in state.items()}, tmp_path / "half.pt")
+    read = read_state_dict(tmp_path / "half.pt")
+    assert all(torch.equal(read[name], value.half().float()) for name, value in state.items())
+    assert all(value.dtype == torch.float32 for value in read.values())
+    ResNetClassifier(8, 16, 10, width=4, checkpoint=tmp_path / "half.pt")
+
+
+class Harmful:
+    """Runs code when unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of the file ran')",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.pt", None, "no such file"),
+        ("empty.pt", b"", "empty"),
+        ("page.pt", b"\n <!DOCTYPE html><html>Sign in</html>", "HTML page"),
+        ("page.safetensors", b"<HTML><body>Quota exceeded</body>", "HTML page"),
+        ("pointer.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+        ("garbage.pt", bytes(range(200)), "garbage.pt"),
+        ("damaged.pt", b"\x80\x02\x8a\x0a\xfc\x9c", "cannot be read as weights"),
+        ("garbage.safetensors", bytes(range(200)), "not a safetensors file"),
+        ("harmful.pt", pickle.dumps({"state_dict": Harmful()}), "refused"),
+    ],
+)
+def test_files_that_are_no_weights_are_refused(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    for read in (read_state_dict, lambda p: ResNetClassifier(8, 16, 10, checkpoint=p)):
+        with pytest.raises(InputError, match=message) as raised:
+            read(path)
+        assert str(raised.value).startswith(str(path))
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["zip.pt", "old.pt", "tensors.safetensors"])
+@pytest.mark.parametrize("part", [0.001, 0.3, 0.9, 0.999])
+def test_incomplete_downloads_are_refused(tmp_path, name, part):
+    path, state = tmp_path / name, resnet().network.state_dict()
+    if path.suffix == ".pt":
+        torch.save(state, path, _use_new_zipfile_serialization=name == "zip.pt")
+    else:
+        save_file(state, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(InputError, match=str(path)):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"state_dict": {"a": "b"}}, torch.zeros(3)])
+def test_files_without_a_state_dict_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="holds no state_dict"):
+        read_state_dict(tmp_path / "other.pt")
+
+
+def test_whole_modules_are_refused(tmp_path):
+    torch.save(resnet(), tmp_path / "module.pt")
+    with pytest.raises(InputError, match="save the state_dict alone"):
+        read_state_dict(tmp_path / "module.pt")
+
+
+def test_a_safetensors_file_may_begin_like_a_page(tmp_path):
+    path, state = tmp_path / "weights.safetensors", {"a": torch.ones(2)}
+    save_file(state, path, metadata={"note": ""})
+    # The file opens with the length of its header; this one reads " <".
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    save_file(state, path, metadata={"note": "x" * (0x3C20 - length)})
+    assert path.read_bytes()[:2] == b" <"
+    assert torch.equal(read_state_dict(path)["a"], torch.ones(2))
+
+
+def without(state, name):
+    return {n: v for n, v in state.items() if n != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: without(s, "conv1.weight"), r"1 missing \(conv1.weight\), 0 unexpected \(none\)"),
+        (lambda s: {**s, "fc.bias": torch.zeros(1)}, r"0 missing \(none\), 1 unexpected \(fc.bias\)"),
+        (lambda s: {**s, "linear.bias": torch.zeros(7)}, r"linear.bias has shape \(7,\), the network needs \(10,\)"),
+        (lambda s: {"x": torch.zeros(1)}, "0 names match"),
+    ],
+)
+def test_weights_of_another_network_are_refused_as_a_whole(change, message):
+    state, network = resnet().network.state_dict(), ResNetClassifier(8, 16, 10, width=4).network
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(InputError, match=message) as raised:
+        load_into(network, change(state), "file.pt")
+    assert str(raised.value).startswith("file.pt: ")
+    assert "\n" not in str(raised.value)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+# Our own files.
+
+
+@pytest.fixture
+def denoiser_file(tmp_path, unet):
+    save_network(unet, tmp_path / "denoiser.safetensors")
+    return tmp_path / "denoiser.safetensors"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: resnet(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]),
+        lambda: with_statistics(
+            TimmClassifier("test_vit", 10, 16, mean=[0.3], std=[0.6], options={"img_size": 16}, blocks=["patch_embed"])
+        ),
+    ],
+)
+def test_classifier_files_round_trip(tmp_path, make, dtype):
+    source, path = make(), tmp_path / "new" / "some.safetensors"
+    save_network(source, path, {"step": 3}, dtype)
+    state = torch.random.get_rng_state()
+    loaded = load_classifier(path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert type(loaded) is type(source)
+    assert not loaded.training
+    assert loaded.config == source.config
+    assert loaded.blocks == source.blocks
+    assert loaded.origin == "some.safetensors"
+    assert loaded.title.endswith(", some.safetensors")
+    source.network.to(dtype).float()
+    assert torch.equal(loaded(pictures()), source(pictures()))
+    assert [p.name for p in path.parent.iterdir()] == ["some.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_denoiser_files_round_trip(tmp_path, unet, images, dtype):
+    path = tmp_path / "some.safetensors"
+    save_network(unet, path, dtype=dtype)
+    loaded = load_denoiser(path)
+    t = torch.arange(1, 7)
+    assert not loaded.training
+    assert loaded.origin == "some.safetensors"
+    assert loaded.title.endswith("M parameters, some.safetensors")
+    assert loaded.config == unet.config
+    assert torch.allclose(loaded(images, t), unet(images, t), atol=1e-6 if dtype == torch.float32 else 1e-2)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_half_precision_files_are_half_as_large(tmp_path):
+    source = ResNetClassifier(8, 16, 10)
+    sizes = []
+    for dtype in (torch.float32, torch.float16):
+        save_network(source, tmp_path / "some.safetensors", dtype=dtype)
+        sizes.append((tmp_path / "some.safetensors").stat().st_size)
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "some.safetensors"
+    save_network(resnet(), path)
+    before = path.read_bytes()
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "no space left", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_network(resnet(width=8), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_our_files_are_checkpoints_too(tmp_path):
+    source = resnet()
+    save_network(source, tmp_path / "some.safetensors")
+    loaded = ResNetClassifier(8, 16, 10, width=4, checkpoint=tmp_path / "some.safetensors").eval()
+    assert torch.equal(loaded(pictures()), source(pictures()))
+
+
+def test_networks_that_no_configuration_rebuilds_are_not_saved(tmp_path):
+    with pytest.raises(InputError, match="Classifier has no config"):
+        save_network(Classifier(Small(), size=16, num_classes=10), tmp_path / "some.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_wrong_kind_is_refused(tmp_path, denoiser_file):
+    save_network(resnet(), tmp_path / "classifier.safetensors")
+    with pytest.raises(InputError, match="holds a UNet, where a classifier is needed"):
+        load_classifier(denoiser_file)
+    with pytest.raises(InputError, match="holds a ResNetClassifier, where a denoiser is needed"):
+        load_denoiser(tmp_path / "classifier.safetensors")
+
+
+def rewritten(path, old, new):
+    content = path.read_bytes()
+    assert old in content
+    assert len(old) == len(new)
+    path.write_bytes(content.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: p.unlink(), "no such file"),
+        (lambda p: p.write_bytes(b"<html>"), "HTML page"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-9]), "not a safetensors file"),
+        (lambda p: torch.save({}, p), "not a safetensors file"),
+        (lambda p: save_file({"a": torch.ones(1)}, p), "carries no configuration"),
+        (
+            lambda p: rewritten(p, b"models.unet.UNet", b"models.unet.VNet"),
+            "class lit_purify.models.unet.VNet, which is not",
+        ),
+        (lambda p: rewritten(p, b"lit_purify.models", b"lit_purify.nodels"), "which is not installed"),
+        (lambda p: rewritten(p, b"multipliers", b"multiplyers"), "another version of UNet"),
+        (lambda p: rewritten(p, b"stem.bias", b"stem.biaz"), r"1 missing \(stem.bias\), 1 unexpected \(stem.biaz\)"),
+    ],
+)
+def test_damaged_files_of_ours_are_refused(denoiser_file, damage, message):
+    damage(denoiser_file)
+    with pytest.raises(InputError, match=message) as raised:
+        load_denoiser(denoiser_file)
+    assert str(raised.value).startswith(str(denoiser_file))
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,644 @@
+import hashlib
+import pickle
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import savemat
+from sklearn.datasets import load_digits
+from torchvision import datasets
+
+from lit_purify.data import (
+    CIFAR10,
+    SVHN,
+    Balanced,
+    Digits,
+    First,
+    ImageDataModule,
+    ImageDataset,
+    ImageFolder,
+    ImageNet,
+    IndexFile,
+    RandomChoice,
+)
+from lit_purify.data.torchvision_files import train_or_val
+from lit_purify.errors import InputError
+
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def write_cifar10(root):
+    """The original's files with 10 images in each of its 6 batches; returns the images and labels of each part."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    random = np.random.RandomState(0)
+    parts = {"train": ([], []), "test": ([], [])}
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        data, labels = random.randint(0, 256, (10, 3072), dtype=np.uint8), random.permutation(10).tolist()
+        (folder / name).write_bytes(pickle.dumps({"batch_label": name, "data": data, "labels": labels}))
+        images, known = parts["test" if name == "test_batch" else "train"]
+        images.extend(data.reshape(10, 3, 32, 32))
+        known.extend(labels)
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR10_CLASSES, "num_vis": 3072}))
+    return parts
+
+
+def write_svhn(root):
+    """The original's files, 30 and 12 images, with its label 10 for the digit 0; returns images and digits."""
+    root.mkdir(parents=True, exist_ok=True)
+    random = np.random.RandomState(0)
+    parts = {}
+    for name, count in (("train", 30), ("test", 12)):
+        images = random.randint(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        labels = np.arange(count, dtype=np.uint8).reshape(-1, 1) % 10 + 1
+        savemat(root / f"{name}_32x32.mat", {"X": images, "y": labels})
+        parts[name] = (images.transpose(3, 2, 0, 1), labels.ravel() % 10)
+    return parts
+
+
+def write_folders(root, counts):
+    """A folder for every key, with so many 8x8 images, each in a gray of its own; returns the folder of every gray."""
+    folder_of = {}
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True)
+        for i in range(count):
+            gray = len(folder_of)
+            folder_of[gray] = folder
+            Image.new("RGB", (8, 8), (gray, gray, gray)).save(root / folder / f"{i:03d}.png")
+    return folder_of
+
+
+@pytest.fixture
+def any_md5(monkeypatch):
+    """Torchvision accepts files of the right names with any content."""
+    for module in (datasets.cifar, datasets.svhn):
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
+
+
+def grays(split):
+    """Which of the images of ``write_folders`` a split holds, in order."""
+    return [round(float(sample["image"][0, 0, 0]) * 255) for sample in samples(split)]
+
+
+def samples(split):
+    return [split[i] for i in range(len(split))]
+
+
+def as_bytes(split):
+    return np.stack([(sample["image"] * 255).round().byte().numpy() for sample in samples(split)])
+
+
+def positions(loader):
+    return [int(i) for batch in loader for i in batch["index"]]
+
+
+def on_rank(data, world_size, rank):
+    data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
+    return data
+
+
+class Numbers(ImageDataModule):
+    """Images that hold their own number."""
+
+    def __init__(self, count=100, **options):
+        super().__init__(**options)
+        self.count = count
+
+    def split(self, name):
+        return ImageDataset.whole(constant_image, [i % 10 for i in range(self.count)], [str(c) for c in range(10)])
+
+
+def constant_image(item):
+    return torch.full((1, 2, 2), item / 1000)
+
+
+@pytest.fixture(params=["digits", "cifar10", "cifar10 in folders", "svhn", "imagenet", "folder"])
+def every(request, tmp_path, any_md5):
+    """Each datamodule in turn, with the shape of its images."""
+    if request.param == "digits":
+        return Digits(batch_size=3), (1, 8, 8)
+    if request.param == "cifar10":
+        write_cifar10(tmp_path)
+        return CIFAR10(tmp_path, batch_size=3), (3, 32, 32)
+    if request.param == "cifar10 in folders":
+        write_folders(tmp_path, {f"{part}/{name}": 2 for part in ("train", "test") for name in CIFAR10_CLASSES})
+        return CIFAR10(tmp_path, batch_size=3), (3, 32, 32)
+    if request.param == "svhn":
+        write_svhn(tmp_path)
+        return SVHN(tmp_path, batch_size=3), (3, 32, 32)
+    write_folders(tmp_path, {"n01440764": 10, "n15075141": 10})
+    if request.param == "imagenet":
+        return ImageNet(tmp_path, size=16, batch_size=3, test_fraction=0.5), (3, 16, 16)
+    return ImageFolder(tmp_path, channels=1, batch_size=3, test_fraction=0.5), (1, 8, 8)
+
+
+# Batches and splits that every datamodule has.
+
+
+def test_batches(every):
+    data, shape = every
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        batch = next(iter(loader))
+        assert set(batch) == {"image", "label", "index"}
+        assert batch["image"].shape[1:] == shape
+        assert batch["image"].dtype == torch.float32
+        assert batch["image"].min() >= 0
+        assert 0.01 < batch["image"].max() <= 1
+        assert batch["label"].dtype == batch["index"].dtype == torch.int64
+        assert batch["label"].shape == batch["index"].shape == (len(batch["image"]),)
+        assert batch["label"].min() >= 0
+        assert batch["label"].max() < len(data.classes)
+
+
+def test_evaluation_reads_the_split_in_order(every):
+    data, _ = every
+    whole = data.split("test")
+    assert positions(data.test_dataloader()) == list(range(len(whole)))
+    assert positions(data.val_dataloader()) == list(range(len(data.split("val"))))
+    for batch in data.test_dataloader():
+        for image, label, index in zip(*batch.values(), strict=True):
+            assert torch.equal(image, whole[int(index)]["image"])
+            assert label == whole.labels[index]
+
+
+def test_index_does_not_depend_on_subset_or_batch_size(every):
+    data, _ = every
+    whole = data.split("test")
+    for subset, batch_size in ((None, 4), (First(4), 3), (RandomChoice(5, seed=2), 1), (RandomChoice(5, seed=2), 5)):
+        data.subset, data.batch_size = subset, batch_size
+        expected = range(len(whole)) if subset is None else subset.indices(whole.labels)
+        assert positions(data.test_dataloader()) == list(expected)
+        assert len(data.evaluated) == len(expected)
+        for sample in samples(data.evaluated):
+            assert torch.equal(sample["image"], whole[sample["index"]]["image"])
+            assert sample["label"] == whole.labels[sample["index"]]
+
+
+def test_splits_pickle(every):
+    data, _ = every
+    for name in ("train", "val", "test"):
+        split = data.split(name)
+        copy = pickle.loads(pickle.dumps(split))
+        assert torch.equal(copy[1]["image"], split[1]["image"])
+
+
+def test_the_same_split_is_made_every_time(every):
+    data, _ = every
+    for name in ("train", "val", "test"):
+        assert np.array_equal(as_bytes(data.split(name)), as_bytes(data.split(name)))
+
+
+def test_evaluate_on_another_split():
+    data = Digits(evaluate_on="val")
+    assert np.array_equal(as_bytes(data.evaluated), as_bytes(data.split("val")))
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"num_workers": -1}, {"evaluate_on": "valid"}])
+def test_impossible_options_are_refused(options):
+    with pytest.raises(InputError, match=next(iter(options))):
+        Numbers(**options)
+
+
+@pytest.mark.parametrize("labels", [[], [0, 2], [-1, 0]])
+def test_impossible_labels_are_refused(labels):
+    with pytest.raises(InputError):
+        ImageDataset.whole(constant_image, labels, ["a", "b"])
+
+
+# Each dataset.
+
+
+def test_digits_are_cut_from_the_stated_permutation():
+    digits = load_digits()
+    order = np.random.RandomState(0).permutation(1797)
+    for name, chosen in (("train", order[:1097]), ("val", order[1097:1397]), ("test", order[1397:])):
+        split = Digits().split(name)
+        images = torch.stack([sample["image"] for sample in samples(split)])
+        assert torch.equal(images, torch.from_numpy(digits.images[chosen] / 16).float()[:, None])
+        assert split.labels.tolist() == digits.target[chosen].tolist()
+    assert Digits(size=16).split("test")[0]["image"].shape == (1, 16, 16)
+    assert Digits().classes == [str(digit) for digit in range(10)]
+
+
+def test_cifar10_from_its_files(tmp_path, any_md5):
+    written = write_cifar10(tmp_path)
+    data = CIFAR10(tmp_path)
+    # A tenth of 50 training images.
+    val = sorted(np.random.RandomState(0).permutation(50)[:5])
+    train = sorted(set(range(50)) - set(val))
+    for name, part, chosen in (("train", "train", train), ("val", "train", val), ("test", "test", range(10))):
+        images, labels = written[part]
+        assert np.array_equal(as_bytes(data.split(name)), np.stack([images[i] for i in chosen]))
+        assert data.split(name).labels.tolist() == [labels[i] for i in chosen]
+    assert data.classes == CIFAR10_CLASSES
+    assert data.name == "CIFAR10"
+
+
+def test_cifar10_from_folders(tmp_path):
+    folder_of = write_folders(tmp_path, {f"{part}/{name}": 4 for part in ("train", "test") for name in CIFAR10_CLASSES})
+    data = CIFAR10(tmp_path)
+    train, val, test = (grays(data.split(name)) for name in ("train", "val", "test"))
+    assert sorted(train + val) == list(range(40))
+    assert val == sorted(np.random.RandomState(0).permutation(40)[:4])
+    assert test == list(range(40, 80))
+    for name in ("train", "val", "test"):
+        split = data.split(name)
+        assert [folder_of[g].split("/")[1] for g in grays(split)] == [CIFAR10_CLASSES[i] for i in split.labels]
+    assert data.name == f"CIFAR10({tmp_path.name})"
+
+
+def test_cifar10_labels_hold_when_only_some_classes_are_there(tmp_path):
+    write_folders(tmp_path, {"test/cat": 1, "test/ship": 2})
+    assert CIFAR10(tmp_path).split("test").labels.tolist() == [3, 8, 8]
+    (tmp_path / "test" / "tiger").mkdir()
+    with pytest.raises(InputError, match="'tiger' is not a class of CIFAR10"):
+        CIFAR10(tmp_path).split("test")
+
+
+def test_validation_of_the_whole_cifar10_has_5000_images():
+    whole = ImageDataset.whole(constant_image, np.zeros(50_000), ["a"])
+    order = np.random.RandomState(0).permutation(50_000)
+    val, train = train_or_val(whole, "val"), train_or_val(whole, "train")
+    assert [round(float(val[i]["image"][0, 0, 0]) * 1000) for i in (0, 4999)] == [
+        order[:5000].min(),
+        order[:5000].max(),
+    ]
+    assert (len(train), len(val)) == (45_000, 5000)
+
+
+def test_svhn_from_its_files(tmp_path, any_md5):
+    written = write_svhn(tmp_path)
+    data = SVHN(tmp_path)
+    val = sorted(np.random.RandomState(0).permutation(30)[:3])
+    train = sorted(set(range(30)) - set(val))
+    for name, part, chosen in (("train", "train", train), ("val", "train", val), ("test", "test", list(range(12)))):
+        images, digits = written[part]
+        assert np.array_equal(as_bytes(data.split(name)), images[chosen])
+        assert data.split(name).labels.tolist() == digits[chosen].tolist()
+    assert (data.split("test").labels == 0).sum() == 1
+
+
+@pytest.mark.parametrize("kind", [CIFAR10, SVHN])
+def test_missing_or_damaged_files_are_named(kind, tmp_path):
+    with pytest.raises(InputError, match=f"{tmp_path}.*{kind.__name__}.*download: true"):
+        kind(tmp_path).split("test")
+    write_cifar10(tmp_path)
+    write_svhn(tmp_path)
+    # Torchvision's own check finds that these are not the original files.
+    with pytest.raises(InputError, match="missing or damaged"):
+        kind(tmp_path).split("test")
+
+
+@pytest.mark.parametrize(("kind", "write"), [(CIFAR10, write_cifar10), (SVHN, write_svhn)])
+def test_download_happens_before_the_splits_are_read(kind, write, tmp_path, any_md5, monkeypatch):
+    fetched = []
+
+    def download(self):
+        if not fetched:
+            write(tmp_path)
+        fetched.append(getattr(self, "split", None))
+
+    monkeypatch.setattr(getattr(datasets, kind.__name__), "download", download)
+    kind(tmp_path).prepare_data()
+    assert not fetched
+    kind(tmp_path, download=True).prepare_data()
+    assert set(fetched) == ({None} if kind is CIFAR10 else {"train", "test"})
+    assert len(kind(tmp_path).split("test")) > 0
+
+
+@pytest.mark.parametrize("kind", [CIFAR10, SVHN])
+def test_failed_download_is_told(kind, tmp_path, monkeypatch):
+    def download(self):
+        raise OSError("no network")
+
+    monkeypatch.setattr(getattr(datasets, kind.__name__), "download", download)
+    with pytest.raises(InputError, match="no network"):
+        kind(tmp_path, download=True).split("test")
+
+
+def test_imagenet_labels_are_positions_among_all_classes(tmp_path):
+    folder_of = write_folders(tmp_path, {"val/n15075141": 2, "val/n01440764": 1, "val/n01443537": 1})
+    data = ImageNet(tmp_path, size=8)
+    label_of = {"val/n01440764": 0, "val/n01443537": 1, "val/n15075141": 999}
+    split = data.split("test")
+    assert split.labels.tolist() == [label_of[folder_of[g]] for g in grays(split)] == [0, 1, 999, 999]
+    assert len(data.classes) == 1000
+    assert data.classes == sorted(data.classes)
+    (tmp_path / "val" / "goldfish").mkdir()
+    with pytest.raises(InputError, match="'goldfish' is not a class of ImageNet"):
+        data.split("val")
+
+
+# Folders of one's own.
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+def test_folders_give_the_splits(tmp_path, val):
+    folder_of = write_folders(tmp_path, {f"{part}/{c}": 3 for part in ("train", val, "test") for c in ("cat", "dog")})
+    for name in ("train", "val", "test"):
+        split = ImageFolder(tmp_path).split(name)
+        folders = [folder_of[g] for g in grays(split)]
+        assert folders == [f"{val if name == 'val' else name}/{c}" for c in ("cat", "dog") for _ in range(3)]
+        assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert split.classes == ["cat", "dog"]
+
+
+def test_without_test_folder_the_test_reads_val(tmp_path):
+    write_folders(tmp_path, {"train/cat": 5, "val/cat": 3})
+    data = ImageFolder(tmp_path)
+    assert grays(data.split("train")) == list(range(5))
+    assert grays(data.split("test")) == grays(data.split("val")) == [5, 6, 7]
+
+
+def test_without_val_folder_it_is_cut_from_train(tmp_path):
+    write_folders(tmp_path, {"train/cat": 12, "train/dog": 8, "test/cat": 3})
+    data = ImageFolder(tmp_path, val_fraction=0.2, split_seed=3)
+    assert grays(data.split("val")) == sorted(np.random.RandomState(3).permutation(20)[:4])
+    assert sorted(grays(data.split("train")) + grays(data.split("val"))) == list(range(20))
+    assert grays(data.split("test")) == [20, 21, 22]
+
+
+@pytest.mark.parametrize("parent", ["", "train/"])
+def test_class_folders_alone_are_split_at_random(tmp_path, parent):
+    write_folders(tmp_path, {f"{parent}cat": 12, f"{parent}dog": 8})
+    data = ImageFolder(tmp_path, val_fraction=0.1, test_fraction=0.25, split_seed=3)
+    order = np.random.RandomState(3).permutation(20)
+    train, val, test = (grays(data.split(name)) for name in ("train", "val", "test"))
+    assert (test, val, train) == (sorted(order[:5]), sorted(order[5:7]), sorted(order[7:]))
+    for name in ("train", "val", "test"):
+        split = data.split(name)
+        assert split.labels.tolist() == [int(gray >= 12) for gray in grays(split)]
+    assert test != grays(ImageFolder(tmp_path, test_fraction=0.25, split_seed=4).split("test"))
+
+
+def test_everything_can_be_tested_on(tmp_path):
+    write_folders(tmp_path, {"cat": 3, "dog": 4})
+    data = ImageFolder(tmp_path, val_fraction=0.0, test_fraction=1.0)
+    assert grays(data.split("test")) == list(range(7))
+    with pytest.raises(InputError, match="none are left for train"):
+        data.split("train")
+
+
+@pytest.mark.parametrize("present", ["val", "test"])
+def test_nothing_to_train_on(tmp_path, present):
+    write_folders(tmp_path, {f"{present}/cat": 3})
+    assert len(ImageFolder(tmp_path).split("test")) == 3
+    with pytest.raises(InputError, match="no folder train"):
+        ImageFolder(tmp_path).split("train")
+
+
+def test_labels_agree_between_splits_with_different_classes(tmp_path):
+    write_folders(
+        tmp_path, {"train/cat": 1, "train/dog": 1, "train/emu": 1, "val/dog": 1, "test/dog": 1, "test/yak": 1}
+    )
+    data = ImageFolder(tmp_path)
+    assert {name: data.split(name).labels.tolist() for name in ("train", "val", "test")} == {
+        "train": [0, 1, 2],
+        "val": [1],
+        "test": [1, 3],
+    }
+    assert data.classes == ["cat", "dog", "emu", "yak"]
+
+
+def test_nested_files_count_and_hidden_or_other_ones_do_not(tmp_path):
+    folder_of = write_folders(tmp_path, {"cat": 1, "cat/a/b": 1, "dog": 1, ".cache": 1, "cat/.thumbnails": 1})
+    (tmp_path / "cat" / "._000.png").write_bytes(b"not an image")
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "dog" / "000.png").rename(tmp_path / "dog" / "000.PNG")
+    (tmp_path / "readme.txt").write_text("not a folder")
+    data = ImageFolder(tmp_path, val_fraction=0.0, test_fraction=1.0)
+    assert sorted(folder_of[g] for g in grays(data.split("test"))) == ["cat", "cat/a/b", "dog"]
+    assert data.classes == ["cat", "dog"]
+
+
+def test_kinds_of_images(tmp_path):
+    (tmp_path / "test" / "some").mkdir(parents=True)
+    color, gray = (250, 120, 10), 90
+    kinds = {
+        "a.png": Image.new("RGB", (8, 8), color),
+        "b.png": Image.new("RGB", (8, 8), color).quantize(4),
+        "c.png": Image.new("RGBA", (8, 8), (*color, 255)),
+        "d.jpg": Image.new("RGB", (8, 8), color).convert("CMYK"),
+        "e.png": Image.new("L", (8, 8), gray),
+        "f.png": Image.new("LA", (8, 8), (gray, 255)),
+        "g.bmp": Image.new("1", (8, 8), 1),
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / "test" / "some" / name)
+    colors = as_bytes(ImageFolder(tmp_path).split("test"))
+    assert colors.shape == (7, 3, 8, 8)
+    expected = np.array([color] * 4 + [[gray] * 3] * 2 + [[255] * 3])
+    assert np.abs(colors.mean(axis=(2, 3)) - expected).max() < 5
+    grayscale = as_bytes(ImageFolder(tmp_path, channels=1).split("test"))
+    assert grayscale.shape == (7, 1, 8, 8)
+    luma = round(0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2])
+    assert np.abs(grayscale.mean(axis=(1, 2, 3)) - np.array([luma] * 4 + [gray] * 2 + [255])).max() < 3
+
+
+def test_images_are_resized_and_cropped(tmp_path):
+    write_folders(tmp_path, {"test/some": 1})
+    wide = np.zeros((4, 8, 3), np.uint8)
+    wide[:, 4:] = 255
+    Image.fromarray(wide).save(tmp_path / "test" / "some" / "wide.png")
+    with pytest.raises(InputError, match=r"\(3, 4, 8\) and \(3, 8, 8\).*size"):
+        next(iter(ImageFolder(tmp_path).test_dataloader()))
+    image = next(iter(ImageFolder(tmp_path, size=4).test_dataloader()))["image"]
+    assert image.shape == (2, 3, 4, 4)
+    assert image[1, 0].tolist() == [[0, 0, 1, 1]] * 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_images_are_named(tmp_path, num_workers):
+    write_folders(tmp_path, {"test/some": 2})
+    broken = tmp_path / "test" / "some" / "001.png"
+    for damage in (b"", b"GIF", broken.read_bytes()[:45]):
+        broken.write_bytes(damage)
+        with pytest.raises(InputError, match=f"{broken}: cannot be read"):
+            list(ImageFolder(tmp_path, num_workers=num_workers).test_dataloader())
+
+
+def test_deep_gray_images_are_not_clipped_silently(tmp_path):
+    (tmp_path / "test" / "some").mkdir(parents=True)
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "test" / "some" / "deep.png")
+    with pytest.raises(InputError, match="more than 8 bits"):
+        ImageFolder(tmp_path).split("test")[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: ImageFolder(root / "nowhere").split("test"), "nowhere: no such folder"),
+        (lambda root: ImageFolder(root).split("test"), "no images in it; it needs one subfolder a class"),
+        (lambda root: ImageFolder(root, channels=4), "channels = 4"),
+        (lambda root: ImageFolder(root, val_fraction=-0.1), "val_fraction = -0.1"),
+        (lambda root: ImageFolder(root, val_fraction=0.5, test_fraction=0.6), "test_fraction = 0.6"),
+        (lambda root: ImageFolder(root, split_seed=-1).split("test"), "seed = -1"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_told(tmp_path, make, message):
+    (tmp_path / "cat").mkdir()
+    if "seed" in message:
+        Image.new("L", (2, 2)).save(tmp_path / "cat" / "0.png")
+    with pytest.raises(InputError, match=message) as raised:
+        make(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_too_few_images_for_a_split(tmp_path):
+    write_folders(tmp_path, {"cat": 3})
+    with pytest.raises(InputError, match="of 3 images none are left for val"):
+        ImageFolder(tmp_path).split("val")
+
+
+# Subsets.
+
+LABELS = np.random.RandomState(5).randint(0, 7, 200)
+
+
+def test_first():
+    assert First(4).indices(LABELS).tolist() == [0, 1, 2, 3]
+
+
+def test_random_choice_is_numpys():
+    expected = np.random.RandomState(0).choice(10_000, 512, replace=False)
+    assert RandomChoice(512).indices(np.zeros(10_000, np.int64)).tolist() == expected.tolist()
+    assert RandomChoice(3, seed=1).indices(LABELS).tolist() != RandomChoice(3, seed=2).indices(LABELS).tolist()
+
+
+@pytest.mark.parametrize("n", [3, 7, 70, 73])
+def test_balanced_in_every_prefix(n):
+    chosen = Balanced(n, seed=1).indices(LABELS)
+    assert len(set(chosen.tolist())) == len(chosen) == n
+    for end in range(1, n + 1):
+        counts = np.bincount(LABELS[chosen[:end]], minlength=7)
+        assert counts.max() - counts.min() <= 1
+    assert chosen.tolist() == Balanced(80, seed=1).indices(LABELS)[:n].tolist()
+    assert chosen.tolist() != Balanced(n, seed=2).indices(LABELS).tolist()
+
+
+def test_index_file_and_its_hash(tmp_path):
+    path = tmp_path / "chosen.txt"
+    path.write_text("7\n0\n123\n42\n")
+    assert IndexFile(path).indices(LABELS).tolist() == [7, 0, 123, 42]
+    data = Numbers(200, subset=IndexFile(path))
+    assert positions(data.test_dataloader()) == [7, 0, 123, 42]
+    assert data.subset_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    whole = "".join(f"{i}\n" for i in range(200))
+    assert Numbers(200).subset_sha256 == hashlib.sha256(whole.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("content", [None, "", "1\n200\n", "-1\n", "1\n1\n", "1.5\n", "cat\n", "9" * 30, "\udcff"])
+def test_bad_index_files_are_refused(tmp_path, content):
+    path = tmp_path / "chosen.txt"
+    if content is not None:
+        path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=str(path)) as raised:
+        IndexFile(path).indices(LABELS)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("rule", [First, RandomChoice, Balanced])
+def test_impossible_counts_are_refused(rule):
+    for n in (0, -1, 201):
+        with pytest.raises(InputError, match=f"n = {n}"):
+            rule(n).indices(LABELS)
+    if rule is not First:
+        with pytest.raises(InputError, match="seed = -1"):
+            rule(3, seed=-1).indices(LABELS)
+
+
+def test_balanced_needs_enough_of_every_class():
+    with pytest.raises(InputError, match="4 samples of class 1, the split has 1"):
+        Balanced(8).indices(np.array([0] * 20 + [1]))
+
+
+# Loaders over several processes.
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_evaluation_shards_are_disjoint_and_complete(world_size):
+    for make in (lambda: Numbers(23, batch_size=4), lambda: Numbers(40, subset=RandomChoice(17), batch_size=4)):
+        expected = positions(make().test_dataloader())
+        shards = [positions(on_rank(make(), world_size, rank).test_dataloader()) for rank in range(world_size)]
+        assert shards == [expected[rank::world_size] for rank in range(world_size)]
+        assert sorted(i for shard in shards for i in shard) == sorted(expected)
+        validated = [positions(on_rank(make(), world_size, rank).val_dataloader()) for rank in range(world_size)]
+        assert sorted(i for shard in validated for i in shard) == list(range(make().count))
+
+
+def test_more_processes_than_samples_are_refused():
+    with pytest.raises(InputError, match="3 samples are fewer than 4 processes"):
+        on_rank(Numbers(subset=First(3)), 4, 0).test_dataloader()
+
+
+def test_training_shards_make_up_the_single_process_order():
+    def order(world_size, rank):
+        loader = on_rank(Numbers(24, batch_size=2, seed=5), world_size, rank).train_dataloader()
+        loader.sampler.set_epoch(3)
+        return positions(loader)
+
+    whole = order(1, 0)
+    assert sorted(whole) == list(range(24))
+    for world_size in (2, 3, 4):
+        assert [order(world_size, rank) for rank in range(world_size)] == [
+            whole[rank::world_size] for rank in range(world_size)
+        ]
+
+
+def test_incomplete_training_batches_are_dropped_unless_there_is_no_other():
+    assert len(positions(Numbers(23, batch_size=5).train_dataloader())) == 20
+    assert len(positions(Numbers(23, batch_size=30).train_dataloader())) == 23
+    # Each of two processes has 12 of the 23 samples: fewer than a batch.
+    assert len(positions(on_rank(Numbers(23, batch_size=20), 2, 0).train_dataloader())) == 12
+
+
+class Listener(L.LightningModule):
+    """Trains nothing and writes down which samples it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen = {}
+
+    def training_step(self, batch, batch_idx):
+        self.seen.setdefault(self.current_epoch, []).extend(batch["index"].tolist())
+        return self.weight.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def seen_in_training(global_seed, **options):
+    torch.manual_seed(global_seed)
+    listener = Listener()
+    silent = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", limit_val_batches=0, **silent)
+    trainer.fit(listener, datamodule=Numbers(20, **options))
+    return listener.seen
+
+
+def test_training_order_depends_on_seed_and_epoch_alone():
+    seen = seen_in_training(global_seed=0, batch_size=4, seed=1)
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(20))
+    assert seen[0] != seen[1]
+    assert seen == seen_in_training(global_seed=7, batch_size=5, seed=1)
+    assert seen[0] != seen_in_training(global_seed=0, batch_size=4, seed=2)[0]
+
+
+@pytest.mark.parametrize("loader", ["train_dataloader", "test_dataloader"])
+def test_worker_processes_give_the_same_batches(loader):
+    make = partial(Digits, batch_size=100, subset=RandomChoice(250))
+    alone, helped = (list(getattr(make(num_workers=n), loader)()) for n in (0, 2))
+    assert len(alone) == len(helped)
+    for a, b in zip(alone, helped, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)

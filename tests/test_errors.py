@@ -1,0 +1,683 @@
+"""Wrong inputs: one line that names the thing and the remedy, exit status 2, no traceback, nothing half-written."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import save_file
+
+from lit_purify import cli
+from lit_purify.errors import InputError
+from lit_purify.models import ResNetClassifier, UNet
+from lit_purify.models.files import save_network
+from lit_purify.run_folder import RunFolder
+from lit_purify.tasks import RobustnessTask
+
+ROOT = Path(__file__).parent.parent
+PGD = "model.init_args.attacks.pgd"
+UNIFORM = "model.init_args.defenses.uniform"
+MASK = {"class_path": "TopFraction", "init_args": {"fraction": 0.3}}
+CLASSIFIER = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
+DENOISER = {"channels": 1, "size": 8, "width": 8, "multipliers": [1], "blocks": 1}
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    save_network(ResNetClassifier(**CLASSIFIER), folder / "classifier.safetensors")
+    save_network(UNet(**DENOISER), folder / "denoiser.safetensors")
+    return folder
+
+
+@pytest.fixture
+def evaluation(weights):
+    """A configuration that is right, in about a tenth of a second."""
+    return {
+        "model": {
+            "class_path": "RobustnessTask",
+            "init_args": {
+                "classifier": loaded(weights, "classifier"),
+                "denoiser": loaded(weights, "denoiser"),
+                "defenses": {
+                    "none": {"class_path": "NoPurifier"},
+                    "uniform": {"class_path": "UniformPurifier", "init_args": {"level": 100, "steps": 2}},
+                },
+                "attacks": {
+                    "pgd": {
+                        "class_path": "PGD",
+                        "init_args": {"norm": "linf", "eps": 0.1, "steps": 1, "step_size": 0.1},
+                    }
+                },
+                "runs": 2,
+                "chunk": 8,
+            },
+        },
+        "data": {
+            "class_path": "Digits",
+            "init_args": {"batch_size": 2, "subset": {"class_path": "First", "init_args": {"n": 4}}},
+        },
+        "trainer": {"logger": False, "accelerator": "cpu"},
+    }
+
+
+@pytest.fixture
+def training():
+    """A configuration of ``train.py fit`` that is right and takes one step."""
+    return {
+        "model": {
+            "class_path": "ClassifierTask",
+            "init_args": {"classifier": {"class_path": "ResNetClassifier", "init_args": dict(CLASSIFIER)}, "warmup": 1},
+        },
+        "data": {"class_path": "Digits", "init_args": {"batch_size": 8}},
+        "trainer": {
+            "logger": False,
+            "accelerator": "cpu",
+            "max_steps": 1,
+            "limit_val_batches": 1,
+            "enable_checkpointing": False,
+            "callbacks": [{"class_path": "Export"}],
+        },
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, run):
+    """Runs a command that must be refused; returns its one line."""
+
+    def call(function, *argv, written=False):
+        name = {cli.evaluate: "eval.py", cli.train: "train.py"}[function]
+        monkeypatch.setattr(sys, "argv", [name])
+        with pytest.raises(SystemExit) as stopped:
+            function([str(word) for word in argv])
+        assert stopped.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(f"{name}: error: ")
+        assert len(lines[0]) < 400
+        assert written or not run.exists(), "a refused command wrote something"
+        return lines[0].removeprefix(f"{name}: error: ")
+
+    return call
+
+
+@pytest.fixture
+def refused_evaluation(refused, evaluation, tmp_path, run):
+    """As ``refused``, with a configuration of which some keys are changed, and flags."""
+
+    def call(changes=None, *flags, **options):
+        return refused(
+            cli.evaluate, "--config", written_to(tmp_path, evaluation, changes), "--run", run, *flags, **options
+        )
+
+    return call
+
+
+@pytest.fixture
+def refused_training(refused, training, tmp_path, run):
+    def call(changes=None, *flags, **options):
+        path = written_to(tmp_path, training, changes)
+        return refused(cli.train, "fit", "--config", path, "--run", run, *flags, **options)
+
+    return call
+
+
+@pytest.fixture
+def evaluate(monkeypatch, evaluation, tmp_path, run):
+    """Runs a command that must work; returns its records without their times."""
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["eval.py"])
+        cli.evaluate(["--config", str(written_to(tmp_path, evaluation, None)), "--run", str(run), *flags])
+        records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+        return [{**record, "seconds": None} for record in records]
+
+    return call
+
+
+def loaded(weights, kind):
+    path = str(weights / f"{kind}.safetensors")
+    return {"class_path": f"lit_purify.models.load_{kind}", "init_args": {"path": path}}
+
+
+def changed(config, key, value):
+    """Sets a dotted key; ``None`` as value removes it."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    if value is None:
+        del config[last]
+    else:
+        config[last] = value
+
+
+def written_to(folder, config, changes):
+    for key, value in (changes or {}).items():
+        changed(config, key, value)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def image_folder(root, classes=2, shape=(8, 8), count=2):
+    """Constant images in one subfolder a class."""
+    for label in range(classes):
+        folder = root / f"class{label:02d}"
+        folder.mkdir(parents=True)
+        for item in range(count):
+            Image.fromarray(np.full(shape, 60 * item, dtype=np.uint8)).save(folder / f"{item}.png")
+    return root
+
+
+def images_from(root, **options):
+    """All images of a folder are the test split."""
+    init_args = {"root": str(root), "channels": 1, "val_fraction": 0.0, "test_fraction": 1.0, **options}
+    return {"class_path": "ImageFolder", "init_args": init_args}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("modle", 3, "there is no setting modle; did you mean model?"),
+        ("trainer.max_epoch", 3, "there is no setting trainer.max_epoch; did you mean trainer.max_epochs?"),
+        ("model.init_args.rnus", 3, "model: RobustnessTask has no option rnus; did you mean runs?"),
+        (f"{UNIFORM}.init_args.levl", 5, "model.defenses: UniformPurifier has no option levl; did you mean level?"),
+        (f"{UNIFORM}.init_args.foo", 5, "UniformPurifier has no option foo; it has level, steps, sampler, recompute"),
+        (f"{PGD}.init_args.stepz", 5, "model.attacks: PGD has no option stepz; did you mean steps?"),
+        ("data.init_args.subset.init_args.m", 5, "data.subset: First has no option m; it has n"),
+        ("model.init_args.classifier.init_args.pth", 5, "load_classifier has no option pth; did you mean path?"),
+        ("trainer.logger", [{"class_path": "CSVLogger", "init_args": {"sav_dir": "x"}}], "did you mean save_dir?"),
+        (f"{UNIFORM}.init_args.level", "five", "model.defenses.level: expected int; got five"),
+        (f"{UNIFORM}.init_args.sampler", "ddimm", "model.defenses.sampler: expected 'ddim' or 'ddpm'; got ddimm"),
+        (f"{PGD}.init_args.steps", 5.5, "model.attacks.steps: expected int; got 5.5"),
+        (f"{PGD}.init_args.eps", [1], "model.attacks.eps: expected float or str; got [1]"),
+        ("data.init_args.batch_size", "many", "data.batch_size: expected int; got many"),
+        ("trainer.max_epochs", "abc", "trainer.max_epochs: expected int or null; got abc"),
+        ("seed_everything", "abc", "seed_everything: expected bool or int; got abc"),
+        ("seed_everything", -1, "seed_everything = -1 is outside"),
+        ("model.init_args.seed", -1, "seed = -1 is outside"),
+        ("model.init_args.attacks", None, "model: RobustnessTask needs attacks"),
+        (f"{UNIFORM}.init_args.level", None, "model.defenses: UniformPurifier needs level"),
+        ("data", None, "no data given: name a configuration with --config"),
+        ("data", 5, "data: a class is needed: give its class_path and init_args"),
+        ("data.init_args.subset", 5, "data.subset: a class is needed: give its class_path and init_args"),
+        (UNIFORM, 5, "model.defenses: a class is needed: give its class_path and init_args"),
+        ("data.class_path", "Digitz", "data: there is no class Digitz; did you mean Digits?"),
+        (f"{PGD}.class_path", "PGGD", "model.attacks: there is no class PGGD; did you mean PGD?"),
+        (f"{UNIFORM}.class_path", "Uniform", "there is no class Uniform; did you mean UniformPurifier?"),
+        (f"{UNIFORM}.class_path", "PGD", "model.defenses: PGD is of another kind than is needed here"),
+        (
+            f"{UNIFORM}.class_path",
+            "lit_purify.defense.Uniform",
+            "there is no Uniform in lit_purify.defense; did you mean",
+        ),
+        ("data.class_path", "nowhere.Data", "data: No module named 'nowhere'; check class_path"),
+        ("model.init_args.defenses", {}, "defenses is empty: give at least one"),
+        ("model.init_args.baseline", "best", "baseline = 'best' is not among the defenses none, uniform"),
+        ("trainer.devices", "abc", "devices"),
+        ("trainer.accelerator", "abacus", "invalid accelerator name"),
+        ("trainer.limit_test_batches", 5.5, "invalid value 5.5 for limit_test_batches"),
+    ],
+)
+def test_configuration(refused_evaluation, key, value, said):
+    assert said in refused_evaluation({key: value})
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--modle", "3"], "there is no setting modle; did you mean model?"),
+        # Abbreviations, both with one meaning only.
+        (["--trainer.max_epoch", "3"], "there is no setting trainer.max_epoch; did you mean trainer.max_epochs?"),
+        (["--trainer.max_epoch=3"], "there is no setting trainer.max_epoch; did you mean trainer.max_epochs?"),
+        (["--data.init_args.batch", "4"], "data.init_args.batch: Digits has no option batch; did you mean batch_size?"),
+        (
+            [f"--{UNIFORM}.init_args.levl", "5"],
+            f"{UNIFORM}.init_args.levl: UniformPurifier has no option levl; did you mean",
+        ),
+        ([f"--{UNIFORM}.init_args.level", "x"], f"{UNIFORM}.init_args.level: expected int; got x"),
+        ([f"--{PGD}.class_path", "PGGD"], f"{PGD}.class_path: there is no class PGGD; did you mean PGD?"),
+        (["--data.init_args.subset.init_args.n", "x"], "data.init_args.subset.init_args.n: expected int; got x"),
+        (["stray"], "unexpected argument stray"),
+        (["--model"], "--model: expected one argument"),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint; check ckpt_path"),
+    ],
+)
+def test_flags(refused_evaluation, flags, said):
+    assert said in refused_evaluation(None, *flags)
+
+
+def test_several_loggers_are_no_error(evaluate, run):
+    """The parser tries a single logger first: what it says about that must not end the command."""
+    evaluate("--trainer.logger", f"[{{class_path: CSVLogger, init_args: {{save_dir: {run}}}}}]")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such configuration; name another with --config"),
+        (b"model:\n  class_path: [unclosed\ndata: x\n", "not valid YAML: line 3: "),
+        (b"model:\n\tclass_path: x\n", "not valid YAML: line 2: "),
+        (b"", "holds no settings"),
+        (b"- 1\n- 2\n", "holds no settings"),
+        (bytes(range(256)), "not a text file of YAML"),
+    ],
+)
+def test_configuration_file(refused, tmp_path, content, said):
+    path = tmp_path / "settings.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    for function, argv in ((cli.evaluate, []), (cli.train, ["fit"])):
+        assert refused(function, *argv, "--config", path).startswith(f"{path}: {said}")
+        assert refused(function, *argv, f"--config={path}").startswith(f"{path}: {said}")
+
+
+def test_default_configuration_elsewhere(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refused(cli.evaluate).startswith("configs/eval/digits.yaml: no such configuration")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "say what to do, one of fit,validate: fit --config FILE trains"),
+        (["fit"], "no data, model given: name a configuration with --config"),
+        (["validate"], "no data, model given: name a configuration with --config"),
+        (["fti"], "invalid choice: 'fti' (choose from 'fit', 'validate')"),
+    ],
+)
+def test_training_without_a_configuration(refused, argv, said):
+    assert said in refused(cli.train, *argv)
+
+
+@pytest.mark.parametrize(
+    ("eps", "norm", "said"),
+    [
+        (0, "linf", "eps = 0.0 must be above 0"),
+        (-0.1, "linf", "eps = -0.1 must be above 0"),
+        ("abc", "linf", "eps = 'abc' is not a number or a fraction such as 8/255"),
+        ("8/0", "linf", "eps = '8/0' is not a number or a fraction such as 8/255"),
+        (8, "linf", "eps = 8.0 is above 1, the whole range of a pixel"),
+        (0.1, "l3", "expected 'linf' or 'l2'; got l3"),
+    ],
+)
+def test_threat_model(refused_evaluation, eps, norm, said):
+    assert said in refused_evaluation({f"{PGD}.init_args.eps": eps, f"{PGD}.init_args.norm": norm})
+
+
+@pytest.mark.parametrize(
+    ("purifier", "init_args", "said"),
+    [
+        ("UniformPurifier", {"level": 0, "steps": 1}, "level = 0 is outside 1 .. 1000"),
+        ("UniformPurifier", {"level": 1001, "steps": 1}, "level = 1001 is outside 1 .. 1000"),
+        ("UniformPurifier", {"level": 3, "steps": 4}, "steps = 4 is more than the 3 whole levels"),
+        ("UniformPurifier", {"level": 3, "steps": 0}, "steps = 0: use at least 1"),
+        (
+            "HeterogeneousPurifier",
+            {"mask": MASK, "high": 100, "low": 200, "steps": 4},
+            "low = 200 (t_s) is above high = 100",
+        ),
+        ("HeterogeneousPurifier", {"mask": MASK, "high": 4, "low": 2, "steps": 8}, "whole levels"),
+        ("HeterogeneousPurifier", {"mask": MASK, "high": 1000, "low": 2, "steps": 8}, "high + jump = 1010 is outside"),
+        (
+            "VariableIntensityPurifier",
+            {"mask": MASK, "high": 100, "low": 200, "steps": 4},
+            "low = 200 (t_s) is above high = 100",
+        ),
+        (
+            "VariableIntensityPurifier",
+            {"mask": MASK, "high": 1001, "low": 200, "steps": 4},
+            "high = 1001 is outside 1 .. 1000",
+        ),
+        (
+            "VariableIntensityPurifier",
+            {"mask": {"class_path": "TopFraction", "init_args": {"fraction": 1.5}}, "high": 10, "low": 2, "steps": 4},
+            "fraction = 1.5 is outside (0, 1)",
+        ),
+    ],
+)
+def test_levels(refused_evaluation, purifier, init_args, said):
+    assert said in refused_evaluation({UNIFORM: {"class_path": purifier, "init_args": init_args}})
+
+
+@pytest.mark.parametrize("n", [0, 401])
+def test_subset_larger_than_the_split(refused_evaluation, n):
+    said = refused_evaluation({"data.init_args.subset.init_args.n": n})
+    assert said == f"n = {n} samples cannot be chosen from a split of 400: use 1 .. 400"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path, weights: None, "no such file; check the path"),
+        (lambda path, weights: path.mkdir(), "no such file; check the path"),
+        (lambda path, weights: path.write_bytes(b""), "the file is empty"),
+        (
+            lambda path, weights: path.write_text("\n<!DOCTYPE html><html>Sign in</html>"),
+            "this is an HTML page, not weights",
+        ),
+        (lambda path, weights: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-lfs pointer"),
+        (
+            lambda path, weights: path.write_bytes((weights / "denoiser.safetensors").read_bytes()[:-9]),
+            "is it complete?",
+        ),
+        (lambda path, weights: path.write_bytes(b"\x93NUMPY" * 99), "not a safetensors file"),
+        (lambda path, weights: save_file({"w": torch.zeros(1)}, path), "carries no configuration"),
+        (
+            lambda path, weights: save_file(
+                {}, path, {"lit_purify": json.dumps({"class_path": "no.Net", "init_args": {}})}
+            ),
+            "no.Net",
+        ),
+        (
+            lambda path, weights: path.write_bytes((weights / "classifier.safetensors").read_bytes()),
+            "holds a ResNetClassifier",
+        ),
+    ],
+    ids=["missing", "folder", "empty", "html", "lfs", "truncated", "other", "foreign", "unknown", "classifier"],
+)
+def test_weights(refused_evaluation, weights, tmp_path, make, said):
+    path = tmp_path / "weights.safetensors"
+    make(path, weights)
+    message = refused_evaluation({"model.init_args.denoiser.init_args.path": str(path)})
+    assert message.startswith(f"{path}: ")
+    assert said in message
+
+
+def test_denoiser_in_place_of_a_classifier(refused_evaluation, weights):
+    path = weights / "denoiser.safetensors"
+    said = refused_evaluation({"model.init_args.classifier.init_args.path": str(path)})
+    assert said == f"{path}: holds a UNet, where a classifier is needed"
+
+
+class Code:
+    """Pickles as a call that makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip", "truncated", "other network", "no state_dict"])
+def test_checkpoint_of_others(refused_evaluation, tmp_path, kind):
+    path, trap = tmp_path / "weights.pth", tmp_path / "trap"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"w": Code(trap)}))
+    elif kind == "zip":
+        torch.save({"w": Code(trap)}, path)
+    elif kind == "no state_dict":
+        torch.save([1, 2], path)
+    else:
+        torch.save(UNet(**DENOISER).state_dict(), path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-99])
+    classifier = {"class_path": "ResNetClassifier", "init_args": {**CLASSIFIER, "checkpoint": str(path)}}
+    said = refused_evaluation({"model.init_args.classifier": classifier})
+    reason = {
+        "pickle": "refused, not a file of plain tensors",
+        "zip": "refused, not a file of plain tensors",
+        "truncated": "cannot be read as weights; is the download complete?",
+        "other network": "these weights are of another network",
+        "no state_dict": "holds no state_dict",
+    }[kind]
+    assert said.startswith(f"{path}: {reason}")
+    assert not trap.exists(), "code from the file was run"
+
+
+def test_data_folder_missing_or_empty(refused_evaluation, tmp_path):
+    root = tmp_path / "images"
+    assert refused_evaluation({"data": images_from(root)}).startswith(f"{root}: no such folder; ")
+    root.mkdir()
+    assert refused_evaluation({"data": images_from(root)}).startswith(f"{root}: no images in it; ")
+    (root / "class").mkdir()
+    assert refused_evaluation({"data": images_from(root)}).startswith(f"{root}: no images in it; ")
+    for dataset in ("CIFAR10", "SVHN"):
+        said = refused_evaluation({"data": {"class_path": dataset, "init_args": {"root": str(root)}}})
+        assert said.startswith(f"{root}: ")
+        assert dataset in said
+        assert "set download: true to fetch" in said
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("name", ["class00/0.png", "class01/1.png"], ids=["first", "last"])
+def test_unreadable_image(refused_evaluation, evaluate, evaluation, tmp_path, run, workers, name):
+    root = image_folder(tmp_path / "images")
+    image = (root / name).read_bytes()
+    (root / name).write_bytes(image[:30])
+    changes = {"data": images_from(root, batch_size=1, num_workers=workers)}
+    # The first image is read before anything is written.
+    said = refused_evaluation(changes, written=name == "class01/1.png")
+    assert said == f"{root / name}: cannot be read as an image; remove or replace it"
+    (root / name).write_bytes(image)
+    assert len(evaluate()) == 8
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "said"),
+    [
+        ((8, 8, 3), {"channels": 3}, "the classifier takes images of shape (1, 8, 8), the data has (3, 8, 8)"),
+        ((9, 9), {}, "the classifier takes images of shape (1, 8, 8), the data has (1, 9, 9)"),
+    ],
+)
+def test_data_and_classifier(refused_evaluation, tmp_path, shape, options, said):
+    root = image_folder(tmp_path / "images", shape=shape)
+    assert refused_evaluation({"data": images_from(root, **options)}) == said
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "network"),
+    [((8, 8, 3), {"channels": 3}, {"channels": 3}), ((16, 16), {}, {"size": 16})],
+)
+def test_data_and_denoiser(refused_evaluation, tmp_path, shape, options, network):
+    root = image_folder(tmp_path / "images", shape=shape)
+    classifier = {"class_path": "ResNetClassifier", "init_args": {**CLASSIFIER, **network}}
+    said = refused_evaluation({"data": images_from(root, **options), "model.init_args.classifier": classifier})
+    assert said == f"the denoiser takes images of shape (1, 8, 8), the data has {(shape[2:] or (1,)) + shape[:2]}"
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_images_of_several_sizes(refused_evaluation, tmp_path, batch_size):
+    root = image_folder(tmp_path / "images")
+    Image.fromarray(np.zeros((9, 9), dtype=np.uint8)).save(root / "class01" / "1.png")
+    said = refused_evaluation({"data": images_from(root, batch_size=batch_size)}, written=True)
+    assert "(1, 9, 9)" in said
+
+
+def test_label_outside_the_classifier(refused_evaluation, tmp_path):
+    root = image_folder(tmp_path / "images", classes=11, count=1)
+    assert refused_evaluation({"data": images_from(root)}) == "label 10 of the data is outside the classifier's 0 .. 9"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.init_args.size": 16}, "the classifier takes images of shape (1, 8, 8), the data has (1, 16, 16)"),
+        ({"model.init_args.classifier.init_args.num_classes": 5}, "is outside the classifier's 0 .. 4"),
+        ({"model.init_args.lerning_rate": 1}, "ClassifierTask has no option lerning_rate; did you mean learning_rate?"),
+        ({"model.init_args.learning_rate": -1}, "learning_rate = -1"),
+        ({"model.init_args.weight_decay": -1}, "weight_decay = -1"),
+        ({"model.init_args.shift_pixels": -1}, "shift_pixels = -1"),
+        ({"model.init_args.label_smoothing": 2}, "label_smoothing = 2"),
+        ({"model.init_args.classifier.init_args.depth": 9}, "depth = 9 is not 6 n + 2"),
+        ({"model.init_args.classifier.init_args.width": -4}, "negative dimension"),
+        ({"trainer.val_check_interval": 5000}, "`val_check_interval` (5000) must be less than or equal"),
+        ({"trainer.strategy": "foo"}, "invalid strategy name"),
+    ],
+)
+def test_training(refused_training, changes, said):
+    assert said in refused_training(changes)
+
+
+def test_checkpoint_to_resume_from(refused_training, tmp_path):
+    path = tmp_path / "last.ckpt"
+    assert refused_training(None, "--ckpt_path", path) == f"{path}: no such checkpoint; check ckpt_path"
+    for content in (b"text", pickle.dumps({"state_dict": Code(tmp_path / "trap")})):
+        path.write_bytes(content)
+        assert refused_training(None, "--ckpt_path", path).startswith(f"{path}: refused, it is not a checkpoint")
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "below /proc"])
+def test_run_folder_that_cannot_be_made(refused, evaluation, training, tmp_path, kind):
+    """Permission bits do not bind root; these do."""
+    file = tmp_path / "file"
+    file.write_text("")
+    if kind == "below /proc" and not Path("/proc/self").exists():
+        pytest.skip("no /proc")
+    run = {"file": file, "below a file": file / "run", "below /proc": Path("/proc/lit_purify/run")}[kind]
+    for function, argv, config in ((cli.evaluate, [], evaluation), (cli.train, ["fit"], training)):
+        said = refused(function, *argv, "--config", written_to(tmp_path, config, None), "--run", run)
+        assert said.startswith(f"{'/proc' if kind == 'below /proc' else run}")
+        assert said.endswith("; choose another folder with --run")
+
+
+def test_no_right_to_write(refused_evaluation, monkeypatch, run):
+    def deny(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("lit_purify.run_folder.Path.mkdir", deny)
+    assert refused_evaluation() == f"{run}: permission denied; choose another folder with --run"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "identity.json", "summary.json", "report.html", "overlays/none.pgd.000000.png"]
+)
+def test_no_space_left(refused_evaluation, evaluate, run, name):
+    partial = run / f"{name}.partial"
+    partial.parent.mkdir(parents=True)
+    partial.symlink_to("/dev/full")
+    said = refused_evaluation(written=True)
+    assert said == f"{run}: no space left; choose another folder with --run"
+    assert not (run / name).exists()
+    assert not partial.is_symlink()
+    assert len(evaluate()) == 8
+
+
+def test_no_space_left_for_records(refused_evaluation, evaluate, monkeypatch, run):
+    class Full:
+        def __getattr__(self, name):
+            return getattr(os, name)
+
+        def fsync(self, descriptor):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lit_purify.callbacks.record_writer.os", Full())
+        said = refused_evaluation(written=True)
+    assert said == f"{run}: no space left; choose another folder with --run"
+    assert len(evaluate()) == 8
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_no_space_left_for_the_network(refused_training, run):
+    run.mkdir()
+    partial = run / "model.safetensors.partial"
+    partial.symlink_to("/dev/full")
+    assert refused_training(written=True) == f"{run}: no space left; choose another folder with --run"
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
+def test_records_of_other_settings(refused_evaluation, evaluate, run):
+    evaluate()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(run)}}
+    said = refused_evaluation({"model.init_args.runs": 3, "trainer.logger": logger}, written=True)
+    assert said.startswith(f"{run} holds a run with other settings (1 differ; model.init_args.runs: 2 there, 3 here): ")
+    assert "--run" in said
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_other_settings_without_records(run):
+    """A run that ended before its first record does not hold the folder."""
+    folder = RunFolder(run)
+    folder.claim("a: 1", write=True)
+    folder.claim("a: 2", write=True)
+    folder.records.write_text(json.dumps(dict.fromkeys(RECORD)) + "\n")
+    with pytest.raises(InputError, match=r"a: 2 there, 3 here"):
+        folder.claim("a: 3", write=True)
+
+
+RECORD = ["defense", "attack", "index", "label", "clean", "adversarial", "linf", "l2", "seconds"]
+
+
+@pytest.mark.parametrize("cut", [1, 30])
+def test_torn_last_line(evaluate, run, capsys, cut):
+    """A killed writer leaves a line without its end; the sample is evaluated again."""
+    records = evaluate()
+    content = (run / "records.jsonl").read_bytes()
+    (run / "records.jsonl").write_bytes(content[:-cut])
+    capsys.readouterr()
+    assert evaluate() == records
+    assert f"goes on after {8 if cut == 1 else 7} records" in capsys.readouterr().out
+
+
+def test_torn_line_in_the_middle(refused_evaluation, evaluate, run):
+    evaluate()
+    lines = (run / "records.jsonl").read_text().splitlines()
+    (run / "records.jsonl").write_text("\n".join([lines[0][:30], *lines[1:]]) + "\n")
+    said = refused_evaluation(written=True)
+    assert said.startswith(f"{run / 'records.jsonl'}: line 1 is not a record ")
+
+
+def test_only_one_process_speaks_before_the_run(evaluation, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        cli.evaluate(["--config", str(written_to(tmp_path, evaluation, {"modle": 3}))])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_every_process_speaks_of_its_own_data(refused_evaluation, monkeypatch, tmp_path):
+    """Of an image that another process reads, rank zero does not know."""
+    root = image_folder(tmp_path / "images")
+    bad = root / "class01" / "1.png"
+    bad.write_bytes(b"")
+    monkeypatch.setenv("RANK", "1")
+    said = refused_evaluation({"data": images_from(root, batch_size=1)}, written=True)
+    assert said == f"{bad}: cannot be read as an image; remove or replace it [rank 1]"
+
+
+def test_bugs_keep_their_traceback(evaluate, monkeypatch):
+    def broken(self, batch, batch_idx):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(RobustnessTask, "test_step", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        evaluate()
+
+
+@pytest.mark.parametrize("kind", ["flag", "image"])
+def test_the_whole_standard_error(evaluation, tmp_path, run, kind):
+    """All that a user sees, with whatever libraries print."""
+    if kind == "flag":
+        flags, said = (
+            [f"--{UNIFORM}.init_args.levl", "5"],
+            f"{UNIFORM}.init_args.levl: UniformPurifier has no option levl;",
+        )
+    else:
+        root = image_folder(tmp_path / "images")
+        (root / "class01" / "1.png").write_bytes(b"")
+        evaluation["data"] = images_from(root, batch_size=1, num_workers=1)
+        flags, said = [], f"{root}/class01/1.png: cannot be read as an image"
+    argv = [sys.executable, "eval.py", "--config", written_to(tmp_path, evaluation, None), "--run", run, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"eval.py: error: {said}")
+    assert done.stderr.count("\n") == 1
