@@ -12,8 +12,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -126,15 +125,6 @@ class _CLI(LightningCLI):
                 f"{cause} ({type(cause).__name__} in {Path(frame.filename).name}:{frame.lineno})"
             ) from error
 
-    def start_with(self, hook: str, write: Callable[[bool], None]) -> None:
-        """Has something written by rank zero, after the checks of the task and before the other callbacks."""
-
-        def start(trainer: L.Trainer, task: L.LightningModule) -> None:
-            write(trainer.is_global_zero)
-            self.running = True
-
-        self.trainer.callbacks.insert(0, LambdaCallback(**{hook: start}))  # type: ignore[attr-defined]
-
     @property
     def resolved(self) -> str:
         """The configuration with all defaults, YAML."""
@@ -152,10 +142,15 @@ class _EvaluationCLI(_CLI):
         return {"test": {"model", "dataloaders", "datamodule"}}
 
     def before_test(self) -> None:
+        """What can be refused is refused before a logger writes anything."""
         assert self.folder is not None
-        # Refuses before a logger writes into a folder of other records; writes when data and networks are known to fit.
-        self.folder.claim(self.resolved, write=False)
-        self.start_with("on_test_start", partial(self.folder.claim, self.resolved))
+        first = _rank() == 0
+        if first:
+            # The data may have to be fetched; the other processes look in their setup.
+            self.datamodule.prepare_data()
+            self.model.check(self.datamodule)
+        self.folder.claim(self.resolved, write=first)
+        self.running = True
 
 
 class _TrainingCLI(_CLI):
@@ -167,8 +162,14 @@ class _TrainingCLI(_CLI):
         }
 
     def before_fit(self) -> None:
-        assert self.folder is not None
-        self.start_with("on_train_start", partial(self.folder.write_config, self.resolved))
+        """The configuration is written when the first batches have shown that data and networks fit."""
+
+        def start(trainer: L.Trainer, task: L.LightningModule) -> None:
+            assert self.folder is not None
+            self.folder.write_config(self.resolved, write=trainer.is_global_zero)
+            self.running = True
+
+        self.trainer.callbacks.insert(0, LambdaCallback(on_train_start=start))  # type: ignore[attr-defined]
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
@@ -251,6 +252,8 @@ def _explanation(error: Exception, folder: RunFolder | None) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
         return "ckpt_path: the checkpoint is of another network than the one configured"
+    if isinstance(error, RuntimeError) and re.search("by peer|remote process exited", str(error)):
+        return "another process of this run ended; its own message says why"
     if not isinstance(error, OSError):
         return None
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -361,7 +364,7 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 def _quiet() -> None:
     """Keeps remarks that no user can act on off the screen."""
     os.environ.setdefault("WANDB_SILENT", "true")
-    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     for pattern in (
         ".*does not have many workers.*",

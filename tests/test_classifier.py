@@ -463,6 +463,8 @@ def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full(self, content):
+        with self.open("wb") as stream:
+            stream.write(content[:100])
         raise OSError(errno.ENOSPC, "no space left", str(self))
 
     monkeypatch.setattr(Path, "write_bytes", full)

@@ -474,9 +474,11 @@ def test_unreadable_image(refused_evaluation, evaluate, evaluation, tmp_path, ru
         ((9, 9), {}, "the classifier takes images of shape (1, 8, 8), the data has (1, 9, 9)"),
     ],
 )
-def test_data_and_classifier(refused_evaluation, tmp_path, shape, options, said):
+def test_data_and_classifier(refused_evaluation, tmp_path, run, shape, options, said):
     root = image_folder(tmp_path / "images", shape=shape)
-    assert refused_evaluation({"data": images_from(root, **options)}) == said
+    # A logger would make folders as soon as the run starts.
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(run)}}
+    assert refused_evaluation({"data": images_from(root, **options), "trainer.logger": logger}) == said
 
 
 @pytest.mark.parametrize(
@@ -546,6 +548,14 @@ def test_run_folder_that_cannot_be_made(refused, evaluation, training, tmp_path,
         assert said.endswith("; choose another folder with --run")
 
 
+def test_path_outside_the_run_folder(refused_training, tmp_path):
+    path = tmp_path / "config.yaml" / "model.safetensors"
+    export = [{"class_path": "Export", "init_args": {"path": str(path)}}]
+    said = refused_training({"trainer.callbacks": export}, written=True)
+    assert said.startswith(f"{path.parent}: ")
+    assert said.endswith("; check the path")
+
+
 def test_no_right_to_write(refused_evaluation, monkeypatch, run):
     def deny(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
@@ -595,12 +605,16 @@ def test_no_space_left_for_the_network(refused_training, run):
 
 def test_records_of_other_settings(refused_evaluation, evaluate, run):
     evaluate()
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def everything():
+        return {path: path.is_file() and path.read_bytes() for path in run.rglob("*")}
+
+    before = everything()
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(run)}}
     said = refused_evaluation({"model.init_args.runs": 3, "trainer.logger": logger}, written=True)
     assert said.startswith(f"{run} holds a run with other settings (1 differ; model.init_args.runs: 2 there, 3 here): ")
     assert "--run" in said
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert everything() == before
 
 
 def test_other_settings_without_records(run):
@@ -643,8 +657,9 @@ def test_only_one_process_speaks_before_the_run(evaluation, monkeypatch, capsys,
     assert capsys.readouterr().err == ""
 
 
-def test_every_process_speaks_of_its_own_data(refused_evaluation, monkeypatch, tmp_path):
+def test_every_process_speaks_of_its_own_data(refused_evaluation, monkeypatch, tmp_path, run):
     """Of an image that another process reads, rank zero does not know."""
+    run.mkdir()
     root = image_folder(tmp_path / "images")
     bad = root / "class01" / "1.png"
     bad.write_bytes(b"")

@@ -157,9 +157,8 @@ class RobustnessTask(L.LightningModule):
             if count:
                 self._count(record)
 
-    def setup(self, stage: str) -> None:
-        """Checks that data, classifier and denoiser fit each other."""
-        data = self._data()
+    def check(self, data: ImageDataModule) -> None:
+        """Raises an ``InputError`` when data, classifier and denoiser do not fit each other."""
         evaluated = data.evaluated
         first = evaluated[0]["image"][None]
         self.classifier.check_image(first)
@@ -169,7 +168,11 @@ class RobustnessTask(L.LightningModule):
             raise InputError(
                 f"label {worst} of the data is outside the classifier's 0 .. {self.classifier.num_classes - 1}"
             )
-        self._shown = set(evaluated.positions[: self.gallery].tolist())
+
+    def setup(self, stage: str) -> None:
+        """Checks, and chooses what is shown."""
+        self.check(self._data())
+        self._shown = set(self._data().evaluated.positions[: self.gallery].tolist())
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluates what is not yet recorded of a batch, and tells the listeners after each pair."""
