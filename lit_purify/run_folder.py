@@ -71,6 +71,12 @@ class RunFolder:
         """Images of the gallery."""
         return self.path / "overlays"
 
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the files that the run depends on, by their path."""
+        settings = json.loads(self.identity.read_text())
+        suffix = " (sha256)"
+        return {settings[key.removesuffix(suffix)]: value for key, value in settings.items() if key.endswith(suffix)}
+
     def part(self, rank: int) -> Path:
         """Where a process other than rank zero appends its records: every file has one writer."""
         return self.records if rank == 0 else self.path / f"records.rank{rank}.jsonl"

@@ -350,7 +350,7 @@ def test_folders_give_the_splits(tmp_path, val):
 
 def test_without_test_folder_the_test_reads_val(tmp_path):
     write_folders(tmp_path, {"train/cat": 5, "val/cat": 3})
-    data = ImageFolder(tmp_path)
+    data = ImageFolder(tmp_path, val_fraction=0.4, test_fraction=0.4)
     assert grays(data.split("train")) == list(range(5))
     assert grays(data.split("test")) == grays(data.split("val")) == [5, 6, 7]
 

@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -14,7 +15,7 @@ def test_python_example_runs(monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     monkeypatch.chdir(ROOT)
     names = {}
-    exec(code, names)  # noqa: S102
+    exec(code, names)
     model, image = names["model"], names["image"]
     assert isinstance(model, torch.nn.Module)
     logits = model(image)
@@ -35,7 +36,6 @@ def test_commands_name_real_settings(capsys):
     for line in re.findall(r"^(?:\S+/)?python (?:train|eval)\.py.*(?:\\\n.*)*", README, re.MULTILINE):
         words = shlex.split(line.replace("\\\n", " "))
         run = train if words[1] == "train.py" else evaluate
-        try:
+        with pytest.raises(SystemExit) as exit_:
             run([*words[2:], "--print_config"])
-        except SystemExit as exit_:
-            assert not exit_.code, (line, capsys.readouterr().err)
+        assert not exit_.value.code, (line, capsys.readouterr().err)

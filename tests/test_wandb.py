@@ -56,7 +56,9 @@ def history(run):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(message)
         if record.HasField("history"):
-            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            rows.append(
+                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            )
     return rows
 
 

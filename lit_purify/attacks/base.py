@@ -50,6 +50,11 @@ class Attack(ABC):
             raise RuntimeError(f"{type(self).__name__} left its threat model ({self.norm} <= {self.eps}) in rows {bad}")
         return adversarial
 
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return type(self).__name__
+
     @abstractmethod
     def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """As ``__call__``, which checks the result."""

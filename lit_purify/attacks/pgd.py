@@ -51,8 +51,18 @@ class PGD(Attack):
                 raise InputError(f"{name} = {value}: use at least 1")
         self.steps, self.eot, self.restarts = steps, eot, restarts
         self.step_size = pixels("step_size", step_size)
+        self.loss_name = loss
         self.loss = cross_entropy_loss if loss == "ce" else margin_loss
         self.select, self.random_start = select, random_start
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        start = "a random point" if self.random_start else "the image"
+        restarts = f", {self.restarts} restarts" if self.restarts > 1 else ""
+        return (
+            f"PGD on the {self.loss_name} loss from {start}, step {self.step_size:.4g}, {self.select} iterate{restarts}"
+        )
 
     def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""

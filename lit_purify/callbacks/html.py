@@ -43,6 +43,8 @@ def page(
         "rows of a network call": summary["chunk"],
         "classifier": summary["classifier"],
         "denoiser": summary["denoiser"],
+        "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+        **{name: f"sha256 {value}" for name, value in summary["files"].items()},
     }
     attacks = dict.fromkeys(result["attack"] for result in summary["results"])
     parts = [
@@ -59,7 +61,8 @@ def page(
         "wrong. Brackets: 95 % intervals. Differences are paired over the same samples.</p>",
         "<h2>Gallery</h2><p>Left to right: original, adversarial, mask (strong noise) over it, noised, purified.</p>",
         *(_figure(record, image, classes) for record, image in pictures),
-        "<h2>How to repeat it</h2><ul>",
+        "<h2>How to repeat it</h2><p>Save the configuration below and give it to <code>eval.py --config FILE --run "
+        "FOLDER</code>, with the files named here.</p><ul>",
         *(f"<li>{escape(name)}: {escape(str(value))}</li>" for name, value in facts.items()),
         f"</ul><details><summary>Configuration</summary><pre>{escape(config)}</pre></details></html>\n",
     ]
@@ -124,7 +127,7 @@ def _figure(record: Record, image: str, classes: Sequence[str]) -> str:
     outcome = "held" if right == runs else "broken"
     return (
         f"<figure><img src='data:image/png;base64,{image}' alt='sample {record.index}, {escape(record.defense)}'>"
-        f"<figcaption>{escape(record.defense)}, {escape(record.attack)}, sample {record.index}, "
-        f"{escape(classes[record.label])}: clean right in {clean} of {runs} runs, "
+        f"<figcaption>{escape(record.defense)}, {escape(record.attack)}, sample {record.index} "
+        f"(class {escape(classes[record.label])}): clean right in {clean} of {runs} runs, "
         f"<span class='{outcome}'>attacked right in {right} of {runs}</span></figcaption></figure>"
     )

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 
+from lit_purify import __version__
 from lit_purify.callbacks.html import page
 from lit_purify.callbacks.summary import summarize, table
 from lit_purify.errors import InputError
@@ -47,12 +49,15 @@ class Report(Callback):
             "chunk": pl_module.chunk,
             "classifier": pl_module.classifier.title,
             "denoiser": pl_module.denoiser.title,
+            "versions": {"lit_purify": __version__, "torch": torch.__version__, "lightning": L.__version__},
+            "files": folder.hashes(),
         }
         summary = summarize([r for r in records if r.key in wanted], pl_module.describe(), facts, pl_module.baseline)
         write_whole(folder.summary, json.dumps(summary, indent=1) + "\n")
+        order = {pair: place for place, pair in enumerate(pl_module.pairs)}
         pictures = [
             (record, base64.b64encode(path.read_bytes()).decode())
-            for record in records
+            for record in sorted(records, key=lambda r: (r.index, order.get((r.defense, r.attack), len(order))))
             if (path := folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png").exists()
         ]
         write_whole(folder.report, page(summary, pictures, list(data.classes), folder.config.read_text()))

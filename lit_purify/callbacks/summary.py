@@ -83,7 +83,7 @@ def attack_line(result: Mapping[str, Any]) -> str:
     """What an attack is, in a line."""
     return (
         f"{result['attack']}: {result['norm']} <= {result['eps']:.4g}, {result['attack_steps']} steps, "
-        f"EOT {result['eot']}, {result['gradient']} gradient"
+        f"EOT {result['eot']}, {result['gradient']} gradient; {result['attack_title']}"
     )
 
 
@@ -107,7 +107,7 @@ def table(summary: Mapping[str, Any]) -> str:
     for attack in dict.fromkeys(result["attack"] for result in results):
         group = [result for result in results if result["attack"] == attack]
         lines += [
-            attack_line(group[0]),
+            *attack_line(group[0]).split("; "),
             "",
             f"{'accuracy in %':{width}}  {'':5}  {'clean':^20}  {'robust':^33}",
             f"{'defense':{width}}  {'calls':>5}  {'avg':>6} {'worst':>6} {'vote':>6}  {'avg [95 %]':>19} {'worst':>6} "

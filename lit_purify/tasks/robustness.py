@@ -128,6 +128,7 @@ class RobustnessTask(L.LightningModule):
                 {
                     "defense": defense,
                     "attack": attack,
+                    "attack_title": how.title,
                     "norm": how.norm,
                     "eps": how.eps,
                     "attack_steps": how.steps,
