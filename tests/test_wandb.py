@@ -34,7 +34,7 @@ def run(tmp_path_factory):
 
 
 def transactions(path):
-    """The messages of a .wandb file: a LevelDB log (blocks of 32 KiB, chunks that say whether they begin or end one)."""
+    """The messages of a .wandb file: a LevelDB log (blocks of 32 KiB, chunks that begin or end one)."""
     data, position, message = path.read_bytes(), 7, b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768

@@ -1,0 +1,147 @@
+"""Errors as one line that says what to mend."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import inspect
+import pydoc
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+# What is imported here can be named in a configuration by its short name, and is suggested where a name is wrong.
+from lit_purify import attacks, callbacks, data, defense, models, tasks
+from lit_purify.defense import Purifier
+from lit_purify.errors import InputError
+from lit_purify.run_folder import RunFolder
+
+
+def explanation(error: Exception, folder: RunFolder | None) -> str | None:
+    """One line about what a user can mend, ``None`` about anything else."""
+    if isinstance(error, (InputError, MisconfigurationException)):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # A worker process of a loader adds its traceback, with the message at its end.
+        return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if "Original Traceback" in str(error) else " ".join(lines)
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if isinstance(error, (TypeError, ValueError)) and place.is_relative_to(Path(L.__file__).parent):
+        # Lightning refuses a combination of settings.
+        return " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
+        return "ckpt_path: the checkpoint is of another network than the one configured"
+    if isinstance(error, RuntimeError) and re.search("by peer|remote process exited", str(error)):
+        return "another process of this run ended; its own message says why"
+    if not isinstance(error, OSError):
+        return None
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if folder is None or (error.filename is None and not full):
+        return " ".join(str(error).split())
+    # A write into an open file does not name it: it is one of the run's own.
+    path, run = Path(error.filename or folder.path), folder.path.absolute()
+    own = path.absolute().is_relative_to(run) or run.is_relative_to(path.absolute())
+    reason = "no space left" if full else str(error.strerror).lower()
+    return f"{path}: {reason}; {'choose another folder with --run' if own else 'check the path'}"
+
+
+_CALLABLE = re.compile(
+    r"Type collections\.abc\.Callable\[.*?\] expects a function or a callable class: ((?s:.*?))"
+    r"\. Got value: Namespace\((?:class_path='([\w.]+)'.*|.*class_path='([\w.]+)'\))$",
+    re.MULTILINE,
+)
+
+_NO_CLASS = r"Not a valid subclass|Dict must include|.*(subclass spec|codec can't decode|has no attribute)"
+"""What is said when something stands where a class is due; of a path given there, it is tried to read the file."""
+
+_NO_REASON = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value|Expected an? (<class '[\w.]+'>|[\w.]+\[.*\])$|Expected a path but"
+    rf"|Problem with given class_path|Subclass types expect|an? (class|dict) |$|{_NO_CLASS}"
+)
+"""Lines of a parser error that say how it was reached, or which other types a value is not of."""
+
+
+def essence(message: str) -> str:
+    """The one line of a nested parser error that says what to mend.
+
+    jsonargparse tells how it went down into the configuration (``Parser key "model": ... Problem with given class_path
+    ...: ...``), tries every type that a place accepts, and repeats the value at each level. What helps is the keys on
+    the way and the reason at its end.
+    """
+    keys = list(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))
+    flags = re.findall(r"Given value: NestedArg\(key='([\w.]+)'", message)
+    # A flag is repeated at each level as well; the outermost stands last and has the whole name.
+    place = f"{keys[0]}.init_args.{flags[-1]}" if keys and flags else ".".join(keys)
+    at = f"{place}: " if place else ""
+    message = re.sub(r'Parser key "[\w.]+":', "", message)
+    # A purifier is made by a function, about whose class_path the message is worded differently.
+    message = _CALLABLE.sub(lambda m: f"Problem with given class_path '{m[2] or m[3]}':\n{m[1]}", message)
+    message = re.sub(r"Type collections\.abc\.Callable\[.*?callable class: ", "", message)
+
+    if m := re.search(r'"subcommand" to be one of \{(.+?)\}', message):
+        return f"say what to do, one of {m[1]}: fit --config FILE trains"
+    if m := re.search(r"unrecognized arguments: ([^\s=]+)|does not accept option '(.+)'", message):
+        if m[1] and not m[1].startswith("-"):
+            return f"unexpected argument {m[1]}; settings are given as --NAME VALUE"
+        name = (m[1] or m[2]).removeprefix("--")
+        return f"there is no setting {name}; {_nearest(name, _SETTINGS) or '--help lists all'}"
+    if m := re.search(r"class_path '([\w.]+)':\s+Option '(.+)' is not accepted", message):
+        options = _options(m[1])
+        return f"{at}{_last(m[1])} has no option {m[2]}; {_nearest(m[2], options) or 'it has ' + ', '.join(options)}"
+    if m := re.search(r"(?:class_path '([\w.]+)':\s+)?the following arguments are required: (.+)", message):
+        if m[1]:
+            return f"{at}{_last(m[1])} needs {m[2]}"
+        return f"no {re.sub('(fit|test|validate)[.]', '', m[2])} given: name a configuration with --config"
+    if m := re.search(r"Expected a dot import path string: (.+)", message):
+        if m[1] in _CLASSES:
+            return f"{at}{m[1]} is of another kind than is needed here"
+        return f"{at}there is no class {m[1]}; {_nearest(m[1], _CLASSES) or 'classes of others need their full path'}"
+    if m := re.search(r"module '(.+)' has no attribute '(\w+)'|(No module named '.+')", message):
+        near = _nearest(m[2], dir(pydoc.locate(m[1]))) if m[1] else ""
+        return f"{at}{m[3] or f'there is no {m[2]} in {m[1]}'}; {near or 'check class_path'}"
+    reasons = [line for text in message.splitlines() if not _NO_REASON.match(line := text.strip(" -"))]
+    if reasons:
+        return at + _tidy(reasons[0])
+    if re.search(_NO_CLASS, message):
+        return f"{at}a class is needed: give its class_path and init_args"
+    # No type of a union fits: the innermost union is the last that lists its types, and the first that ends.
+    types = re.findall(r"Subtypes: \[(.+)\]$", message, re.MULTILINE)
+    values = re.findall(r"Given value: (.+)$", message, re.MULTILINE)
+    return at + _tidy(f"Expected a {types[-1]}. Got value: {values[0]}" if types and values else message)
+
+
+_CLASSES = [name for module in (attacks, callbacks, data, defense, models, tasks) for name in module.__all__]
+
+_SETTINGS = ["config", "run", "seed_everything", "ckpt_path", "model", "data", "trainer"]
+
+_SETTINGS += [f"trainer.{name}" for name in inspect.signature(L.Trainer).parameters]
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _tidy(text: str) -> str:
+    """Types as people write them."""
+    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", text)
+    if m := re.search(r"Expected an? (.+)\. Got value: (.+)", text):
+        return f"expected {m[1].replace(', ', ' or ').replace('NoneType', 'null')}; got {m[2]}"
+    return " ".join(text.split())
+
+
+def _options(class_path: str) -> list[str]:
+    """What a configuration can give to a class or function."""
+    made: Any = pydoc.locate(class_path)
+    names = inspect.signature(made).parameters
+    # A task makes its purifiers for its networks.
+    given = {"denoiser", "classifier"} if inspect.isclass(made) and issubclass(made, Purifier) else set()
+    return [name for name in names if name not in given]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else ""
