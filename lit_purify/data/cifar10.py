@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torchvision import datasets
 
 from lit_purify.data.base import ImageDataset
 from lit_purify.data.folder import ImageFolder
-from lit_purify.data.subset import Subset
 from lit_purify.data.torchvision_files import from_arrays, open_torchvision, train_or_val
 
 _CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -25,33 +25,16 @@ class CIFAR10(ImageFolder):
     Args:
         root: Folder that holds ``cifar-10-batches-py``, or ``train`` and ``test``.
         download: Fetch torchvision's files when they are missing (needs a network).
-        batch_size: Samples a batch and process.
-        num_workers: Processes that read images.
-        subset: Which samples of the evaluated split count; ``None`` takes all.
-        evaluate_on: The split that ``test`` reads.
-        seed: Of the shuffling.
+        loading: As for every datamodule: batch_size, num_workers, subset, evaluate_on, seed.
     """
 
     def __init__(
         self,
         root: Path,
         download: bool = False,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        subset: Subset | None = None,
-        evaluate_on: str = "test",
-        seed: int = 0,
+        **loading: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(
-            root,
-            size=32,
-            val_fraction=0.1,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            subset=subset,
-            evaluate_on=evaluate_on,
-            seed=seed,
-        )
+        super().__init__(root, size=32, val_fraction=0.1, **loading)
         self.download = download
 
     @property

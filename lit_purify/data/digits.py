@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
-from lit_purify.data.subset import Subset
 from lit_purify.functional.images import resize
 
 _TRAIN, _VAL = 1097, 300
@@ -23,23 +23,15 @@ class Digits(ImageDataModule):
 
     Args:
         size: Height and width; 8 is the original, larger ones are resized bilinearly.
-        batch_size: Samples a batch and process.
-        num_workers: Processes that read images.
-        subset: Which samples of the evaluated split count; ``None`` takes all.
-        evaluate_on: The split that ``test`` reads.
-        seed: Of the shuffling.
+        loading: As for every datamodule: batch_size, num_workers, subset, evaluate_on, seed.
     """
 
     def __init__(
         self,
         size: int = 8,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        subset: Subset | None = None,
-        evaluate_on: str = "test",
-        seed: int = 0,
+        **loading: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(batch_size, num_workers, subset, evaluate_on, seed)
+        super().__init__(**loading)
         self.size = size
 
     def split(self, name: str) -> ImageDataset:

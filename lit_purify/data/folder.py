@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
-from lit_purify.data.subset import Subset
 from lit_purify.errors import InputError
 from lit_purify.functional.images import resize
 
@@ -44,11 +44,7 @@ class ImageFolder(ImageDataModule):
         test_fraction: Part of the images cut off for the test where no folder gives it; 1 (with val_fraction 0) tests
             on all.
         split_seed: Of the random split.
-        batch_size: Samples a batch and process.
-        num_workers: Processes that read images.
-        subset: Which samples of the evaluated split count; ``None`` takes all.
-        evaluate_on: The split that ``test`` reads.
-        seed: Of the shuffling.
+        loading: As for every datamodule: batch_size, num_workers, subset, evaluate_on, seed.
     """
 
     def __init__(
@@ -59,13 +55,9 @@ class ImageFolder(ImageDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         split_seed: int = 0,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        subset: Subset | None = None,
-        evaluate_on: str = "test",
-        seed: int = 0,
+        **loading: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(batch_size, num_workers, subset, evaluate_on, seed)
+        super().__init__(**loading)
         if channels not in (1, 3):
             raise InputError(f"channels = {channels}: use 3 for color, 1 for gray")
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction > 1:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torchvision import datasets
 
 from lit_purify.data.base import ImageDataModule, ImageDataset
-from lit_purify.data.subset import Subset
 from lit_purify.data.torchvision_files import from_arrays, open_torchvision, train_or_val
 
 
@@ -19,24 +19,16 @@ class SVHN(ImageDataModule):
     Args:
         root: Folder that holds the files.
         download: Fetch them when they are missing (needs a network).
-        batch_size: Samples a batch and process.
-        num_workers: Processes that read images.
-        subset: Which samples of the evaluated split count; ``None`` takes all.
-        evaluate_on: The split that ``test`` reads.
-        seed: Of the shuffling.
+        loading: As for every datamodule: batch_size, num_workers, subset, evaluate_on, seed.
     """
 
     def __init__(
         self,
         root: Path,
         download: bool = False,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        subset: Subset | None = None,
-        evaluate_on: str = "test",
-        seed: int = 0,
+        **loading: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(batch_size, num_workers, subset, evaluate_on, seed)
+        super().__init__(**loading)
         self.root, self.download = Path(root).expanduser(), download
 
     def prepare_data(self) -> None:
