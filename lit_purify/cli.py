@@ -98,6 +98,9 @@ class _CLI(LightningCLI):
             settings.run = str(Path("runs") / (Path(str(sources[-1])).stem if sources else self.subcommand))
         self.folder = RunFolder(Path(settings.run))
         settings.trainer.default_root_dir = settings.run
+        for callback in settings.trainer.callbacks or []:
+            if callback.class_path.endswith(".ModelCheckpoint") and callback.init_args.get("dirpath") is None:
+                callback.init_args.dirpath = str(self.folder.path / "checkpoints")
         loggers = settings.trainer.logger
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
@@ -182,7 +185,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=[RecordWriter(), Gallery(), Progress(), WandbReport(), Report()],
+        callbacks=[RecordWriter(), Gallery(), Progress(), Report(), WandbReport()],
     )
 
 

@@ -136,7 +136,14 @@ def _tidy(text: str) -> str:
 def _options(class_path: str) -> list[str]:
     """What a configuration can give to a class or function."""
     made: Any = pydoc.locate(class_path)
-    names = inspect.signature(made).parameters
+    # A datamodule hands what it does not know to its base.
+    makers: list[Any] = (
+        [base.__dict__.get("__init__") for base in inspect.getmro(made)] if inspect.isclass(made) else [made]
+    )
+    parameters = [
+        p for maker in makers if inspect.isfunction(maker) for p in inspect.signature(maker).parameters.values()
+    ]
+    names = dict.fromkeys(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self")
     # A task makes its purifiers for its networks.
     given = {"denoiser", "classifier"} if inspect.isclass(made) and issubclass(made, Purifier) else set()
     return [name for name in names if name not in given]

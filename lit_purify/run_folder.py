@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -91,6 +92,22 @@ class RunFolder:
             for part in parts[1:]:
                 part.unlink()
         return records
+
+    def lock(self) -> IO[str]:
+        """Keeps other runs out of the folder for as long as what is returned stays open.
+
+        Raises:
+            InputError: Another process is writing there.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        stream = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: another run is writing there; wait for it, or give another --run"
+            ) from error
+        return stream
 
     def write_config(self, text: str, write: bool) -> None:
         """Writes the configuration of a run."""

@@ -31,5 +31,6 @@ class Export(Callback):
         path = self.path or Path(trainer.default_root_dir) / "model.safetensors"
         figures = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
         dtype = torch.float16 if self.half else torch.float32
+        verb = "Replaced" if path.exists() else "Exported"
         save_network(pl_module.network, path, {"step": trainer.global_step, "metrics": figures}, dtype)
-        print(f"Exported: {path}")
+        print(f"{verb}: {path}")

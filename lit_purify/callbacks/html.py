@@ -15,14 +15,18 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } thead th { vertical-align: bottom; }
-figure { margin: 1rem 0; padding: .6rem; background: var(--soft); border-radius: .4rem; }
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+tbody th { font-weight: inherit; } th:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
+thead th { vertical-align: bottom; } td small { display: block; opacity: .7; } li { overflow-wrap: anywhere; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: .6rem; }
+figure { margin: 0; padding: .6rem; background: var(--soft); border-radius: .4rem; }
 figure img { max-width: 100%; height: auto; } figcaption { font-size: .9rem; }
+svg.plot { margin-top: 1.5rem; }
 .plot { background: #fff; border-radius: .4rem; max-width: 100%; height: auto; }
 pre { overflow-x: auto; font-size: .8rem; }
-.broken { color: #c2410c; } .held { color: #15803d; }
-@media (prefers-color-scheme: dark) { .broken { color: #fb923c; } .held { color: #4ade80; } }
+.broken { color: #c2410c; } .shaken { color: #a16207; } .held { color: #15803d; }
+@media (prefers-color-scheme: dark) {
+  .broken { color: #fb923c; } .shaken { color: #facc15; } .held { color: #4ade80; } }
 """
 
 
@@ -60,7 +64,9 @@ def page(
         "<p>Average: mean over the runs. Worst: right in every run. Majority: the vote of the runs, a tie counts as "
         "wrong. Brackets: 95 % intervals. Differences are paired over the same samples.</p>",
         "<h2>Gallery</h2><p>Left to right: original, adversarial, mask (strong noise) over it, noised, purified.</p>",
+        "<div class='gallery'>",
         *(_figure(record, image, classes) for record, image in pictures),
+        "</div>",
         "<h2>How to repeat it</h2><p>Save the configuration below and give it to <code>eval.py --config FILE --run "
         "FOLDER</code>, with the files named here.</p><ul>",
         *(f"<li>{escape(name)}: {escape(str(value))}</li>" for name, value in facts.items()),
@@ -70,24 +76,25 @@ def page(
 
 
 def _table(results: Sequence[Mapping[str, Any]], baseline: str) -> str:
-    head = "".join(f"<th>clean<br>{rule}</th>" for rule in RULES) + "".join(
-        f"<th>robust<br>{rule}</th>" for rule in RULES
-    )
     rows = []
     for result in results:
-        cells = [percent(result[kind][rule]) for kind in ("clean", "robust") for rule in RULES]
         difference = signed(result["robust_difference"]["average"]) if "robust_difference" in result else ""
         levels = ", ".join(str(level) for level in result["levels"]) or "none"
+        cells = [percent(result["robust"]["average"]), difference, percent(result["clean"]["average"])]
+        cells += [percent(result[kind][rule]) for kind in ("robust", "clean") for rule in RULES[1:]]
+        # The interval stands small under its value.
+        shown = "".join(f"<td>{cell.replace(' [', '<small>[')}{'</small>' * ('[' in cell)}</td>" for cell in cells)
         rows.append(
-            f"<tr><td>{escape(result['defense'])}</td><td>{result['nfe_defense']}</td><td>{levels}</td>"
-            + "".join(f"<td>{cell}</td>" for cell in [*cells, difference])
-            + f"<td>{result['seconds']:.0f}</td></tr>"
+            f"<tr><th scope='row'>{escape(result['defense'])}</th>{shown}<td>{result['nfe_defense']}</td>"
+            f"<td>{levels}</td><td>{result['seconds']:.0f}</td></tr>"
         )
+    head = ["robust<br>average", f"less<br>{escape(baseline)}", "clean<br>average"]
+    head += [f"{kind}<br>{rule}" for kind in ("robust", "clean") for rule in RULES[1:]]
+    head += ["network<br>calls", "levels", "seconds"]
     return (
-        "<div class='scroll'><table><thead><tr><th>defense</th><th>network<br>calls</th><th>levels</th>"
-        f"{head}<th>robust average<br>less {escape(baseline)}</th><th>seconds</th></tr></thead><tbody>"
-        + "".join(rows)
-        + "</tbody></table></div>"
+        "<div class='scroll'><table><thead><tr><th>accuracy in %</th>"
+        + "".join(f"<th scope='col'>{cell}</th>" for cell in head)
+        + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -124,7 +131,7 @@ def _figure(record: Record, image: str, classes: Sequence[str]) -> str:
     right = sum(p == record.label for p in record.adversarial)
     clean = sum(p == record.label for p in record.clean)
     runs = len(record.adversarial)
-    outcome = "held" if right == runs else "broken"
+    outcome = "held" if right == runs else "broken" if right == 0 else "shaken"
     return (
         f"<figure><img src='data:image/png;base64,{image}' alt='sample {record.index}, {escape(record.defense)}'>"
         f"<figcaption>{escape(record.defense)}, {escape(record.attack)}, sample {record.index} "

@@ -14,7 +14,7 @@ from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
 
 
 class Progress(Callback, EvaluationListener):
-    """Samples done, running robust accuracy and time left; for the samples of rank zero when there are several."""
+    """Samples done, running robust accuracy and time left; of several processes, rank zero speaks for all."""
 
     def on_test_batch_start(
         self,
@@ -26,15 +26,14 @@ class Progress(Callback, EvaluationListener):
     ) -> None:
         """Opens the bar."""
         if batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, RobustnessTask):
-            samples = len(trainer.datamodule.evaluated)  # type: ignore[attr-defined]
-            self.pairs = len(pl_module.pairs)
             self.bar = tqdm(
-                total=-(-samples // trainer.world_size) * self.pairs,
+                total=len(trainer.datamodule.evaluated) * len(pl_module.pairs),  # type: ignore[attr-defined]
                 initial=pl_module.completed,
                 desc="attacking",
                 smoothing=0.0,
                 file=sys.stderr,
-                disable=not sys.stderr.isatty(),
+                # A log gets a line now and then, where a terminal gets a bar that moves.
+                mininterval=0.1 if sys.stderr.isatty() else 60.0,
                 dynamic_ncols=True,
                 bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} samples x defenses, {remaining} left{postfix}",
             )
@@ -45,8 +44,8 @@ class Progress(Callback, EvaluationListener):
         """Moves the bar."""
         if trainer.is_global_zero:
             defense, attack = records[0].defense, records[0].attack
-            self.bar.set_postfix_str(f"{defense}: {task.running(defense, attack):.3f} robust", refresh=False)
-            self.bar.update(len(records))
+            self.bar.set_postfix_str(f"{defense}: {100 * task.running(defense, attack):.1f} % robust", refresh=False)
+            self.bar.update(min(len(records) * trainer.world_size, self.bar.total - self.bar.n))
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -20,8 +24,11 @@ class RecordWriter(Callback, EvaluationListener):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merges what the last run left, and tells the task what is done."""
         assert isinstance(pl_module, RobustnessTask)
+        # Lightning notes the signal and goes on, in a test. Every record is on the disk: ending at once loses nothing.
+        signal.signal(signal.SIGTERM, _end)
         folder = RunFolder(Path(trainer.default_root_dir))
         if trainer.is_global_zero:
+            self.lock = folder.lock()
             folder.collect(write=True)
         trainer.strategy.barrier("records")
         records = folder.collect(write=False)
@@ -40,3 +47,12 @@ class RecordWriter(Callback, EvaluationListener):
             stream.write("".join(record.line() for record in records))
             stream.flush()
             os.fsync(stream.fileno())
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Says how to go on."""
+        if trainer.is_global_zero and isinstance(exception, (KeyboardInterrupt, SystemExit)):
+            print(f"\n{trainer.default_root_dir}: stopped; the same command goes on from here", file=sys.stderr)
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)

@@ -23,6 +23,8 @@ from lit_purify.tasks.robustness import RobustnessTask
 class Report(Callback):
     """Turns records into what people read, when every sample is there."""
 
+    text = ""
+
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rank zero writes, once all processes are done."""
         trainer.strategy.barrier("report")
@@ -61,5 +63,10 @@ class Report(Callback):
             if (path := folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png").exists()
         ]
         write_whole(folder.report, page(summary, pictures, list(data.classes), folder.config.read_text()))
-        print(table(summary))
-        print(f"Report: {folder.report}")
+        self.text = f"{table(summary)}\nReport: {folder.report}"
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Prints, after whatever the loggers print."""
+        if self.text:
+            print(self.text)
+            self.text = ""

@@ -124,4 +124,4 @@ def table(summary: Mapping[str, Any]) -> str:
             )
         lines.append("")
     lines.append("avg: mean over runs. worst: right in every run. vote: majority of the runs, a tie counts as wrong.")
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)

@@ -120,6 +120,14 @@ class Classifier(nn.Module):
             raise InputError(f"blocks: the network does not call its module {unused[0]!r}")
         return [found[name] for name in self.blocks]
 
+    def check_classes(self, classes: Sequence[str]) -> None:
+        """Raises an ``InputError`` when a dataset has another number of classes: its labels would mean other things."""
+        if len(classes) != self.num_classes:
+            raise InputError(
+                f"the classifier has num_classes = {self.num_classes}, the data has {len(classes)} classes "
+                f"({', '.join(list(classes)[:3])} ...): labels would be out of range or mean others"
+            )
+
     def check_image(self, image: Tensor) -> None:
         """Raises an ``InputError`` when an image batch does not fit this network."""
         expected = (self.channels, self.size, self.size)

@@ -78,11 +78,7 @@ class ClassifierTask(TrainingTask):
 
     def _check(self, batch: Batch) -> None:
         self.classifier.check_image(batch["image"])
-        worst = int(batch["label"].max())
-        if worst >= self.classifier.num_classes:
-            raise InputError(
-                f"label {worst} of the data is outside the classifier's 0 .. {self.classifier.num_classes - 1}"
-            )
+        self.classifier.check_classes(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Clean accuracy, and accuracy under the training attack when there is one."""

@@ -164,11 +164,7 @@ class RobustnessTask(L.LightningModule):
         first = evaluated[0]["image"][None]
         self.classifier.check_image(first)
         self.denoiser.check_image(first)
-        worst = int(evaluated.labels[evaluated.positions].max())
-        if worst >= self.classifier.num_classes:
-            raise InputError(
-                f"label {worst} of the data is outside the classifier's 0 .. {self.classifier.num_classes - 1}"
-            )
+        self.classifier.check_classes(data.classes)
 
     def setup(self, stage: str) -> None:
         """Checks, and chooses what is shown."""
