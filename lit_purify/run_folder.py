@@ -21,14 +21,15 @@ _IRRELEVANT = (
     "verbose",
     "ckpt_path",
     "weights_only",
-    "seed_everything",
     "data.init_args.batch_size",
     "data.init_args.num_workers",
     "data.init_args.download",
     "data.init_args.seed",
     "model.init_args.gallery",
 )
-"""Keys that do not change a record."""
+"""Keys that do not change a record,"""
+_RELEVANT = ("trainer.precision", "trainer.plugins")
+"""but for these."""
 _FILE_KEYS = ("path", "checkpoint")
 
 
@@ -87,7 +88,8 @@ class RunFolder:
         parts = [self.records, *sorted(self.path.glob("records.rank*.jsonl"))]
         found = {record.key: record for part in reversed(parts) for record in read_records(part)}
         records = sorted(found.values(), key=lambda record: (record.index, record.defense, record.attack))
-        if write and records:
+        # Also without a whole record: the next line must not be joined to a torn one.
+        if write and any(part.exists() for part in parts):
             write_records(self.records, records)
             for part in parts[1:]:
                 part.unlink()
@@ -146,7 +148,7 @@ def identify(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat = {
         key: value
         for key, value in _flatten(settings, "")
-        if not any(key == name or key.startswith(name + ".") for name in _IRRELEVANT)
+        if key in _RELEVANT or not any(key == name or key.startswith(name + ".") for name in _IRRELEVANT)
     }
     for key, value in list(flat.items()):
         if key.rpartition(".")[2] in _FILE_KEYS and isinstance(value, str) and Path(value).is_file():

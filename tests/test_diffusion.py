@@ -77,7 +77,7 @@ def test_decompose_is_exact():
     assert weights.sum(dim=1).eq(1).all()
     assert torch.equal((distinct[:, :, None, None] * weights).sum(dim=1, keepdim=True), levels)
     assert decompose(torch.full((2, 1, 4, 4), 9))[1] is None
-    assert decompose(torch.tensor([1, 2]))[0].tolist() == [[1], [2]]
+    assert decompose(torch.tensor([1, 2]))[0].tolist() == [[1, 1], [2, 2]]
     with pytest.raises(InputError, match=f"most is {MAX_DISTINCT}"):
         decompose(torch.arange(100).reshape(1, 1, 10, 10))
 

@@ -10,13 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import randomized
 
 from lit_purify.cli import evaluate
 from lit_purify.functional.statistics import outcomes
 from lit_purify.metrics import RobustAccuracy, read_records
-from lit_purify.models import ResNetClassifier, UNet
-from lit_purify.models.files import save_network
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,10 +22,7 @@ ROOT = Path(__file__).parent.parent
 def config(tmp_path_factory):
     """A complete evaluation in small: three defenses, two attacks, nine digits."""
     folder = tmp_path_factory.mktemp("evaluation")
-    unet = UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1)
-    classifier = ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4)
-    for network in (unet, classifier):
-        save_network(randomized(network), folder / f"{type(network).__name__}.safetensors")
+    weights = ROOT / "checkpoints"
     mask = {"class_path": "TopFraction", "init_args": {"fraction": 0.3}}
     heterogeneous = {"mask": mask, "high": 300, "low": 150, "steps": 2}
     settings = {
@@ -37,11 +31,11 @@ def config(tmp_path_factory):
             "init_args": {
                 "classifier": {
                     "class_path": "lit_purify.models.load_classifier",
-                    "init_args": {"path": str(folder / "ResNetClassifier.safetensors")},
+                    "init_args": {"path": str(weights / "digits_classifier.safetensors")},
                 },
                 "denoiser": {
                     "class_path": "lit_purify.models.load_denoiser",
-                    "init_args": {"path": str(folder / "UNet.safetensors")},
+                    "init_args": {"path": str(weights / "digits_denoiser.safetensors")},
                 },
                 "defenses": {
                     "none": {"class_path": "NoPurifier"},
@@ -51,11 +45,11 @@ def config(tmp_path_factory):
                 "attacks": {
                     "pgd": {
                         "class_path": "PGD",
-                        "init_args": {"norm": "linf", "eps": "8/255", "steps": 2, "step_size": 0.02, "eot": 2},
+                        "init_args": {"norm": "linf", "eps": "51/255", "steps": 2, "step_size": 0.1, "eot": 2},
                     },
                     "pgd-l2": {
                         "class_path": "PGD",
-                        "init_args": {"norm": "l2", "eps": 0.5, "steps": 1, "step_size": 0.5},
+                        "init_args": {"norm": "l2", "eps": 1.5, "steps": 1, "step_size": 1.5},
                     },
                 },
                 "runs": 3,
@@ -94,6 +88,9 @@ def test_a_run_leaves_what_the_contract_names(finished):
     found = read_records(finished / "records.jsonl")
     assert len(found) == 3 * 2 * 9
     assert {len(record.clean) for record in found} == {len(record.adversarial) for record in found} == {3}
+    # Were nothing broken, the comparisons below would compare little.
+    assert any(record.clean != record.adversarial for record in found if record.defense != "none")
+    assert len({tuple(record.adversarial) for record in found}) > 10
     summary = json.loads((finished / "summary.json").read_text())
     assert {"schema", "dataset", "samples", "subset_sha256", "seed", "runs", "classifier"} <= set(summary)
     assert (summary["samples"], summary["runs"], summary["dataset"]) == (9, 3, "Digits")
@@ -101,7 +98,7 @@ def test_a_run_leaves_what_the_contract_names(finished):
         (d, a) for d in ("none", "uniform", "paper") for a in ("pgd", "pgd-l2")
     ]
     result = summary["results"][4]
-    assert (result["norm"], result["eps"], result["attack_steps"], result["eot"]) == ("linf", 8 / 255, 2, 2)
+    assert (result["norm"], result["eps"], result["attack_steps"], result["eot"]) == ("linf", 0.2, 2, 2)
     assert (result["gradient"], result["nfe_defense"], result["nfe_attack"]) == ("exact", 3, 3)
     names = {path.name for path in (finished / "overlays").iterdir()}
     assert {"none.pgd.000000.png", "paper.pgd-l2.000001.png", "paper.pgd.000001.mask.png"} <= names

@@ -14,7 +14,7 @@ from lit_purify.attacks import PGD
 from lit_purify.cli import train
 from lit_purify.defense import TopFraction
 from lit_purify.errors import InputError
-from lit_purify.functional.noise import KeyedNoise
+from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import ResNetClassifier, UNet, load_classifier, load_denoiser
 from lit_purify.tasks import ClassifierTask, DenoiserTask
 
@@ -137,6 +137,48 @@ def test_training_noise_depends_on_sample_and_epoch_alone():
     halves = [task.keyed({"index": half}).normal(0, torch.zeros(4, 1, 4, 4)) for half in (index[0::2], index[1::2])]
     assert torch.equal(whole[0::2], halves[0])
     assert torch.equal(whole[1::2], halves[1])
+
+
+def test_training_draws_differ_between_epochs_also_an_attacks_random_start(monkeypatch):
+    task, noise, starts = denoiser_task(), [], []
+    image, attack = torch.full((4, 1, 4, 4), 0.5), PGD("linf", 0.1, 1, 0.05)
+    for epoch in (0, 7):
+        monkeypatch.setattr(type(task), "current_epoch", epoch)
+        keyed = task.keyed({"index": torch.arange(4)})
+        noise.append(keyed.normal(0, image))
+        starts.append(attack._start(image, keyed.runs([0])))
+    assert not torch.equal(*noise)
+    assert not torch.equal(*starts)
+
+
+def test_attacking_in_training_leaves_batch_statistics_alone(images):
+    task = ClassifierTask(
+        ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4), PGD("linf", 0.1, 1, 0.05)
+    ).train()
+    before = task.classifier.network.bn1.running_mean.clone()
+    noise = KeyedNoise(0, torch.arange(6), torch.zeros(6, dtype=torch.long))
+    task._attacked(task.attack, images, torch.arange(6), noise)
+    assert torch.equal(task.classifier.network.bn1.running_mean, before)
+    assert task.classifier.training
+
+
+def test_training_loss_is_the_error_in_the_noise(images):
+    """The step written out: the augmented image, noised at the drawn levels, and the noise that went in."""
+    task = denoiser_task(shift_pixels=1, mirror=True)
+    task.log = lambda *args, **kwargs: None
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(type(task), "current_epoch", 0)
+    batch = {"image": images, "label": torch.zeros(6).long(), "index": torch.arange(6)}
+    loss = task.training_step(batch, 0)
+    monkey.undo()
+    noise = KeyedNoise(0, torch.arange(6), torch.zeros(6, dtype=torch.long), TRAINING)
+    image = task.augmented(images, noise, 3)
+    eps, levels = noise.normal(0, images), task.draw_levels(image, noise)
+    abar = task.denoiser.schedule.at(levels)
+    x = abar.sqrt() * (2 * image - 1) + (1 - abar).sqrt() * eps
+    expected = (task.denoiser(x, levels) - eps).square().mean()
+    assert not torch.equal(image, images)
+    torch.testing.assert_close(loss, expected, check_dtype=False)
 
 
 def test_processes_and_steps_draw_differently_what_is_not_keyed(monkeypatch):

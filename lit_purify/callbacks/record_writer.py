@@ -50,9 +50,10 @@ class RecordWriter(Callback, EvaluationListener):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Says how to go on."""
-        if trainer.is_global_zero and isinstance(exception, (KeyboardInterrupt, SystemExit)):
+        if trainer.is_global_zero and isinstance(exception, KeyboardInterrupt):
             print(f"\n{trainer.default_root_dir}: stopped; the same command goes on from here", file=sys.stderr)
 
 
 def _end(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + signum)
+    # As Ctrl-C, upon which Lightning ends the processes that it has started as well.
+    raise KeyboardInterrupt

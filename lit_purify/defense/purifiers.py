@@ -179,7 +179,7 @@ class HeterogeneousPurifier(Purifier):
         steps: Grid steps from ``high`` to 0; ``low`` is on the grid.
         resampling: How seams are mended.
         jump: U, in noising steps.
-        resampling_steps: Small steps of ``multi``.
+        resampling_steps: Small steps of ``multi``, at most ``jump``.
         recompute: See ``Purifier``.
     """
 
@@ -193,7 +193,7 @@ class HeterogeneousPurifier(Purifier):
         steps: int,
         resampling: Resampling = "single",
         jump: int = 10,
-        resampling_steps: int = 20,
+        resampling_steps: int = 10,
         recompute: bool = True,
     ) -> None:
         super().__init__(denoiser, classifier, recompute)
@@ -206,6 +206,7 @@ class HeterogeneousPurifier(Purifier):
         self.jump = 0 if resampling == "none" else _positive("jump", jump)
         denoiser.schedule.check("high + jump", high + self.jump)
         self.resampling_steps = _positive("resampling_steps", resampling_steps) if resampling == "multi" else 1
+        self._back(high)
         above = min(steps - 1, max(1, round(steps * (high - low) / high)))
         self.upper = grid(high, low, above)
         self.lower = grid(low, 0, steps - above)
@@ -217,6 +218,7 @@ class HeterogeneousPurifier(Purifier):
         u = to_diffusion(image)
         draws = _Draws(noise, u)
         x = noised(u, at(self.high), draws.next())
+        # What is noised how strongly, to look at; the sampler draws the weak noise anew at every level.
         start = x * mask + noised(u, at(self.low), draws.next()) * (1.0 - mask)
 
         def merge(x: Tensor, t: int) -> Tensor:
@@ -224,7 +226,7 @@ class HeterogeneousPurifier(Purifier):
 
         def mend(x: Tensor, t: int) -> Tensor:
             x = renoised(x, at(t), at(t + self.jump), draws.next())
-            back = grid(t + self.jump, t, self.resampling_steps)
+            back = self._back(t)
             for k, (a, b) in enumerate(itertools.pairwise(back)):
                 x = self.ddim(merge(x, a) if k else x, a, b)
             return x
@@ -244,6 +246,10 @@ class HeterogeneousPurifier(Purifier):
         for t, s in zip(self.lower, self.lower[1:], strict=False):
             x = self.ddim(x, t, s)
         return Trace(to_image(x), to_image(start), mask)
+
+    def _back(self, t: int) -> list[int]:
+        """The levels that resampling walks from t + U back to t."""
+        return grid(t + self.jump, t, self.resampling_steps) if self.jump else [t]
 
     @property
     def levels(self) -> list[int]:

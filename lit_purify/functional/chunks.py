@@ -32,8 +32,19 @@ def logits_in_chunks(model: LogitsFunction, image: Tensor, noise: Noise, runs: l
     parts = []
     with torch.no_grad():
         for rows, real in chunks(len(image) * len(runs), size, image.device):
-            parts.append(model(image[rows // len(runs)], noise.rows(rows))[:real])
+            parts.append(_finite("output", model(image[rows // len(runs)], noise.rows(rows))[:real]))
     return torch.cat(parts).reshape(len(image), len(runs), -1)
+
+
+def _finite(what: str, values: Tensor) -> Tensor:
+    """The values; an attack that follows NaN stands still, and a robust accuracy that rests on it is worthless.
+
+    Raises:
+        RuntimeError: Some value is NaN or infinite.
+    """
+    if not values.isfinite().all():
+        raise RuntimeError(f"the {what} of the attacked network is NaN or infinite: its robust accuracy means nothing")
+    return values
 
 
 def gradient_in_chunks(
@@ -52,6 +63,9 @@ def gradient_in_chunks(
 
     Returns:
         Loss (B,) and gradient (B, C, H, W), both detached.
+
+    Raises:
+        RuntimeError: The gradient is NaN or infinite.
     """
     draws = len(runs)
     noise = noise.runs(runs)
@@ -62,7 +76,7 @@ def gradient_in_chunks(
             values = loss(model(leaf, noise.rows(rows)), label[rows // draws])
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
         losses.append(values.detach()[:real])
-        gradients.append(gradient[:real])
+        gradients.append(_finite("gradient", gradient[:real]))
     by_draw = torch.cat(losses).reshape(len(image), draws).unbind(dim=1)
     gradient_by_draw = torch.cat(gradients).reshape(len(image), draws, *image.shape[1:]).unbind(dim=1)
     # Added one after the other: a reduction kernel may round differently for different batch sizes.

@@ -26,14 +26,16 @@ def decompose(levels: Tensor) -> tuple[Tensor, Tensor | None]:
         levels: (B,) or (B, 1, H, W), in noising steps.
 
     Returns:
-        Distinct levels (B, L) and weights (B, L, H, W) in {0, 1} that sum to 1 over L; ``None`` in place of the weights
-        when every image has one level only (L = 1). Images with fewer than L levels repeat one with weight 0.
+        Distinct levels (B, L), L at least 2, and weights (B, L, H, W) in {0, 1} that sum to 1 over L; ``None`` in place
+        of the weights when every image has one level only. Images with fewer than L levels repeat one with weight 0.
+        (At least 2: kernels round differently for one row and for several, and an image of one level must not depend on
+        whether there are images of two beside it.)
 
     Raises:
         InputError: An image has more than 64 distinct levels.
     """
     if levels.ndim == 1:
-        return levels[:, None], None
+        return levels[:, None].expand(-1, 2), None
     flat = levels.flatten(1)
     ordered, order = flat.sort(dim=1)
     rank = torch.zeros_like(order)
@@ -43,7 +45,7 @@ def decompose(levels: Tensor) -> tuple[Tensor, Tensor | None]:
         raise InputError(
             f"a level map has {count} distinct levels in one image, the most is {MAX_DISTINCT}: round its levels"
         )
-    distinct = ordered[:, :1].expand(-1, count).scatter(1, rank, ordered)
+    distinct = ordered[:, :1].expand(-1, max(2, count)).scatter(1, rank, ordered)
     if count == 1:
         return distinct, None
     place = torch.empty_like(rank).scatter_(1, order, rank)

@@ -20,7 +20,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 EVALUATION, ATTACK, TRAINING = range(3)
-"""Streams: noise drawn for different ends never shares a key."""
+"""Streams: noise drawn for different ends never shares a key; epoch e of a training has the stream TRAINING + e."""
 
 MASK_STEP, START_STEP = _LOW, _LOW - 1
 """Steps that no sampler reaches: the draws of a random mask and of an attack's random start."""
@@ -54,7 +54,7 @@ class KeyedNoise:
         seed: Seed of the experiment, 0 .. 2**32 - 1.
         index: Position of each row's sample in the evaluated set, (B,) int64.
         run: Run of each row, (B,) int64: rows of one sample that differ in run get independent noise.
-        stream: What the noise is for: ``EVALUATION``, ``ATTACK`` or ``TRAINING``.
+        stream: What the noise is for: ``EVALUATION``, ``ATTACK`` or ``TRAINING`` plus the epoch.
     """
 
     seed: int

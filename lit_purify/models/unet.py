@@ -32,7 +32,7 @@ class Conditioning:
         """``layer`` of the embedding at a resolution: (B, N, 1, 1) for one level, (B, N, h, width) for a map."""
         projected = layer(self.embedding)
         if not self._pooled:
-            return rearrange(projected, "b 1 n -> b n 1 1")
+            return rearrange(projected[:, 0], "b n -> b n 1 1")
         if width not in self._pooled:
             full = max(self._pooled)
             self._pooled[width] = avg_pool2d(self._pooled[full], full // width)

@@ -157,6 +157,8 @@ class RobustnessTask(L.LightningModule):
             self._done.add(record.key)
             if count:
                 self._count(record)
+            else:
+                self._clean_counted.add((record.defense, record.index))
 
     def check(self, data: ImageDataModule) -> None:
         """Raises an ``InputError`` when data, classifier and denoiser do not fit each other."""

@@ -41,6 +41,8 @@ class TrainingTask(L.LightningModule, ABC):
         for name, value in (("weight_decay", weight_decay), ("shift_pixels", shift_pixels)):
             if value < 0:
                 raise InputError(f"{name} = {value} must not be negative")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.shift_pixels, self.mirror, self.seed = shift_pixels, mirror, seed
 
@@ -51,11 +53,11 @@ class TrainingTask(L.LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds what is not keyed (dropout): each process its own stream, each step anew, as when resumed."""
-        torch.manual_seed((self.seed * 65_537 + self.global_rank) * 1_000_003 + self.global_step)
+        torch.manual_seed(((self.seed * 65_537 + self.global_rank) * 1_000_003 + self.global_step) % 2**63)
 
     def keyed(self, batch: Batch) -> KeyedNoise:
         """Noise of a training batch: another one in every epoch."""
-        return KeyedNoise(self.seed, batch["index"], torch.full_like(batch["index"], self.current_epoch), TRAINING)
+        return KeyedNoise(self.seed, batch["index"], torch.zeros_like(batch["index"]), TRAINING + self.current_epoch)
 
     def augmented(self, image: Tensor, noise: KeyedNoise, step: int) -> Tensor:
         """Shifted and mirrored images."""
