@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,11 +173,11 @@ def written_to(folder, config, changes):
 
 
 def image_folder(root, classes=2, shape=(8, 8), count=2):
-    """Constant images in one subfolder a class."""
-    for label in range(classes):
+    """Constant images in one subfolder a class; further subfolders are empty: as many as the classifier has classes."""
+    for label in range(max(classes, 10)):
         folder = root / f"class{label:02d}"
         folder.mkdir(parents=True)
-        for item in range(count):
+        for item in range(count * (label < classes)):
             Image.fromarray(np.full(shape, 60 * item, dtype=np.uint8)).save(folder / f"{item}.png")
     return root
 
@@ -500,16 +501,24 @@ def test_images_of_several_sizes(refused_evaluation, tmp_path, batch_size):
     assert "(1, 9, 9)" in said
 
 
-def test_label_outside_the_classifier(refused_evaluation, tmp_path):
+@pytest.mark.parametrize("classes", [9, 11])
+def test_label_outside_the_classifier(refused_evaluation, tmp_path, classes):
+    network = {"model.init_args.classifier": {"class_path": "ResNetClassifier", "init_args": CLASSIFIER}}
     root = image_folder(tmp_path / "images", classes=11, count=1)
-    assert refused_evaluation({"data": images_from(root)}) == "label 10 of the data is outside the classifier's 0 .. 9"
+    for label in range(classes, 11):
+        shutil.rmtree(root / f"class{label:02d}")
+    said = refused_evaluation({"data": images_from(root), **network})
+    assert said.startswith(f"the data has {classes} classes (class00, class01, class02 ...), the classifier 10: ")
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"data.init_args.size": 16}, "the classifier takes images of shape (1, 8, 8), the data has (1, 16, 16)"),
-        ({"model.init_args.classifier.init_args.num_classes": 5}, "is outside the classifier's 0 .. 4"),
+        (
+            {"model.init_args.classifier.init_args.num_classes": 5},
+            "the data has 10 classes (0, 1, 2 ...), the classifier 5",
+        ),
         ({"model.init_args.lerning_rate": 1}, "ClassifierTask has no option lerning_rate; did you mean learning_rate?"),
         ({"model.init_args.learning_rate": -1}, "learning_rate = -1"),
         ({"model.init_args.weight_decay": -1}, "weight_decay = -1"),

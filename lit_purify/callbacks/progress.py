@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
 import lightning as L
@@ -16,6 +17,8 @@ from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
 class Progress(Callback, EvaluationListener):
     """Samples done, running robust accuracy and time left; of several processes, rank zero speaks for all."""
 
+    bar: tqdm | None = None
+
     def on_test_batch_start(
         self,
         trainer: L.Trainer,
@@ -26,14 +29,15 @@ class Progress(Callback, EvaluationListener):
     ) -> None:
         """Opens the bar."""
         if batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, RobustnessTask):
+            self.total = len(trainer.datamodule.evaluated) * len(pl_module.pairs)  # type: ignore[attr-defined]
+            self.said = time.monotonic()
             self.bar = tqdm(
-                total=len(trainer.datamodule.evaluated) * len(pl_module.pairs),  # type: ignore[attr-defined]
+                total=self.total,
                 initial=pl_module.completed,
                 desc="attacking",
                 smoothing=0.0,
                 file=sys.stderr,
-                # A log gets a line now and then, where a terminal gets a bar that moves.
-                mininterval=0.1 if sys.stderr.isatty() else 60.0,
+                disable=not sys.stderr.isatty(),
                 dynamic_ncols=True,
                 bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} samples x defenses, {remaining} left{postfix}",
             )
@@ -42,12 +46,25 @@ class Progress(Callback, EvaluationListener):
         self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
     ) -> None:
         """Moves the bar."""
-        if trainer.is_global_zero:
+        if self.bar is not None:
             defense, attack = records[0].defense, records[0].attack
             self.bar.set_postfix_str(f"{defense}: {100 * task.running(defense, attack):.1f} % robust", refresh=False)
-            self.bar.update(min(len(records) * trainer.world_size, self.bar.total - self.bar.n))
+            self.bar.update(min(len(records) * trainer.world_size, self.total - self.bar.n))
+
+            if self.bar.disable and time.monotonic() > self.said + 60.0:
+                # A log gets a line a minute, where a terminal gets a bar.
+                self.said = time.monotonic()
+                print(f"{task.completed} of {self.total} samples x defenses on this process", flush=True)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar."""
-        if trainer.is_global_zero and hasattr(self, "bar"):
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Closes the bar, so that what is said of the error gets a line of its own."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
             self.bar.close()
+            self.bar = None

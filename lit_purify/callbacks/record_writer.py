@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -20,6 +20,8 @@ from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
 
 class RecordWriter(Callback, EvaluationListener):
     """Keeps ``records.jsonl``: one line a record, written through at once: a killed run loses one batch at most."""
+
+    lock: IO[str] | None = None
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merges what the last run left, and tells the task what is done."""
@@ -48,10 +50,19 @@ class RecordWriter(Callback, EvaluationListener):
             stream.flush()
             os.fsync(stream.fileno())
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Lets others write."""
+        self._release()
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Says how to go on."""
+        """Says how to go on, and lets others write."""
+        self._release()
         if trainer.is_global_zero and isinstance(exception, KeyboardInterrupt):
             print(f"\n{trainer.default_root_dir}: stopped; the same command goes on from here", file=sys.stderr)
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
 
 
 def _end(signum: int, frame: FrameType | None) -> NoReturn:

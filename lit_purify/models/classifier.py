@@ -124,8 +124,8 @@ class Classifier(nn.Module):
         """Raises an ``InputError`` when a dataset has another number of classes: its labels would mean other things."""
         if len(classes) != self.num_classes:
             raise InputError(
-                f"the classifier has num_classes = {self.num_classes}, the data has {len(classes)} classes "
-                f"({', '.join(list(classes)[:3])} ...): labels would be out of range or mean others"
+                f"the data has {len(classes)} classes ({', '.join(list(classes)[:3])} ...), the classifier "
+                f"{self.num_classes}: labels would be out of its range or mean others; set num_classes, or choose data"
             )
 
     def check_image(self, image: Tensor) -> None:
