@@ -53,7 +53,7 @@ def config(tmp_path_factory):
                     },
                 },
                 "runs": 3,
-                "chunk": 8,
+                "chunk": 16,
                 "gallery": 2,
             },
         },

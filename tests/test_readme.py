@@ -26,7 +26,7 @@ def test_python_example_runs(monkeypatch):
 
 
 def test_named_files_exist():
-    for name in re.findall(r"\b(?:configs|docs|checkpoints)/[\w./-]+\.\w+", README):
+    for name in re.findall(r"(?<![\w/])(?:configs|docs|checkpoints)/[\w./-]+\.\w+", README):
         assert (ROOT / name).exists(), name
 
 

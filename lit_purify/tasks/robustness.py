@@ -59,7 +59,8 @@ class RobustnessTask(L.LightningModule):
         baseline: The defense that paired differences are taken to; ``None`` is the first.
         runs: N.
         chunk: Rows that networks are called with, always this many. Part of what identifies a result: another number
-            changes results by rounding.
+            changes results by rounding. At least 16 on a CPU: for fewer, kernels were seen to round differently with
+            another number of threads, and so with another number of processes on one machine.
         seed: Of all noise.
         gallery: Samples whose images are shown, the first of the evaluated ones.
     """
