@@ -100,7 +100,7 @@ def signed(value: Sequence[float]) -> str:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """What ``eval.py`` prints: at most 100 columns for names of up to 18 letters."""
+    """What ``eval.py`` prints: at most 100 columns for names of up to 14 letters."""
     results = summary["results"]
     width = max(10, *(len(result["defense"]) for result in results))
     lines = ["", headline(summary)]
