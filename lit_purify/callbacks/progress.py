@@ -50,7 +50,6 @@ class Progress(Callback, EvaluationListener):
             defense, attack = records[0].defense, records[0].attack
             self.bar.set_postfix_str(f"{defense}: {100 * task.running(defense, attack):.1f} % robust", refresh=False)
             self.bar.update(min(len(records) * trainer.world_size, self.total - self.bar.n))
-
             if self.bar.disable and time.monotonic() > self.said + 60.0:
                 # A log gets a line a minute, where a terminal gets a bar.
                 self.said = time.monotonic()

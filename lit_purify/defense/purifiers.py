@@ -71,11 +71,6 @@ class Purifier(nn.Module, ABC):
     def nfe(self) -> int:
         """Network function evaluations: calls of the denoiser in one purification."""
 
-    @property
-    def schedule_steps(self) -> int:
-        """T of the denoiser's schedule."""
-        return self.denoiser.schedule.steps
-
     def predict(self, x: Tensor, t: Tensor | int) -> Tensor:
         """Noise predicted in ``x`` at one level or at a map of levels."""
         level = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
