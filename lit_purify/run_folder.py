@@ -13,6 +13,7 @@ import yaml
 
 from lit_purify.errors import InputError
 from lit_purify.metrics.records import Record, read_records, write_records, write_whole
+from lit_purify.models.sources import locate
 
 _IRRELEVANT = (
     "config",
@@ -151,13 +152,17 @@ def identify(settings: Mapping[str, Any]) -> dict[str, Any]:
         if key in _RELEVANT or not any(key == name or key.startswith(name + ".") for name in _IRRELEVANT)
     }
     for key, value in list(flat.items()):
-        if key.rpartition(".")[2] in _FILE_KEYS and isinstance(value, str) and Path(value).is_file():
-            flat[f"{key} (sha256)"] = file_sha256(Path(value))
+        if key.rpartition(".")[2] in _FILE_KEYS and isinstance(value, str) and (path := locate(value)).exists():
+            flat[f"{key} (sha256)"] = path_sha256(path)
     return flat
 
 
-def file_sha256(path: Path) -> str:
-    """Hash of a file."""
+def path_sha256(path: Path) -> str:
+    """Hash of a file, or of the names and hashes of the files in a folder."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        listing = "".join(f"{path_sha256(file)} {file.relative_to(path)}\n" for file in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

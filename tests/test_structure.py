@@ -18,7 +18,7 @@ ALLOWED = {
     "metrics": {"errors", "functional"},
     "data": {"errors", "functional", "models"},
     "tasks": {"errors", "functional", "models", "defense", "attacks", "metrics", "data"},
-    "run_folder": {"errors", "metrics"},
+    "run_folder": {"errors", "metrics", "models"},
     "callbacks": {"errors", "functional", "models", "metrics", "tasks", "run_folder"},
     "messages": {"errors", "attacks", "callbacks", "data", "defense", "models", "run_folder", "tasks"},
     "cli": {"errors", "attacks", "callbacks", "data", "defense", "models", "run_folder", "messages", "tasks"},

@@ -3,7 +3,9 @@ import torch
 from conftest import randomized
 
 from lit_purify.errors import InputError
-from lit_purify.models import UNet
+from lit_purify.functional.diffusion import noised
+from lit_purify.functional.schedule import Schedule
+from lit_purify.models import MatchedSchedule, UNet
 
 
 @pytest.mark.parametrize(
@@ -26,16 +28,28 @@ def test_a_constant_map_is_the_scalar_level(shape):
     assert torch.equal(network(x, mixed)[1:], scalar[1:])
 
 
-def test_a_map_acts_as_the_embedding_computed_for_every_pixel(unet):
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"scale_shift": False, "groups": 32, "group_width": 4, "rescale": True, "resampling": "residual_conv"},
+        {"resampling": "fir", "input_pyramid": True, "up_attention": "last", "heads": 2},
+        {"resampling": "residual", "level_scale": 0.25, "level_shift": 1.0, "embedding": 24},
+    ],
+)
+def test_a_map_acts_as_the_embedding_computed_for_every_pixel(variant):
     """Against the definition: embed each pixel's level, pool to each resolution, apply each block's linear layer."""
     from lit_purify.models import unet as module
+    from lit_purify.models.layers import sinusoidal
 
+    unet = randomized(UNet(channels=1, size=8, width=8, multipliers=[1, 2], attention=[4], **variant))
     x = torch.randn(2, 1, 8, 8)
     levels = torch.where(torch.rand(2, 1, 8, 8) < 0.4, 300, 120)
+    position = unet.level_scale * (levels[:, 0] - unet.level_shift)
 
     class PerPixel:
         def __init__(self, embedding, weights):
-            self.pixels = unet.embed(module._sinusoidal(levels[:, 0], unet.width, x.dtype)).movedim(-1, 1)
+            self.pixels = unet.embed(sinusoidal(position, unet.width, x.dtype)).movedim(-1, 1)
 
         def project(self, layer, width):
             pooled = torch.nn.functional.avg_pool2d(self.pixels, 8 // width)
@@ -59,3 +73,54 @@ def test_samples_do_not_see_each_other(unet):
 def test_size_must_halve():
     with pytest.raises(InputError, match="size = 10"):
         UNet(channels=1, size=10, width=8, multipliers=[1, 1, 1])
+
+
+def test_gradient_checkpointing_changes_no_gradient(unet):
+    unet.requires_grad_(True)
+    x, t = torch.randn(2, 1, 8, 8), torch.randint(1, 900, (2, 1, 8, 8)) // 300 * 300 + 1
+
+    def gradients():
+        unet.zero_grad()
+        unet(x, t).square().sum().backward()
+        return [p.grad.clone() for p in unet.parameters()]
+
+    plain, kept = gradients(), []
+    unet.gradient_checkpointing = True
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        recomputed = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    inside = [name for name, _ in unet.layers()]
+    assert len(kept) < len(inside) * 4  # a residual block alone saves more than ten
+
+
+def test_a_matched_schedule_hands_on_the_level_of_equal_signal_to_noise_ratio():
+    own = UNet(1, 8, 8, [1], schedule="cosine", steps=4000)
+    matched = MatchedSchedule(own)
+    assert torch.equal(matched.schedule.abar, Schedule.linear().abar[: matched.schedule.steps + 1])
+    # Closed form of the cosine schedule (its betas are clipped at the very end only).
+    t = torch.tensor([50, 200, 400, 900])
+    start = torch.cos(torch.tensor(0.008 / 1.008, dtype=torch.float64) * torch.pi / 2)
+    time = 1.008 / (torch.pi / 2) * torch.acos(matched.schedule.at(t).sqrt() * start) - 0.008
+    torch.testing.assert_close(matched.levels[t], 4000 * time, rtol=0, atol=0.1)
+    x, eps = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    own = randomized(own)
+    torch.testing.assert_close(
+        matched(noised(x, matched.schedule.at(t)[:, None, None, None], eps), t),
+        own(noised(x, matched.schedule.at(t)[:, None, None, None], eps), matched.levels[t]),
+    )
+
+
+def test_matching_a_schedule_with_itself_changes_nothing():
+    own = randomized(UNet(1, 8, 8, [1, 2]))
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 333, 1000])
+    assert torch.equal(MatchedSchedule(own)(x, t), own(x, t))
+
+
+def test_levels_beyond_the_strongest_do_not_exist():
+    """abar of a short schedule ends high: what the longer one has below does not exist for it."""
+    own = UNet(1, 8, 8, [1], steps=1000, beta_end=1e-3)
+    matched = MatchedSchedule(own)
+    strongest = matched.schedule.steps
+    assert Schedule.linear().abar[strongest] >= own.schedule.abar[-1] > Schedule.linear().abar[strongest + 1]
+    with pytest.raises(InputError, match=f"outside 1 .. {strongest}"):
+        matched.schedule.check("level", strongest + 1, low=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +27,44 @@ class Schedule:
         """abar_t = prod_{s<=t} (1 - beta_s), beta linear (Ho et al., "DDPM", NeurIPS 2020, section 4)."""
         beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
         return Schedule(torch.cat((torch.ones(1, dtype=torch.float64), torch.cumprod(1.0 - beta, dim=0))))
+
+    @staticmethod
+    def cosine(steps: int = 4000) -> Schedule:
+        """abar_t ~ cos^2 of the time, betas at most 0.999 (Nichol & Dhariwal, ICML 2021, eq. 17)."""
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        wanted = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1.0 - wanted[1:] / wanted[:-1]).clamp(max=0.999)
+        return Schedule(torch.cat((torch.ones(1, dtype=torch.float64), torch.cumprod(1.0 - beta, dim=0))))
+
+    @staticmethod
+    def continuous(steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+        """The VP SDE at times t / steps (Song et al., ICLR 2021, eq. 29): abar = exp(-integral of beta)."""
+        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        return Schedule(torch.exp(-0.5 * time**2 * (beta_max - beta_min) - time * beta_min))
+
+    @staticmethod
+    def named(
+        kind: Literal["linear", "cosine", "continuous"], steps: int, beta_start: float, beta_end: float
+    ) -> Schedule:
+        """A schedule by name; the continuous one has ``steps`` times the betas, the cosine one none."""
+        if kind == "linear":
+            return Schedule.linear(steps, beta_start, beta_end)
+        if kind == "cosine":
+            return Schedule.cosine(steps)
+        return Schedule.continuous(steps, beta_start * steps, beta_end * steps)
+
+    def levels_of(self, other: Schedule) -> Tensor:
+        """For each level of ``other``, the level here of the same signal-to-noise ratio: (other.steps + 1,) float64.
+
+        Between whole levels the standard deviation of the noise relative to the signal is interpolated. What is weaker
+        than level 1 is level 1, what is stronger than level T is NaN; level 0 is 0.
+        """
+        own, wanted = ((1.0 / schedule.abar - 1.0).sqrt() for schedule in (self, other))
+        above = torch.searchsorted(own, wanted).clamp(1, self.steps)
+        low, high = own[above - 1], own[above]
+        level = (above - 1 + (wanted - low) / (high - low)).clamp(min=1.0)
+        level = torch.where(level > self.steps + 1e-6, torch.nan, level)
+        return torch.where(other.abar == 1.0, 0.0, level)
 
     @property
     def steps(self) -> int:

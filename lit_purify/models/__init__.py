@@ -3,15 +3,31 @@
 from lit_purify.models.classifier import Classifier, TimmClassifier
 from lit_purify.models.denoiser import Denoiser
 from lit_purify.models.files import load_classifier, load_denoiser
+from lit_purify.models.matched import MatchedSchedule
+from lit_purify.models.readers import (
+    load_ddpm,
+    load_diffusers,
+    load_guided_diffusion,
+    load_improved_diffusion,
+    load_score_sde,
+)
 from lit_purify.models.resnet import ResNetClassifier
 from lit_purify.models.unet import UNet
+from lit_purify.models.wide_resnet import WideResNetClassifier
 
 __all__ = [
     "Classifier",
     "Denoiser",
+    "MatchedSchedule",
     "ResNetClassifier",
     "TimmClassifier",
     "UNet",
+    "WideResNetClassifier",
     "load_classifier",
+    "load_ddpm",
     "load_denoiser",
+    "load_diffusers",
+    "load_guided_diffusion",
+    "load_improved_diffusion",
+    "load_score_sde",
 ]

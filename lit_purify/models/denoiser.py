@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,12 +19,16 @@ class Denoiser(nn.Module, ABC):
         size: Height and width of the images.
         schedule: The noise schedule it was trained with; ``t`` counts its noising steps.
         origin: The file that its weights come from.
+        config: The arguments that rebuild it; only with them ``save_network`` takes it.
+        gradient_checkpointing: Whether it keeps few activations for a backward pass and recomputes the others.
     """
 
     channels: int
     size: int
     schedule: Schedule
     origin: str = "not loaded from a file"
+    config: dict[str, Any]
+    gradient_checkpointing: bool = False
 
     @property
     def title(self) -> str:
@@ -37,7 +42,7 @@ class Denoiser(nn.Module, ABC):
 
         Args:
             x: (B, C, H, W) in diffusion space, [-1, 1] when clean.
-            t: Level of each image (B,) or of each pixel (B, 1, H, W), in noising steps 1 .. T.
+            t: Level of each image (B,) or of each pixel (B, 1, H, W), in noising steps 1 .. T; fractions are allowed.
         """
 
     def check_image(self, image: Tensor) -> None:

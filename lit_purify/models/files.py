@@ -15,6 +15,7 @@ from torch import nn
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
 from lit_purify.models.denoiser import Denoiser
+from lit_purify.models.sources import locate
 from lit_purify.models.weights import check_file, load_into
 
 _KEY = "lit_purify"
@@ -56,28 +57,28 @@ def save_network(
         raise
 
 
-def load_denoiser(path: Path) -> Denoiser:
+def load_denoiser(path: str) -> Denoiser:
     """A denoiser from a ``.safetensors`` file that ``train.py`` wrote.
 
     Args:
-        path: The file.
+        path: The file, ``https://...#sha256=...`` or ``hf://organization/name/file``.
 
     Raises:
         InputError: The file is missing, damaged, not of ``save_network``, or holds something else.
     """
-    return _load(Path(path), Denoiser)  # type: ignore[type-abstract]
+    return _load(locate(path), Denoiser)  # type: ignore[type-abstract]
 
 
-def load_classifier(path: Path) -> Classifier:
+def load_classifier(path: str) -> Classifier:
     """A classifier from a ``.safetensors`` file that ``train.py`` wrote.
 
     Args:
-        path: The file.
+        path: The file, ``https://...#sha256=...`` or ``hf://organization/name/file``.
 
     Raises:
         InputError: The file is missing, damaged, not of ``save_network``, or holds something else.
     """
-    return _load(Path(path), Classifier)
+    return _load(locate(path), Classifier)
 
 
 def _load(path: Path, kind: type[Network]) -> Network:

@@ -2,83 +2,56 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
-from einops import einsum, rearrange
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, scaled_dot_product_attention, silu
+from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 from lit_purify.errors import InputError
 from lit_purify.functional.levels import decompose
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models.denoiser import Denoiser
+from lit_purify.models.layers import (
+    Attention,
+    Conditioning,
+    Downsample,
+    Resampling,
+    ResidualBlock,
+    SmoothedDownsample,
+    Style,
+    Upsample,
+    sinusoidal,
+    zeroed,
+)
 
 
-class Conditioning:
-    """Embedded levels and where they hold, pooled to each resolution on demand.
+class Stage(nn.ModuleList):
+    """Layers that run one after the other.
 
-    The embedding enters a block by a linear layer, and pooling commutes with it: so the layer runs on the L distinct
-    levels of an image, and its outputs are spread by the pooled weights. With one level (constant map or scalar t)
-    nothing is spread, and the network is the ordinary one.
+    Args:
+        layers: The layers.
+        role: ``plain``; ``halve`` and ``double`` change the resolution; ``join`` takes a skip connection first.
     """
 
-    def __init__(self, embedding: Tensor, weights: Tensor | None) -> None:
-        self.embedding = embedding
-        self._pooled = {} if weights is None else {weights.shape[-1]: weights.to(embedding.dtype)}
+    def __init__(self, layers: Sequence[nn.Module], role: Literal["plain", "halve", "double", "join"]) -> None:
+        super().__init__(layers)
+        self.role = role
 
-    def project(self, layer: nn.Linear, width: int) -> Tensor:
-        """``layer`` of the embedding at a resolution: (B, N, 1, 1) for one level, (B, N, h, width) for a map."""
-        projected = layer(self.embedding)
-        if not self._pooled:
-            return rearrange(projected[:, 0], "b n -> b n 1 1")
-        if width not in self._pooled:
-            full = max(self._pooled)
-            self._pooled[width] = avg_pool2d(self._pooled[full], full // width)
-        return einsum(self._pooled[width], projected, "b l h w, b l n -> b n h w")
-
-
-class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, convolution twice; the level scales and shifts the second normalization."""
-
-    def __init__(self, width_in: int, width_out: int, embedding: int, dropout: float) -> None:
-        super().__init__()
-        self.norm1 = _group_norm(width_in)
-        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.level = nn.Linear(embedding, 2 * width_out)
-        self.norm2 = _group_norm(width_out)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = _zeroed(nn.Conv2d(width_out, width_out, 3, padding=1))
-        self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
-
-    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """(B, width_in, h, w) to (B, width_out, h, w)."""
-        h = self.conv1(silu(self.norm1(x)))
-        scale, shift = conditioning.project(self.level, h.shape[-1]).chunk(2, dim=1)
-        h = self.norm2(h) * (1.0 + scale) + shift
-        return self.skip(x) + self.conv2(self.dropout(silu(h)))
-
-
-class Attention(nn.Module):
-    """Self-attention over the pixels, with a residual."""
-
-    def __init__(self, width: int, head_width: int) -> None:
-        super().__init__()
-        self.heads = max(1, width // head_width)
-        self.norm = _group_norm(width)
-        self.qkv = nn.Conv2d(width, 3 * width, 1)
-        self.out = _zeroed(nn.Conv2d(width, width, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) to the same."""
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
-        mixed = scaled_dot_product_attention(q, k, v)
-        return x + self.out(rearrange(mixed, "b n (h w) c -> b (n c) h w", h=x.shape[-2]))
+    def forward(self, h: Tensor, conditioning: Conditioning) -> Tensor:
+        """Runs the layers."""
+        for layer in self:
+            h = layer(h, conditioning) if isinstance(layer, ResidualBlock) else layer(h)
+        return h
 
 
 class UNet(Denoiser):
     """DDPM-style UNet (Ho et al. 2020; scale-shift normalization as in Dhariwal & Nichol 2021) with a level map.
+
+    The arguments after ``beta_end`` choose between the variants of the public networks, which the loaders of
+    ``lit_purify.models.readers`` set; their defaults are for networks trained here.
 
     Args:
         channels: Channels of the images.
@@ -87,11 +60,28 @@ class UNet(Denoiser):
         multipliers: Channels at each resolution, as multiples of ``width``; each further one halves the resolution.
         blocks: Residual blocks at each resolution.
         attention: Resolutions (in pixels) with self-attention.
-        head_width: Channels of an attention head.
+        head_width: Channels of an attention head; ``None``: one head.
         dropout: Dropout probability inside residual blocks.
-        steps: T of the linear schedule.
+        steps: T of the schedule.
         beta_start: First beta of the linear schedule.
         beta_end: Last beta of the linear schedule.
+        schedule: ``linear``, ``cosine`` or ``continuous``; see ``Schedule.named``.
+        embedding: Channels of the level's embedding; ``None``: twice ``width``.
+        level_scale: The sinusoidal embedding is that of ``level_scale * (t - level_shift)``.
+        level_shift: 1 for networks that count noising steps from 0.
+        frequency_shift: 1 where the slowest frequency of the embedding is 1e-4 exactly (DDPM).
+        scale_shift: Whether the level scales and shifts a normalization, or is added before it.
+        groups: Groups of the normalizations; ``None``: at most 32, such that they divide a quarter of the channels.
+        group_width: Least channels of a group.
+        norm_eps: Added to variances.
+        rescale: Divide the sum of each branch and its shortcut by sqrt(2) (score_sde).
+        resampling: ``conv``: strided convolution down, nearest neighbor and convolution up; ``conv_end``: the same,
+            padded at the right and bottom only (DDPM); ``residual``: inside residual blocks (guided-diffusion);
+            ``residual_conv``: with a convolution in the shortcut as well (DDPM++); ``fir``: and smoothed (NCSN++).
+        heads: Number of attention heads; takes precedence over ``head_width``.
+        middle_attention: Whether the middle has attention; ``None``: when any resolution has.
+        up_attention: On the way up, attention after ``each`` block or after the ``last`` of a resolution (score_sde).
+        input_pyramid: Whether the input, brought down step by step, is added at each resolution (NCSN++).
     """
 
     def __init__(
@@ -102,17 +92,32 @@ class UNet(Denoiser):
         multipliers: Sequence[int],
         blocks: int = 2,
         attention: Sequence[int] = (),
-        head_width: int = 32,
+        head_width: int | None = 32,
         dropout: float = 0.0,
         steps: int = 1000,
         beta_start: float = 1e-4,
         beta_end: float = 2e-2,
+        schedule: Literal["linear", "cosine", "continuous"] = "linear",
+        embedding: int | None = None,
+        level_scale: float = 1.0,
+        level_shift: float = 0.0,
+        frequency_shift: int = 0,
+        scale_shift: bool = True,
+        groups: int | None = None,
+        group_width: int = 1,
+        norm_eps: float = 1e-5,
+        rescale: bool = False,
+        resampling: Resampling = "conv",
+        heads: int | None = None,
+        middle_attention: bool | None = None,
+        up_attention: Literal["each", "last"] = "each",
+        input_pyramid: bool = False,
     ) -> None:
         super().__init__()
         if size % 2 ** (len(multipliers) - 1):
             raise InputError(f"size = {size} cannot be halved {len(multipliers) - 1} times: use fewer multipliers")
         self.channels, self.size = channels, size
-        self.schedule = Schedule.linear(steps, beta_start, beta_end)
+        self.schedule = Schedule.named(schedule, steps, beta_start, beta_end)
         self.config = {
             "channels": channels,
             "size": size,
@@ -125,97 +130,117 @@ class UNet(Denoiser):
             "steps": steps,
             "beta_start": beta_start,
             "beta_end": beta_end,
+            "schedule": schedule,
+            "embedding": embedding,
+            "level_scale": level_scale,
+            "level_shift": level_shift,
+            "frequency_shift": frequency_shift,
+            "scale_shift": scale_shift,
+            "groups": groups,
+            "group_width": group_width,
+            "norm_eps": norm_eps,
+            "rescale": rescale,
+            "resampling": resampling,
+            "heads": heads,
+            "middle_attention": middle_attention,
+            "up_attention": up_attention,
+            "input_pyramid": input_pyramid,
         }
-        embedding = 2 * width
-        self.width = width
-        self.embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        self.style = style = Style(
+            embedding or 2 * width,
+            dropout,
+            scale_shift,
+            groups,
+            group_width,
+            norm_eps,
+            rescale,
+            resampling,
+            heads,
+            head_width,
+        )
+        self.width, self.frequency_shift = width, frequency_shift
+        self.level_scale, self.level_shift = level_scale, level_shift
+        inner = style.embedding
+        self.embed = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU())
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
 
-        def stage(width_in: int, width_out: int, resolution: int) -> nn.ModuleList:
-            layers: list[nn.Module] = [ResidualBlock(width_in, width_out, embedding, dropout)]
-            if resolution in attention:
-                layers.append(Attention(width_out, head_width))
-            return nn.ModuleList(layers)
-
+        inside = resampling not in ("conv", "conv_end")
         widths = [width * m for m in multipliers]
-        skips, current, resolution = [width], width, size
-        self.down = nn.ModuleList()
+        skips, current, resolution, brought = [width], width, size, channels
+        self.down, self.pyramid = nn.ModuleList(), nn.ModuleList()
         for level, target in enumerate(widths):
             if level:
-                self.down.append(nn.ModuleList([nn.Conv2d(current, current, 3, stride=2, padding=1)]))
+                down = (
+                    ResidualBlock(current, current, style, "halve")
+                    if inside
+                    else Downsample(current, at_end=resampling == "conv_end")
+                )
+                self.down.append(Stage([down], "halve"))
+                if input_pyramid:
+                    self.pyramid.append(SmoothedDownsample(brought, current))
+                    brought = current
                 resolution //= 2
                 skips.append(current)
             for _ in range(blocks):
-                self.down.append(stage(current, target, resolution))
+                layers: list[nn.Module] = [ResidualBlock(current, target, style)]
                 current = target
+                if resolution in attention:
+                    layers.append(Attention(current, style))
+                self.down.append(Stage(layers, "plain"))
                 skips.append(current)
-        self.middle = nn.ModuleList(
-            [ResidualBlock(current, current, embedding, dropout), ResidualBlock(current, current, embedding, dropout)]
-        )
-        if attention:
-            self.middle.insert(1, Attention(current, head_width))
+        middle: list[nn.Module] = [ResidualBlock(current, current, style), ResidualBlock(current, current, style)]
+        if bool(attention) if middle_attention is None else middle_attention:
+            middle.insert(1, Attention(current, style))
+        self.middle = Stage(middle, "plain")
         self.up = nn.ModuleList()
         for level, target in reversed(list(enumerate(widths))):
-            for _ in range(blocks + 1):
-                self.up.append(stage(current + skips.pop(), target, resolution))
+            for block in range(blocks + 1):
+                layers = [ResidualBlock(current + skips.pop(), target, style)]
                 current = target
+                if resolution in attention and (up_attention == "each" or block == blocks):
+                    layers.append(Attention(current, style))
+                self.up.append(Stage(layers, "join"))
             if level:
-                self.up.append(nn.ModuleList([Upsample(current)]))
+                up = ResidualBlock(current, current, style, "double") if inside else Upsample(current)
+                self.up.append(Stage([up], "double"))
                 resolution *= 2
-        self.norm = _group_norm(current)
-        self.head = _zeroed(nn.Conv2d(current, channels, 3, padding=1))
+        self.norm = style.norm(current)
+        self.head = zeroed(nn.Conv2d(current, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Predicted noise; see ``Denoiser``."""
         levels, weights = decompose(t)
-        conditioning = Conditioning(self.embed(_sinusoidal(levels, self.width, x.dtype)), weights)
+        position = self.level_scale * (levels.double() - self.level_shift)
+        embedded = self.embed(sinusoidal(position, self.width, x.dtype, self.frequency_shift))
+        conditioning = Conditioning(embedded, weights)
         # About a quarter faster on CPUs, more on GPUs; convolutions keep the layout from here on.
-        h = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        h, brought, pyramid = self.stem(x), x, iter(self.pyramid)
         skips = [h]
-        for stage in self.down:
-            h = _run(stage, h, conditioning)
+        for _, stage in self._stages("down"):
+            h = self._run(stage, h, conditioning)
+            if stage.role == "halve" and self.pyramid:
+                h = brought = self.style.joined(next(pyramid)(brought), h)
             skips.append(h)
-        h = _run(self.middle, h, conditioning)
-        for stage in self.up:
-            if not isinstance(stage[0], Upsample):  # type: ignore[index]
+        h = self._run(self.middle, h, conditioning)
+        for _, stage in self._stages("up"):
+            if stage.role == "join":
                 h = torch.cat((h, skips.pop()), dim=1)
-            h = _run(stage, h, conditioning)
+            h = self._run(stage, h, conditioning)
         return self.head(silu(self.norm(h)))
 
+    def layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and modules of what lies between stem and norm, in the order in which an image passes them."""
+        for part in ("down", "middle", "up"):
+            stages = [(part, self.middle)] if part == "middle" else self._stages(part)
+            for name, stage in stages:
+                for k, layer in enumerate(stage):
+                    yield f"{name}.{k}", layer
 
-class Upsample(nn.Module):
-    """Nearest-neighbor doubling and a convolution."""
+    def _stages(self, part: str) -> list[tuple[str, Stage]]:
+        return [(f"{part}.{k}", stage) for k, stage in enumerate(getattr(self, part))]
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) to (B, width, 2 h, 2 w)."""
-        return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
-
-
-def _run(stage: nn.Module, h: Tensor, conditioning: Conditioning) -> Tensor:
-    for layer in stage.children():
-        h = layer(h, conditioning) if isinstance(layer, ResidualBlock) else layer(h)
-    return h
-
-
-def _sinusoidal(t: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Transformer position embedding of the level: (...) to (..., width)."""
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=t.device, dtype=torch.float64))
-    angles = t.double()[..., None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
-
-
-def _group_norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, max(1, width // 4)), width)
-
-
-def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """A layer that starts as zero, so that its residual branch starts as the identity."""
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
+    def _run(self, stage: Stage, h: Tensor, conditioning: Conditioning) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, h, conditioning, use_reentrant=False)
+        return stage(h, conditioning)

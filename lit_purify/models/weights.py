@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_purify.errors import InputError
+from lit_purify.models.sources import locate
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "params")
 _PREFIXES = ("module.", "model.", "network.")
@@ -34,13 +35,25 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path}: this is a git-lfs pointer, not weights; run 'git lfs pull'")
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The state_dict in a ``.safetensors`` file or a file of ``torch.save``, float32, common prefixes removed.
+
+    Args:
+        path: The file; ``https://...#sha256=...`` or ``hf://organization/name/file`` is fetched first (``locate``).
 
     Raises:
         InputError: The file is missing, is not weights, or holds more than tensors and plain containers.
     """
-    path = Path(path)
+    return state_dict_in(read_container(path), path)
+
+
+def read_container(path: str | Path) -> Any:  # noqa: ANN401
+    """Whatever a ``.safetensors`` file or a file of ``torch.save`` holds: tensors in plain containers.
+
+    Raises:
+        InputError: The file is missing, is not weights, or holds more.
+    """
+    path = locate(path)
     check_file(path)
     found: Any
     if path.suffix == ".safetensors":
@@ -55,6 +68,17 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path}: refused, not a file of plain tensors; save the state_dict alone") from error
         except Exception as error:  # a damaged file makes the reader raise nearly anything
             raise InputError(f"{path}: cannot be read as weights; is the download complete?") from error
+    return found
+
+
+def state_dict_in(found: Any, path: str | Path) -> dict[str, Tensor]:  # noqa: ANN401
+    """The state_dict in a container, float32, common prefixes removed.
+
+    Raises:
+        InputError: There is none.
+    """
+    if isinstance(found, (list, tuple)) and found and isinstance(found[0], Mapping):
+        found = found[0]  # (state_dict, optimizer, step, ...)
     for key in _CONTAINERS:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -67,8 +91,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     }
 
 
-def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str, assign: bool = False) -> None:
     """Loads every tensor or none.
+
+    Args:
+        network: What is loaded.
+        state: Names and tensors.
+        origin: What error messages call them.
+        assign: Make the tensors the parameters, instead of copying them; for networks on the meta device.
 
     Raises:
         InputError: A name or a shape of ``state`` does not match the network.
@@ -92,7 +122,7 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> N
                 f"{origin}: {name} has shape {tuple(value.shape)}, the network needs {tuple(own[name].shape)}; "
                 "do classes, channels, width and depth agree?"
             )
-    network.load_state_dict(state, strict=False)
+    network.load_state_dict(state, strict=False, assign=assign)
 
 
 def _common_prefix(names: Iterable[object]) -> str:

@@ -1,0 +1,197 @@
+"""The parts of diffusion UNets, in the variants of the public networks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.nn.functional import (
+    avg_pool2d,
+    conv2d,
+    conv_transpose2d,
+    interpolate,
+    pad,
+    scaled_dot_product_attention,
+    silu,
+)
+
+Resampling = Literal["conv", "conv_end", "residual", "residual_conv", "fir"]
+
+
+@dataclass(frozen=True)
+class Style:
+    """What residual blocks and attention of one network have in common; see ``UNet`` for the meaning."""
+
+    embedding: int
+    dropout: float
+    scale_shift: bool
+    groups: int | None
+    group_width: int
+    norm_eps: float
+    rescale: bool
+    resampling: Resampling
+    heads: int | None
+    head_width: int | None
+
+    def norm(self, width: int) -> nn.GroupNorm:
+        """Group normalization of ``width`` channels."""
+        if self.groups is None:
+            return nn.GroupNorm(math.gcd(32, max(1, width // 4)), width, eps=self.norm_eps)
+        return nn.GroupNorm(min(self.groups, width // self.group_width), width, eps=self.norm_eps)
+
+    def joined(self, x: Tensor, h: Tensor) -> Tensor:
+        """A branch and its shortcut; rescaled, the sum keeps the variance (Song et al., ICLR 2021)."""
+        return (x + h) * math.sqrt(0.5) if self.rescale else x + h
+
+
+class Conditioning:
+    """Embedded levels and where they hold, pooled to each resolution on demand.
+
+    The embedding enters a block by a linear layer, and pooling commutes with it: so the layer runs on the L distinct
+    levels of an image, and its outputs are spread by the pooled weights. With one level (constant map or scalar t)
+    nothing is spread, and the network is the ordinary one.
+    """
+
+    def __init__(self, embedding: Tensor, weights: Tensor | None) -> None:
+        self.embedding = embedding
+        self._pooled = {} if weights is None else {weights.shape[-1]: weights.to(embedding.dtype)}
+
+    def project(self, layer: nn.Linear, width: int) -> Tensor:
+        """``layer`` of the embedding at a resolution: (B, N, 1, 1) for one level, (B, N, h, width) for a map."""
+        projected = layer(self.embedding)
+        if not self._pooled:
+            return rearrange(projected[:, 0], "b n -> b n 1 1")
+        if width not in self._pooled:
+            full = max(self._pooled)
+            self._pooled[width] = avg_pool2d(self._pooled[full], full // width)
+        return einsum(self._pooled[width].to(projected.dtype), projected, "b l h w, b l n -> b n h w")
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, convolution twice; the level acts between the two.
+
+    ``scale_shift`` styles scale and shift the second normalization (Dhariwal & Nichol 2021), others add to its input
+    (Ho et al. 2020). A ``resample`` block halves or doubles the resolution of both branches (BigGAN).
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, style: Style, resample: Literal["halve", "double"] | None = None
+    ) -> None:
+        super().__init__()
+        self.style, self.resample = style, resample
+        self.norm1 = style.norm(width_in)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.level = nn.Linear(style.embedding, 2 * width_out if style.scale_shift else width_out)
+        self.norm2 = style.norm(width_out)
+        self.dropout = nn.Dropout(style.dropout)
+        self.conv2 = zeroed(nn.Conv2d(width_out, width_out, 3, padding=1))
+        has_skip = width_in != width_out or (resample is not None and style.resampling != "residual")
+        self.skip = nn.Conv2d(width_in, width_out, 1) if has_skip else nn.Identity()
+
+    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """(B, width_in, h, w) to (B, width_out, h, w), or half or double h and w."""
+        h = silu(self.norm1(x))
+        if self.resample is not None:
+            change = halved if self.resample == "halve" else doubled
+            h, x = (change(branch, self.style.resampling == "fir") for branch in (h, x))
+        h = self.conv1(h)
+        level = conditioning.project(self.level, h.shape[-1])
+        if self.style.scale_shift:
+            scale, shift = level.chunk(2, dim=1)
+            h = self.norm2(h) * (1.0 + scale) + shift
+        else:
+            h = self.norm2(h + level)
+        return self.style.joined(self.skip(x), self.conv2(self.dropout(silu(h))))
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels, with a residual; channels of ``qkv`` are ordered (q k v), (head), (channel)."""
+
+    def __init__(self, width: int, style: Style) -> None:
+        super().__init__()
+        self.style = style
+        self.heads = style.heads or (1 if style.head_width is None else max(1, width // style.head_width))
+        self.norm = style.norm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, 1)
+        self.out = zeroed(nn.Conv2d(width, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) to the same."""
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
+        mixed = scaled_dot_product_attention(q, k, v)
+        return self.style.joined(x, self.out(rearrange(mixed, "b n (h w) c -> b (n c) h w", h=x.shape[-2])))
+
+
+class Downsample(nn.Conv2d):
+    """A convolution with stride 2; padded on both sides, or at the end alone, as TensorFlow's "same" does."""
+
+    def __init__(self, width: int, at_end: bool) -> None:
+        super().__init__(width, width, 3, stride=2, padding=0 if at_end else 1)
+        self.at_end = at_end
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, 2 h, 2 w) to (B, width, h, w)."""
+        return super().forward(pad(x, (0, 1, 0, 1)) if self.at_end else x)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbor doubling and a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) to (B, width, 2 h, 2 w)."""
+        return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class SmoothedDownsample(nn.Conv2d):
+    """Smoothing and a convolution with stride 2: what NCSN++ brings its input down with."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, 2 h, 2 w) to (B, width_out, h, w)."""
+        return super().forward(conv2d(x, _binomial(x), padding=2, groups=x.shape[1]))
+
+
+def halved(x: Tensor, smooth: bool) -> Tensor:
+    """Half the resolution, by the mean of 2x2 pixels or through the binomial filter (1, 3, 3, 1)."""
+    return conv2d(x, _binomial(x), stride=2, padding=1, groups=x.shape[1]) if smooth else avg_pool2d(x, 2)
+
+
+def doubled(x: Tensor, smooth: bool) -> Tensor:
+    """Twice the resolution, by the nearest pixel or through the binomial filter (1, 3, 3, 1)."""
+    if smooth:
+        return conv_transpose2d(x, 4.0 * _binomial(x), stride=2, padding=1, groups=x.shape[1])
+    return interpolate(x, scale_factor=2, mode="nearest")
+
+
+def _binomial(x: Tensor) -> Tensor:
+    line = torch.tensor([0.125, 0.375, 0.375, 0.125], dtype=x.dtype, device=x.device)
+    return torch.outer(line, line).expand(x.shape[1], 1, 4, 4)
+
+
+def sinusoidal(t: Tensor, width: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
+    """Transformer position embedding of the level: (...) to (..., width), cosines first.
+
+    Frequencies fall from 1 to 1e-4 over ``width / 2 - shift`` of them.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000.0) / (half - shift) * torch.arange(half, device=t.device).double())
+    angles = t.double()[..., None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)
+
+
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """A layer that starts as zero, so that its residual branch starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

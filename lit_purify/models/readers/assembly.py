@@ -1,0 +1,168 @@
+"""What the readers share: taking tensors out of a foreign state_dict, and putting a UNet together from them.
+
+The public networks pass an image through the same sequence of residual blocks, attention and changes of resolution.
+So a reader states the configuration, and the names of those layers in order; the UNet knows its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from lit_purify.errors import InputError
+from lit_purify.models.unet import UNet
+from lit_purify.models.weights import load_into
+
+Layer = dict[str, Tensor]
+"""Tensors of one layer, by the UNet's names within it."""
+
+_SIGNS = {
+    "score_sde": "all_modules.0.weight",
+    "guided_diffusion": "input_blocks.0.0.weight",
+    "diffusers": "down_blocks.0.resnets.0.conv1.weight",
+    "ddpm": "down.0.block.0.conv1.weight",
+    "denoiser": "down.0.0.conv1.weight",
+}
+
+
+class Tensors:
+    """A state_dict whose entries are taken out one by one, so that what is left over is known.
+
+    Args:
+        state: Names and tensors.
+        dialect: Whose layout is expected: ``load_<dialect>`` reads it.
+        origin: What error messages call the file.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], dialect: str, origin: str) -> None:
+        self._state, self._dialect, self.origin = dict(state), dialect, origin
+        self._count = len(self._state)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._state
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of a tensor that stays."""
+        return self._known(name).shape
+
+    def pop(self, name: str) -> Tensor:
+        """Takes one tensor."""
+        found = self._known(name)
+        del self._state[name]
+        return found
+
+    def layer(self, prefix: str, names: Mapping[str, str]) -> Layer:
+        """Weights and biases of a layer.
+
+        Args:
+            prefix: Its name in the file.
+            names: From names within it in the file to the UNet's (both may be empty); ``skip`` may be missing.
+        """
+        return {
+            _joined(own, leaf): self.pop(_joined(prefix, foreign, leaf))
+            for foreign, own in names.items()
+            for leaf in ("weight", "bias")
+            if own != "skip" or _joined(prefix, foreign, leaf) in self
+        }
+
+    def count(self, pattern: str) -> int:
+        """How many names ``pattern.format(k)`` begin the name of a tensor, k = 0, 1, ... without a gap."""
+        k = 0
+        while any(name.startswith(pattern.format(k)) for name in self._state):
+            k += 1
+        return k
+
+    def ignore(self, *names: str) -> None:
+        """Drops tensors that no forward pass reads."""
+        for name in names:
+            self._state.pop(name, None)
+
+    def finish(self) -> None:
+        """Raises an ``InputError`` when something was left."""
+        if self._state:
+            left = list(self._state)
+            raise InputError(
+                f"{self.origin}: {self._count - len(left)} tensors match load_{self._dialect}, {len(left)} are "
+                f"unexpected ({', '.join(left[:2])}{' ...' if len(left) > 2 else ''}): it is another network"
+            )
+
+    def _known(self, name: str) -> Tensor:
+        if name in self._state:
+            return self._state[name]
+        others = [dialect for dialect, sign in _SIGNS.items() if dialect != self._dialect and sign in self._state]
+        if others:
+            raise InputError(f"{self.origin}: not of load_{self._dialect}: read it with load_{others[0]}")
+        raise InputError(
+            f"{self.origin}: {name} is missing, which load_{self._dialect} needs: is it another network, or incomplete?"
+        )
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def assembled(config: dict[str, Any], ends: Layer, layers: Iterable[Layer], origin: str) -> UNet:
+    """A UNet with weights, in evaluation mode.
+
+    Args:
+        config: Its arguments.
+        ends: Tensors of ``embed``, ``stem``, ``norm`` and ``head``, and others that keep their place, by full name.
+        layers: Those of every other layer, in the order of ``UNet.layers``.
+        origin: What error messages and reports call the file.
+    """
+    # Nothing is initialized in vain: the tensors of the file become the parameters.
+    with torch.device("meta"):
+        network = UNet(**config)
+    state = dict(ends)
+    own, given = [name for name, _ in network.layers()], list(layers)
+    if len(own) != len(given):
+        raise InputError(f"{origin}: has {len(given)} layers where its structure needs {len(own)}: is it complete?")
+    for name, layer in zip(own, given, strict=True):
+        state |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.items()}
+    load_into(network, state, origin, assign=True)
+    network.origin = origin.rsplit("/", maxsplit=1)[-1]
+    return network.eval()
+
+
+def attention(layer: Layer, heads: int | None = None) -> Layer:
+    """Weights of 1x1 convolutions, whatever the file keeps them as; queries, keys and values in one.
+
+    Args:
+        layer: ``norm``, ``out`` and ``q``, ``k``, ``v`` or ``qkv``.
+        heads: Where ``qkv`` is ordered (head), (q k v), (channel): the number of heads.
+    """
+    for leaf in ("weight", "bias"):
+        if f"q.{leaf}" in layer:
+            layer[f"qkv.{leaf}"] = torch.cat([layer.pop(f"{part}.{leaf}") for part in "qkv"])
+        elif heads is not None:
+            order = "(n three c) ... -> (three n c) ..."
+            layer[f"qkv.{leaf}"] = rearrange(layer[f"qkv.{leaf}"], order, three=3, n=heads)
+    for name in ("qkv.weight", "out.weight"):
+        layer[name] = layer[name].reshape(*layer[name].shape[:2], 1, 1)
+    return layer
+
+
+def cosines_first(weight: Tensor) -> Tensor:
+    """Input columns of the first embedding layer, for a network whose sinusoidal embedding has sines first."""
+    sines, cosines = weight.chunk(2, dim=1)
+    return torch.cat((cosines, sines), dim=1)
+
+
+def noise_half(ends: Layer, channels: int, origin: str) -> Layer:
+    """The head without the learned variance, which samplers here do not use: noise comes first (Nichol & Dhariwal)."""
+    found = len(ends["head.bias"])
+    if found not in (channels, 2 * channels):
+        raise InputError(f"{origin}: {found} channels come out for {channels} in: it does not predict noise")
+    return ends | {f"head.{leaf}": ends[f"head.{leaf}"][:channels] for leaf in ("weight", "bias")}
+
+
+def multipliers(widths: Iterable[int], width: int, origin: str) -> list[int]:
+    """Channels at each resolution as multiples of those at full resolution."""
+    widths = list(widths)
+    if any(w % width for w in widths):
+        raise InputError(f"{origin}: channels {widths} are not multiples of {width}: this network is not supported")
+    return [w // width for w in widths]

@@ -1,0 +1,105 @@
+"""Checkpoints of the PyTorch ports of DDPM (Ho et al. 2020), as in the code of DDIM and of Lee & Kim (SVHN)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lit_purify.models.readers.assembly import (
+    Layer,
+    Tensors,
+    assembled,
+    attention,
+    cosines_first,
+    multipliers,
+    noise_half,
+)
+from lit_purify.models.unet import UNet
+from lit_purify.models.weights import read_state_dict
+
+_RESIDUAL = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "temb_proj": "level",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "nin_shortcut": "skip",
+}
+_ATTENTION = {"norm": "norm", "q": "q", "k": "k", "v": "v", "proj_out": "out"}
+_ENDS = {
+    "temb.dense.0": "embed.0",
+    "temb.dense.1": "embed.2",
+    "conv_in": "stem",
+    "norm_out": "norm",
+    "conv_out": "head",
+}
+
+
+def load_ddpm(path: str, size: int = 32, steps: int = 1000, dropout: float = 0.0) -> UNet:
+    """A DDPM in the layout of its PyTorch ports; of a list (state_dict, optimizer, ...) the first entry.
+
+    Args:
+        path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``.
+        size: Height and width of its images.
+        steps: T of the linear schedule, betas 1e-4 .. 2e-2.
+        dropout: For fine-tuning.
+
+    Raises:
+        InputError: The file is not one of these.
+    """
+    return ddpm_unet(read_state_dict(path), size, steps, dropout, origin=str(path))
+
+
+def ddpm_unet(
+    state: Mapping[str, Tensor], size: int = 32, steps: int = 1000, dropout: float = 0.0, origin: str = "state_dict"
+) -> UNet:
+    """A UNet from a state_dict of DDPM.
+
+    Raises:
+        InputError: A tensor is missing or left over.
+    """
+    tensors = Tensors(state, "ddpm", origin)
+    width, channels = tensors.shape("conv_in.weight")[:2]
+    levels, blocks = tensors.count("down.{}."), tensors.count("down.0.block.{}.")
+    widths = [int(tensors.shape(f"down.{k}.block.0.conv1.weight")[0]) for k in range(levels)]
+    config = {
+        "channels": channels,
+        "size": size,
+        "width": width,
+        "multipliers": multipliers(widths, width, origin),
+        "blocks": blocks,
+        "attention": [size // 2**k for k in range(levels) if f"down.{k}.attn.0.q.weight" in tensors],
+        "head_width": None,
+        "dropout": dropout,
+        "steps": steps,
+        "embedding": 4 * width,
+        "level_shift": 1.0,
+        "frequency_shift": 1,
+        "scale_shift": False,
+        "groups": 32,
+        "norm_eps": 1e-6,
+        "resampling": "conv_end",
+        "middle_attention": True,
+    }
+    ends = tensors.layer("", _ENDS)
+    ends["embed.0.weight"] = cosines_first(ends["embed.0.weight"])
+    layers: list[Layer] = []
+
+    def level(prefix: str, count: int, change: str, own: str) -> None:
+        for j in range(count):
+            layers.append(tensors.layer(f"{prefix}.block.{j}", _RESIDUAL))
+            if f"{prefix}.attn.{j}.q.weight" in tensors:
+                layers.append(attention(tensors.layer(f"{prefix}.attn.{j}", _ATTENTION)))
+        if f"{prefix}.{change}.conv.weight" in tensors:
+            layers.append(tensors.layer(f"{prefix}.{change}", {"conv": own}))
+
+    for k in range(levels):
+        level(f"down.{k}", blocks, "downsample", "")
+    layers.append(tensors.layer("mid.block_1", _RESIDUAL))
+    layers.append(attention(tensors.layer("mid.attn_1", _ATTENTION)))
+    layers.append(tensors.layer("mid.block_2", _RESIDUAL))
+    for k in reversed(range(levels)):
+        level(f"up.{k}", blocks + 1, "upsample", "conv")
+    tensors.finish()
+    return assembled(config, noise_half(ends, channels, origin), layers, origin)

@@ -1,0 +1,204 @@
+"""Folders of diffusers ``UNet2DModel``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lit_purify.errors import InputError
+from lit_purify.models.readers.assembly import (
+    Layer,
+    Tensors,
+    assembled,
+    attention,
+    cosines_first,
+    multipliers,
+    noise_half,
+)
+from lit_purify.models.sources import locate
+from lit_purify.models.unet import UNet
+from lit_purify.models.weights import read_state_dict
+
+_RESIDUAL = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "time_emb_proj": "level",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "conv_shortcut": "skip",
+}
+_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"}
+_OLD_ATTENTION = {"group_norm": "norm", "query": "q", "key": "k", "value": "v", "proj_attn": "out"}
+_ENDS = {
+    "time_embedding.linear_1": "embed.0",
+    "time_embedding.linear_2": "embed.2",
+    "conv_in": "stem",
+    "conv_norm_out": "norm",
+    "conv_out": "head",
+}
+_KINDS = {
+    "down": {"DownBlock2D": (0, "conv"), "AttnDownBlock2D": (1, "conv"), "ResnetDownsampleBlock2D": (0, "resnet")},
+    "up": {"UpBlock2D": (0, "conv"), "AttnUpBlock2D": (1, "conv"), "ResnetUpsampleBlock2D": (0, "resnet")},
+}
+# What other values would mean is not implemented: (value of diffusers where the file has none, values that are read).
+_ONLY: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "center_input_sample": (False, (False,)),
+    "time_embedding_type": ("positional", ("positional",)),
+    "act_fn": ("silu", ("silu", "swish")),
+    "mid_block_scale_factor": (1, (1,)),
+    "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
+    "attn_norm_num_groups": (None, (None,)),
+    "class_embed_type": (None, (None,)),
+    "num_class_embeds": (None, (None,)),
+    "resnet_time_scale_shift": ("default", ("default", "scale_shift")),
+}
+_ONLY_SCHEDULER: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "prediction_type": ("epsilon", ("epsilon",)),
+    "beta_schedule": ("linear", ("linear", "squaredcos_cap_v2")),
+    "trained_betas": (None, (None,)),
+    "rescale_betas_zero_snr": (False, (False,)),
+}
+
+
+def load_diffusers(path: str, dropout: float = 0.0) -> UNet:
+    """A ``UNet2DModel`` of diffusers, or the ``unet`` of an unconditional pipeline such as google/ddpm-cifar10-32.
+
+    Args:
+        path: The folder, or ``hf://organization/name``. A scheduler's configuration is looked for in it, in its
+            ``scheduler`` folder and in that beside it; without one, the schedule is linear, 1000 steps.
+        dropout: For fine-tuning.
+
+    Raises:
+        InputError: The folder lacks a file, or the network is of a kind that is not supported.
+    """
+    folder = locate(path)
+    inner = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
+    config = _json(inner / "config.json")
+    schedulers = [
+        place / "scheduler_config.json" for place in (folder / "scheduler", folder, inner, folder.parent / "scheduler")
+    ]
+    scheduler = next((_json(file) for file in schedulers if file.is_file()), None)
+    weights = [inner / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
+    present = [file for file in weights if file.is_file()]
+    if not present:
+        raise InputError(f"{inner}: holds no {weights[0].name} or {weights[1].name}")
+    return diffusers_unet(read_state_dict(present[0]), config, scheduler, dropout, origin=str(path))
+
+
+def diffusers_unet(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    scheduler: Mapping[str, Any] | None = None,
+    dropout: float = 0.0,
+    origin: str = "state_dict",
+) -> UNet:
+    """A UNet from state_dict, ``config.json`` and ``scheduler_config.json`` of diffusers.
+
+    Raises:
+        InputError: A tensor is missing or left over, or a setting is not supported.
+    """
+    scheduler = scheduler or {}
+    needed = (
+        "sample_size",
+        "in_channels",
+        "layers_per_block",
+        "block_out_channels",
+        "down_block_types",
+        "up_block_types",
+    )
+    missing = [name for name in needed if not config.get(name)]
+    if missing or not isinstance(config["sample_size"], int):
+        raise InputError(
+            f"{origin}: config.json gives no {(missing or ['single sample_size'])[0]}: is it of a UNet2DModel?"
+        )
+    _check(config, _ONLY, origin)
+    _check(scheduler, _ONLY_SCHEDULER, origin)
+    down = [_kind("down", name, config, origin) for name in config["down_block_types"]]
+    up = [_kind("up", name, config, origin) for name in config["up_block_types"]]
+    if [attends for attends, _ in down] != [attends for attends, _ in reversed(up)]:
+        raise InputError(f"{origin}: has attention at other resolutions up than down, which is not supported")
+    changes = {change for _, change in (*down[:-1], *up[:-1])}
+    if len(changes) > 1:
+        raise InputError(f"{origin}: mixes ways to change the resolution, which is not supported")
+    size, channels, blocks = config["sample_size"], config["in_channels"], config["layers_per_block"]
+    widths = list(config["block_out_channels"])
+    conv = "conv" if config.get("downsample_padding", 1) else "conv_end"
+    built = {
+        "channels": channels,
+        "size": size,
+        "width": widths[0],
+        "multipliers": multipliers(widths, widths[0], origin),
+        "blocks": blocks,
+        "attention": [size // 2**k for k, (attends, _) in enumerate(down) if attends],
+        "head_width": config.get("attention_head_dim", 8),
+        "dropout": dropout,
+        "schedule": "linear" if scheduler.get("beta_schedule", "linear") == "linear" else "cosine",
+        "steps": scheduler.get("num_train_timesteps", 1000),
+        "beta_start": scheduler.get("beta_start", 1e-4),
+        "beta_end": scheduler.get("beta_end", 2e-2),
+        "embedding": 4 * widths[0],
+        "level_shift": 1.0,
+        "frequency_shift": config.get("freq_shift", 0),
+        "scale_shift": config.get("resnet_time_scale_shift") == "scale_shift",
+        "groups": config.get("norm_num_groups", 32),
+        "norm_eps": config.get("norm_eps", 1e-5),
+        "resampling": "residual" if changes == {"resnet"} else conv,
+        "middle_attention": config.get("add_attention", True),
+    }
+    tensors = Tensors(state, "diffusers", origin)
+    ends = tensors.layer("", _ENDS)
+    if not config.get("flip_sin_to_cos", True):
+        ends["embed.0.weight"] = cosines_first(ends["embed.0.weight"])
+    layers: list[Layer] = []
+
+    def block(prefix: str, count: int, attends: int, change: str = "", own: str = "") -> None:
+        for j in range(count):
+            layers.append(tensors.layer(f"{prefix}.resnets.{j}", _RESIDUAL))
+            if j < attends:
+                name = f"{prefix}.attentions.{j}"
+                old = f"{name}.query.weight" in tensors
+                layers.append(attention(tensors.layer(name, _OLD_ATTENTION if old else _ATTENTION)))
+        if f"{prefix}.{change}.conv.weight" in tensors:
+            layers.append(tensors.layer(f"{prefix}.{change}", {"conv": own}))
+        elif f"{prefix}.{change}.conv1.weight" in tensors:
+            layers.append(tensors.layer(f"{prefix}.{change}", _RESIDUAL))
+
+    for k, (attends, _) in enumerate(down):
+        block(f"down_blocks.{k}", blocks, attends * blocks, "downsamplers.0")
+    block("mid_block", 2, int(built["middle_attention"]))
+    for k, (attends, _) in enumerate(up):
+        block(f"up_blocks.{k}", blocks + 1, attends * (blocks + 1), "upsamplers.0", "conv")
+    tensors.finish()
+    return assembled(built, noise_half(ends, channels, origin), layers, origin)
+
+
+def _kind(way: str, name: str, config: Mapping[str, Any], origin: str) -> tuple[int, str]:
+    known = _KINDS[way]
+    if name not in known:
+        raise InputError(f"{origin}: blocks of type {name} are not supported, only {', '.join(known)}")
+    attends, change = known[name]
+    if attends:
+        change = config.get(f"{way}sample_type") or change
+    return attends, change
+
+
+def _check(config: Mapping[str, Any], only: Mapping[str, tuple[Any, tuple[Any, ...]]], origin: str) -> None:
+    for name, (default, allowed) in only.items():
+        if config.get(name, default) not in allowed:
+            raise InputError(f"{origin}: {name} = {config[name]} is not supported, only {allowed[0]}")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: give the folder of a diffusers UNet2DModel") from error
+    except ValueError as error:
+        raise InputError(f"{file}: not valid JSON: is the download complete?") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: holds no settings: give the folder of a diffusers UNet2DModel")
+    return found

@@ -1,0 +1,137 @@
+"""Checkpoints of score_sde: DDPM++ and NCSN++ trained with the VP SDE (Song et al., ICLR 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lit_purify.errors import InputError
+from lit_purify.models.readers.assembly import Layer, Tensors, assembled, attention, cosines_first, multipliers
+from lit_purify.models.unet import UNet
+from lit_purify.models.weights import read_container, state_dict_in
+
+_RESIDUAL = {
+    "GroupNorm_0": "norm1",
+    "Conv_0": "conv1",
+    "Dense_0": "level",
+    "GroupNorm_1": "norm2",
+    "Conv_1": "conv2",
+    "Conv_2": "skip",
+}
+
+
+def load_score_sde(path: str, size: int = 32, continuous: bool = True, dropout: float = 0.0) -> UNet:
+    """A VP network of score_sde, such as ``checkpoint_8.pth``; of a training checkpoint, the averaged weights count.
+
+    Args:
+        path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``.
+        size: Height and width of its images.
+        continuous: Whether it was trained in continuous time; otherwise with 1000 linear steps.
+        dropout: For fine-tuning.
+
+    Raises:
+        InputError: The file is not one of these.
+    """
+    found = read_container(path)
+    state = state_dict_in(found, path)
+    if isinstance(found, Mapping) and "ema" in found:
+        state |= _averaged(found["ema"], state, str(path))
+    return score_sde_unet(state, size, continuous, dropout, origin=str(path))
+
+
+def score_sde_unet(
+    state: Mapping[str, Tensor],
+    size: int = 32,
+    continuous: bool = True,
+    dropout: float = 0.0,
+    origin: str = "state_dict",
+) -> UNet:
+    """A UNet from a state_dict of score_sde with BigGAN blocks; with an input pyramid it is NCSN++, else DDPM++.
+
+    Raises:
+        InputError: A tensor is missing or left over, or the network is of another kind.
+    """
+    tensors = Tensors(state, "score_sde", origin)
+    tensors.ignore("sigmas")
+    if tensors.shape("all_modules.0.weight")[:1] == tensors.shape("all_modules.2.weight")[:1]:
+        raise InputError(f"{origin}: its levels are embedded by Fourier features: not a VP network")
+    width, channels = tensors.shape("all_modules.2.weight")[:2]
+    count = tensors.count("all_modules.{}.")
+    names = [f"all_modules.{k}" for k in range(3, count - 2)]
+    pyramid = [name for name in names if f"{name}.Conv2d_0.weight" in tensors or f"{name}.Conv2d_0.bias" in tensors]
+    # (prefix, channels out) of residual blocks, None for attention, in order.
+    residual = {name: _channels(tensors, name) for name in names if f"{name}.Conv_0.weight" in tensors}
+    order = [name for name in names if name not in pyramid]
+    changing = [name for name, (a, b) in residual.items() if a == b and f"{name}.Conv_2.weight" in tensors]
+    if len(changing) < 2:
+        raise InputError(f"{origin}: has no BigGAN blocks that change the resolution: this network is not supported")
+    halving = [order.index(name) for name in changing[: len(changing) // 2]]
+    first = [0, *(k + 1 for k in halving)]
+    config: dict[str, Any] = {
+        "channels": channels,
+        "size": size,
+        "width": width,
+        "multipliers": multipliers((residual[order[k]][1] for k in first), width, origin),
+        "blocks": sum(name in residual for name in order[: halving[0]]),
+        "attention": [size // 2**n for n, k in enumerate(first) if order[k + 1] not in residual],
+        "head_width": None,
+        "dropout": dropout,
+        "schedule": "continuous" if continuous else "linear",
+        "embedding": 4 * width,
+        # score_sde embeds 999 times the time.
+        "level_scale": 0.999 if continuous else 1.0,
+        "level_shift": 0.0 if continuous else 1.0,
+        "frequency_shift": 1,
+        "scale_shift": False,
+        "groups": 32,
+        "group_width": 4,
+        "norm_eps": 1e-6,
+        "rescale": True,
+        "resampling": "fir" if pyramid else "residual_conv",
+        "middle_attention": True,
+        "up_attention": "last",
+        "input_pyramid": bool(pyramid),
+    }
+    ends = {
+        **tensors.layer("all_modules.0", {"": "embed.0"}),
+        **tensors.layer("all_modules.1", {"": "embed.2"}),
+        **tensors.layer("all_modules.2", {"": "stem"}),
+        **tensors.layer(f"all_modules.{count - 2}", {"": "norm"}),
+        **tensors.layer(f"all_modules.{count - 1}", {"": "head"}),
+    }
+    ends["embed.0.weight"] = cosines_first(ends["embed.0.weight"])
+    for k, name in enumerate(pyramid):
+        ends |= tensors.layer(name, {"Conv2d_0": f"pyramid.{k}"})
+    layers = [tensors.layer(name, _RESIDUAL) if name in residual else _attention(tensors, name) for name in order]
+    tensors.finish()
+    return assembled(config, ends, layers, origin)
+
+
+def _channels(tensors: Tensors, name: str) -> tuple[int, int]:
+    out, into = tensors.shape(f"{name}.Conv_0.weight")[:2]
+    return into, out
+
+
+def _attention(tensors: Tensors, name: str) -> Layer:
+    layer = tensors.layer(name, {"GroupNorm_0": "norm"})
+    for k, part in enumerate(("q", "k", "v", "out")):
+        layer[f"{part}.weight"] = tensors.pop(f"{name}.NIN_{k}.W").T
+        layer[f"{part}.bias"] = tensors.pop(f"{name}.NIN_{k}.b")
+    return attention(layer)
+
+
+def _averaged(ema: Any, state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:  # noqa: ANN401
+    """The averaged parameters, which are listed without names in the order of the network's parameters."""
+    names = [name for name in state if name != "sigmas"]
+    values = ema.get("shadow_params", []) if isinstance(ema, Mapping) else []
+    fits = len(values) == len(names) and all(
+        isinstance(value, Tensor) and value.shape == state[name].shape
+        for name, value in zip(names, values, strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"{origin}: its {len(values)} averaged parameters (ema) do not fit the {len(names)} of its model"
+        )
+    return {name: value.float() for name, value in zip(names, values, strict=True)}

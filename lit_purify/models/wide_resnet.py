@@ -1,0 +1,233 @@
+"""Wide ResNets for small images (Zagoruyko & Komodakis, BMVC 2016, arXiv 1605.07146), in every public layout."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.functional import relu, silu
+
+from lit_purify.errors import InputError
+from lit_purify.models.classifier import Classifier
+from lit_purify.models.weights import load_into, read_state_dict
+
+Activation = Literal["relu", "silu"]
+Padding = Literal["symmetric", "same"]
+
+_ACTIVATIONS = {"relu": relu, "silu": silu}
+_ROBUSTBENCH = "block1.layer.0.bn1.weight"
+# A name that every file of a layout has, and what makes RobustBench's names of those of the layout, one after another.
+_LAYOUTS = {
+    _ROBUSTBENCH: [],
+    "layer.0.block.0.batchnorm_0.weight": [
+        *((rf"^layer\.{group}\.block\.", f"block{group + 1}.layer.") for group in range(3)),
+        (r"^init_conv\.", "conv1."),
+        (r"^batchnorm\.", "bn1."),
+        (r"^logits\.", "fc."),
+        (r"\.batchnorm_0\.", ".bn1."),
+        (r"\.conv_0\.", ".conv1."),
+        (r"\.batchnorm_1\.", ".bn2."),
+        (r"\.conv_1\.", ".conv2."),
+        (r"\.shortcut\.", ".convShortcut."),
+        # DeepMind's strided convolutions pad as TensorFlow does; see ``Block``.
+        (r"^(block[23]\.layer\.0\.conv1)\.", r"\1.1."),
+    ],
+    "group0.block0.bn0.weight": [
+        *((rf"^group{group}\.block", f"block{group + 1}.layer.") for group in range(3)),
+        (r"^conv0$", "conv1.weight"),
+        (r"^bn\.", "bn1."),
+        (r"\.bn1\.", ".bn2."),
+        (r"\.bn0\.", ".bn1."),
+        (r"\.conv1$", ".conv2.weight"),
+        (r"\.conv0$", ".conv1.weight"),
+        (r"\.convdim$", ".convShortcut.weight"),
+    ],
+}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions after normalization and activation; where the width changes, the shortcut is a 1x1 one."""
+
+    def __init__(self, width_in: int, width_out: int, stride: int, activation: Activation, padding: Padding) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width_in)
+        self.conv1: nn.Module = nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False)
+        if stride == 2 and padding == "same":
+            # A module of its own: weights trained with the other padding then have another name, and are refused.
+            conv = nn.Conv2d(width_in, width_out, 3, stride, bias=False)
+            self.conv1 = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)
+        self.bn2 = nn.BatchNorm2d(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
+        changes = width_in != width_out
+        self.convShortcut = nn.Conv2d(width_in, width_out, 1, stride, bias=False) if changes else None
+        self.activation = _ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width_in, H, W) to (B, width_out, H / stride, W / stride)."""
+        h = self.activation(self.bn1(x))
+        shortcut = x if self.convShortcut is None else self.convShortcut(h)
+        return shortcut + self.conv2(self.activation(self.bn2(self.conv1(h))))
+
+
+class WideResNet(nn.Module):
+    """Depth 6 n + 4, three groups of n blocks of 16, 32 and 64 times ``width`` channels; RobustBench's module names."""
+
+    def __init__(
+        self, depth: int, width: int, channels: int, num_classes: int, activation: Activation, padding: Padding
+    ) -> None:
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise InputError(f"depth = {depth} is not 6 n + 4: use 10, 16, 22, 28, 34, 40 or 70")
+        if activation not in _ACTIVATIONS:
+            raise InputError(f"activation = {activation!r} is not known: use {' or '.join(_ACTIVATIONS)}")
+
+        def group(width_in: int, width_out: int, stride: int) -> nn.Sequential:
+            widths = [(width_in, stride)] + [(width_out, 1)] * ((depth - 4) // 6 - 1)
+            blocks = (Block(before, width_out, by, activation, padding) for before, by in widths)
+            return nn.Sequential(OrderedDict(layer=nn.Sequential(*blocks)))
+
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.block1 = group(16, 16 * width, 1)
+        self.block2 = group(16 * width, 32 * width, 2)
+        self.block3 = group(32 * width, 64 * width, 2)
+        self.bn1 = nn.BatchNorm2d(64 * width)
+        self.fc = nn.Linear(64 * width, num_classes)
+        self.activation = _ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of normalized images (B, C, H, H)."""
+        h = self.block3(self.block2(self.block1(self.conv1(x))))
+        return self.fc(self.activation(self.bn1(h)).mean(dim=(2, 3)))
+
+
+class WideResNetClassifier(Classifier):
+    """A wide ResNet; it reads the weights of RobustBench, of DeepMind and of the paper's authors as they are.
+
+    The names in the file tell which it is (a ``.pt`` file may hold them in ``state_dict``, ``model_state_dict`` or
+    ``params``, behind prefixes such as ``module.0.``):
+
+    - RobustBench (TRADES, ``Standard`` ...): ``block1.layer.0.conv1.weight``. ``Standard`` has no normalization and
+      ReLU. The unused ``sub_block1`` of some files is left out, as there.
+    - DeepMind (Gowal et al., arXiv 2010.03593; also DiffPure's WRN-70-16): ``layer.0.block.0.conv_0.weight``. Mostly
+      SiLU. The original normalizes inside: give mean [0.4914, 0.4822, 0.4465] and std [0.2471, 0.2435, 0.2616] for
+      CIFAR-10, [0.5071, 0.4865, 0.4409] and [0.2673, 0.2564, 0.2762] for CIFAR-100.
+    - The authors' PyTorch code: ``group0.block0.conv0``. ReLU; trained on CIFAR-10 images of mean
+      [0.4914, 0.4824, 0.4467] and std [0.2471, 0.2435, 0.2616].
+
+    Args:
+        depth: 6 n + 4.
+        width: How many times wider than a ResNet of 16, 32 and 64 channels.
+        size: Height and width of the images.
+        num_classes: Number of classes.
+        channels: Channels of the images.
+        activation: ``relu``, or ``silu`` (swish).
+        mean: Subtracted from each channel of a [0, 1] image; ``None`` takes what the file holds, else 0. It must be
+            given for a file that holds none and is not plainly of RobustBench's layout.
+        std: What each channel is divided by; as ``mean``, else 1.
+        padding: Zeros around what the strided convolutions take: on all sides, or at the right and below
+            (``same``, as TensorFlow; needs a size that 4 divides). ``None`` takes what the file was trained with,
+            without a file ``symmetric``.
+        blocks: Modules whose outputs make the attention mask.
+        checkpoint: File with a state_dict; ``None`` leaves the network as initialized.
+
+    Raises:
+        InputError: Arguments that make no network, or a file that does not fit them in every name, shape and value
+            of the normalization.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        width: int,
+        size: int = 32,
+        num_classes: int = 10,
+        channels: int = 3,
+        activation: Activation = "relu",
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        padding: Padding | None = None,
+        blocks: Sequence[str] = ("block1", "block2", "block3"),
+        checkpoint: Path | None = None,
+    ) -> None:
+        state: dict[str, Tensor] = {}
+        if checkpoint is not None:
+            found = read_state_dict(checkpoint)
+            state = robustbench_names(found, str(checkpoint))
+            mean = _take_normalization(state, "mean", ("mean", "mu"), mean, str(checkpoint))
+            std = _take_normalization(state, "std", ("std", "sigma"), std, str(checkpoint))
+            trained: Padding = "same" if "block2.layer.0.conv1.1.weight" in state else "symmetric"
+            if (mean is None or std is None) and (_ROBUSTBENCH not in found or trained == "same"):
+                raise InputError(
+                    f"{checkpoint}: networks with such names mostly normalize images: give mean and std, for CIFAR-10 "
+                    "[0.4914, 0.4822, 0.4465] and [0.2471, 0.2435, 0.2616]; [0.0] and [1.0] where there is none"
+                )
+            if padding not in (None, trained):
+                raise InputError(f"{checkpoint}: these weights need padding = {trained!r}: leave the argument out")
+            padding = trained
+        mean, std, padding = mean or (0.0,), std or (1.0,), padding or "symmetric"
+        if padding == "same" and size % 4:
+            raise InputError(f"size = {size} is not a multiple of 4, which padding = 'same' needs")
+        super().__init__(
+            WideResNet(depth, width, channels, num_classes, activation, padding),
+            size=size,
+            num_classes=num_classes,
+            channels=channels,
+            mean=mean,
+            std=std,
+            blocks=blocks,
+        )
+        if checkpoint is not None:
+            load_into(self.network, state, str(checkpoint))
+            self.origin = Path(checkpoint).name
+        self.config = {
+            "depth": depth,
+            "width": width,
+            "size": size,
+            "num_classes": num_classes,
+            "channels": channels,
+            "activation": activation,
+            "mean": list(mean),
+            "std": list(std),
+            "padding": padding,
+            "blocks": list(blocks),
+        }
+
+
+def robustbench_names(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """The tensors of any of the three layouts under the names of ``WideResNet``; other names stay as they are."""
+    for known, rules in _LAYOUTS.items():
+        for prefix in (name.removesuffix(known) for name in state if name.endswith(known)):
+            if not prefix or prefix.endswith("."):
+                renamed = {_rename(name, prefix, rules): tensor for name, tensor in state.items()}
+                if len(renamed) < len(state):
+                    raise InputError(
+                        f"{origin}: two names mean the same tensor; save the state_dict of one network alone"
+                    )
+                # Built by TRADES' code and never called.
+                return {name: tensor for name, tensor in renamed.items() if not name.startswith("sub_block1.")}
+    return dict(state)
+
+
+def _rename(name: str, prefix: str, rules: Sequence[tuple[str, str]]) -> str:
+    name = name.removeprefix(prefix)
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def _take_normalization(
+    state: dict[str, Tensor], argument: str, names: Sequence[str], given: Sequence[float] | None, origin: str
+) -> Sequence[float] | None:
+    """Takes the buffers of these names out of ``state``: their values, which must be those given if any are."""
+    for name in [name for name in state if name.rpartition(".")[2] in names]:
+        held = state.pop(name).flatten().tolist()
+        values = held if given is None else list(given) * (len(held) if len(given) == 1 else 1)
+        if len(values) != len(held) or any(abs(a - b) > 1e-5 for a, b in zip(values, held, strict=True)):
+            shown = [round(value, 5) for value in held]
+            raise InputError(f"{origin}: {name} is {shown}, {argument} = {list(given or [])}: leave the argument out")
+        given = values
+    return given
