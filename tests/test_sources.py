@@ -80,6 +80,11 @@ def site(serve):
     site = SimpleNamespace(content=CONTENT, plan=[], log=[])
 
     def answer(request):
+        if request.path.startswith("/moved/"):
+            request.send_response(302)
+            request.send_header("Location", request.path.removeprefix("/moved"))
+            request.end_headers()
+            return
         plan = site.plan.pop(0) if site.plan else {}
         asked = request.headers["Range"]
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and plan.get("ranges", True) else 0
@@ -195,9 +200,10 @@ def test_names_of_downloads(site, cache, name, kept):
     assert path.read_bytes() == CONTENT
 
 
-def test_a_cut_download_goes_on(site, cache):
+@pytest.mark.parametrize("name", ["weights.pt", "moved/weights.pt"])
+def test_a_cut_download_goes_on(site, cache, name):
     site.plan = [{"cut": 300_000}, {"cut": 200_000}]
-    assert locate(address(site)).read_bytes() == CONTENT
+    assert locate(address(site, name)).read_bytes() == CONTENT
     assert [entry.range for entry in site.log] == [None, "bytes=300000-", "bytes=500000-"]
     assert [entry.sent for entry in site.log] == [300_000, 200_000, len(CONTENT) - 500_000]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import (
     avg_pool2d,
@@ -68,7 +68,10 @@ class Conditioning:
         if width not in self._pooled:
             full = max(self._pooled)
             self._pooled[width] = avg_pool2d(self._pooled[full], full // width)
-        return einsum(self._pooled[width].to(projected.dtype), projected, "b l h w, b l n -> b n h w")
+        weights = self._pooled[width].to(projected.dtype)
+        # A matrix product whose rows are pixels leaves channels last, as the activations have them.
+        spread = torch.bmm(rearrange(weights, "b l h w -> b (h w) l"), projected)
+        return rearrange(spread, "b (h w) n -> b n h w", w=width)
 
 
 class ResidualBlock(nn.Module):

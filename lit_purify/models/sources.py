@@ -28,6 +28,7 @@ _PAUSE = 1.0
 """Seconds before the first of them; each waits that much longer than the one before."""
 _BLOCK = 1 << 20
 
+# Early repositories keep the scheduler's settings beside the network's.
 _MODEL = ["config.json", "scheduler_config.json", "scheduler/scheduler_config.json", "unet/config.json"]
 _WEIGHTS = ["diffusion_pytorch_model.{}", "unet/diffusion_pytorch_model.{}"]
 
@@ -125,11 +126,9 @@ def _download(url: str, sha256: str, partial: Path) -> None:
         with partial.open("rb") as stream:
             page = stream.read(512).lstrip().startswith(b"<")
         partial.unlink()
-        hint = (
-            "it looks like an HTML page, not weights: give the address of the file itself"
-            if page
-            else ("is it the file you mean? Nothing was kept")
-        )
+        hint = "is it the file you mean, and whole? Nothing was kept"
+        if page:
+            hint = "it looks like an HTML page, not weights: give the address of the file itself"
         raise InputError(f"{url}: has SHA-256 {found}, expected {sha256}; {hint}")
 
 

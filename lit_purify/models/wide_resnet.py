@@ -160,7 +160,8 @@ class WideResNetClassifier(Classifier):
             mean = _take_normalization(state, "mean", ("mean", "mu"), mean, str(checkpoint))
             std = _take_normalization(state, "std", ("std", "sigma"), std, str(checkpoint))
             trained: Padding = "same" if "block2.layer.0.conv1.1.weight" in state else "symmetric"
-            if (mean is None or std is None) and (_ROBUSTBENCH not in found or trained == "same"):
+            translated = trained == "same" or (_ROBUSTBENCH in state and _ROBUSTBENCH not in found)
+            if translated and (mean is None or std is None):
                 raise InputError(
                     f"{checkpoint}: networks with such names mostly normalize images: give mean and std, for CIFAR-10 "
                     "[0.4914, 0.4822, 0.4465] and [0.2471, 0.2435, 0.2616]; [0.0] and [1.0] where there is none"

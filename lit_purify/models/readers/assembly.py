@@ -124,7 +124,7 @@ def assembled(config: dict[str, Any], ends: Layer, layers: Iterable[Layer], orig
     for name, layer in zip(own, given, strict=True):
         state |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.items()}
     load_into(network, state, origin, assign=True)
-    network.origin = origin.rsplit("/", maxsplit=1)[-1]
+    network.origin = origin.partition("#")[0].rstrip("/").rpartition("/")[2]
     return network.eval()
 
 
