@@ -18,6 +18,7 @@ class Schedule:
 
     Args:
         abar: (T + 1,) float64, abar[0] = 1 and strictly falling. Position t counts noising steps: 0 is a clean image.
+            On the CPU, also where networks are built on the meta device.
     """
 
     abar: Tensor
@@ -25,21 +26,19 @@ class Schedule:
     @staticmethod
     def linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> Schedule:
         """abar_t = prod_{s<=t} (1 - beta_s), beta linear (Ho et al., "DDPM", NeurIPS 2020, section 4)."""
-        beta = torch.linspace(beta_start, beta_end, steps, dtype=torch.float64)
-        return Schedule(torch.cat((torch.ones(1, dtype=torch.float64), torch.cumprod(1.0 - beta, dim=0))))
+        return Schedule(_products(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu")))
 
     @staticmethod
     def cosine(steps: int = 4000) -> Schedule:
         """abar_t ~ cos^2 of the time, betas at most 0.999 (Nichol & Dhariwal, ICML 2021, eq. 17)."""
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        time = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         wanted = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = (1.0 - wanted[1:] / wanted[:-1]).clamp(max=0.999)
-        return Schedule(torch.cat((torch.ones(1, dtype=torch.float64), torch.cumprod(1.0 - beta, dim=0))))
+        return Schedule(_products((1.0 - wanted[1:] / wanted[:-1]).clamp(max=0.999)))
 
     @staticmethod
     def continuous(steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
         """The VP SDE at times t / steps (Song et al., ICLR 2021, eq. 29): abar = exp(-integral of beta)."""
-        time = torch.arange(steps + 1, dtype=torch.float64) / steps
+        time = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         return Schedule(torch.exp(-0.5 * time**2 * (beta_max - beta_min) - time * beta_min))
 
     @staticmethod
@@ -51,7 +50,9 @@ class Schedule:
             return Schedule.linear(steps, beta_start, beta_end)
         if kind == "cosine":
             return Schedule.cosine(steps)
-        return Schedule.continuous(steps, beta_start * steps, beta_end * steps)
+        if kind == "continuous":
+            return Schedule.continuous(steps, beta_start * steps, beta_end * steps)
+        raise InputError(f"schedule = {kind!r}: use linear, cosine or continuous")
 
     def levels_of(self, other: Schedule) -> Tensor:
         """For each level of ``other``, the level here of the same signal-to-noise ratio: (other.steps + 1,) float64.
@@ -100,6 +101,10 @@ def grid(start: int, end: int, steps: int) -> list[int]:
 def fraction_of(levels: Tensor, k: int, steps: int) -> Tensor:
     """The map t_k = t (1 - k / steps) of whole levels; for a constant map the same levels as ``grid(t, 0, steps)``."""
     return torch.floor(levels.double() * (steps - k) / steps + 0.5).to(levels.dtype)
+
+
+def _products(beta: Tensor) -> Tensor:
+    return torch.cat((beta.new_ones(1), torch.cumprod(1.0 - beta, dim=0)))
 
 
 def _round_half_up(value: float) -> int:

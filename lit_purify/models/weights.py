@@ -22,6 +22,8 @@ _PREFIXES = ("module.", "model.", "network.")
 
 def check_file(path: Path) -> None:
     """Raises an ``InputError`` when ``path`` cannot hold weights."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; load_diffusers reads those of diffusers, for others name a file in it")
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
     with path.open("rb") as stream:

@@ -17,6 +17,8 @@ from lit_purify.errors import InputError
 from lit_purify.models.unet import UNet
 from lit_purify.models.weights import load_into
 
+_MATRICES = ("q.weight", "k.weight", "v.weight", "qkv.weight", "out.weight")
+
 Layer = dict[str, Tensor]
 """Tensors of one layer, by the UNet's names within it."""
 
@@ -95,7 +97,8 @@ class Tensors:
             return self._state[name]
         others = [dialect for dialect, sign in _SIGNS.items() if dialect != self._dialect and sign in self._state]
         if others:
-            raise InputError(f"{self.origin}: not of load_{self._dialect}: read it with load_{others[0]}")
+            loader = f"load_{others[0]}" + (" or load_improved_diffusion" if others[0] == "guided_diffusion" else "")
+            raise InputError(f"{self.origin}: not of load_{self._dialect}: read it with {loader}")
         raise InputError(
             f"{self.origin}: {name} is missing, which load_{self._dialect} needs: is it another network, or incomplete?"
         )
@@ -134,7 +137,17 @@ def attention(layer: Layer, heads: int | None = None) -> Layer:
     Args:
         layer: ``norm``, ``out`` and ``q``, ``k``, ``v`` or ``qkv``.
         heads: Where ``qkv`` is ordered (head), (q k v), (channel): the number of heads.
+
+    Raises:
+        InputError: The shapes are of something else.
     """
+    width = len(layer["norm.weight"])
+    for name, value in layer.items():
+        rows = 3 * width if name.startswith("qkv") else width
+        if value.numel() != (rows * width if name in _MATRICES else rows) or len(value) != rows:
+            raise InputError(f"attention over {width} channels has a {name} of shape {tuple(value.shape)}")
+    if width % (heads or 1):
+        raise InputError(f"attention over {width} channels does not divide into {heads} heads")
     for leaf in ("weight", "bias"):
         if f"q.{leaf}" in layer:
             layer[f"qkv.{leaf}"] = torch.cat([layer.pop(f"{part}.{leaf}") for part in "qkv"])
@@ -155,7 +168,7 @@ def cosines_first(weight: Tensor) -> Tensor:
 def noise_half(ends: Layer, channels: int, origin: str) -> Layer:
     """The head without the learned variance, which samplers here do not use: noise comes first (Nichol & Dhariwal)."""
     found = len(ends["head.bias"])
-    if found not in (channels, 2 * channels):
+    if found not in (channels, 2 * channels) or found != len(ends["head.weight"]):
         raise InputError(f"{origin}: {found} channels come out for {channels} in: it does not predict noise")
     return ends | {f"head.{leaf}": ends[f"head.{leaf}"][:channels] for leaf in ("weight", "bias")}
 

@@ -51,7 +51,6 @@ _ONLY: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "act_fn": ("silu", ("silu", "swish")),
     "mid_block_scale_factor": (1, (1,)),
     "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
-    "attn_norm_num_groups": (None, (None,)),
     "class_embed_type": (None, (None,)),
     "num_class_embeds": (None, (None,)),
     "resnet_time_scale_shift": ("default", ("default", "scale_shift")),
@@ -117,6 +116,13 @@ def diffusers_unet(
         )
     _check(config, _ONLY, origin)
     _check(scheduler, _ONLY_SCHEDULER, origin)
+    groups, scale_shift = config.get("norm_num_groups", 32), config.get("resnet_time_scale_shift") == "scale_shift"
+    middle, given = config.get("add_attention", True), config.get("attn_norm_num_groups")
+    if given not in (None, groups) or (middle and scale_shift and given is None):
+        raise InputError(
+            f"{origin}: attn_norm_num_groups = {given} normalizes the middle's attention otherwise than the rest: "
+            "this is not supported"
+        )
     down = [_kind("down", name, config, origin) for name in config["down_block_types"]]
     up = [_kind("up", name, config, origin) for name in config["up_block_types"]]
     if [attends for attends, _ in down] != [attends for attends, _ in reversed(up)]:
@@ -143,11 +149,11 @@ def diffusers_unet(
         "embedding": 4 * widths[0],
         "level_shift": 1.0,
         "frequency_shift": config.get("freq_shift", 0),
-        "scale_shift": config.get("resnet_time_scale_shift") == "scale_shift",
-        "groups": config.get("norm_num_groups", 32),
+        "scale_shift": scale_shift,
+        "groups": groups,
         "norm_eps": config.get("norm_eps", 1e-5),
         "resampling": "residual" if changes == {"resnet"} else conv,
-        "middle_attention": config.get("add_attention", True),
+        "middle_attention": middle,
     }
     tensors = Tensors(state, "diffusers", origin)
     ends = tensors.layer("", _ENDS)
@@ -169,7 +175,7 @@ def diffusers_unet(
 
     for k, (attends, _) in enumerate(down):
         block(f"down_blocks.{k}", blocks, attends * blocks, "downsamplers.0")
-    block("mid_block", 2, int(built["middle_attention"]))
+    block("mid_block", 2, int(middle))
     for k, (attends, _) in enumerate(up):
         block(f"up_blocks.{k}", blocks + 1, attends * (blocks + 1), "upsamplers.0", "conv")
     tensors.finish()

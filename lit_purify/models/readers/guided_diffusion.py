@@ -153,9 +153,10 @@ def guided_diffusion_unet(
     def layer(prefix: str) -> Layer:
         if f"{prefix}.qkv.weight" in tensors:
             taken = tensors.layer(prefix, _ATTENTION)
-            count = heads or (1 if head_width is None else max(1, len(taken["norm.weight"]) // head_width))
-            if len(taken["norm.weight"]) % count:
-                raise InputError(f"{origin}: {len(taken['norm.weight'])} channels do not divide into {count} heads")
+            channels_here = len(taken["norm.weight"])
+            if head_width is not None and heads is None and channels_here % head_width:
+                raise InputError(f"{origin}: {channels_here} channels do not divide into heads of {head_width}")
+            count = heads or (1 if head_width is None else channels_here // head_width)
             return attention(taken, count)
         for resample, own in (("op", ""), ("conv", "conv")):
             if f"{prefix}.{resample}.weight" in tensors:

@@ -61,7 +61,7 @@ def score_sde_unet(
     count = tensors.count("all_modules.{}.")
     names = [f"all_modules.{k}" for k in range(3, count - 2)]
     pyramid = [name for name in names if f"{name}.Conv2d_0.weight" in tensors or f"{name}.Conv2d_0.bias" in tensors]
-    # (prefix, channels out) of residual blocks, None for attention, in order.
+    # Channels in and out; what has none is attention.
     residual = {name: _channels(tensors, name) for name in names if f"{name}.Conv_0.weight" in tensors}
     order = [name for name in names if name not in pyramid]
     changing = [name for name, (a, b) in residual.items() if a == b and f"{name}.Conv_2.weight" in tensors]
@@ -73,7 +73,7 @@ def score_sde_unet(
         "channels": channels,
         "size": size,
         "width": width,
-        "multipliers": multipliers((residual[order[k]][1] for k in first), width, origin),
+        "multipliers": multipliers((_channels(tensors, order[k])[1] for k in first), width, origin),
         "blocks": sum(name in residual for name in order[: halving[0]]),
         "attention": [size // 2**n for n, k in enumerate(first) if order[k + 1] not in residual],
         "head_width": None,

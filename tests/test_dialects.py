@@ -1,0 +1,347 @@
+"""Readers of public checkpoints against second writings of their networks, through files as they are published."""
+
+import functools
+import itertools
+import json
+import math
+import re
+
+import diffusers
+import pytest
+import torch
+from reference_files import CASES, RESNET, SIZE, Folder
+from reference_networks import ddpm, draw, guided_diffusion, score_sde
+
+from lit_purify.errors import InputError
+from lit_purify.functional.levels import two_level
+from lit_purify.models import load_denoiser, readers
+from lit_purify.models.files import save_network
+
+ONE_EACH = ["DDPM++", "guided", "improved", "ddpm", "diffusers, padding 0"]
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@functools.cache
+def built(name):
+    return CASES[name].build(CASES[name].state()).eval().requires_grad_(False)
+
+
+def draws(case, dtype=torch.float32):
+    """Noised images (4, 3, S, S) at the first, two middle and the last step."""
+    x = torch.randn(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x.to(dtype), torch.tensor([1, case.steps // 3, case.steps - 170, case.steps])
+
+
+def assert_close(actual, expected, tolerance):
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert float((actual - expected).abs().max() / expected.abs().max()) < tolerance
+
+
+def one_line(caught):
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@each_case
+def test_a_file_gives_the_reference(case, tmp_path):
+    network = case.load(case.file(tmp_path)).eval()
+    assert (network.channels, network.size, network.schedule.steps) == (3, SIZE, case.steps)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        x, t = draws(case, dtype)
+        with torch.no_grad():
+            assert_close(network.to(dtype)(x, t), case.reference(x, t)[:, :3], tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_level_maps(name):
+    """A constant map is the plain level, alone and beside an image of two levels; others matter and have gradients."""
+    network, (x, t) = built(name), draws(CASES[name])
+    plain = network(x, t)
+    level = t.reshape(-1, 1, 1, 1).repeat(1, 1, SIZE, SIZE)
+    assert_close(network(x, level), plain, 1e-6)
+    mask = torch.zeros(4, 1, SIZE, SIZE)
+    mask[..., : SIZE // 2] = 1
+    assert_close(network(x, two_level(mask, t, t)), plain, 1e-6)
+    mixed = two_level(mask, t, torch.cat((t[:1] + 400, t[1:])))
+    assert_close(network(x, mixed)[1:], plain[1:], 1e-6)
+
+    x.requires_grad_()
+    out = network(x[:1], mixed[:1])
+    (gradient,) = torch.autograd.grad(out.square().sum(), x)
+    assert torch.isfinite(gradient).all()
+    assert (gradient[0] != 0).all()
+    for whole in (t[:1], t[:1] + 400):
+        assert float((out - network(x[:1], whole)).abs().max() / out.abs().max()) > 1e-3
+
+
+@each_case
+def test_a_converted_file_is_the_same_network(case, tmp_path):
+    network, (x, t) = case.build(case.state()).eval(), draws(case)
+    save_network(network, tmp_path / "own.safetensors")
+    again = load_denoiser(tmp_path / "own.safetensors")
+    assert torch.equal(again.schedule.abar, network.schedule.abar)
+    level = t.reshape(-1, 1, 1, 1).repeat(1, 1, SIZE, SIZE)
+    level[:, :, : SIZE // 2] -= t[0] - 1
+    level[0, :, 0] = 2
+    for levels in (t, level):
+        assert torch.equal(again(x, levels), network(x, levels))
+
+
+CIFAR10 = {"width": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention": (16,)}
+IMAGENET = {
+    "width": 256,
+    "multipliers": (1, 1, 2, 2, 4, 4),
+    "blocks": 2,
+    "attention": (32, 16, 8),
+    "head_width": 64,
+}
+PUBLISHED = {
+    "score_sde, DDPM++ deep": (readers.score_sde_unet, score_sde, 32, CIFAR10 | {"blocks": 8}, 106_632_579),
+    "score_sde, NCSN++ deep": (
+        readers.score_sde_unet,
+        score_sde,
+        32,
+        CIFAR10 | {"blocks": 8, "fir": True, "pyramid": True},
+        107_521_411,
+    ),
+    "guided-diffusion, 256x256": (readers.guided_diffusion_unet, guided_diffusion, 256, IMAGENET, 552_814_086),
+    "improved-diffusion, CIFAR-10": (
+        readers.improved_diffusion_unet,
+        guided_diffusion,
+        32,
+        CIFAR10 | {"blocks": 3, "attention": (16, 8), "heads": 4, "updown": False},
+        52_546_438,
+    ),
+    "ddpm, CIFAR-10": (readers.ddpm_unet, ddpm, 32, CIFAR10, 35_746_307),
+}
+
+
+@pytest.mark.parametrize(("build", "network", "size", "shape", "count"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_sizes_by_default(build, network, size, shape, count):
+    with torch.device("meta"):
+        state = draw(network, size, **shape)
+        denoiser = build(state)
+    assert denoiser.size == size
+    assert sum(value.numel() for value in state.values()) == count
+    variance = sum(state[name].numel() // 2 for name in ("out.2.weight", "out.2.bias") if name in state)
+    assert sum(p.numel() for p in denoiser.parameters()) == count - variance
+
+
+def test_published_size_of_diffusers():
+    """google/ddpm-cifar10-32, whose configuration is older than many of today's settings."""
+    down, attended = "DownBlock2D", "AttnDownBlock2D"
+    config = {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": "0.0.4",
+        "act_fn": "silu",
+        "attention_head_dim": None,
+        "block_out_channels": [128, 256, 256, 256],
+        "center_input_sample": False,
+        "down_block_types": [down, attended, down, down],
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "in_channels": 3,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-06,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 32,
+        "time_embedding_type": "positional",
+        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    }
+    with torch.device("meta"):
+        state = diffusers.UNet2DModel(**{k: v for k, v in config.items() if k[0] != "_"}).state_dict()
+        denoiser = readers.diffusers_unet(state, config, None)
+    assert sum(p.numel() for p in denoiser.parameters()) == 35_746_307
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_a_name_too_few_or_too_many_is_refused(name):
+    case = CASES[name]
+    with torch.device("meta"):
+        state = {key: torch.empty(value.shape) for key, value in case.state().items()}
+        for missing in list(state)[::5]:
+            with pytest.raises(InputError) as caught:
+                case.build({key: value for key, value in state.items() if key != missing})
+            one_line(caught)
+        with pytest.raises(InputError) as caught:
+            case.build(state | {"ghost.weight": torch.empty(3)})
+        assert "ghost.weight" in one_line(caught)
+        key = next(key for key in state if key.endswith("weight") and state[key].ndim == 1)
+        with pytest.raises(InputError) as caught:
+            case.build(state | {key: torch.empty(7)})
+        one_line(caught)
+
+
+def abar_of(betas):
+    return [math.prod(1 - beta for beta in betas[:t]) for t in range(len(betas) + 1)]
+
+
+def linear_abar(steps, first=1e-4, last=2e-2):
+    return abar_of([first + (last - first) * i / (steps - 1) for i in range(steps)])
+
+
+def cosine_abar(steps):
+    """cos^2(pi/2 (t/T + s) / (1 + s)), normalized; only the last beta comes to the limit of 0.999."""
+    at = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps)]
+    return [value / at[0] for value in at] + [at[-1] / at[0] * 1e-3]
+
+
+def assert_schedule(denoiser, expected, tolerance=1e-9):
+    abar = denoiser.schedule.abar
+    assert abar.dtype == torch.float64
+    assert abar.shape == (len(expected),)
+    torch.testing.assert_close(abar, torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=0)
+
+
+def test_schedules():
+    for name in ("guided", "ddpm"):
+        assert_schedule(built(name), linear_abar(1000))
+    for name in ("guided, heads", "improved"):
+        assert_schedule(built(name), cosine_abar(CASES[name].steps))
+    times = [k / 1000 for k in range(1001)]
+    assert_schedule(built("DDPM++"), [math.exp(-0.5 * 19.9 * t**2 - 0.1 * t) for t in times])
+
+
+def test_schedules_that_are_asked_for():
+    state = CASES["guided"].state()
+    assert_schedule(readers.guided_diffusion_unet(state, size=SIZE, schedule="cosine", steps=1000), cosine_abar(1000))
+    # Of four times as many steps, each a quarter as large.
+    linear = readers.guided_diffusion_unet(state, size=SIZE, schedule="linear", steps=4000)
+    assert_schedule(linear, linear_abar(4000, 1e-4 / 4, 2e-2 / 4))
+
+
+def test_a_schedule_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="quadratic") as caught:
+        readers.guided_diffusion_unet(CASES["guided"].state(), size=SIZE, schedule="quadratic")
+    one_line(caught)
+
+
+@pytest.mark.parametrize("place", ["scheduler/scheduler_config.json", "scheduler_config.json", "../scheduler", None])
+@pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
+def test_schedule_of_diffusers(place, kind, tmp_path):
+    """The weights lie beside the scheduler, in a folder beside it, or at the root of both."""
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    CASES["diffusers, heads"].file(folder)
+    scheduler = diffusers.DDPMScheduler(beta_schedule=kind, beta_end=0.03, num_train_timesteps=500)
+    if place == "../scheduler":
+        scheduler.save_pretrained(tmp_path / "scheduler")
+    elif place:
+        scheduler.save_pretrained((folder / place).parent)
+    network = readers.load_diffusers(folder)
+    if place is None:
+        assert_schedule(network, linear_abar(1000))
+    else:
+        assert_schedule(network, linear_abar(500, last=0.03) if kind == "linear" else cosine_abar(500))
+        assert_schedule(network, [1.0, *scheduler.alphas_cumprod.tolist()], tolerance=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"prediction_type": "v_prediction"}, "v_prediction"),
+        ({"prediction_type": "sample"}, "sample"),
+        ({"beta_schedule": "sigmoid"}, "sigmoid"),
+    ],
+)
+def test_schedulers_that_mean_something_else_are_refused(changed, named):
+    case = CASES["diffusers, heads"]
+    config = dict(diffusers.DDPMScheduler().config) | changed
+    with pytest.raises(InputError, match=named) as caught:
+        readers.diffusers_unet(case.state(), dict(case.model.config), config)
+    one_line(caught)
+
+
+LOOKS_LIKE = {
+    "score_sde": "score_sde",
+    "guided_diffusion": "guided_diffusion|improved_diffusion",
+    "improved_diffusion": "guided_diffusion|improved_diffusion",
+    "ddpm": "load_ddpm",
+    "diffusers": "diffusers",
+}
+
+
+DIFFERENT = [
+    pair for pair in itertools.permutations(ONE_EACH, 2) if len({LOOKS_LIKE[CASES[name].dialect] for name in pair}) == 2
+]
+
+
+@pytest.mark.parametrize(("wanted", "given"), DIFFERENT)
+def test_another_dialect_is_named(wanted, given, tmp_path):
+    wanted, given = CASES[wanted], CASES[given]
+    path = given.file(tmp_path)
+    with pytest.raises(InputError) as caught:
+        wanted.load(path)
+    message = one_line(caught).replace(str(tmp_path), "").replace(f"not of load_{wanted.dialect}", "")
+    expected = "give the folder" if wanted.dialect == "diffusers" else LOOKS_LIKE[given.dialect]
+    assert re.search(expected, message), message
+
+
+def test_a_state_dict_of_another_dialect_is_named_to_diffusers():
+    with pytest.raises(InputError, match="score_sde") as caught:
+        readers.diffusers_unet(CASES["DDPM++"].state(), dict(CASES["diffusers, heads"].model.config), None)
+    one_line(caught)
+
+
+def test_a_network_of_classes_is_refused(tmp_path):
+    for name in ("guided", "improved"):
+        case = CASES[name]
+        torch.save(case.state() | {"label_emb.weight": torch.zeros(10, 4 * 64)}, tmp_path / "weights.pt")
+        with pytest.raises(InputError, match="class") as caught:
+            case.load(tmp_path / "weights.pt")
+        one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D"]}, "SkipDownBlock2D"),
+        ({"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "CrossAttnUpBlock2D"),
+        ({"num_class_embeds": 10}, "num_class_embeds"),
+        ({"time_embedding_type": "fourier"}, "fourier"),
+        ({"act_fn": "gelu"}, "gelu"),
+    ],
+)
+def test_configurations_of_other_networks_are_refused(changed, named, tmp_path):
+    folder = CASES["diffusers, heads"].file(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | changed
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=named) as caught:
+        readers.load_diffusers(folder)
+    one_line(caught)
+
+
+def test_attention_without_normalization_is_refused():
+    """What diffusers makes of scale_shift unless told otherwise: the file has no weights to normalize with."""
+    case = Folder(RESNET | {"add_attention": True})
+    assert "mid_block.attentions.0.group_norm.weight" not in case.state()
+    with pytest.raises(InputError, match="attn_norm_num_groups") as caught:
+        case.build(case.state())
+    one_line(caught)
+
+
+def test_head_widths_must_divide():
+    state = CASES["guided"].state()
+    for width in (48, 256):
+        with pytest.raises(InputError, match=str(width)) as caught:
+            readers.guided_diffusion_unet(state, size=SIZE, head_width=width)
+        one_line(caught)
+
+
+def test_a_folder_must_be_whole(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json") as caught:
+        readers.load_diffusers(tmp_path)
+    one_line(caught)
+    CASES["diffusers, heads"].model.save_config(tmp_path)
+    with pytest.raises(InputError, match="diffusion_pytorch_model") as caught:
+        readers.load_diffusers(tmp_path)
+    one_line(caught)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json") as caught:
+        readers.load_diffusers(tmp_path)
+    one_line(caught)
