@@ -17,16 +17,22 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Imported for their classes: what is imported can be named in a configuration by its short name.
 from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, WandbReport
+from lit_purify.callbacks.checkpoints import WholeCheckpoints
+from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.messages import essence, explanation
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks import RobustnessTask, TrainingTask
+from lit_purify.run_folder import RunFolder, identify
+from lit_purify.tasks import FrontierTask, RobustnessTask, TrainingTask
+from lit_purify.tasks.frontier import expand
+from lit_purify.tasks.gradcheck import CheckingTrainer
 
 _DEFAULT_EVALUATION = "configs/eval/digits.yaml"
+_DEFAULT_FRONTIER = "configs/eval/digits_frontier.yaml"
 
 
 class _Parser(LightningArgumentParser):
@@ -45,7 +51,13 @@ class _CLI(LightningCLI):
 
     subcommand: str
 
-    def __init__(self, task: type[L.LightningModule], argv: Sequence[str], **defaults: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        task: type[L.LightningModule],
+        argv: Sequence[str],
+        trainer_class: type[L.Trainer] = L.Trainer,
+        **defaults: Any,  # noqa: ANN401
+    ) -> None:
         _quiet()
         self.folder: RunFolder | None = None
         self.running = False
@@ -57,6 +69,7 @@ class _CLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_callback=None,
+                trainer_class=trainer_class,
                 parser_class=_Parser,
                 parser_kwargs={"allow_abbrev": False},
                 seed_everything_default=0,
@@ -129,14 +142,26 @@ class _CLI(LightningCLI):
 
 
 class _EvaluationCLI(_CLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
+        """Also turns the families of a frontier into the defenses that they stand for."""
+        super().parse_arguments(parser, args)
+        if families := self._settings.model.init_args.get("families"):
+            settings = self.config.as_dict()
+            settings[self.config.subcommand]["model"]["init_args"]["points"] = expand(families)
+            self.config = parser.parse_object(settings)
+
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
-        # The report prints the table; Lightning's own would repeat it.
-        self._settings.verbose = False
+        if self.subcommand == "gradcheck":
+            # Attacks nothing: whom the run would tell of it is not for that.
+            self._settings.trainer.logger = False
+        else:
+            # The report prints the table; Lightning's own would repeat it.
+            self._settings.verbose = False
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {"test": {"model", "dataloaders", "datamodule"}}
+        return {"test": {"model", "dataloaders", "datamodule"}, "gradcheck": {"model", "datamodule"}}
 
     def before_test(self) -> None:
         """What can be refused is refused before a logger writes anything."""
@@ -149,6 +174,21 @@ class _EvaluationCLI(_CLI):
         self.folder.claim(self.resolved, write=first)
         self.running = True
 
+    def before_gradcheck(self) -> None:
+        """Its verdict is about the records beside it: with records of other settings the folder is refused."""
+        assert self.folder is not None
+        assert isinstance(self.trainer, CheckingTrainer)
+        settings = yaml.safe_load(self.resolved)
+        del settings["samples"]
+        self.folder.claim(yaml.safe_dump(settings), write=False)
+        self.trainer.settings = identify(settings)
+
+    def after_gradcheck(self) -> None:
+        """Exit status 1 when a check has failed."""
+        assert isinstance(self.trainer, CheckingTrainer)
+        if not self.trainer.passed:
+            sys.exit(1)
+
 
 class _TrainingCLI(_CLI):
     @staticmethod
@@ -156,29 +196,57 @@ class _TrainingCLI(_CLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
+            "export": {"model", "datamodule"},
         }
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        if self.subcommand == "export":
+            # Reads a file and writes one: the devices, loggers and callbacks of the run are not for that.
+            trainer = self._settings.trainer
+            trainer.update(self._parser("export").get_defaults().trainer)
+            trainer.accelerator, trainer.logger, trainer.default_root_dir = "cpu", False, self._settings.run
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:  # noqa: ANN401
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
 
     def before_fit(self) -> None:
         """The configuration is written when the first batches have shown that data and networks fit."""
+
+        def place(trainer: L.Trainer, task: L.LightningModule, stage: str) -> None:
+            # Before WeightAveraging copies the task: else its average stays on the CPU, and every step waits for that.
+            task.to(trainer.strategy.root_device)
 
         def start(trainer: L.Trainer, task: L.LightningModule) -> None:
             assert self.folder is not None
             self.folder.write_config(self.resolved, write=trainer.is_global_zero)
             self.running = True
 
-        self.trainer.callbacks.insert(0, LambdaCallback(on_train_start=start))  # type: ignore[attr-defined]
+        self.trainer.callbacks.insert(0, LambdaCallback(setup=place, on_train_start=start))  # type: ignore[attr-defined]
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
-    """``eval.py``: attacks defenses and reports what survives; no arguments evaluate the embedded digits."""
+    """``eval.py``: attacks defenses and reports what survives; no arguments evaluate the embedded digits.
+
+    ``eval.py gradcheck`` checks that attacks differentiate what is defended. ``eval.py frontier`` evaluates families of
+    defenses, and compares them at equal clean accuracy.
+    """
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] != ["test"]:
+    # An evaluation like any other, of many defenses.
+    frontier = given[:1] == ["frontier"]
+    if frontier:
+        given[0] = "test"
+    elif given[:1] not in (["test"], ["gradcheck"]):
         given = ["test", *given]
     if not any(word in ("-h", "--help", "-c") or word.split("=")[0] == "--config" for word in given):
-        given = ["test", "--config", _DEFAULT_EVALUATION, *given[1:]]
+        given = [given[0], "--config", _DEFAULT_FRONTIER if frontier else _DEFAULT_EVALUATION, *given[1:]]
     _EvaluationCLI(
-        RobustnessTask,
+        FrontierTask if frontier else RobustnessTask,
         given,
+        trainer_class=CheckingTrainer,
         # An attack differentiates, which Lightning's inference mode forbids.
         inference_mode=False,
         use_distributed_sampler=False,
@@ -190,9 +258,15 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 
 
 def train(argv: Sequence[str] | None = None) -> None:
-    """``train.py fit --config ...``: trains a denoiser or a classifier."""
+    """``train.py fit --config ...``: trains a denoiser or a classifier; ``train.py export ...`` writes its network."""
     given = list(sys.argv[1:] if argv is None else argv)
-    _TrainingCLI(TrainingTask, given, use_distributed_sampler=False, enable_progress_bar=sys.stderr.isatty())
+    _TrainingCLI(
+        TrainingTask,
+        given,
+        trainer_class=ExportingTrainer,
+        use_distributed_sampler=False,
+        enable_progress_bar=sys.stderr.isatty(),
+    )
 
 
 def _fail(message: str, every_rank: bool = False) -> NoReturn:
@@ -250,6 +324,8 @@ def _quiet() -> None:
         ".*using a `DistributedSampler`.*",
         ".*args parameter is intended.*",
         ".*smaller than the logging interval.*",
+        # Of it the loader knows: see data/base.py.
+        ".*your dataloader is not resumable.*",
         # Metrics are summed over processes already.
         ".*sync_dist=True.*",
     ):

@@ -1,12 +1,24 @@
+from collections import Counter
+
+import numpy as np
 import pytest
 import torch
 from conftest import FixedNoise
+from PIL import Image
 
-from lit_purify.attacks import PGD, Attack
+from lit_purify.attacks import APGD, FGSM, PGD, Attack, CarliniWagnerL2, Queries, SavedImages, Square, Transfer
+from lit_purify.attacks.square import _window
 from lit_purify.defense import DefendedClassifier, UniformPurifier
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import gradient_in_chunks, logits_in_chunks
-from lit_purify.functional.losses import cross_entropy_loss, margin_loss
+from lit_purify.functional.chunks import draws_in_chunks, gradient_in_chunks, logits_in_chunks
+from lit_purify.functional.losses import (
+    cross_entropy_loss,
+    dlr_loss,
+    log_probabilities,
+    margin_loss,
+    mean_margin,
+    targeted_dlr_loss,
+)
 from lit_purify.functional.noise import ATTACK, KeyedNoise
 from lit_purify.functional.threat import l2_norm, linf_norm, pixels, project, steepest, violations
 
@@ -15,21 +27,28 @@ def keyed(count):
     return KeyedNoise(0, torch.arange(count), torch.zeros(count, dtype=torch.long), ATTACK)
 
 
-@pytest.mark.parametrize("loss", ["ce", "margin"])
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.3)])
-def test_pgd_reaches_the_optimum_of_a_linear_classifier(norm, eps, loss):
-    """Two classes, logits (0, w x): the best Linf step is -eps sign(w), the best L2 step -eps w / |w|."""
-    w = torch.randn(1, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-    w = w.sign() * (0.2 + w.abs())
-    image, label = torch.full((4, 1, 6, 6), 0.5), torch.ones(4, dtype=torch.long)
+def every_attack():
+    """One of each kind, small; the first four work on other draws than the mean of all."""
+    return {
+        "worst": PGD("l2", 0.7, 2, 0.4, eot=3, aggregate="worst"),
+        "vote": PGD("linf", 0.1, 2, 0.06, eot=3, aggregate="vote", select="best"),
+        "apgd": APGD("linf", 0.1, 3, eot=2, restarts=2),
+        "targeted": APGD("l2", 0.7, 2, eot=2, loss="dlr", targets=2, select="last"),
+        "pgd": PGD("linf", 0.1, 2, 0.06, eot=3, restarts=2),
+        "fgsm": FGSM("l2", 0.7, eot=2, random_start=True),
+        "square": Square("linf", 0.1, 4, eot=2, paired=False),
+        "square-l2": Square("l2", 0.7, 3, eot=2),
+        "carlini": CarliniWagnerL2(0.7, 4, 2, eot=2, step_size=0.1),
+        "transfer": Transfer(PGD("linf", 0.1, 2, 0.05, eot=2)),
+    }
 
-    def model(x, noise):
-        score = (w * (x - 0.5)).sum(dim=(1, 2, 3))
-        return torch.stack([torch.zeros_like(score), score], dim=1)
 
-    adversarial = PGD(norm, eps, 30, eps / 5, loss=loss)(model, image, label, keyed(4))
-    best = -eps * w.abs().sum() if norm == "linf" else -eps * w.square().sum().sqrt()
-    torch.testing.assert_close(model(adversarial, None)[:, 1], best.expand(4), rtol=1e-3, atol=1e-5)
+EACH = list(every_attack())
+
+
+def ranking(x, noise):
+    """Five classes, the pixels of the first row blurred by noise."""
+    return x[:, 0, 0, :5] + 0.01 * noise.normal(0, x[:, 0, 0, :5])
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 0.7)])
@@ -47,6 +66,7 @@ def test_threat_model_holds_for_each_sample(norm, eps, unet, classifier, images)
 def test_an_attack_that_leaves_its_threat_model_is_stopped(images):
     class Cheat(Attack):
         steps = eot = 1
+        queries = Queries(1, 1)
 
         def perturb(self, model, image, label, noise, chunk):
             return (image + 0.2).clamp(0, 1)
@@ -102,26 +122,89 @@ def test_averaged_gradient_is_the_mean_over_draws(unet, classifier, images):
     torch.testing.assert_close(gradient, torch.stack(gradients).mean(dim=0), rtol=1e-4, atol=1e-6)
 
 
-def test_chunks_make_a_sample_independent_of_its_batch(unet, classifier, images):
+@pytest.mark.parametrize("name", EACH)
+def test_chunks_make_a_sample_independent_of_its_batch(name, unet, classifier, images):
     """Bit for bit: alone, in another order, in any batch; also through sign steps."""
     model = DefendedClassifier(UniformPurifier(unet, classifier, 300, 2), classifier)
-    label, noise, attack = torch.arange(6), keyed(6), PGD("linf", 0.1, 3, 0.04, eot=3)
-    adversarial = attack(model, images, label, noise, chunk=4)
+    noise, attack = keyed(6), every_attack()[name]
     logits = logits_in_chunks(model, images, noise, [0, 1, 2], 4)
-    for rows in (torch.tensor([4]), torch.tensor([5, 0, 2, 1, 3, 4]), torch.tensor([1, 2])):
+    label = logits.mean(dim=1).argmax(dim=1)
+    adversarial = attack(model, images, label, noise, chunk=4)
+    assert float((adversarial - images).abs().max()) > 0.01
+    for rows in (torch.tensor([4]), torch.tensor([5, 0, 2, 1, 3])):
         assert torch.equal(attack(model, images[rows], label[rows], noise.rows(rows), chunk=4), adversarial[rows])
         assert torch.equal(logits_in_chunks(model, images[rows], noise.rows(rows), [0, 1, 2], 4), logits[rows])
 
 
-def test_attack_draws_fresh_noise_at_every_step(images):
-    seen = []
+@pytest.mark.parametrize("name", EACH)
+def test_draws_are_fresh_and_their_number_is_stated(name, images):
+    """No two evaluations of a sample share a draw, but for pairs that are compared."""
+    seen, differentiated = [], 0
 
     def model(x, noise):
+        nonlocal differentiated
         seen.extend(zip(noise.index.tolist(), noise.run.tolist(), strict=True))
-        return torch.stack([x.sum(dim=(1, 2, 3)), noise.normal(0, x).sum(dim=(1, 2, 3))], dim=1)
+        differentiated += len(x) * torch.is_grad_enabled()
+        return ranking(x, noise)
 
-    PGD("linf", 0.1, 3, 0.05, eot=2, restarts=2)(model, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=12)
-    assert len(seen) == len(set(seen)) == 6 * 2 * 2 * (3 + 1)
+    attack = every_attack()[name]
+    attack(model, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=6)
+    assert attack.queries == (len(seen) / 6, differentiated / 6)
+    times = set(Counter(seen).values())
+    assert times == ({1, 2} if name == "square-l2" else {1})
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_an_output_or_gradient_that_is_not_a_number_stops_the_attack(name, images):
+    def model(x, noise):
+        # A finite output whose gradient at 0 is infinite would not be noticed by its value.
+        return ranking(x, noise) + (0.0 * x.sum() / 0.0 if name.startswith("square") else (0.0 * x[:, 0, :1, 0]).sqrt())
+
+    with pytest.raises(RuntimeError, match="of the attacked network is NaN or infinite"):
+        every_attack()[name](model, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=6)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_title_is_one_line(name):
+    attack = every_attack()[name]
+    assert attack.title
+    assert "\n" not in attack.title
+    assert attack.target == ("classifier" if name == "transfer" else "defense")
+    assert attack.gradient == {"transfer": "surrogate", "square": "none", "square-l2": "none"}.get(name, "exact")
+
+
+def test_votes_follow_the_gradient_of_the_averaged_probability(unet, classifier, images):
+    """-log of the mean over draws of p(label), by autograd over all draws at once."""
+    model = DefendedClassifier(UniformPurifier(unet, classifier, 300, 2), classifier)
+    label, noise, runs = torch.arange(6), keyed(6), [0, 1, 2]
+    leaf = images.clone().requires_grad_()
+    right = torch.stack(
+        [model(leaf, noise.runs([run])).softmax(dim=1).gather(1, label[:, None])[:, 0] for run in runs], dim=1
+    )
+    (expected,) = torch.autograd.grad(-right.mean(dim=1).log().sum(), leaf)
+    seen = draws_in_chunks(model, cross_entropy_loss, images, label, noise, runs, 18)
+    found = PGD("linf", 0.1, 1, 0.1, eot=3, aggregate="vote")._gradient(seen, label)
+    torch.testing.assert_close(steepest(found, "l2"), steepest(expected, "l2"), rtol=1e-3, atol=1e-5)
+
+
+def test_where_draws_disagree_each_aggregate_serves_its_end():
+    """One number x from 0 to 1. A hidden coin: under heads (a third) only x above 0.6 is wrong, and just barely right
+    before; under tails never, but the margin falls steeply with x. The mean follows tails; heads alone can be won.
+    """
+
+    def model(x, noise):
+        x, heads = x[:, 0, 0, 0], noise.run % 3 == 0
+        margin = torch.where(heads, 2.0 * (x - 0.6), -8.0 - 6.0 * x)
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+    image, label = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, dtype=torch.long)
+    found = {
+        name: float(PGD("linf", 0.4, 20, 0.05, eot=9, loss="margin", aggregate=name)(model, image, label, keyed(1)))
+        for name in ("mean", "vote", "worst")
+    }
+    assert found["mean"] < 0.2
+    assert found["vote"] < 0.2
+    assert found["worst"] > 0.8
 
 
 @pytest.mark.parametrize("restarts", [1, 3])
@@ -129,17 +212,97 @@ def test_best_iterate_is_at_least_as_good_as_the_last(restarts, classifier, imag
     def model(x, noise):
         return classifier(x)
 
-    label, found = classifier(images).argmax(dim=1), {}
+    label, pgd, apgd = classifier(images).argmax(dim=1), {}, {}
     for select in ("last", "best"):
         # Steps far too long: the last iterate is a poor one.
         attack = PGD("linf", 0.2, 5, 0.4, select=select, restarts=restarts)
-        found[select] = cross_entropy_loss(classifier(attack(model, images, label, keyed(6))), label)
-    assert bool((found["best"] >= found["last"] - 1e-6).all())
+        pgd[select] = cross_entropy_loss(classifier(attack(model, images, label, keyed(6))), label)
+        attack = APGD("linf", 0.2, 3, select=select, restarts=restarts)
+        apgd[select] = margin_loss(classifier(attack(model, images, label, keyed(6))), label)
+    for found in (pgd, apgd):
+        assert bool((found["best"] >= found["last"] - 1e-6).all())
+    assert bool((apgd["best"] > apgd["last"]).any())
+
+
+def test_apgd_returns_a_misclassified_point_once_it_met_one():
+    """Wrong only at the image itself: a deterministic sample is broken whatever is met afterwards."""
+
+    def model(x, noise):
+        x = x[:, 0, 0, 0]
+        return torch.stack([torch.zeros_like(x), torch.where((x - 0.5).abs() < 0.01, 1.0, -1.0) + 0.0 * x], dim=1)
+
+    image, label = torch.full((3, 1, 1, 1), 0.5), torch.zeros(3, dtype=torch.long)
+    assert torch.equal(APGD("linf", 0.1, 5)(model, image, label, keyed(3)), image)
+    assert float((APGD("linf", 0.1, 5, select="last")(model, image, label, keyed(3)) - image).abs().min()) > 0.01
+
+
+def test_targets_are_the_likeliest_wrong_classes_in_turn():
+    logits = torch.tensor([[[0.0, 5.0, 3.0, 4.0, 1.0], [0.0, 5.0, 3.0, 0.0, 1.0]], [[9.0, 1.0, 2.0, 3.0, 4.0]] * 2])
+    goals = APGD("linf", 0.1, loss="dlr", targets=3)._goals(logits, torch.tensor([1, 4]))
+    assert [goal.tolist() for goal in goals] == [[[1, 2], [4, 0]], [[1, 3], [4, 3]], [[1, 4], [4, 2]]]
+
+
+def test_squares_reach_every_pixel_equally():
+    image, corners = torch.zeros(4000, 1, 5, 6), torch.rand(4000, 2, generator=torch.Generator().manual_seed(0))
+    inside = _window(corners, 2, image)[2]
+    assert inside.sum(dim=(1, 2, 3)).tolist() == [4] * 4000
+    first = inside.float().mean(dim=0)[0]
+    assert float((first[0, 0] - 1 / 20).abs()) < 0.012
+    assert float((first[-1, -1] - 1 / 20).abs()) < 0.012
+    assert float((first[1:-1, 1:-1] - 4 / 20).abs().max()) < 0.03
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_square_uses_its_ball(norm, classifier, images):
+    """Where the box is far, every Linf pixel moves by eps, and the L2 norm is eps."""
+
+    def model(x, noise):
+        return classifier(x)
+
+    image, eps = 0.4 + 0.2 * images, 0.1
+    delta = Square(norm, eps, 12)(model, image, torch.arange(6), keyed(6)) - image
+    if norm == "linf":
+        torch.testing.assert_close(delta.abs(), torch.full_like(delta, eps))
+    else:
+        torch.testing.assert_close(l2_norm(delta), torch.full((6,), eps))
+
+
+def test_fast_gradient_step_has_full_length(classifier, images):
+    def model(x, noise):
+        return classifier(x)
+
+    image = 0.4 + 0.2 * images
+    delta = FGSM("linf", 0.1)(model, image, torch.arange(6), keyed(6)) - image
+    torch.testing.assert_close(delta.abs(), torch.full_like(delta, 0.1))
+    started = FGSM("linf", 0.1, random_start=True)(model, image, torch.arange(6), keyed(6)) - image
+    assert not torch.equal(started, delta)
+    # 1.25 eps from a uniform point of -eps .. eps: at least eps / 4 beyond the image, and cut at eps in 5 of 8 pixels.
+    assert 0.025 - 1e-6 <= float(started.abs().min()) < float(started.abs().max()) <= 0.1 + 1e-6
+    assert float((started.abs() > 0.0999).float().mean()) == pytest.approx(5 / 8, abs=0.07)
 
 
 def test_margin_loss_is_positive_where_misclassified():
     logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]])
     assert margin_loss(logits, torch.tensor([0, 2])).tolist() == [-2.0, 3.0]
+
+
+def test_difference_of_logits_ratio():
+    logits = torch.tensor([[5.0, 3.0, 1.0, 0.0], [5.0, 3.0, 1.0, 0.0]])
+    label = torch.tensor([0, 2])
+    torch.testing.assert_close(dlr_loss(logits, label), torch.tensor([-0.5, 1.0]))
+    torch.testing.assert_close(dlr_loss(3.0 * logits + 7.0, label), dlr_loss(logits, label))
+    goal = torch.tensor([[0, 3], [2, 1]])
+    torch.testing.assert_close(targeted_dlr_loss(logits, goal), torch.tensor([-5.0, 2.0]) / 4.5)
+
+
+def test_probabilities_of_label_and_rest():
+    logits = 30.0 * torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    label = torch.tensor([0, 1, 4, 2])
+    wrong, right = log_probabilities(logits, label)
+    softmax = logits.double().softmax(dim=2).gather(2, label[:, None, None].expand(-1, 3, 1))[:, :, 0]
+    torch.testing.assert_close(right.exp(), softmax)
+    torch.testing.assert_close(wrong.exp(), 1.0 - softmax)
+    torch.testing.assert_close(mean_margin(logits, label)[0], margin_loss(logits[0], label[:1].expand(3)).mean())
 
 
 def test_sizes_in_pixels():
@@ -152,6 +315,114 @@ def test_sizes_in_pixels():
         PGD("linf", 8, 1, 1)
     with pytest.raises(InputError, match="eot = 0"):
         PGD("linf", 0.1, 1, 0.1, eot=0)
+
+
+def few_classes(x, noise):
+    return x[:, 0, 0, :3]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: APGD("linf", 0.1, restarts=0), "restarts = 0: use at least 1"),
+        (lambda: APGD("linf", 0.1, targets=-1), "targets = -1: use 0"),
+        (lambda: APGD("linf", 0.1, loss="ce", targets=3), "targets = 3 needs loss: dlr"),
+        (lambda: PGD("linf", 0.1, 1, 0.1, aggregate="vote"), "use eot of 2 or more"),
+        (lambda: PGD("linf", 0.1, 1, 0.1, loss="hinge"), "loss = 'hinge': use one of ce, margin, dlr"),
+        (lambda: Square("linf", 0.1, p=0.0), "p = 0.0 is a fraction"),
+        (lambda: CarliniWagnerL2(0.5, c=0.0), "c = 0.0"),
+        (lambda: APGD("linf", 0.1, loss="dlr", targets=1), "targets = 1 needs 4 classes, the classifier has 3"),
+    ],
+)
+def test_settings_that_cannot_be(make, message, images):
+    with pytest.raises(InputError, match=message):
+        make()(few_classes, images, torch.zeros(6, dtype=torch.long), keyed(6))
+
+
+def save(path, images):
+    if path.suffix == ".npy":
+        np.save(path, images.numpy())
+    elif path.suffix == ".npz":
+        np.savez(path, adversarial=images.numpy())
+    elif path.suffix == ".pt":
+        torch.save(images, path)
+    else:
+        path.mkdir()
+        for index, image in zip((7, 3, 40, 41, 5, 6), images, strict=True):
+            levels = (image * 255).round().byte()
+            picture = levels[0] if len(levels) == 1 else levels.permute(1, 2, 0)
+            Image.fromarray(picture.numpy()).save(path / f"{index:06d}.png")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.pt", "pictures"])
+def test_saved_images_come_back_by_sample(name, channels, tmp_path):
+    """The evaluated samples are 7, 3, 40, 41, 5, 6 of their split, in this order; a batch is some of them."""
+    original = torch.rand(6, channels, 4, 4, generator=torch.Generator().manual_seed(0))
+    adversarial = (original + 0.05).clamp(0, 1)
+    save(tmp_path / name, adversarial)
+    index = torch.tensor([7, 3, 40, 41, 5, 6])
+    attack = SavedImages("linf", 0.05, tmp_path / name, rounded=name == "pictures")
+    attack.prepare(index.tolist())
+    rows = torch.tensor([5, 2, 0])
+    found = attack(None, original[rows], None, KeyedNoise(0, index[rows], torch.zeros(3).long(), ATTACK))
+    torch.testing.assert_close(found, adversarial[rows], rtol=0, atol=0.5 / 255 + 1e-6 if name == "pictures" else 0)
+    assert attack.queries == (0, 0)
+
+
+def test_rounding_to_bytes_is_allowed_only_when_said(tmp_path):
+    original = torch.full((6, 1, 4, 4), 100.4 / 255)
+    save(tmp_path / "pictures", original + 0.04)
+    noise = KeyedNoise(0, torch.tensor([7]), torch.zeros(1).long(), ATTACK)
+    for norm, eps in (("linf", 0.04), ("l2", 0.16)):
+        with pytest.raises(InputError, match=r"sample 7 is 0\.\d+ from its original, more than .*rounded: true"):
+            SavedImages(norm, eps, tmp_path / "pictures")(None, original[:1], None, noise)
+        attack = SavedImages(norm, eps, tmp_path / "pictures", rounded=True)
+        assert "half a level" in attack.title
+        assert float(attack(None, original[:1], None, noise)[0, 0, 0, 0]) == pytest.approx(111 / 255)
+        far = original[:1] + 0.4 / 255
+        with pytest.raises(InputError, match="more than"):
+            SavedImages(norm, eps / 2, tmp_path / "pictures", rounded=True)(None, far, None, noise)
+
+
+def test_saved_images_that_cannot_be_used(tmp_path):
+    original, label = torch.full((2, 1, 4, 4), 0.5), torch.zeros(2, dtype=torch.long)
+
+    def use(path, prepare):
+        attack = SavedImages("linf", 0.1, path)
+        if prepare:
+            attack.prepare(prepare)
+        attack(None, original, label, keyed(2))
+
+    def refuses(message, name, content=None, prepare=None):
+        path = tmp_path / name
+        if isinstance(content, torch.Tensor):
+            save(path, content)
+        elif content is not None:
+            torch.save(content, path)
+        with pytest.raises(InputError, match=message):
+            use(path, prepare)
+
+    refuses("no such file or folder", "nothing.npy")
+    (tmp_path / "empty").mkdir()
+    refuses("no PNG named by a sample's index", "empty")
+    (tmp_path / "text.txt").write_text("images")
+    refuses("use a folder of PNGs", "text.txt")
+    (tmp_path / "broken.npz").write_text("images")
+    refuses("cannot be read as one array", "broken.npz")
+    refuses("holds something else than one array", "dict.pt", {"a": original, "b": original})
+    refuses("holds torch.uint8", "bytes.npy", torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
+    refuses("sample 0 has shape .*1, 5, 5.*its original .*1, 4, 4", "size.npy", torch.zeros(2, 1, 5, 5))
+    refuses("holds 1 images, none for sample 1", "few.npy", original[:1])
+    refuses("holds 2 images, 3 samples are evaluated", "two.npy", original, prepare=[0, 1, 2])
+    refuses("sample 1 has values in 1.2 .. 1.2", "range.npy", torch.cat([original[:1], original[:1] + 0.7]))
+    refuses("sample 1 is 0.2 from its original", "far.npy", torch.cat([original[:1], original[:1] + 0.2]))
+    save(tmp_path / "gray", original[:1].expand(6, 1, 4, 4))
+    refuses("no image of sample 0; name it 000000.png", "gray")
+    (tmp_path / "gray" / "0.png").write_text("not an image")
+    refuses("cannot be read as a PNG", "gray")
+    Image.new("RGBA", (4, 4)).save(tmp_path / "gray" / "0.png")
+    refuses("its mode is RGBA", "gray")
 
 
 def test_noise_of_rows_is_asked_for_by_key(images):

@@ -234,7 +234,10 @@ def record(defense="none", attack="a", index=0, right=True):
 def test_paired_difference_is_to_the_baseline_under_the_same_attack():
     broken = {("none", "a"): 4, ("none", "b"): 3, ("uniform", "a"): 1, ("uniform", "b"): 0}
     records = [record(d, a, i, right=i >= n) for (d, a), n in broken.items() for i in range(4)]
-    described = [{"defense": d, "attack": a, "nfe_defense": 0} for d, a in broken]
+    described = [
+        {"defense": d, "attack": a, "nfe_defense": 0, "norm": "linf", "eps": float(k)}
+        for k, (d, a) in enumerate(broken)
+    ]
     results = summarize(records, described, {}, "none")["results"]
     assert [r["robust_difference"]["average"][0] for r in results[2:]] == [0.75, 0.75]
     assert "robust_difference" not in results[0]

@@ -294,10 +294,10 @@ def test_default_configuration_elsewhere(refused, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "say what to do, one of fit,validate: fit --config FILE trains"),
+        ([], "say what to do, one of fit,validate,export: fit --config FILE trains"),
         (["fit"], "no data, model given: name a configuration with --config"),
         (["validate"], "no data, model given: name a configuration with --config"),
-        (["fti"], "invalid choice: 'fti' (choose from 'fit', 'validate')"),
+        (["fti"], "invalid choice: 'fti' (choose from 'fit', 'validate', 'export')"),
     ],
 )
 def test_training_without_a_configuration(refused, argv, said):
@@ -364,7 +364,10 @@ def test_subset_larger_than_the_split(refused_evaluation, n):
     ("make", "said"),
     [
         (lambda path, weights: None, "no such file; check the path"),
-        (lambda path, weights: path.mkdir(), "no such file; check the path"),
+        (
+            lambda path, weights: path.mkdir(),
+            "is a folder; load_diffusers reads those of diffusers, for others name a file in it",
+        ),
         (lambda path, weights: path.write_bytes(b""), "the file is empty"),
         (
             lambda path, weights: path.write_text("\n<!DOCTYPE html><html>Sign in</html>"),

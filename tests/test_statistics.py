@@ -1,10 +1,23 @@
+import itertools
 import math
 
 import pytest
 import torch
 from scipy import stats
 
-from lit_purify.functional.statistics import accuracies, average_interval, outcomes, paired_difference, wilson
+from lit_purify.functional.statistics import (
+    accuracies,
+    average_interval,
+    ensemble,
+    held_out,
+    mean_interval,
+    outcomes,
+    paired_difference,
+    submissions,
+    survival,
+    vote,
+    wilson,
+)
 
 
 def test_outcomes():
@@ -66,3 +79,60 @@ def test_paired_difference_covers_and_has_width():
         interval = paired_difference(first, second)
         inside += interval.low <= 0.7 - 0.6 <= interval.high
     assert 0.92 <= inside / 400 <= 0.985
+
+
+@pytest.mark.parametrize("runs", [1, 5, 8])
+def test_fewer_runs_are_all_subsets_of_the_runs(runs):
+    """The mean of ``outcomes`` over every choice of M runs: without bias by definition."""
+    generator = torch.Generator().manual_seed(runs)
+    predictions = torch.cat([torch.randint(0, classes, (8, runs), generator=generator) for classes in (1, 2, 3, 4)])
+    label = torch.zeros(len(predictions), dtype=torch.long)
+    for draws in range(1, runs + 1):
+        subsets = torch.stack(
+            [outcomes(predictions[:, list(chosen)], label) for chosen in itertools.combinations(range(runs), draws)]
+        ).mean(dim=0)
+        torch.testing.assert_close(survival(predictions, label, draws), subsets[:, 1])
+        torch.testing.assert_close(vote(predictions, label, draws), subsets[:, 2])
+
+
+def test_submissions_end_with_all_runs():
+    assert [submissions(runs) for runs in (1, 4, 6, 8)] == [[1], [1, 2, 4], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+def test_intervals_of_fewer_runs_cover():
+    """Of 8 runs 4 are submitted: the true chance to survive lies inside about 95 % of the time."""
+    generator = torch.Generator().manual_seed(0)
+    inside, label = 0, torch.ones(100, dtype=torch.long)
+    for _ in range(400):
+        u = torch.rand(100, generator=generator)
+        chance = torch.where(u < 0.3, 0.0, torch.where(u < 0.7, 1.0, 0.7))
+        predictions = (torch.rand(100, 8, generator=generator) < chance[:, None]).long()
+        interval = mean_interval(survival(predictions, label, 4), 8)
+        inside += interval.low <= 0.4 + 0.3 * 0.7**4 <= interval.high
+    assert 0.92 <= inside / 400 <= 0.985
+
+
+def test_ensemble_is_the_best_attack_of_each_sample_by_each_rule():
+    first = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]])
+    second = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])
+    label = torch.ones(3, dtype=torch.long)
+    found = ensemble(torch.stack([outcomes(first, label), outcomes(second, label)]))
+    assert found.tolist() == [[0.5, 0, 0], [0.25, 0, 0], [1, 1, 1]]
+
+
+def test_held_out_attack_does_not_gain_by_chance():
+    """Equal attacks: the lowest of noisy counts is too low, within the stated bound; a choice on other runs is not."""
+    right = torch.rand(2, 20000, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    bias = 0.5 - float(right.double().mean(dim=2).amin(dim=0).mean())
+    assert 0.5 * 0.177 < bias <= math.sqrt(0.25 / 8)
+    assert float(held_out(right).mean()) == pytest.approx(0.5, abs=0.006)
+
+
+def test_held_out_by_hand():
+    right = torch.tensor([[[1, 0, 1]], [[1, 1, 1]]])
+    # Left out is the first run: 1 and 2 of the others are right, the first attack judges, right. The second: 2 and 2, a
+    # tie of wrong and right. The third is as the first.
+    assert float(held_out(right)) == pytest.approx((1 + 0.5 + 1) / 3)
+    equal = torch.tensor([[[1, 0]], [[1, 1]]])
+    # Left out is the first: 0 and 1 are left, the first judges, right. The second: 1 and 1, a tie of wrong and right.
+    assert float(held_out(equal)) == pytest.approx((1 + 0.5) / 2)

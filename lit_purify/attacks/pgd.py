@@ -7,12 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_purify.attacks.base import Attack
+from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import LogitsFunction, gradient_in_chunks, logits_in_chunks
-from lit_purify.functional.losses import cross_entropy_loss, margin_loss
+from lit_purify.functional.chunks import Draws, LogitsFunction, average, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.losses import LossName, log_probabilities, named_loss
 from lit_purify.functional.noise import START_STEP, Noise
 from lit_purify.functional.threat import Norm, l2_norm, pixels, project, steepest
+
+Aggregate = Literal["mean", "worst", "vote"]
 
 
 class PGD(Attack):
@@ -21,16 +23,28 @@ class PGD(Attack):
     Every step uses fresh draws. Linf steps follow the sign of the gradient, L2 steps the gradient normalized for each
     sample. It runs all its steps, whether or not a sample is broken on the way.
 
+    Where draws disagree, the average gradient of all of them may serve none. With p the softmax probability of the
+    label under a draw, ``aggregate`` weights the draws of a sample by
+
+    - ``mean``: 1, as above.
+    - ``worst``: 1 - p, the draws that are wrong or nearly so; the idea of DiffHammer (Wang et al., NeurIPS 2024): find
+      the purifications that share a vulnerability, then follow their gradients alone. For one wrong run among N.
+    - ``vote``: p, the draws that still vote for the label; with ``ce`` this is exactly the gradient of -log of the mean
+      of p over draws, the loss of the averaged vote. For most of N runs wrong.
+
     Args:
         norm: ``linf`` or ``l2``.
         eps: Radius, in pixels of [0, 1]; a number or a fraction such as ``8/255``.
         steps: Gradient steps.
         step_size: Length of a step, in pixels of [0, 1]; a number or a fraction.
         eot: Draws that each gradient averages over.
-        loss: ``ce`` is cross entropy, ``margin`` the largest wrong logit minus the right one.
-        select: ``best`` returns the iterate with the highest averaged loss seen, ``last`` the last one.
+        loss: ``ce`` is cross entropy, ``margin`` the largest wrong logit minus the right one, ``dlr`` the margin over
+            the gap between the first and the third logit.
+        select: ``best`` returns the iterate with the highest averaged loss seen, ``last`` the last one. With another
+            ``aggregate`` than ``mean``, the odds of the mean of 1 - p take the place of the averaged loss.
         random_start: Start at a uniform point of the ball instead of at the image.
         restarts: How often to start; the restart whose result has the highest averaged loss counts.
+        aggregate: What the draws of a sample count: ``mean``, ``worst`` or ``vote``.
     """
 
     def __init__(
@@ -40,56 +54,74 @@ class PGD(Attack):
         steps: int,
         step_size: float | str,
         eot: int = 1,
-        loss: Literal["ce", "margin"] = "ce",
+        loss: LossName = "ce",
         select: Literal["best", "last"] = "last",
         random_start: bool = True,
         restarts: int = 1,
+        aggregate: Aggregate = "mean",
     ) -> None:
         super().__init__(norm, eps)
-        for name, value in (("steps", steps), ("eot", eot), ("restarts", restarts)):
-            if value < 1:
-                raise InputError(f"{name} = {value}: use at least 1")
+        check_counts(steps=steps, eot=eot, restarts=restarts)
+        if aggregate != "mean" and eot == 1:
+            raise InputError(f"aggregate = {aggregate!r} weights the draws of a sample: use eot of 2 or more")
         self.steps, self.eot, self.restarts = steps, eot, restarts
         self.step_size = pixels("step_size", step_size)
-        self.loss_name = loss
-        self.loss = cross_entropy_loss if loss == "ce" else margin_loss
-        self.select, self.random_start = select, random_start
+        self.loss_name, self.loss = loss, named_loss(loss)
+        self.select, self.random_start, self.aggregate = select, random_start, aggregate
 
     @property
     def title(self) -> str:
         """What reports call it."""
         start = "a random point" if self.random_start else "the image"
         restarts = f", {self.restarts} restarts" if self.restarts > 1 else ""
+        weights = {"mean": "", "worst": ", draws weighted by success", "vote": ", draws weighted by failure"}
         return (
-            f"PGD on the {self.loss_name} loss from {start}, step {self.step_size:.4g}, {self.select} iterate{restarts}"
+            f"PGD on the {self.loss_name} loss from {start}, step {self.step_size:.4g}, {self.select} "
+            f"iterate{restarts}{weights[self.aggregate]}"
         )
+
+    @property
+    def queries(self) -> Queries:
+        """What it costs."""
+        backward = self.steps * self.eot * self.restarts
+        return Queries(backward if self._returns_last else backward + self.eot * self.restarts, backward)
+
+    @property
+    def _returns_last(self) -> bool:
+        return self.select == "last" and self.restarts == 1
 
     def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
-        best, best_loss = image, torch.full((len(image),), -torch.inf, device=image.device)
-
-        def keep(candidate: Tensor, loss: Tensor) -> None:
-            nonlocal best, best_loss
-            better = loss > best_loss
-            best = torch.where(better.reshape(-1, 1, 1, 1), candidate, best)
-            best_loss = torch.where(better, loss, best_loss)
-
+        best = Best(image)
         for restart in range(self.restarts):
             first = restart * (self.steps + 1) * self.eot
-            runs = [list(range(first + k * self.eot, first + (k + 1) * self.eot)) for k in range(self.steps + 1)]
+            runs = [draws(first + k * self.eot, self.eot) for k in range(self.steps + 1)]
             adversarial = self._start(image, noise.runs([restart])) if self.random_start else image
             for k in range(self.steps):
-                loss, gradient = gradient_in_chunks(model, self.loss, adversarial, label, noise, runs[k], chunk)
+                seen = draws_in_chunks(model, self.loss, adversarial, label, noise, runs[k], chunk)
                 if self.select == "best":
-                    keep(adversarial, loss)
-                adversarial = adversarial + self.step_size * steepest(gradient, self.norm)
+                    best.offer(adversarial, self._score(seen.logits, seen.loss, label))
+                adversarial = adversarial + self.step_size * steepest(self._gradient(seen, label), self.norm)
                 adversarial = project(adversarial, image, self.norm, self.eps)
-            if self.select == "last" and self.restarts == 1:
+            if self._returns_last:
                 return adversarial
             logits = logits_in_chunks(model, adversarial, noise, runs[self.steps], chunk)
-            by_draw = [self.loss(draw, label) for draw in logits.unbind(dim=1)]
-            keep(adversarial, sum(by_draw[1:], by_draw[0]) / self.eot)
-        return best
+            loss = torch.stack([self.loss(draw, label) for draw in logits.unbind(dim=1)], dim=1)
+            best.offer(adversarial, self._score(logits, loss, label))
+        return best.image
+
+    def _gradient(self, seen: Draws, label: Tensor) -> Tensor:
+        if self.aggregate == "mean":
+            return average(seen.gradient)
+        wrong, right = log_probabilities(seen.logits, label)
+        weights = (wrong if self.aggregate == "worst" else right).softmax(dim=1).to(seen.gradient.dtype)
+        return average(weights.reshape(*weights.shape, 1, 1, 1) * seen.gradient)
+
+    def _score(self, logits: Tensor, loss: Tensor, label: Tensor) -> Tensor:
+        if self.aggregate == "mean":
+            return average(loss)
+        wrong, right = log_probabilities(logits, label)
+        return (wrong.logsumexp(dim=1) - right.logsumexp(dim=1)).to(loss.dtype)
 
     def _start(self, image: Tensor, noise: Noise) -> Tensor:
         """A uniform point of the ball, moved into [0, 1]."""

@@ -2,9 +2,10 @@
 
 from lit_purify.callbacks.export import Export
 from lit_purify.callbacks.gallery import Gallery
+from lit_purify.callbacks.previews import Previews
 from lit_purify.callbacks.progress import Progress
 from lit_purify.callbacks.record_writer import RecordWriter
 from lit_purify.callbacks.report import Report
 from lit_purify.callbacks.wandb_report import WandbReport
 
-__all__ = ["Export", "Gallery", "Progress", "RecordWriter", "Report", "WandbReport"]
+__all__ = ["Export", "Gallery", "Previews", "Progress", "RecordWriter", "Report", "WandbReport"]

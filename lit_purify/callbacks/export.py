@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lit_purify.errors import InputError
+from lit_purify.models import Classifier, Denoiser
 from lit_purify.models.files import save_network
 from lit_purify.tasks import TrainingTask
 
@@ -22,15 +25,77 @@ class Export(Callback):
 
     def __init__(self, path: Path | None = None, half: bool = False) -> None:
         self.path, self.half = path, half
+        self.trained = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses before the training what cannot be written after it."""
+        if stage == "fit" and isinstance(pl_module, TrainingTask):
+            check_export(pl_module.network, self.path)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """WeightAveraging copies its average into the module, unless there was nothing left to train."""
+        self.trained = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rank zero writes."""
         if not trainer.is_global_zero or not isinstance(pl_module, TrainingTask):
             return
-        # WeightAveraging has copied its average into the module at on_train_end.
-        path = self.path or Path(trainer.default_root_dir) / "model.safetensors"
+        if not self.trained:
+            print("Nothing was left to train: train.py export writes the network of a checkpoint")
+            return
         figures = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
-        dtype = torch.float16 if self.half else torch.float32
-        verb = "Replaced" if path.exists() else "Exported"
-        save_network(pl_module.network, path, {"step": trainer.global_step, "metrics": figures}, dtype)
-        print(f"{verb}: {path}")
+        path = self.path or Path(trainer.default_root_dir) / "model.safetensors"
+        info = {"origin": pl_module.network.origin, "step": trainer.global_step, "metrics": figures}
+        write_network(pl_module.network, path, self.half, info)
+
+
+class ExportingTrainer(L.Trainer):
+    """A trainer that can also write the network of a checkpoint."""
+
+    def export(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule | None = None,
+        output: Path | None = None,
+        half: bool = False,
+        ckpt_path: Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Writes a network with its configuration as safetensors.
+
+        Args:
+            model: A training task.
+            datamodule: Not used.
+            output: The file; ``None`` writes ``model.safetensors`` in the run's folder.
+            half: Store 16-bit floats: half the size; they are read as float32.
+            ckpt_path: A checkpoint of the training, whose weight average is taken if it has one; ``None`` writes the
+                network as it is configured: a public checkpoint, read and written.
+            weights_only: Not used; of checkpoints only tensors are read.
+        """
+        if not isinstance(model, TrainingTask):
+            raise InputError(f"{type(model).__name__} trains no network that could be exported")
+        check_export(model.network, output)
+        info: dict[str, Any] = {"origin": model.network.origin}
+        if ckpt_path is not None:
+            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+            # WeightAveraging keeps its average there, and the last iterate under another key.
+            model.load_state_dict(checkpoint["state_dict"])
+            info["step"] = checkpoint["global_step"]
+        if self.is_global_zero:
+            write_network(model.network, output or Path(self.default_root_dir) / "model.safetensors", half, info)
+
+
+def check_export(network: Classifier | Denoiser, path: Path | None) -> None:
+    """Raises an ``InputError`` when ``network`` cannot be written to ``path``."""
+    if not getattr(network, "config", None):
+        kind = type(network).__name__
+        raise InputError(f"{kind} has no config that rebuilds it, so no file can hold it: leave Export out")
+    if path is not None and path.suffix != ".safetensors":
+        raise InputError(f"{path}: networks are written as safetensors: let the name end in .safetensors")
+
+
+def write_network(network: Classifier | Denoiser, path: Path, half: bool, info: dict[str, Any]) -> None:
+    """Writes a network, and says where."""
+    verb = "Replaced" if path.exists() else "Exported"
+    save_network(network, path, info, torch.float16 if half else torch.float32)
+    print(f"{verb}: {path}")

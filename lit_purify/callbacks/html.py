@@ -31,7 +31,11 @@ pre { overflow-x: auto; font-size: .8rem; }
 
 
 def page(
-    summary: Mapping[str, Any], pictures: Sequence[tuple[Record, str]], classes: Sequence[str], config: str
+    summary: Mapping[str, Any],
+    pictures: Sequence[tuple[Record, str]],
+    classes: Sequence[str],
+    config: str,
+    first: str = "",
 ) -> str:
     """The whole report.
 
@@ -40,6 +44,7 @@ def page(
         pictures: Records with their picture, PNG in base64.
         classes: Names of the classes.
         config: The resolved configuration, YAML.
+        first: HTML of a section that comes before the attacks: the frontiers, with their plot.
     """
     facts = {
         "subset": f"sha256 {summary['subset_sha256']}",
@@ -55,11 +60,18 @@ def page(
         "<!doctype html><html lang='en'><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>{escape(summary['dataset'])}: robust accuracy</title><style>{_STYLE}</style>",
-        f"<h1>Robust accuracy</h1><p>{escape(headline(summary))}</p>",
+        f"<h1>Robust accuracy</h1><p>{escape(headline(summary))}</p>{first}",
     ]
     for attack in attacks:
         group = [result for result in summary["results"] if result["attack"] == attack]
-        parts += [f"<h2>{escape(attack_line(group[0]))}</h2>", _table(group, summary["baseline"]), _plot(group)]
+        parts += [
+            f"<h2>{escape(attack_line(group))}</h2><p>How it stops: {escape(group[0]['stopping'])}.</p>",
+            _table(group, summary["baseline"]),
+            _held_out(group),
+            # A frontier comes with its own.
+            "" if first else _plot(group),
+            _fewer_runs(group),
+        ]
     parts += [
         "<p>Average: mean over the runs. Worst: right in every run. Majority: the vote of the runs, a tie counts as "
         "wrong. Brackets: 95 % intervals. Differences are paired over the same samples.</p>",
@@ -98,6 +110,38 @@ def _table(results: Sequence[Mapping[str, Any]], baseline: str) -> str:
     )
 
 
+def _held_out(results: Sequence[Mapping[str, Any]]) -> str:
+    """By how much the average of an ensemble may be too low."""
+    shown = [r for r in results if "robust_average_held_out" in r]
+    if not shown:
+        return ""
+    values = ", ".join(f"{escape(r['defense'])} {percent(r['robust_average_held_out'])}" for r in shown)
+    return (
+        "<p>The average of an ensemble is the lowest of noisy averages for each sample: too low, by chance. With the "
+        "attack chosen on all runs but one, and judged by that one, the robust average is not below what the best "
+        f"attack leaves: {values}. The truth lies between the two.</p>"
+    )
+
+
+def _fewer_runs(results: Sequence[Mapping[str, Any]]) -> str:
+    """Robust accuracy when an image is submitted M times: none may be wrong, or the vote must be right."""
+    draws = [row[0] for row in results[0]["resubmission"]["robust"]]
+    rows = []
+    for result in results:
+        curves = [result["resubmission"]["robust"], result["vote"]["robust"]]
+        cells = [percent(values).replace(" [", "<small>[") for curve in curves for _, *values in curve[1:]]
+        shown = "".join(f"<td>{cell}</small></td>" for cell in cells)
+        rows.append(f"<tr><th scope='row'>{escape(result['defense'])}</th>{shown}</tr>")
+    head = "".join(f"<th scope='col'>{kind}<br>{m} runs</th>" for kind in ("all of", "vote of") for m in draws[1:])
+    return (
+        "<details><summary>Robust accuracy over fewer runs</summary><p>An attacker may submit an image M times and "
+        "needs one success (all of M runs must be right), or a defense may vote over M runs. Estimated without bias "
+        f"from the {draws[-1]} runs of each sample, over all choices of M of them.</p>"
+        f"<div class='scroll'><table><thead><tr><th>accuracy in %</th>{head}</tr></thead><tbody>{''.join(rows)}"
+        "</tbody></table></div></details>"
+    )
+
+
 def _plot(results: Sequence[Mapping[str, Any]]) -> str:
     """Clean against robust average accuracy, with intervals, as an inline drawing."""
     import matplotlib
@@ -118,12 +162,18 @@ def _plot(results: Sequence[Mapping[str, Any]]) -> str:
     axes.set(xlabel="clean accuracy, average (%)", ylabel="robust accuracy, average (%)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    drawing = svg(figure, "Clean against robust accuracy")
+    pyplot.close(figure)
+    return drawing
+
+
+def svg(figure: Any, label: str) -> str:  # noqa: ANN401
+    """A figure of matplotlib as an inline drawing."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
     drawing = text.getvalue()
     return drawing[drawing.index("<svg") :].replace(
-        "<svg", "<svg class='plot' role='img' aria-label='Clean against robust accuracy'", 1
+        "<svg", f"<svg class='plot' role='img' aria-label='{escape(label)}'", 1
     )
 
 

@@ -12,18 +12,27 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_purify import __version__
+from lit_purify.callbacks import frontier
 from lit_purify.callbacks.html import page
-from lit_purify.callbacks.summary import summarize, table
+from lit_purify.callbacks.summary import RULES, STOPPING, check_attack_names, summarize, table
 from lit_purify.errors import InputError
 from lit_purify.metrics.records import write_whole
 from lit_purify.run_folder import RunFolder
-from lit_purify.tasks.robustness import RobustnessTask
+from lit_purify.tasks import FrontierTask, RobustnessTask
 
 
 class Report(Callback):
     """Turns records into what people read, when every sample is there."""
 
     text = ""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuses what it could not report, and says what is left out."""
+        if isinstance(pl_module, RobustnessTask):
+            check_attack_names(pl_module.attacks)
+        if isinstance(pl_module, FrontierTask) and pl_module.refused and trainer.is_global_zero:
+            name, reason = next(iter(pl_module.refused.items()))
+            print(f"{len(pl_module.refused)} combinations left out, which their purifier refuses; {name}: {reason}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rank zero writes, once all processes are done."""
@@ -54,16 +63,35 @@ class Report(Callback):
             "versions": {"lit_purify": __version__, "torch": torch.__version__, "lightning": L.__version__},
             "files": folder.hashes(),
         }
-        summary = summarize([r for r in records if r.key in wanted], pl_module.describe(), facts, pl_module.baseline)
+        used = [record for record in records if record.key in wanted]
+        described = [
+            {"stopping": getattr(pl_module.attacks[result["attack"]], "stopping", STOPPING), **result}
+            for result in pl_module.describe()
+        ]
+        summary = summarize(used, described, facts, pl_module.baseline)
         write_whole(folder.summary, json.dumps(summary, indent=1) + "\n")
+        combined = {
+            f"robust/{result['defense']}/{result['attack']}/{rule}": result["robust"][rule][0]
+            for result in summary["results"]
+            for rule in RULES
+            if "attacks" in result
+        }
+        if combined:
+            # Those of single attacks are logged by the task.
+            for logger in trainer.loggers:
+                logger.log_metrics(combined)
         order = {pair: place for place, pair in enumerate(pl_module.pairs)}
         pictures = [
             (record, base64.b64encode(path.read_bytes()).decode())
             for record in sorted(records, key=lambda r: (r.index, order.get((r.defense, r.attack), len(order))))
             if (path := folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png").exists()
         ]
-        write_whole(folder.report, page(summary, pictures, list(data.classes), folder.config.read_text()))
-        self.text = f"{table(summary)}\nReport: {folder.report}"
+        section, text = "", table(summary)
+        if isinstance(pl_module, FrontierTask):
+            found = frontier.compare(used, summary, pl_module.families, pl_module.refused)
+            section, text = frontier.write(found, summary, folder.path)
+        write_whole(folder.report, page(summary, pictures, list(data.classes), folder.config.read_text(), section))
+        self.text = f"{text}\nReport: {folder.report}"
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Prints, after whatever the loggers print."""

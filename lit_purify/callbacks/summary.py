@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_purify.functional.statistics import Interval, accuracies, outcomes, paired_difference
+from lit_purify.errors import InputError
+from lit_purify.functional.statistics import (
+    Interval,
+    accuracies,
+    ensemble,
+    held_out,
+    mean_interval,
+    outcomes,
+    paired_difference,
+    submissions,
+    survival,
+    vote,
+)
 from lit_purify.metrics import Record
 
 RULES = ("average", "worst", "majority")
+ENSEMBLE = "ensemble"
+STOPPING = "runs all its steps; does not look at the defense's final runs"
+_GRADIENTS = ("exact", "bpda", "surrogate", "none")
+
+Pairs = Mapping[tuple[str, str], Sequence[Record]]
 
 
 def summarize(
-    records: Sequence[Record], described: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], baseline: str
+    records: Iterable[Record], described: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], baseline: str
 ) -> dict[str, Any]:
     """The content of ``summary.json``.
 
@@ -25,27 +42,35 @@ def summarize(
         facts: What holds for the whole evaluation.
         baseline: The defense that paired differences are taken to.
     """
-    by_pair: dict[tuple[str, str], list[Record]] = {}
-    for record in sorted(records, key=lambda record: record.index):
-        by_pair.setdefault((record.defense, record.attack), []).append(record)
-    survived = {
-        pair: outcomes(_predictions(group, "adversarial"), _labels(group)).unbind(dim=1)
-        for pair, group in by_pair.items()
-    }
+    pairs = by_pair(records)
+    described = [{"stopping": STOPPING, **result} for result in described]
+    described += ensembles(described)
+    survived = {(result["defense"], result["attack"]): robust_outcomes(pairs, result) for result in described}
     results = []
     for result in described:
-        pair = result["defense"], result["attack"]
-        group = by_pair[pair]
+        pair, groups = (result["defense"], result["attack"]), groups_of(pairs, result)
         entry = dict(result)
-        for name, field in (("clean", "clean"), ("robust", "adversarial")):
-            entry[name] = _accuracies(_predictions(group, field), _labels(group))
+        runs = len(groups[0][0].clean)
+        for name, values in (("clean", clean_outcomes(pairs, result)), ("robust", survived[pair])):
+            found = accuracies(values.sum(dim=0), values.square().sum(dim=0), len(values), runs)
+            entry[name] = {rule: list(getattr(found, rule)) for rule in RULES}
+        for name, share in (("resubmission", survival), ("vote", vote)):
+            entry[name] = {
+                kind: [
+                    [draws, *mean_interval(_lowest(share, chosen, field, draws), runs)] for draws in submissions(runs)
+                ]
+                for kind, field, chosen in (("clean", "clean", groups[:1]), ("robust", "adversarial", groups))
+            }
+        if len(groups) > 1 and runs > 1:
+            right = torch.stack([_predictions(g, "adversarial") == _labels(g)[:, None] for g in groups])
+            entry["robust_average_held_out"] = list(mean_interval(held_out(right), runs))
         if pair[0] != baseline:
             first = survived[baseline, pair[1]]
             entry["robust_difference"] = {
-                rule: list(paired_difference(first[k], survived[pair][k])) for k, rule in enumerate(RULES)
+                rule: list(paired_difference(first[:, k], survived[pair][:, k])) for k, rule in enumerate(RULES)
             }
-        entry["linf"], entry["l2"] = max(r.linf for r in group), max(r.l2 for r in group)
-        entry["seconds"] = sum(r.seconds for r in group)
+        entry["linf"], entry["l2"] = (max(getattr(r, norm) for g in groups for r in g) for norm in ("linf", "l2"))
+        entry["seconds"] = sum(r.seconds for g in groups for r in g)
         results.append(entry)
     undefended = [entry["clean"]["average"][0] for entry in results if entry["nfe_defense"] == 0]
     return {
@@ -57,10 +82,77 @@ def summarize(
     }
 
 
-def _accuracies(predictions: Tensor, labels: Tensor) -> dict[str, list[float]]:
-    values = outcomes(predictions, labels)
-    found = accuracies(values.sum(dim=0), values.square().sum(dim=0), len(values), predictions.shape[1])
-    return {rule: list(getattr(found, rule)) for rule in RULES}
+def check_attack_names(names: Iterable[str]) -> None:
+    """Raises an ``InputError`` when an attack has the name of what is computed from several."""
+    for name in names:
+        if name == ENSEMBLE or name.startswith(f"{ENSEMBLE}-"):
+            raise InputError(f"attacks: {name!r} is what the worst case over all attacks is called; use another name")
+
+
+def ensembles(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each defense the worst case over its attacks, a further result; one for each threat model with several.
+
+    Attacks of another norm or radius answer another question, and stay apart.
+    """
+    groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
+    for result in described:
+        groups.setdefault((result["norm"], result["eps"], result["defense"]), []).append(result)
+    several = {key: group for key, group in groups.items() if len(group) > 1}
+    one = len({(norm, eps) for norm, eps, _ in several}) == 1
+    return [
+        _combined(ENSEMBLE if one else f"{ENSEMBLE}-{norm}-{eps:.4g}", group)
+        for (norm, eps, _), group in several.items()
+    ]
+
+
+def _combined(name: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What an ensemble states: what its attacks agree on, a list where they do not; of costs the sum."""
+    values = {key: [result[key] for result in group] for key in group[0]}
+    combined = {key: found[0] if all(v == found[0] for v in found) else found for key, found in values.items()}
+    if "queries" in values:
+        combined["queries"] = {kind: sum(each[kind] for each in values["queries"]) for kind in values["queries"][0]}
+    return {
+        **combined,
+        "attack": name,
+        "attacks": values["attack"],
+        "attack_title": f"for each sample the best of {', '.join(values['attack'])}",
+        "attack_steps": sum(values["attack_steps"]),
+        "eot": max(values["eot"]),
+        "gradient": min(values["gradient"], key=_GRADIENTS.index),
+        "nfe_attack": max(values["nfe_attack"]),
+        "stopping": "; ".join(f"{result['attack']}: {result['stopping']}" for result in group),
+    }
+
+
+def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Records of each (defense, attack), in the order of the samples."""
+    pairs: dict[tuple[str, str], list[Record]] = {}
+    for record in sorted(records, key=lambda record: record.index):
+        pairs.setdefault((record.defense, record.attack), []).append(record)
+    return pairs
+
+
+def groups_of(pairs: Pairs, result: Mapping[str, Any]) -> list[Sequence[Record]]:
+    """The records behind a result: of one attack, or of each that an ensemble is made of."""
+    return [pairs[result["defense"], attack] for attack in result.get("attacks", [result["attack"]])]
+
+
+def clean_outcomes(pairs: Pairs, result: Mapping[str, Any]) -> Tensor:
+    """(B, 3) ``outcomes`` of the clean runs, which are the same under every attack."""
+    group = groups_of(pairs, result)[0]
+    return outcomes(_predictions(group, "clean"), _labels(group))
+
+
+def robust_outcomes(pairs: Pairs, result: Mapping[str, Any]) -> Tensor:
+    """(B, 3) ``outcomes`` under the attack, or under the ensemble of attacks."""
+    groups = groups_of(pairs, result)
+    return ensemble(torch.stack([outcomes(_predictions(g, "adversarial"), _labels(g)) for g in groups]))
+
+
+def _lowest(
+    share: Callable[[Tensor, Tensor, int], Tensor], groups: Sequence[Sequence[Record]], field: str, draws: int
+) -> Tensor:
+    return torch.stack([share(_predictions(g, field), _labels(g), draws) for g in groups]).amin(dim=0)
 
 
 def _predictions(records: Sequence[Record], field: str) -> Tensor:
@@ -79,11 +171,15 @@ def headline(summary: Mapping[str, Any]) -> str:
     )
 
 
-def attack_line(result: Mapping[str, Any]) -> str:
-    """What an attack is, in a line."""
+def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
+    """What an attack is, in a line; its results may differ in the gradient that it took of each defense."""
+    result = results[0]
+    kinds = [r["gradient"] for r in results]
+    masks = [f"{r['mask_gradient']} mask" for r in results if r.get("mask_gradient", "none") not in ("none", "frozen")]
     return (
         f"{result['attack']}: {result['norm']} <= {result['eps']:.4g}, {result['attack_steps']} steps, "
-        f"EOT {result['eot']}, {result['gradient']} gradient; {result['attack_title']}"
+        f"EOT {result['eot']}, {' or '.join(dict.fromkeys(kinds))} gradient"
+        f"{''.join(f', {mask}' for mask in dict.fromkeys(masks))}; {result['attack_title']}"
     )
 
 
@@ -107,7 +203,7 @@ def table(summary: Mapping[str, Any]) -> str:
     for attack in dict.fromkeys(result["attack"] for result in results):
         group = [result for result in results if result["attack"] == attack]
         lines += [
-            *attack_line(group[0]).split("; "),
+            *attack_line(group).split("; "),
             "",
             f"{'accuracy in %':{width}}  {'':5}  {'clean':^20}  {'robust':^33}",
             f"{'defense':{width}}  {'calls':>5}  {'avg':>6} {'worst':>6} {'vote':>6}  {'avg [95 %]':>19} {'worst':>6} "
@@ -124,4 +220,6 @@ def table(summary: Mapping[str, Any]) -> str:
             )
         lines.append("")
     lines.append("avg: mean over runs. worst: right in every run. vote: majority of the runs, a tie counts as wrong.")
+    if any("attacks" in result for result in results):
+        lines.append("ensemble: each sample under the attack that is best against it; its avg is too low by chance.")
     return "\n".join(line.rstrip() for line in lines)

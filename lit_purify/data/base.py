@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -69,11 +70,31 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return {"image": self.read(position), "label": int(self.labels[position]), "index": position}
 
 
+class _Shuffle(DistributedSampler[dict[str, Any]]):
+    """A process's share of the shuffled positions, without the first ``taken()`` of them."""
+
+    taken: Callable[[], int]
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(super().__iter__(), self.taken(), None)
+
+
+class _LazyLoader(DataLoader[dict[str, Any]]):
+    """Begins a pass when its first batch is due.
+
+    Workers would read ahead as soon as an iterator is made, and when a training is resumed, Lightning makes it before
+    it says which epoch it is.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
 class ImageDataModule(L.LightningDataModule, ABC):
     """Loads three splits of images.
 
     Shuffling depends on ``seed`` and the epoch alone; augmentation is the task's, keyed by sample. So an interrupted
-    training that resumes sees the same batches.
+    training that resumes, also in the middle of an epoch, sees the batches that it would have seen.
 
     Args:
         batch_size: Samples a batch and process.
@@ -81,6 +102,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         subset: Which samples of the evaluated split count; ``None`` takes all.
         evaluate_on: The split that ``test`` reads: ``test``, or ``val`` to choose settings on, or ``train``.
         seed: Of the shuffling.
+        val_subset: Which samples of the validation split a training is validated on; ``None`` takes all. Unlike
+            ``limit_val_batches``, it means the same samples for every batch size and process count.
     """
 
     def __init__(
@@ -90,6 +113,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         subset: Subset | None = None,
         evaluate_on: str = "test",
         seed: int = 0,
+        val_subset: Subset | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
@@ -98,7 +122,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if evaluate_on not in ("train", "val", "test"):
             raise InputError(f"evaluate_on = {evaluate_on!r}: use train, val or test")
         self.batch_size, self.num_workers, self.subset = batch_size, num_workers, subset
-        self.evaluate_on, self.seed = evaluate_on, seed
+        self.evaluate_on, self.seed, self.val_subset = evaluate_on, seed, val_subset
         self._splits: dict[str, ImageDataset] = {}
 
     @abstractmethod
@@ -129,13 +153,22 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Shuffled, the same order for every process count up to sharding; an incomplete last batch is dropped."""
         split = self._split("train")
-        sampler: Any = DistributedSampler(split, *self._shard(), shuffle=True, seed=self.seed, drop_last=False)
-        return self._loader(split, sampler, drop_last=len(sampler) >= self.batch_size)
+        sampler = _Shuffle(split, *self._shard(), shuffle=True, seed=self.seed, drop_last=False)
+        # Lightning counts the batches of an epoch, restores the count on resuming, and leaves it to the loader to skip.
+        sampler.taken = self._taken
+        return self._loader(split, sampler, drop_last=len(sampler) >= self.batch_size, kind=_LazyLoader)
+
+    def _taken(self) -> int:
+        """Samples of this epoch and process that are trained on already."""
+        if self.trainer is None or not self.trainer.training:
+            return 0
+        return (self.trainer.fit_loop.batch_idx + 1) * self.batch_size
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """In order, each sample once."""
         split = self._split("val")
-        return self._loader(split, self._exact(split))
+        chosen = split if self.val_subset is None else split.choose(self.val_subset)
+        return self._loader(chosen, self._exact(chosen))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The evaluated samples, in order, each once over all processes."""
@@ -158,8 +191,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
             raise InputError(f"{len(split)} samples are fewer than {world} processes: use fewer devices")
         return UnrepeatedDistributedSampler(split, num_replicas=world, rank=rank, shuffle=False)
 
-    def _loader(self, split: ImageDataset, sampler: Any, drop_last: bool = False) -> DataLoader[dict[str, Any]]:  # noqa: ANN401
-        return DataLoader(
+    def _loader(
+        self,
+        split: ImageDataset,
+        sampler: Any,  # noqa: ANN401
+        drop_last: bool = False,
+        kind: type[DataLoader[dict[str, Any]]] = DataLoader,
+    ) -> DataLoader[dict[str, Any]]:
+        return kind(
             split,
             batch_size=self.batch_size,
             sampler=sampler,

@@ -1,6 +1,8 @@
 """Purifiers, the masks that steer them, and the classifier behind them."""
 
 from lit_purify.defense.defended import DefendedClassifier
+from lit_purify.defense.gradients import BPDA, Attacked, BareClassifier, Exact, Gradient, Surrogate
+from lit_purify.defense.heterogeneous import HeterogeneousPurifier, VariableIntensityPurifier
 from lit_purify.defense.masks import (
     Inverse,
     Mask,
@@ -12,16 +14,19 @@ from lit_purify.defense.masks import (
     Zeros,
 )
 from lit_purify.defense.purifiers import (
-    HeterogeneousPurifier,
     NoPurifier,
     Purifier,
     Trace,
     UniformPurifier,
-    VariableIntensityPurifier,
 )
 
 __all__ = [
+    "BPDA",
+    "Attacked",
+    "BareClassifier",
     "DefendedClassifier",
+    "Exact",
+    "Gradient",
     "HeterogeneousPurifier",
     "Inverse",
     "Mask",
@@ -31,6 +36,7 @@ __all__ = [
     "Purifier",
     "RandomArea",
     "SoftmaxThreshold",
+    "Surrogate",
     "TopFraction",
     "Trace",
     "UniformPurifier",

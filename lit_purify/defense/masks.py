@@ -16,8 +16,14 @@ from lit_purify.models import Classifier
 class Mask(ABC):
     """A rule from an image to a mask.
 
-    The mask is hard and computed without a gradient: differentiating through a threshold gives zero everywhere.
+    The mask is hard and computed without a gradient: differentiating through a threshold gives zero everywhere. What an
+    attacker may differentiate in its place is ``relaxed``.
+
+    Attributes:
+        relaxable: Whether ``relaxed`` depends on the image; the others are constants to an attacker.
     """
+
+    relaxable: bool = False
 
     @torch.no_grad()
     def __call__(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
@@ -34,6 +40,17 @@ class Mask(ABC):
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """As ``__call__``, which wraps it in ``no_grad``."""
 
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """(B, 1, H, W) in [0, 1]: the mask with sigmoids for thresholds, differentiable through the classifier.
+
+        Args:
+            classifier: As in ``__call__``.
+            image: As in ``__call__``.
+            noise: As in ``__call__``.
+            temperature: Width of the sigmoids, as a part of the range of the normalized maps.
+        """
+        return self(classifier, image, noise)
+
 
 class SoftmaxThreshold(Mask):
     """The paper's rule: M = union_m [softmax(G_m) > tau] (Pei et al. 2025, section 3.2).
@@ -45,12 +62,19 @@ class SoftmaxThreshold(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
+    relaxable = True
+
     def __init__(self, tau: float, power: float = 2.0) -> None:
         self.tau, self.power = _fraction("tau", tau), power
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return F.threshold_union(F.softmax_normalize(_saliency(classifier, image, self.power)), self.tau)
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``; the maps are of the order of ``tau``, and so is the width: ``temperature * tau``."""
+        maps = F.softmax_normalize(_saliency(classifier, image, self.power))
+        return F.soft_threshold_union(maps, self.tau, temperature * self.tau)
 
 
 class MinMaxThreshold(Mask):
@@ -61,12 +85,19 @@ class MinMaxThreshold(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
+    relaxable = True
+
     def __init__(self, tau: float = 0.9, power: float = 2.0) -> None:
         self.tau, self.power = _fraction("tau", tau), power
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return F.threshold_union(F.minmax_normalize(_saliency(classifier, image, self.power)), self.tau)
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``."""
+        maps = F.minmax_normalize(_saliency(classifier, image, self.power))
+        return F.soft_threshold_union(maps, self.tau, temperature)
 
 
 class TopFraction(Mask):
@@ -77,12 +108,19 @@ class TopFraction(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
+    relaxable = True
+
     def __init__(self, fraction: float = 0.15, power: float = 2.0) -> None:
         self.fraction, self.power = _fraction("fraction", fraction), power
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return F.top_fraction(F.minmax_normalize(_saliency(classifier, image, self.power)), self.fraction)
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``."""
+        maps = F.minmax_normalize(_saliency(classifier, image, self.power))
+        return F.soft_top_fraction(maps, self.fraction, temperature)
 
 
 class Ones(Mask):
@@ -125,11 +163,43 @@ class Inverse(Mask):
     """
 
     def __init__(self, of: Mask) -> None:
-        self.of = of
+        self.of, self.relaxable = of, of.relaxable
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return 1.0 - self.of.build(classifier, image, noise)
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``."""
+        return 1.0 - self.of.relaxed(classifier, image, noise, temperature)
+
+
+class Relaxed(Mask):
+    """Another rule as a gradient-based attack may see it; to be put in place of the rule in a view of the defense.
+
+    Args:
+        of: The other rule.
+        soft: Whether the forward pass is the relaxation too. Otherwise it is the rule's own mask, bit for bit, and only
+            the gradient is the relaxation's (straight-through, Bengio et al., arXiv 1308.3432).
+        temperature: See ``Mask.relaxed``.
+    """
+
+    relaxable = True
+
+    def __init__(self, of: Mask, soft: bool, temperature: float) -> None:
+        self.of, self.soft, self.temperature = of, soft, temperature
+
+    def __call__(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """(B, 1, H, W), differentiable."""
+        relaxed = self.of.relaxed(classifier, image, noise, self.temperature)
+        if self.soft:
+            return relaxed
+        # What is added is 0, with a gradient.
+        return self.of(classifier, image, noise) + (relaxed - relaxed.detach())
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return self(classifier, image, noise)
 
 
 def _saliency(classifier: Classifier, image: Tensor, power: float) -> Tensor:

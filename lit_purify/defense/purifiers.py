@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_purify.defense.masks import Mask
 from lit_purify.errors import InputError
-from lit_purify.functional.diffusion import noised, renoised, step_back, to_diffusion, to_image
-from lit_purify.functional.levels import two_level
+from lit_purify.functional.diffusion import noised, step_back, to_diffusion, to_image
 from lit_purify.functional.noise import Noise
-from lit_purify.functional.schedule import fraction_of, grid
+from lit_purify.functional.schedule import grid
 from lit_purify.models import Classifier, Denoiser
-
-Resampling = Literal["none", "single", "release", "multi"]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened on the way: all (B, C, H, W) in [0, 1]; mask (B, 1, H, W) in {0, 1}, or ``None`` without one."""
+    """What happened on the way: all (B, C, H, W) in [0, 1]; mask (B, 1, H, W) in {0, 1}, or ``None`` without one.
+
+    (In a view of a defense whose mask is relaxed, the mask is in [0, 1].)
+    """
 
     purified: Tensor
     noised: Tensor
@@ -38,8 +38,13 @@ class Purifier(nn.Module, ABC):
         denoiser: Predicts noise; its schedule gives levels their meaning.
         classifier: Whose attention steers the noise, for purifiers with a mask.
         recompute: Keep no activations of the denoiser for the backward pass, but compute them anew (Chen et al. 2016).
-            With keyed noise the gradient has the same bits; memory no longer grows with the number of steps.
+            With keyed noise the gradient has the same bits; each step then keeps its input and nothing else.
+
+    Attributes:
+        mask: The rule that steers the noise, ``None`` without one.
     """
+
+    mask: Mask | None = None
 
     def __init__(self, denoiser: Denoiser, classifier: Classifier, recompute: bool = True) -> None:
         super().__init__()
@@ -71,11 +76,38 @@ class Purifier(nn.Module, ABC):
     def nfe(self) -> int:
         """Network function evaluations: calls of the denoiser in one purification."""
 
+    @property
+    def start(self) -> list[int]:
+        """The levels that the image is noised to, strongest first, after rounding."""
+        return self.levels[:1]
+
+    def with_steps(self, steps: int) -> Purifier:
+        """The same purifier, of the same networks, in another number of steps.
+
+        Raises:
+            InputError: There is none.
+        """
+        raise InputError(f"{type(self).__name__} has no version with other steps: use Exact or BPDA")
+
+    def with_mask(self, mask: Mask) -> Self:
+        """The same purifier, of the same networks, steered by another rule."""
+        return self._with(mask=mask)
+
+    def without_recomputation(self) -> Self:
+        """The same purifier, of the same networks, differentiated by plain autograd."""
+        return self._with(recompute=False)
+
+    def _with(self, **attributes: object) -> Self:
+        other = copy.copy(self)
+        vars(other).update(attributes)
+        return other
+
     def predict(self, x: Tensor, t: Tensor | int) -> Tensor:
         """Noise predicted in ``x`` at one level or at a map of levels."""
         level = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
         if self.recompute and torch.is_grad_enabled() and x.requires_grad:
-            return checkpoint(self.denoiser, x, level, use_reentrant=False, preserve_rng_state=False)
+            # Also replays torch's random state: a denoiser in training mode has dropout.
+            return checkpoint(self.denoiser, x, level, use_reentrant=False)
         return self.denoiser(x, level)
 
     def ddim(self, x: Tensor, start: int, end: int) -> Tensor:
@@ -101,6 +133,10 @@ class NoPurifier(Purifier):
         """No network call."""
         return 0
 
+    def with_steps(self, steps: int) -> NoPurifier:
+        """Itself: there are no steps."""
+        return self
+
 
 class UniformPurifier(Purifier):
     """The same noise everywhere, removed in ``steps`` steps (Nie et al., "DiffPure", ICML 2022).
@@ -125,7 +161,7 @@ class UniformPurifier(Purifier):
     ) -> None:
         super().__init__(denoiser, classifier, recompute)
         denoiser.schedule.check("level", level, low=1)
-        self.grid, self.sampler = grid(level, 0, _positive("steps", steps)), sampler
+        self.grid, self.sampler = grid(level, 0, positive("steps", steps)), sampler
 
     def trace(self, image: Tensor, noise: Noise) -> Trace:
         """Noises to the level, then walks the grid down to 0."""
@@ -139,6 +175,11 @@ class UniformPurifier(Purifier):
                 x = self.ddim(x, t, s)
         return Trace(to_image(x), to_image(start))
 
+    def with_steps(self, steps: int) -> UniformPurifier:
+        """See ``Purifier``."""
+        level = self.grid[0]
+        return UniformPurifier(self.denoiser, self.classifier, level, steps, self.sampler, self.recompute)
+
     @property
     def levels(self) -> list[int]:
         """The grid without its end."""
@@ -150,188 +191,8 @@ class UniformPurifier(Purifier):
         return len(self.levels)
 
 
-class HeterogeneousPurifier(Purifier):
-    """Strong noise on the mask, weak noise elsewhere, removed by one scalar-level denoiser (Pei et al., CVPR 2025).
-
-    The sample starts at ``high`` everywhere. At every grid level t >= ``low`` the pixels outside the mask are replaced
-    by the input noised to t; below ``low`` the whole image is denoised together. *Resampling* mends the seam that each
-    replacement leaves at the border of the mask:
-
-    - ``none``: not at all;
-    - ``single`` (the paper): noise the merged image forward to t + U in one jump, return to t in one DDIM step: one
-      more call at each level in [low, high) (at ``high`` everything is input plus noise: there is no seam);
-    - ``release`` (the released code): from t + U go straight to the next grid level, at every level above ``low``,
-      also ``high``: no more calls;
-    - ``multi`` (RePaint, Lugmayr et al., CVPR 2022): as ``single``, but back from t + U in ``resampling_steps`` steps,
-      each merged again.
-
-    Args:
-        denoiser: Predicts noise.
-        classifier: Whose attention gives the mask.
-        mask: Rule that gives the mask.
-        high: t_l, level on the mask, in noising steps.
-        low: t_s, level elsewhere; below ``high``.
-        steps: Grid steps from ``high`` to 0; ``low`` is on the grid.
-        resampling: How seams are mended.
-        jump: U, in noising steps.
-        resampling_steps: Small steps of ``multi``, at most ``jump``.
-        recompute: See ``Purifier``.
-    """
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        classifier: Classifier,
-        mask: Mask,
-        high: int,
-        low: int,
-        steps: int,
-        resampling: Resampling = "single",
-        jump: int = 10,
-        resampling_steps: int = 10,
-        recompute: bool = True,
-    ) -> None:
-        super().__init__(denoiser, classifier, recompute)
-        _check_order(denoiser, high, low)
-        if not 1 <= low < high:
-            raise InputError(f"low = {low} (t_s): this sampler needs 1 <= low < high = {high}")
-        if _positive("steps", steps) < 2:
-            raise InputError(f"steps = {steps}: use at least 2, one above low and one below")
-        self.mask, self.high, self.low, self.resampling = mask, high, low, resampling
-        self.jump = 0 if resampling == "none" else _positive("jump", jump)
-        denoiser.schedule.check("high + jump", high + self.jump)
-        self.resampling_steps = _positive("resampling_steps", resampling_steps) if resampling == "multi" else 1
-        self._back(high)
-        above = min(steps - 1, max(1, round(steps * (high - low) / high)))
-        self.upper = grid(high, low, above)
-        self.lower = grid(low, 0, steps - above)
-
-    def trace(self, image: Tensor, noise: Noise) -> Trace:
-        """Walks from ``high`` to ``low`` on the mask, then from ``low`` to 0 everywhere."""
-        at = self.denoiser.schedule.at
-        mask = self.mask(self.classifier, image, noise)
-        u = to_diffusion(image)
-        draws = _Draws(noise, u)
-        x = noised(u, at(self.high), draws.next())
-        # What is noised how strongly, to look at; the sampler draws the weak noise anew at every level.
-        start = x * mask + noised(u, at(self.low), draws.next()) * (1.0 - mask)
-
-        def merge(x: Tensor, t: int) -> Tensor:
-            return x * mask + noised(u, at(t), draws.next()) * (1.0 - mask)
-
-        def mend(x: Tensor, t: int) -> Tensor:
-            x = renoised(x, at(t), at(t + self.jump), draws.next())
-            back = self._back(t)
-            for k, (a, b) in enumerate(itertools.pairwise(back)):
-                x = self.ddim(merge(x, a) if k else x, a, b)
-            return x
-
-        for t, s in zip(self.upper, self.upper[1:], strict=False):
-            x = merge(x, t)
-            if self.resampling == "release":
-                x = self.ddim(renoised(x, at(t), at(t + self.jump), draws.next()), t + self.jump, s)
-            else:
-                if self.resampling != "none" and t < self.high:
-                    x = mend(x, t)
-                x = self.ddim(x, t, s)
-        if self.resampling != "release":
-            x = merge(x, self.low)
-            if self.resampling != "none":
-                x = mend(x, self.low)
-        for t, s in zip(self.lower, self.lower[1:], strict=False):
-            x = self.ddim(x, t, s)
-        return Trace(to_image(x), to_image(start), mask)
-
-    def _back(self, t: int) -> list[int]:
-        """The levels that resampling walks from t + U back to t."""
-        return grid(t + self.jump, t, self.resampling_steps) if self.jump else [t]
-
-    @property
-    def levels(self) -> list[int]:
-        """The grid levels at which the denoiser is called; resampling adds t + U to them."""
-        return self.upper[:-1] + self.lower[:-1]
-
-    @property
-    def nfe(self) -> int:
-        """One call a grid step, and those of resampling."""
-        mended = len(self.upper) - 1 if self.resampling in ("single", "multi") else 0
-        return len(self.levels) + mended * self.resampling_steps
-
-
-class VariableIntensityPurifier(Purifier):
-    """Strong noise on the mask, weak noise elsewhere, removed by a denoiser that reads a map of levels.
-
-    Every pixel's level falls to 0 in proportion, t_k(pixel) = t(pixel) (1 - k / K), so that nothing is merged and
-    nothing mended. With a constant map it is DDIM.
-
-    Args:
-        denoiser: Predicts noise, given a level map; trained on such maps.
-        classifier: Whose attention gives the mask.
-        mask: Rule that gives the mask.
-        high: Level on the mask, in noising steps.
-        low: Level elsewhere, 0 .. ``high``.
-        steps: K, network calls.
-        recompute: See ``Purifier``.
-    """
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        classifier: Classifier,
-        mask: Mask,
-        high: int,
-        low: int,
-        steps: int,
-        recompute: bool = True,
-    ) -> None:
-        super().__init__(denoiser, classifier, recompute)
-        _check_order(denoiser, high, low)
-        self.mask, self.high, self.low = mask, high, low
-        self.grid = grid(high, 0, _positive("steps", steps))
-
-    def trace(self, image: Tensor, noise: Noise) -> Trace:
-        """Noises by the map, then lets the whole map fall to 0."""
-        at = self.denoiser.schedule.at
-        mask = self.mask(self.classifier, image, noise)
-        level = two_level(mask, self.high, self.low)
-        u = to_diffusion(image)
-        x = start = noised(u, at(level), noise.normal(0, u))
-        steps = len(self.grid) - 1
-        for k in range(steps):
-            t, s = fraction_of(level, k, steps), fraction_of(level, k + 1, steps)
-            x = step_back(x, self.predict(x, t), at(t), at(s))
-        return Trace(to_image(x), to_image(start), mask)
-
-    @property
-    def levels(self) -> list[int]:
-        """Levels on the mask."""
-        return self.grid[:-1]
-
-    @property
-    def nfe(self) -> int:
-        """One call a step."""
-        return len(self.levels)
-
-
-class _Draws:
-    """Hands out the draws of one purification in the order of its program: the same order at every replay."""
-
-    def __init__(self, noise: Noise, like: Tensor) -> None:
-        self.noise, self.like, self.step = noise, like, -1
-
-    def next(self) -> Tensor:
-        self.step += 1
-        return self.noise.normal(self.step, self.like)
-
-
-def _positive(name: str, value: int) -> int:
+def positive(name: str, value: int) -> int:
+    """``value`` itself when it is at least 1; an ``InputError`` that names it otherwise."""
     if value < 1:
         raise InputError(f"{name} = {value}: use at least 1")
     return value
-
-
-def _check_order(denoiser: Denoiser, high: int, low: int) -> None:
-    denoiser.schedule.check("high", high, low=1)
-    denoiser.schedule.check("low", low)
-    if low > high:
-        raise InputError(f"low = {low} (t_s) is above high = {high} (t_l): the mask gets the strong noise; swap them")

@@ -7,6 +7,7 @@ the end, a row's result does not depend on the rows beside it nor on how many th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from lit_purify.functional.noise import Noise
 LogitsFunction = Callable[[Tensor, Noise], Tensor]
 """(image (B, C, H, W) in [0, 1], noise) -> logits (B, classes)."""
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""(logits (B, classes), label (B,)) -> loss of each sample (B,), which the attacker raises."""
+"""(logits (B, classes), label (B, ...)) -> loss of each sample (B,), which the attacker raises."""
 
 
 def chunks(count: int, size: int, device: torch.device) -> Iterator[tuple[Tensor, int]]:
@@ -47,37 +48,62 @@ def _finite(what: str, values: Tensor) -> Tensor:
     return values
 
 
-def gradient_in_chunks(
+class Draws(NamedTuple):
+    """What an attacker learns at one point, for each of n draws of noise; all detached.
+
+    Attributes:
+        logits: (B, n, classes).
+        loss: (B, n).
+        gradient: Of the loss in the image, (B, n, C, H, W).
+    """
+
+    logits: Tensor
+    loss: Tensor
+    gradient: Tensor
+
+
+def average(values: Tensor) -> Tensor:
+    """Mean over the draws of (B, n, ...), added one after the other: a kernel may round differently for another B."""
+    first, *others = values.unbind(dim=1)
+    return sum(others, first) / values.shape[1]
+
+
+def draws_in_chunks(
     model: LogitsFunction, loss: LossFunction, image: Tensor, label: Tensor, noise: Noise, runs: list[int], size: int
-) -> tuple[Tensor, Tensor]:
-    """Loss and its gradient in the image, averaged over runs (expectation over transformation, Athalye et al. 2018).
+) -> Draws:
+    """Logits, loss and gradient for every image in every run.
 
     Args:
         model: What is attacked.
         loss: Loss of each sample.
         image: (B, C, H, W) in [0, 1].
-        label: (B,).
+        label: (B, ...), what the loss takes.
         noise: Noise of the B rows.
-        runs: The draws to average over; draws and samples are folded into one batch.
+        runs: The draws; draws and samples are folded into one batch.
         size: Rows in a chunk.
 
-    Returns:
-        Loss (B,) and gradient (B, C, H, W), both detached.
-
     Raises:
-        RuntimeError: The gradient is NaN or infinite.
+        RuntimeError: An output or a gradient is NaN or infinite.
     """
-    draws = len(runs)
-    noise = noise.runs(runs)
-    losses, gradients = [], []
-    for rows, real in chunks(len(image) * draws, size, image.device):
+    n, noise = len(runs), noise.runs(runs)
+    parts = []
+    for rows, real in chunks(len(image) * n, size, image.device):
         with torch.enable_grad():
-            leaf = image[rows // draws].detach().requires_grad_()
-            values = loss(model(leaf, noise.rows(rows)), label[rows // draws])
+            leaf = image[rows // n].detach().requires_grad_()
+            logits = model(leaf, noise.rows(rows))
+            values = loss(logits, label[rows // n])
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        losses.append(values.detach()[:real])
-        gradients.append(_finite("gradient", gradient[:real]))
-    by_draw = torch.cat(losses).reshape(len(image), draws).unbind(dim=1)
-    gradient_by_draw = torch.cat(gradients).reshape(len(image), draws, *image.shape[1:]).unbind(dim=1)
-    # Added one after the other: a reduction kernel may round differently for different batch sizes.
-    return sum(by_draw[1:], by_draw[0]) / draws, sum(gradient_by_draw[1:], gradient_by_draw[0]) / draws
+        logits, gradient = _finite("output", logits.detach()[:real]), _finite("gradient", gradient[:real])
+        parts.append((logits, values.detach()[:real], gradient))
+    return Draws(*(torch.cat(part).reshape(len(image), n, *part[0].shape[1:]) for part in zip(*parts, strict=True)))
+
+
+def gradient_in_chunks(
+    model: LogitsFunction, loss: LossFunction, image: Tensor, label: Tensor, noise: Noise, runs: list[int], size: int
+) -> tuple[Tensor, Tensor]:
+    """Loss (B,) and its gradient (B, C, H, W), averaged over runs: expectation over transformation (Athalye et al.).
+
+    Arguments and errors are those of ``draws_in_chunks``.
+    """
+    draws = draws_in_chunks(model, loss, image, label, noise, runs, size)
+    return average(draws.loss), average(draws.gradient)

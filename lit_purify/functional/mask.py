@@ -61,6 +61,40 @@ def top_count(score: Tensor, count: Tensor) -> Tensor:
     return chosen.reshape(score.shape)
 
 
+def soft_threshold_union(maps: Tensor, tau: float, temperature: float) -> Tensor:
+    """``threshold_union`` with each threshold a sigmoid: M = 1 - prod_m (1 - sigmoid((G_m - tau) / temperature)).
+
+    Args:
+        maps: (B, K, H, W).
+        tau: Threshold.
+        temperature: In the units of the maps; towards 0 this is the hard rule.
+
+    Returns:
+        (B, 1, H, W) in [0, 1], differentiable.
+    """
+    # sigmoid(-z) is 1 - sigmoid(z), without the loss of digits.
+    return 1.0 - ((tau - maps) / temperature).sigmoid().prod(dim=1, keepdim=True)
+
+
+def soft_top_fraction(maps: Tensor, fraction: float, temperature: float) -> Tensor:
+    """``top_fraction`` with a sigmoid at each image's quantile, which is held: no gradient goes through it.
+
+    Args:
+        maps: (B, K, H, W) in [0, 1].
+        fraction: In (0, 1).
+        temperature: In the units of the maps; towards 0 this is the hard rule.
+
+    Returns:
+        (B, 1, H, W) in [0, 1], differentiable.
+    """
+    score = maps.amax(dim=1, keepdim=True)
+    ordered = score.detach().flatten(1).sort(dim=1, descending=True).values
+    # Halfway between the last pixel that the hard rule chooses and the first that it does not.
+    last = round(fraction * ordered.shape[1])
+    threshold = ordered[:, [max(last - 1, 0), min(last, ordered.shape[1] - 1)]].mean(dim=1)
+    return ((score - threshold.reshape(-1, 1, 1, 1)) / temperature).sigmoid()
+
+
 def random_shapes(like: Tensor, draws: Tensor, count: int = 3) -> Tensor:
     """Unions of up to ``count`` random ellipses, (B, 1, H, W) in {0, 1}: masks to train a denoiser on.
 

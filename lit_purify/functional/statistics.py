@@ -1,4 +1,4 @@
-"""Accuracies over N runs with 95 % intervals, and paired differences.
+"""Accuracies over N runs with 95 % intervals, over fewer runs than N, over several attacks, and paired differences.
 
 An evaluation runs every sample N times with fresh noise. With c_i of N predictions of sample i correct: the average
 accuracy is mean(c_i / N); worst-of-N counts samples with c_i = N; the majority vote counts samples whose label has
@@ -8,6 +8,8 @@ strictly more votes than any other class (a tie counts as wrong).
 from __future__ import annotations
 
 import math
+from collections import Counter
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -46,6 +48,85 @@ def outcomes(predictions: Tensor, label: Tensor) -> Tensor:
     return torch.stack((share, right.all(dim=1).double(), (right.sum(dim=1) > rivals).double()), dim=1)
 
 
+def submissions(runs: int) -> list[int]:
+    """Numbers of runs M for which an accuracy over fewer than N runs is stated: 1, 2, 4, ... and N."""
+    return sorted({*(2**k for k in range(runs.bit_length())), runs})
+
+
+def survival(predictions: Tensor, label: Tensor, draws: int) -> Tensor:
+    """For each sample the share of the subsets of M runs that are right throughout: (B,) float64.
+
+    C(c, M) / C(N, M) with c right runs of N: what is expected to survive when an attacker submits an image M times,
+    without bias for M <= N (as pass@k: Chen et al. 2021, equation 1). M = 1 is the average, M = N the worst case.
+
+    Args:
+        predictions: (B, N) classes.
+        label: (B,).
+        draws: M, 1 .. N.
+    """
+    right = (predictions == label[:, None]).sum(dim=1).double()
+    j = torch.arange(draws, dtype=torch.float64, device=label.device)
+    return ((right[:, None] - j).clamp(min=0.0) / (predictions.shape[1] - j)).prod(dim=1)
+
+
+def vote(predictions: Tensor, label: Tensor, draws: int) -> Tensor:
+    """For each sample the share of the subsets of M runs whose majority is right: (B,) float64.
+
+    Without bias for a vote over M <= N fresh runs. M = 1 is the average, M = N the majority vote. Arguments as for
+    ``survival``.
+    """
+    shares = []
+    for row, truth in zip(predictions.tolist(), label.tolist(), strict=True):
+        counts = Counter(row)
+        right = counts.pop(truth, 0)
+        shares.append(_vote(right, tuple(sorted(counts.values())), draws))
+    return torch.tensor(shares, dtype=torch.float64)
+
+
+@cache
+def _vote(right: int, rivals: tuple[int, ...], draws: int) -> float:
+    """The same from the counts of the label and of each other class that was predicted."""
+    good = 0
+    for own in range(1, min(right, draws) + 1):
+        # ways[m]: to draw m runs from the rivals, from none of them as many as from the label.
+        ways = [1] + [0] * (draws - own)
+        for rival in rivals:
+            top = min(rival, own - 1)
+            ways = [sum(ways[m - k] * math.comb(rival, k) for k in range(min(top, m) + 1)) for m in range(len(ways))]
+        good += math.comb(right, own) * ways[-1]
+    return good / math.comb(right + sum(rivals), draws)
+
+
+def ensemble(attacks: Tensor) -> Tensor:
+    """What is left of each sample when the attack that is best against it counts: (B, 3) in [0, 1].
+
+    For each rule by itself: the average is that of the attack with the lowest, worst and majority are lost where any
+    attack wins. The lowest of K noisy averages is biased toward the attacker: for a sample with chance p under every
+    attack by at most sqrt((K - 1) p (1 - p) / N) (Arnold & Groeneveld 1979), 0.18 for K = 2, N = 8, p = 1/2;
+    ``held_out`` bounds it from the other side.
+
+    Args:
+        attacks: (K, B, 3) ``outcomes`` under each.
+    """
+    return attacks.amin(dim=0)
+
+
+def held_out(right: Tensor) -> Tensor:
+    """As the average of ``ensemble``, with the attack chosen on the other runs than the one that judges it: (B,).
+
+    Every run is left out once; equally good attacks count equally. The runs that choose do not judge, so this is the
+    accuracy, without bias, under an attacker who chooses by N - 1 runs. That choice can miss the best attack: the
+    accuracy under the truly best attack of each sample lies between the two expectations.
+
+    Args:
+        right: (K, B, N) whether the prediction was right; N at least 2.
+    """
+    right = right.double()
+    others = right.sum(dim=2, keepdim=True) - right
+    chosen = (others == others.amin(dim=0)).double()
+    return ((right * chosen).sum(dim=0) / chosen.sum(dim=0)).mean(dim=1)
+
+
 def wilson(mean: float, count: float) -> Interval:
     """Wilson score interval of a proportion over ``count`` trials; (nan, 0, 1) when there are none."""
     if count == 0:
@@ -58,7 +139,7 @@ def wilson(mean: float, count: float) -> Interval:
 
 
 def average_interval(total: float, squares: float, count: int, runs: int) -> Interval:
-    """Interval of the mean over ``count`` independent samples of c_i / N.
+    """Interval of the mean over ``count`` independent samples of c_i / N, or of another share of the N runs.
 
     Runs of one sample are not independent trials. The Wilson interval is taken at the effective number of trials,
     p (1 - p) / var(mean) (Korn & Graubard 1998), at least the number of samples, at most samples x runs, so that it
@@ -83,6 +164,11 @@ def accuracies(sums: Tensor, squares: Tensor, count: int, runs: int) -> Accuraci
     average = average_interval(float(sums[0]), float(squares[0]), count, runs)
     worst, majority = (wilson(float(s) / count if count else math.nan, count) for s in sums[1:])
     return Accuracies(average, worst, majority)
+
+
+def mean_interval(shares: Tensor, runs: int) -> Interval:
+    """``average_interval`` of the shares (B,) themselves."""
+    return average_interval(float(shares.sum()), float(shares.square().sum()), len(shares), runs)
 
 
 def paired_difference(first: Tensor, second: Tensor) -> Interval:

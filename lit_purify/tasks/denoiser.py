@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_purify.data.base import Batch
-from lit_purify.defense.masks import Mask
+from lit_purify.defense import Mask, Purifier
 from lit_purify.errors import InputError
-from lit_purify.functional.diffusion import noised, to_diffusion
+from lit_purify.functional.diffusion import noised, step_back, to_diffusion, to_image
 from lit_purify.functional.levels import two_level
 from lit_purify.functional.mask import random_shapes
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
@@ -22,11 +25,35 @@ _NOISE, _LEVELS, _SHAPES, _AUGMENT = range(4)
 _SHAPE_COUNT = 3
 
 
+@dataclass(frozen=True)
+class Purified:
+    """Validation images (B, C, H, W) in [0, 1] and what a purifier makes of them; index (B,), mask (B, 1, H, W)."""
+
+    purifier: str
+    index: Tensor
+    image: Tensor
+    noised: Tensor
+    purified: Tensor
+    mask: Tensor | None
+
+
+class PurificationListener:
+    """What callbacks of a training are told in its validations."""
+
+    def on_purified(self, trainer: L.Trainer, task: DenoiserTask, batch: Purified) -> None:
+        """Some images were purified."""
+
+
 class DenoiserTask(TrainingTask):
     """Predicts the noise, mean squared error, at levels drawn uniformly from 1 .. ``max_level``.
 
     Each image gets one level everywhere, or two: one inside and one outside a mask, either of them the stronger. The
     mask is the classifier's attention or a random shape.
+
+    Validation draws the same noise in every epoch, and logs ``val/mse_<place>_t<level>``, their mean ``val/loss``,
+    ``val/psnr_t<level>`` of images denoised in one step, and for each purifier the accuracy of the classifier on
+    purified images, ``val/purified_accuracy/<name>``, and the likeness of these to the clean ones,
+    ``val/psnr/<name>``. PSNR is in dB, averaged over images.
 
     Args:
         denoiser: What is trained.
@@ -44,6 +71,9 @@ class DenoiserTask(TrainingTask):
         shift_pixels: Augmentation: move images by up to so many pixels.
         mirror: Augmentation: mirror half of the images.
         seed: Of noise, levels and augmentation.
+        purifiers: Purifiers by name, made with the denoiser and the classifier, to validate with.
+        gradient_checkpointing: Keep few activations of the denoiser and recompute the others in the backward pass: less
+            memory, about a third more time.
     """
 
     def __init__(
@@ -62,6 +92,8 @@ class DenoiserTask(TrainingTask):
         shift_pixels: int = 0,
         mirror: bool = False,
         seed: int = 0,
+        purifiers: dict[str, Callable[[Denoiser, Classifier], Purifier]] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup, shift_pixels, mirror, seed)
         shares = (constant, attention, shapes)
@@ -75,12 +107,24 @@ class DenoiserTask(TrainingTask):
             denoiser.schedule.check("max_level" if level == max_level else "val_levels", level, low=1)
         self.denoiser, self.constant, self.attention, self.max_level = denoiser, constant, attention, max_level
         self.mask, self.val_levels = mask, tuple(val_levels)
+        denoiser.gradient_checkpointing = gradient_checkpointing
         # In a tuple: the weight average and the checkpoints are about the denoiser alone.
         self._classifier: tuple[Classifier, ...] = ()
         if classifier is not None:
             self._classifier = (classifier.eval().requires_grad_(False),)
+        # In a plain dictionary for the same reason.
+        self.purifiers: dict[str, Purifier] = {}
+        for name, make in (purifiers or {}).items():
+            if classifier is None:
+                raise InputError("purifiers need a classifier: give one, or leave the purifiers out")
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise InputError(f"purifiers: the name {name!r} may hold letters, digits, '-' and '_' only")
+            self.purifiers[name] = make(denoiser, classifier)
         names = [f"{place}_t{t}" for t in self.val_levels for place in ("constant", "inside", "outside")]
         self.errors = nn.ModuleDict({name: MeanMetric() for name in names})
+        names = [f"psnr_t{t}" for t in self.val_levels]
+        names += [f"{kind}/{name}" for name in self.purifiers for kind in ("purified_accuracy", "psnr")]
+        self.quality = nn.ModuleDict({name: MeanMetric() for name in names})
 
     @property
     def network(self) -> Denoiser:
@@ -88,9 +132,10 @@ class DenoiserTask(TrainingTask):
         return self.denoiser
 
     def setup(self, stage: str) -> None:
-        """Brings the classifier along."""
+        """Brings the classifier along; the task itself is moved only after this."""
+        super().setup(stage)
         for classifier in self._classifier:
-            classifier.to(self.device)
+            classifier.to(self.trainer.strategy.root_device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Error in the predicted noise, averaged over pixels and images."""
@@ -101,7 +146,9 @@ class DenoiserTask(TrainingTask):
         u = to_diffusion(image)
         eps = noise.normal(_NOISE, u)
         levels = self.draw_levels(image, noise)
-        loss = (self.denoiser(noised(u, self.denoiser.schedule.at(levels), eps), levels) - eps).square().mean()
+        # In mixed precision the prediction has 16 bits; its error is computed with 32.
+        predicted = self.denoiser(noised(u, self.denoiser.schedule.at(levels), eps), levels).to(eps.dtype)
+        loss = (predicted - eps).square().mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -119,18 +166,39 @@ class DenoiserTask(TrainingTask):
     def _attention(self, image: Tensor, noise: Noise) -> Tensor:
         if self.mask is None or not self._classifier:
             raise RuntimeError("attention without a classifier and a mask rule")
-        return self.mask(self._classifier[0], image, noise)
+        with self._full_precision():
+            return self.mask(self._classifier[0], image, noise)
+
+    def _full_precision(self) -> torch.autocast:
+        """As evaluations compute, also when the training is in mixed precision."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def _check(self, batch: Batch) -> None:
         self.denoiser.check_image(batch["image"])
         for classifier in self._classifier:
             classifier.check_image(batch["image"])
+            if self.purifiers:
+                classifier.check_classes(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Errors by level, with noise that is the same in every epoch."""
+        """Errors by level and quality of what is purified, with noise that is the same in every epoch."""
         self._check(batch)
         index, image = batch["index"], batch["image"]
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
+        self._measure_errors(image, noise)
+        for name, purifier in self.purifiers.items():
+            with self._full_precision():
+                trace = purifier.trace(image, noise)
+                right = self._classifier[0](trace.purified).argmax(dim=1) == batch["label"]
+            self._metric(self.quality, f"purified_accuracy/{name}").update(right.float())
+            self._metric(self.quality, f"psnr/{name}").update(psnr(trace.purified, image))
+            shown = Purified(name, index, image, trace.noised, trace.purified, trace.mask)
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, PurificationListener):
+                    callback.on_purified(self.trainer, self, shown)
+
+    def _measure_errors(self, image: Tensor, noise: Noise) -> None:
+        """The errors at each of the levels."""
         u = to_diffusion(image)
         eps = noise.normal(_NOISE, u)
         if self._classifier and self.mask is not None:
@@ -139,6 +207,7 @@ class DenoiserTask(TrainingTask):
             mask = random_shapes(
                 image, noise.uniform(_SHAPES, image.new_empty(len(image), 6 * _SHAPE_COUNT)), _SHAPE_COUNT
             )
+        at = self.denoiser.schedule.at
         for t in self.val_levels:
             half = max(1, t // 2)
             for place, inside, outside, weight in (
@@ -147,20 +216,37 @@ class DenoiserTask(TrainingTask):
                 ("outside", half, t, 1.0 - mask),
             ):
                 levels = two_level(mask, inside, outside)
-                x = noised(u, self.denoiser.schedule.at(levels), eps)
-                error = (self.denoiser(x, levels) - eps).square().mean(dim=1, keepdim=True)
-                self._error(f"{place}_t{t}").update(error, weight)
+                x = noised(u, at(levels), eps)
+                predicted = self.denoiser(x, levels).to(eps.dtype)
+                self._metric(self.errors, f"{place}_t{t}").update(
+                    (predicted - eps).square().mean(dim=1, keepdim=True), weight
+                )
+                if place == "constant":
+                    denoised = to_image(step_back(x, predicted, at(t), at(0)))
+                    self._metric(self.quality, f"psnr_t{t}").update(psnr(denoised, image))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs every error, and their mean as ``val/loss``."""
-        values = {}
-        for name in self.errors:
-            values[f"val/mse_{name}"] = self._error(name).compute()
-            self._error(name).reset()
-        self.log_dict(values)
-        self.log("val/loss", torch.stack(list(values.values())).mean(), prog_bar=True)
+        """Logs every error, their mean as ``val/loss``, and the qualities."""
+        errors = {f"val/mse_{name}": self._metric(self.errors, name).compute() for name in self.errors}
+        qualities = {f"val/{name}": self._metric(self.quality, name).compute() for name in self.quality}
+        self.log_dict(errors | qualities)
+        self.log("val/loss", torch.stack(list(errors.values())).mean(), prog_bar=True)
+        for metrics in (self.errors, self.quality):
+            for name in metrics:
+                self._metric(metrics, name).reset()
 
-    def _error(self, name: str) -> MeanMetric:
-        metric = self.errors[name]
-        assert isinstance(metric, MeanMetric)
-        return metric
+    @staticmethod
+    def _metric(metrics: nn.ModuleDict, name: str) -> MeanMetric:
+        found = metrics[name]
+        assert isinstance(found, MeanMetric)
+        return found
+
+
+def psnr(image: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image (B,), 10 log10(1 / mse) in dB; at most 100, also for equal images.
+
+    Args:
+        image: (B, C, H, W) in [0, 1].
+        reference: Same shape.
+    """
+    return -10.0 * (image - reference).square().flatten(1).mean(dim=1).clamp(min=1e-10).log10()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_purify.attacks import Attack
 from lit_purify.data.base import Batch, ImageDataModule
-from lit_purify.defense import DefendedClassifier, Purifier
+from lit_purify.defense import Attacked, BareClassifier, DefendedClassifier, Exact, Gradient, Purifier
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import logits_in_chunks
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
@@ -63,6 +64,7 @@ class RobustnessTask(L.LightningModule):
             another number of threads, and so with another number of processes on one machine.
         seed: Of all noise.
         gallery: Samples whose images are shown, the first of the evaluated ones.
+        gradients: What attacks differentiate, by the attack's name; ``Exact()`` where none is given.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class RobustnessTask(L.LightningModule):
         chunk: int = 64,
         seed: int = 0,
         gallery: int = 12,
+        gradients: dict[str, Gradient] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("runs", runs), ("chunk", chunk)):
@@ -98,6 +101,7 @@ class RobustnessTask(L.LightningModule):
             {name: DefendedClassifier(make(denoiser, classifier), classifier) for name, make in defenses.items()}
         )
         self.attacks = dict(attacks)
+        self._attacked = self._views(gradients or {})
         self.runs, self.chunk, self.seed, self.gallery = runs, chunk, seed, gallery
         self.metrics = nn.ModuleDict({self.metric_name(*pair): RobustAccuracy(runs) for pair in self.pairs})
         self.clean = nn.ModuleDict({name: RobustAccuracy(runs) for name in defenses})
@@ -124,7 +128,11 @@ class RobustnessTask(L.LightningModule):
         """What each result states beside its accuracies, in the order of ``pairs``."""
         described = []
         for defense, attack in self.pairs:
-            purifier, how = self._defended(defense).purifier, self.attacks[attack]
+            purifier, how, view = (
+                self._defended(defense).purifier,
+                self.attacks[attack],
+                self._attacked[defense, attack],
+            )
             described.append(
                 {
                     "defense": defense,
@@ -134,10 +142,14 @@ class RobustnessTask(L.LightningModule):
                     "eps": how.eps,
                     "attack_steps": how.steps,
                     "eot": how.eot,
-                    "gradient": how.gradient,
+                    # An attack that differentiates nothing, or another model, says so itself.
+                    "gradient": view.gradient if how.gradient == "exact" else how.gradient,
+                    "mask_gradient": "none" if how.gradient == "none" else view.mask_gradient,
+                    "queries": how.queries._asdict(),
                     "nfe_defense": purifier.nfe,
-                    "nfe_attack": purifier.nfe,
+                    "nfe_attack": view.nfe,
                     "levels": purifier.levels,
+                    "attack_levels": view.levels,
                 }
             )
         return described
@@ -162,16 +174,21 @@ class RobustnessTask(L.LightningModule):
                 self._clean_counted.add((record.defense, record.index))
 
     def check(self, data: ImageDataModule) -> None:
-        """Raises an ``InputError`` when data, classifier and denoiser do not fit each other."""
+        """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
         evaluated = data.evaluated
         first = evaluated[0]["image"][None]
         self.classifier.check_image(first)
         self.denoiser.check_image(first)
         self.classifier.check_classes(data.classes)
+        for attack in self.attacks.values():
+            attack.prepare(evaluated.positions.tolist())
 
     def setup(self, stage: str) -> None:
-        """Checks, and chooses what is shown."""
+        """Checks, warns, and chooses what is shown."""
         self.check(self._data())
+        for (defense, attack), view in self._attacked.items():
+            if view.remark is not None and self.trainer.is_global_zero:
+                print(f"warning: {attack} on {defense}: {view.remark}", file=sys.stderr)
         self._shown = set(self._data().evaluated.positions[: self.gallery].tolist())
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -213,7 +230,8 @@ class RobustnessTask(L.LightningModule):
         model, image, label, index = self._defended(defense), batch["image"], batch["label"], batch["index"]
         attack_noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
-        adversarial = self.attacks[attack](model, image, label, attack_noise, self.chunk)
+        attacked = self._attacked[defense, attack].model
+        adversarial = self.attacks[attack](attacked, image, label, attack_noise, self.chunk)
         runs = list(range(self.runs))
         clean, broken = (
             logits_in_chunks(model, shown, noise, runs, self.chunk).argmax(dim=2).tolist()
@@ -248,6 +266,23 @@ class RobustnessTask(L.LightningModule):
         if (record.defense, record.index) not in self._clean_counted:
             self._clean_counted.add((record.defense, record.index))
             add(self._metric(self.clean, record.defense), record.clean)
+
+    def _views(self, gradients: Mapping[str, Gradient]) -> dict[tuple[str, str], Attacked]:
+        """What each attack is handed of each defense."""
+        for name in gradients:
+            if name not in self.attacks:
+                raise InputError(f"gradients: {name!r} is not among the attacks {', '.join(self.attacks)}")
+            if self.attacks[name].target == "classifier":
+                raise InputError(f"gradients: {name} is handed the bare classifier in any case: leave it out")
+        views = {}
+        for defense, attack in self.pairs:
+            bare = self.attacks[attack].target == "classifier"
+            gradient = BareClassifier() if bare else gradients.get(attack, Exact())
+            try:
+                views[defense, attack] = gradient.attacked(self._defended(defense))
+            except InputError as error:
+                raise InputError(f"gradients: {attack} on {defense}: {error}") from error
+        return views
 
     def _defended(self, defense: str) -> DefendedClassifier:
         found = self.defenses[defense]

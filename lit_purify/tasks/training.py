@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -21,7 +22,7 @@ class TrainingTask(L.LightningModule, ABC):
     """AdamW with warm-up and cosine decay; randomness keyed by (seed, sample, epoch).
 
     So processes see different noise because they see different samples, the split of a batch over processes changes
-    nothing, and a training resumed at an epoch's end takes the very steps it would have taken.
+    nothing, and a resumed training takes the very steps it would have taken.
 
     Args:
         learning_rate: Peak learning rate.
@@ -51,9 +52,31 @@ class TrainingTask(L.LightningModule, ABC):
     def network(self) -> Classifier | Denoiser:
         """What is trained and exported."""
 
+    def setup(self, stage: str) -> None:
+        """A network that was read from a file is in evaluation mode, in which Lightning would leave it."""
+        self.network.train()
+
+    def on_train_start(self) -> None:
+        """Mends three things that Lightning (2.6) gets wrong when a training is resumed."""
+        loop = self.trainer.fit_loop
+        if loop.restarted_on_epoch_end:
+            # Saved when an epoch was over, and max_steps is set: the epoch would be run through and counted again.
+            loop.epoch_progress.increment_completed()
+            loop.epoch_loop.restarting = False
+            loop.reset_restart_stage()
+        elif loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch:
+            # Saved after the last batch of an epoch: the next one would not be counted as begun.
+            loop.reset_restart_stage()
+        for callback in self.trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                # It would save again at once, amid the accumulation of gradients, which checkpoints do not hold.
+                callback._last_global_step_saved = self.global_step
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seeds what is not keyed (dropout): each process its own stream, each step anew, as when resumed."""
-        torch.manual_seed(((self.seed * 65_537 + self.global_rank) * 1_000_003 + self.global_step) % 2**63)
+        """Seeds what is not keyed (dropout): each process its own stream, each batch anew, as when resumed."""
+        # Several batches make a step where gradients are accumulated.
+        stream = (self.seed * 65_537 + self.global_rank) * 1_000_003 + self.global_step
+        torch.manual_seed((stream * 1_000_033 + batch_idx) % 2**63)
 
     def keyed(self, batch: Batch) -> KeyedNoise:
         """Noise of a training batch: another one in every epoch."""

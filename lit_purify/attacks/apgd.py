@@ -1,0 +1,150 @@
+"""Auto-PGD: projected gradient descent that chooses its step sizes, with expectation over transformation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws, rowwise
+from lit_purify.errors import InputError
+from lit_purify.functional.chunks import LogitsFunction, average, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.losses import LossName, mean_margin, named_loss, targeted_dlr_loss
+from lit_purify.functional.noise import START_STEP, Noise
+from lit_purify.functional.threat import Norm, l2_norm, linf_norm, project, steepest
+
+_RHO, _MOMENTUM = 0.75, 0.75
+"""Part of the steps between two checkpoints in which the loss has to rise, and share of the gradient in a step."""
+
+
+class APGD(Attack):
+    """APGD (Croce & Hein, ICML 2020, arXiv 2003.01690, algorithm 1) on the loss averaged over ``eot`` draws of noise.
+
+    The step begins at 2 ``eps``. At checkpoints it is halved for the samples whose loss rose in too few steps since the
+    checkpoint before, or whose best loss stands still, and these go on from their best point. AutoAttack's attacks are
+    ``loss="ce"``, ``loss="dlr"`` and ``loss="dlr", targets=9``; with ``eot=20`` the first two are its version for
+    randomized models. Like AutoAttack's it begins on the border of the ball.
+
+    For a randomized model every step uses fresh draws, and "best" is about losses averaged over them.
+
+    Args:
+        norm: ``linf`` or ``l2``.
+        eps: Radius, in pixels of [0, 1]; a number or a fraction such as ``8/255``.
+        steps: Steps of each start.
+        eot: Draws that each step averages over.
+        loss: ``ce``, ``margin`` or ``dlr``, as in ``PGD``.
+        targets: ``0`` raises the loss; n runs once towards each of the n wrong classes that the model finds likeliest
+            for the image (``dlr`` alone has a targeted form).
+        restarts: How often to start, for each target.
+        select: What is returned. ``best``: of all iterates of all starts and of the image itself, the one with the
+            highest averaged margin. For a deterministic model this is a misclassified point whenever one was met, as in
+            AutoAttack. For a randomized one, the highest of many noisy averages is partly luck. ``last``: the last
+            iterate; of several starts, the one with the highest averaged margin.
+    """
+
+    def __init__(
+        self,
+        norm: Norm,
+        eps: float | str,
+        steps: int = 100,
+        eot: int = 1,
+        loss: LossName = "ce",
+        targets: int = 0,
+        restarts: int = 1,
+        select: Literal["best", "last"] = "best",
+    ) -> None:
+        super().__init__(norm, eps)
+        check_counts(steps=steps, eot=eot, restarts=restarts)
+        if targets < 0:
+            raise InputError(f"targets = {targets}: use 0 for none, or how many classes to try")
+        if targets and loss != "dlr":
+            raise InputError(f"targets = {targets} needs loss: dlr, {loss} has no targeted form")
+        self.steps, self.eot, self.targets, self.restarts, self.select = steps, eot, targets, restarts, select
+        self.loss_name = loss
+        self.loss = targeted_dlr_loss if targets else named_loss(loss)
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        targets = f" towards {self.targets} classes in turn" if self.targets else ""
+        restarts = f", {self.restarts} restarts" if self.restarts > 1 else ""
+        return (
+            f"APGD on the {self.loss_name} loss{targets} from the border of the ball, {self.select} iterate{restarts}"
+        )
+
+    @property
+    def queries(self) -> Queries:
+        """What it costs."""
+        backward = max(1, self.targets) * self.restarts * (self.steps + 1) * self.eot
+        return Queries(self.eot + backward, backward)
+
+    def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+        """See ``Attack``."""
+        clean = logits_in_chunks(model, image, noise, draws(0, self.eot), chunk)
+        best = Best(image, mean_margin(clean, label) if self.select == "best" else None)
+        first = self.eot
+        for goal in self._goals(clean, label):
+            for _ in range(self.restarts):
+                for k, (point, margin) in enumerate(self._path(model, image, label, goal, noise, chunk, first)):
+                    if self.select == "best" or k == self.steps:
+                        best.offer(point, margin)
+                first += (self.steps + 1) * self.eot
+        return best.image
+
+    def _goals(self, clean: Tensor, label: Tensor) -> list[Tensor]:
+        """What the loss is given in each run: the label, or label and target (B, 2)."""
+        needed = max(self.targets + 1, 4) if self.targets else 3 if self.loss_name == "dlr" else 2
+        if clean.shape[2] < needed:
+            what = f"the {self.loss_name} loss" + (f" with targets = {self.targets}" if self.targets else "")
+            raise InputError(f"{what} needs {needed} classes, the classifier has {clean.shape[2]}: use loss: margin")
+        if not self.targets:
+            return [label]
+        wrong = average(clean).scatter(1, label[:, None], -torch.inf)
+        return [torch.stack([label, target], dim=1) for target in wrong.topk(self.targets, dim=1).indices.unbind(dim=1)]
+
+    def _path(
+        self, model: LogitsFunction, image: Tensor, label: Tensor, goal: Tensor, noise: Noise, chunk: int, first: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The iterates and their averaged margins, from one start; ``first`` is the number of its first draw."""
+
+        def judge(point: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+            runs = draws(first + k * self.eot, self.eot)
+            seen = draws_in_chunks(model, self.loss, point, goal, noise, runs, chunk)
+            return average(seen.loss), average(seen.gradient), mean_margin(seen.logits, label)
+
+        point = previous = self._start(image, noise.runs([first]))
+        loss, gradient, margin = judge(point, 0)
+        yield point, margin
+        best_point, best_gradient, best_loss, best_before = point, gradient, loss, loss
+        step = torch.full_like(image[:, :1, :1, :1], 2.0 * self.eps)
+        interval, least, shorter = (max(int(part * self.steps), 1) for part in (0.22, 0.06, 0.03))
+        halved, rises, waited = torch.ones_like(loss, dtype=torch.bool), torch.zeros_like(loss), 0
+        for k in range(1, self.steps + 1):
+            ahead = project(point + step * steepest(gradient, self.norm), image, self.norm, self.eps)
+            share = 1.0 if k == 1 else _MOMENTUM
+            ahead = point + share * (ahead - point) + (1.0 - share) * (point - previous)
+            point, previous, before = project(ahead, image, self.norm, self.eps), point, loss
+            loss, gradient, margin = judge(point, k)
+            yield point, margin
+            better = loss > best_loss
+            best_point, best_gradient = rowwise(better, point, best_point), rowwise(better, gradient, best_gradient)
+            best_loss = torch.where(better, loss, best_loss)
+            rises, waited = rises + (loss > before), waited + 1
+            if waited == interval:
+                halved = (rises <= _RHO * interval) | (~halved & (best_loss <= best_before))
+                step = rowwise(halved, step / 2.0, step)
+                point, gradient = rowwise(halved, best_point, point), rowwise(halved, best_gradient, gradient)
+                best_before, rises, waited = best_loss, torch.zeros_like(loss), 0
+                interval = max(interval - shorter, least)
+
+    def _start(self, image: Tensor, noise: Noise) -> Tensor:
+        """A random point on the border of the ball, moved into [0, 1]."""
+        if self.norm == "linf":
+            direction = 2.0 * noise.uniform(START_STEP, image) - 1.0
+            size = linf_norm(direction)
+        else:
+            direction = noise.normal(START_STEP, image)
+            size = l2_norm(direction)
+        return project(image + self.eps * direction / size.reshape(-1, 1, 1, 1), image, self.norm, self.eps)

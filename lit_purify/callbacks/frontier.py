@@ -1,0 +1,204 @@
+"""Comparing families of defenses: frontier.json, frontier.png and the section of the report."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_purify.callbacks.html import svg
+from lit_purify.callbacks.summary import by_pair, clean_outcomes, headline, percent, robust_outcomes, signed
+from lit_purify.functional.frontier import bootstrap, envelope, gap, on_envelope, resampled
+from lit_purify.functional.statistics import Interval
+from lit_purify.metrics import Record
+from lit_purify.metrics.records import write_whole
+
+_RESAMPLES = 2000
+
+
+def compare(
+    records: Iterable[Record],
+    summary: Mapping[str, Any],
+    families: Mapping[str, Sequence[str]],
+    refused: Mapping[str, str],
+) -> dict[str, Any]:
+    """The content of ``frontier.json``: every attack's points and how families differ at equal clean accuracy.
+
+    Args:
+        records: What the summary was made of.
+        summary: Content of ``summary.json``.
+        families: Names of the defenses of each.
+        refused: Combinations that were left out, with the reason.
+    """
+    pairs = by_pair(records)
+    attacks = {}
+    for attack in dict.fromkeys(result["attack"] for result in summary["results"]):
+        results = [result for result in summary["results"] if result["attack"] == attack]
+        # Average accuracies: only these mix in proportion.
+        shares = torch.stack(
+            [
+                torch.stack([clean_outcomes(pairs, result)[:, 0], robust_outcomes(pairs, result)[:, 0]], dim=1)
+                for result in results
+            ],
+            dim=1,
+        )
+        attacks[attack] = _compared(shares, results, families)
+    return {"schema": 1, "resamples": _RESAMPLES, "refused": dict(refused), "attacks": attacks}
+
+
+def _compared(
+    shares: Tensor, results: Sequence[Mapping[str, Any]], families: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Of one attack, from the shares (B, P, 2) of right runs for all results."""
+    place = {result["defense"]: k for k, result in enumerate(results)}
+    family_of = {name: family for family, names in families.items() for name in names}
+    columns = {family: [place[name] for name in names] for family, names in families.items()}
+    points, draws = shares.mean(dim=0), resampled(shares, _RESAMPLES)
+    outermost = {
+        family: {at[i] for i in on_envelope(points[at]).nonzero().flatten().tolist()} for family, at in columns.items()
+    }
+
+    def to_frontier(k: int, family: str) -> Interval:
+        at = columns[family]
+        return bootstrap(points, draws, len(shares), lambda p: p[:, k, 1] - envelope(p[:, at], p[:, k, 0]))
+
+    def between(first: list[int], second: list[int]) -> Interval:
+        return bootstrap(points, draws, len(shares), lambda p: gap(p[:, first], p[:, second]))
+
+    described = []
+    for name, k in place.items():
+        own = family_of.get(name)
+        others = [family for family in families if own is not None and family != own]
+        described.append(
+            {
+                "defense": name,
+                "family": own,
+                "clean": results[k]["clean"]["average"],
+                "robust": results[k]["robust"]["average"],
+                "on_frontier": own is not None and k in outermost[own],
+                "above": {family: _values(to_frontier(k, family)) for family in others},
+            }
+        )
+    comparisons = []
+    for first, second in itertools.combinations(families, 2):
+        found = between(columns[first], columns[second])
+        comparisons.append({"family": second, "to": first, "difference": _values(found), "verdict": verdict(found)})
+    return {"points": described, "comparisons": comparisons}
+
+
+def verdict(difference: Interval) -> str:
+    """Of a family against another."""
+    if difference.low > 0.0:
+        return "above"
+    return "below" if difference.high < 0.0 else "not distinguishable"
+
+
+def write(found: Mapping[str, Any], summary: Mapping[str, Any], folder: Path) -> tuple[str, str]:
+    """Writes ``frontier.json`` and ``frontier.png``; the section of the report, HTML, and the lines to print."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    write_whole(folder / "frontier.json", json.dumps(found, indent=1) + "\n")
+    figure = _drawn(found, pyplot)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_whole(folder / "frontier.png", image.getvalue())
+    drawing = svg(figure, "Frontiers of clean against robust accuracy")
+    pyplot.close(figure)
+    tables = "".join(_section(attack, part) for attack, part in found["attacks"].items())
+    return f"<h2>Frontiers</h2><p>{escape(_NOTE)}</p>{drawing}{tables}", _lines(found, summary)
+
+
+_NOTE = (
+    "At equal clean accuracy. A line joins the points that are the best of their family: a defense that tosses a coin "
+    "between two neighbors reaches what lies between them. Families are compared where both have points as clean; no "
+    "difference is stated for a point that is cleaner than all of the other family. Brackets are 95 % intervals, of "
+    "differences from resampled samples, the same for all points, with lines and interpolation redone in every "
+    "resample. The best of many points on the same samples is optimistic, the more points the more: choose here, and "
+    "evaluate the choice on the test split."
+)
+
+
+def _drawn(found: Mapping[str, Any], pyplot: Any) -> Any:  # noqa: ANN401
+    """One panel an attack."""
+    count = len(found["attacks"])
+    figure, panels = pyplot.subplots(1, count, figsize=(7.5 * count, 5.0), layout="constrained", squeeze=False)
+    for axes, (attack, part) in zip(panels[0], found["attacks"].items(), strict=True):
+        families = list(dict.fromkeys(point["family"] for point in part["points"]))
+        for color, family in enumerate(sorted(families, key=lambda name: name is None)):
+            own = [point for point in part["points"] if point["family"] == family]
+            x, y = ([100 * point[kind][0] for point in own] for kind in ("clean", "robust"))
+            xerr, yerr = (
+                [[100 * abs(point[kind][0] - point[kind][k]) for point in own] for k in (1, 2)]
+                for kind in ("clean", "robust")
+            )
+            style = {"color": "gray" if family is None else f"C{color}", "alpha": 0.8, "elinewidth": 0.5}
+            label = (family or "other").replace("$", r"\$")
+            axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="x" if family is None else "o", ms=4, label=label, **style)
+            line = sorted(
+                (p["clean"][0], p["robust"][0]) for p in part["points"] if p["family"] == family and p["on_frontier"]
+            )
+            axes.plot([100 * p[0] for p in line], [100 * p[1] for p in line], color=style["color"])
+        axes.set(xlabel="clean accuracy, average (%)", ylabel="robust accuracy, average (%)", title=attack)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return figure
+
+
+def _section(attack: str, part: Mapping[str, Any]) -> str:
+    families = list(dict.fromkeys(p["family"] for p in part["points"] if p["family"]))
+    verdicts = "".join(f"<li>{escape(_line(each))}</li>" for each in part["comparisons"])
+    head = "".join(f"<th scope='col'>less {escape(family)}<br>at its clean accuracy</th>" for family in families)
+    rows = []
+    for point in sorted(part["points"], key=lambda p: -p["clean"][0]):
+        cells = [percent(point["clean"]), percent(point["robust"]), "yes" if point["on_frontier"] else ""]
+        cells += [_signed(point["above"].get(family)) for family in families]
+        rows.append(
+            f"<tr><th scope='row'>{escape(point['defense'])}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        )
+    return (
+        f"<h3>{escape(attack)}</h3><ul>{verdicts}</ul><details><summary>Every point</summary><div class='scroll'>"
+        f"<table><thead><tr><th>accuracy in %</th><th>clean</th><th>robust</th><th>on its line</th>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
+    )
+
+
+def _lines(found: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """What is printed."""
+    lines = ["", headline(summary)]
+    for attack, part in found["attacks"].items():
+        counts: dict[str, int] = {}
+        for point in part["points"]:
+            if point["family"]:
+                counts[point["family"]] = counts.get(point["family"], 0) + 1
+        listed = ", ".join(f"{family} {count}" for family, count in counts.items())
+        lines += [f"frontiers under {attack}; points: {listed}; left out: {len(found['refused'])}"]
+        lines += [f"  {_line(each)}" for each in part["comparisons"]]
+    lines += ["", "Difference of the robust average at equal clean accuracy, in points; intervals of 95 %."]
+    return "\n".join([*lines, "The best of many points on the same samples is optimistic: evaluate a choice on test."])
+
+
+def _line(comparison: Mapping[str, Any]) -> str:
+    return (
+        f"{comparison['family']} against {comparison['to']}: {_signed(comparison['difference'])}, "
+        f"{comparison['verdict']}"
+    )
+
+
+def _signed(difference: Sequence[float] | None) -> str:
+    return "" if difference is None else signed(difference)
+
+
+def _values(difference: Interval) -> list[float] | None:
+    """``None`` where no clean accuracy is common: JSON has no such number."""
+    return None if math.isnan(difference.value) else list(difference)

@@ -1,0 +1,143 @@
+"""What an attack differentiates: a view of the defense, named in every result."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_purify.defense.defended import DefendedClassifier
+from lit_purify.defense.masks import Relaxed
+from lit_purify.errors import InputError
+from lit_purify.functional.chunks import LogitsFunction
+from lit_purify.functional.noise import Noise
+
+MaskGradient = Literal["frozen", "straight_through", "soft"]
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What an attack is handed in place of the defense, and what is reported of it.
+
+    Attributes:
+        model: From (image, noise) to logits.
+        gradient: ``exact``: the defense itself, through all its steps. ``surrogate``: another function, cheaper or
+            smoother. ``bpda``: the defense itself, with the identity for the gradient of the purifier.
+        mask_gradient: What becomes of the mask's gradient; ``none`` where there is no mask, or no gradient reaches it.
+        nfe: Calls of the denoiser in one evaluation of ``model``.
+        levels: Levels that it walks, in noising steps after rounding.
+        remark: What to warn of.
+    """
+
+    model: LogitsFunction
+    gradient: Literal["exact", "surrogate", "bpda"]
+    mask_gradient: Literal["frozen", "straight_through", "soft", "none"]
+    nfe: int
+    levels: list[int]
+    remark: str | None = None
+
+
+class Gradient(ABC):
+    """From a defense to what an attack on it is handed."""
+
+    @abstractmethod
+    def attacked(self, defended: DefendedClassifier) -> Attacked:
+        """The view of a defense, of the same networks.
+
+        Raises:
+            InputError: The defense has no such view.
+        """
+
+
+class Exact(Gradient):
+    """The defense itself, differentiated through every step.
+
+    Args:
+        mask: What becomes of the mask's gradient. ``frozen``: the mask is a constant; this is the exact gradient almost
+            everywhere, blind to what moving the mask would gain. ``straight_through``: the same outputs bit for bit,
+            and added to the gradient that of a relaxed mask (sigmoids for thresholds), through the classifier's
+            features. ``soft``: the relaxed mask in the forward pass too, which is another function: a surrogate.
+        temperature: Width of the sigmoids, see ``Mask.relaxed``.
+    """
+
+    def __init__(self, mask: MaskGradient = "frozen", temperature: float = 0.1) -> None:
+        if mask not in ("frozen", "straight_through", "soft"):
+            raise InputError(f"mask = {mask!r}: use frozen, straight_through or soft")
+        if not temperature > 0.0:
+            raise InputError(f"temperature = {temperature}: use a number above 0")
+        self.mask, self.temperature = mask, temperature
+
+    def attacked(self, defended: DefendedClassifier) -> Attacked:
+        """See ``Gradient``."""
+        purifier, rule = defended.purifier, defended.purifier.mask
+        if rule is None or not rule.relaxable or self.mask == "frozen":
+            return Attacked(defended, "exact", "none" if rule is None else "frozen", purifier.nfe, purifier.levels)
+        soft = self.mask == "soft"
+        view = purifier.with_mask(Relaxed(rule, soft, self.temperature))
+        return Attacked(
+            DefendedClassifier(view, defended.classifier),
+            "surrogate" if soft else "exact",
+            self.mask,
+            view.nfe,
+            view.levels,
+        )
+
+
+class Surrogate(Gradient):
+    """The same purifier with fewer steps (Lee & Kim, "Robust evaluation of diffusion-based purification", ICCV 2023).
+
+    Cheaper, and as a rule the weaker attack: what survives it need not survive the exact gradient.
+
+    Args:
+        steps: Of the surrogate.
+        mask: See ``Exact``.
+        temperature: See ``Exact``.
+    """
+
+    def __init__(self, steps: int, mask: MaskGradient = "frozen", temperature: float = 0.1) -> None:
+        self.steps, self.exact = steps, Exact(mask, temperature)
+
+    def attacked(self, defended: DefendedClassifier) -> Attacked:
+        """See ``Gradient``."""
+        ours = defended.purifier
+        theirs = ours.with_steps(self.steps)
+        view = self.exact.attacked(DefendedClassifier(theirs, defended.classifier))
+        remark = None
+        if theirs.start != ours.start:
+            # Rounding to another grid can change what is attacked.
+            remark = f"the surrogate of {self.steps} steps noises to {theirs.start}, the defense to {ours.start}"
+        return replace(view, gradient="surrogate", remark=remark)
+
+
+class BPDA(Gradient):
+    """Forward the defense itself, backward the identity through its purifier (Athalye et al., ICML 2018, section 4.1).
+
+    Needs the memory of one classifier, whatever the purifier does.
+    """
+
+    def attacked(self, defended: DefendedClassifier) -> Attacked:
+        """See ``Gradient``."""
+        purifier = defended.purifier
+
+        def logits(image: Tensor, noise: Noise) -> Tensor:
+            with torch.no_grad():
+                purified = purifier(image, noise)
+            # What is added is 0, with a gradient.
+            return defended.classifier(purified + (image - image.detach()))
+
+        return Attacked(logits, "bpda", "none", purifier.nfe, purifier.levels)
+
+
+class BareClassifier(Gradient):
+    """The classifier without its purifier: what attacks are handed whose ``target`` is the classifier."""
+
+    def attacked(self, defended: DefendedClassifier) -> Attacked:
+        """See ``Gradient``."""
+
+        def logits(image: Tensor, noise: Noise) -> Tensor:
+            return defended.classifier(image)
+
+        return Attacked(logits, "surrogate", "none", 0, [])

@@ -1,0 +1,638 @@
+"""Fine-tuning: what validation measures and shows, what survives a kill, what is exported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint
+from PIL import Image
+from safetensors.torch import load_file
+from test_wandb import transactions
+from wandb.proto import wandb_internal_pb2
+
+from lit_purify.callbacks import Export, Previews
+from lit_purify.callbacks.checkpoints import WholeCheckpoints
+from lit_purify.cli import train
+from lit_purify.data import Digits
+from lit_purify.data.subset import Balanced
+from lit_purify.defense import TopFraction, UniformPurifier, VariableIntensityPurifier
+from lit_purify.errors import InputError
+from lit_purify.functional.noise import EVALUATION, KeyedNoise
+from lit_purify.models import Classifier, ResNetClassifier, UNet, load_classifier, load_denoiser
+from lit_purify.tasks import ClassifierTask, DenoiserTask
+from lit_purify.tasks.denoiser import Purified, psnr
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = {kind: str(ROOT / f"checkpoints/digits_{kind}.safetensors") for kind in ("classifier", "denoiser")}
+NETWORK = {"channels": 1, "size": 8, "width": 8, "multipliers": [1], "blocks": 1, "dropout": 0.1}
+CLASSIFIER = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
+PURIFIERS = {
+    "uniform": partial(UniformPurifier, level=200, steps=1),
+    "variable": partial(VariableIntensityPurifier, mask=TopFraction(0.3), high=400, low=200, steps=2),
+}
+
+
+class SmallDigits(Digits):
+    """Four batches of 32 an epoch."""
+
+    def split(self, name):
+        return super().split(name).part(np.arange(140))
+
+
+def trainer(folder, *callbacks, **options):
+    settings = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "use_distributed_sampler": False,
+        "default_root_dir": folder,
+        "num_sanity_val_steps": 0,
+    }
+    made = L.Trainer(callbacks=list(callbacks), **(settings | options))
+    made.strategy.checkpoint_io = WholeCheckpoints()
+    return made
+
+
+def task(denoiser=None, **options):
+    classifier = load_classifier(WEIGHTS["classifier"])
+    denoiser = denoiser or load_denoiser(WEIGHTS["denoiser"])
+    settings = {"val_levels": (200,), "max_level": 700, "warmup": 1, "purifiers": PURIFIERS, **options}
+    return DenoiserTask(denoiser, classifier, TopFraction(0.3), **settings)
+
+
+# What is measured
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("validate")
+
+    def validate(**options):
+        made = trainer(folder, enable_checkpointing=False, precision=options.pop("precision", None))
+        (values,) = made.validate(task(seed=3), Digits(**options), verbose=False)
+        return values
+
+    return {
+        "whole": validate(batch_size=300),
+        "split": validate(batch_size=77),
+        "16 bits": validate(batch_size=300, precision="bf16-mixed"),
+    }
+
+
+def test_accuracy_and_psnr_of_purified_images_by_hand(measured):
+    """One step of DDIM to 0 is the predicted clean image: (x - sqrt(1 - abar) eps) / sqrt(abar)."""
+    classifier, denoiser = load_classifier(WEIGHTS["classifier"]), load_denoiser(WEIGHTS["denoiser"])
+    split = Digits().split("val")
+    image = torch.stack([split[k]["image"] for k in range(300)])
+    label = torch.tensor([split[k]["label"] for k in range(300)])
+    eps = KeyedNoise(3, torch.arange(300), torch.zeros(300, dtype=torch.long), EVALUATION).normal(0, image)
+    a = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)[199].float()
+    x = a.sqrt() * (2 * image - 1) + (1 - a).sqrt() * eps
+    with torch.no_grad():
+        clean = (x - (1 - a).sqrt() * denoiser(x, torch.full((300,), 200))) / a.sqrt()
+        purified = ((clean + 1) / 2).clamp(0, 1)
+        accuracy = float((classifier(purified).argmax(dim=1) == label).float().mean())
+    pair = purified.numpy(), image.numpy()
+    expected = np.mean([10 * np.log10(1 / ((p - i) ** 2).mean()) for p, i in zip(*pair, strict=True)])
+    assert 0.5 < accuracy < 0.99
+    assert measured["whole"]["val/purified_accuracy/uniform"] == pytest.approx(accuracy, abs=1e-6)
+    assert measured["whole"]["val/psnr/uniform"] == pytest.approx(expected, abs=1e-4)
+    # The noise is the same at a level and in a purifier.
+    assert measured["whole"]["val/psnr_t200"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_measures_do_not_depend_on_the_batches(measured):
+    assert set(measured["whole"]) >= {"val/loss", "val/purified_accuracy/variable", "val/psnr/variable"}
+    for name, value in measured["whole"].items():
+        assert measured["split"][name] == pytest.approx(value, abs=1e-4), name
+
+
+def test_purification_is_measured_in_full_precision(measured):
+    """As an evaluation would; the errors are those of the training's precision."""
+    for name, value in measured["whole"].items():
+        same = name.startswith(("val/psnr/", "val/purified"))
+        assert (measured["16 bits"][name] == pytest.approx(value, abs=1e-6)) == same, name
+        assert measured["16 bits"][name] == pytest.approx(value, rel=0.05), name
+
+
+def test_psnr_of_equal_images():
+    image = torch.rand(2, 1, 4, 4)
+    assert psnr(image, image).tolist() == [100.0, 100.0]
+    assert psnr(image, image + torch.tensor([0.1, 0.01]).reshape(2, 1, 1, 1)).tolist() == pytest.approx([20, 40])
+
+
+def test_a_part_of_the_validation_split(tmp_path):
+    data = Digits(batch_size=7, val_subset=Balanced(20))
+    labels = torch.cat([batch["label"] for batch in data.val_dataloader()])
+    assert torch.equal(labels, torch.arange(10).repeat(2))
+    with pytest.raises(InputError, match="n = 301"):
+        Digits(val_subset=Balanced(301)).val_dataloader()
+
+
+# How it is trained
+
+
+def test_what_is_trained_is_in_training_mode_and_what_gives_masks_is_not(tmp_path):
+    made, modes = task(), []
+    assert not made.denoiser.training
+    look = LambdaCallback(
+        on_train_batch_start=lambda trainer, task, *_: modes.append((task.denoiser.training, *_modes(task)))
+    )
+    trainer(tmp_path, look, max_steps=1, limit_val_batches=1, enable_checkpointing=False).fit(made, SmallDigits())
+    assert modes == [(True, False)]
+
+
+def _modes(made):
+    return [classifier.training for classifier in made._classifier]
+
+
+def test_the_classifier_goes_where_the_training_runs():
+    """The task is moved there only after its setup."""
+    made = task(UNet(**NETWORK))
+    made._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    made.setup("fit")
+    assert {p.device.type for p in made._classifier[0].parameters()} == {"meta"}
+
+
+def test_less_memory_gives_the_same_gradient(images):
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        made = task(UNet(**{**NETWORK, "dropout": 0.0}), gradient_checkpointing=checkpointing)
+        assert made.denoiser.gradient_checkpointing == checkpointing
+        made.denoiser.head.weight.data.normal_()
+        count = []
+        made.denoiser.middle[0].register_forward_hook(lambda *_, count=count: count.append(1))
+        x = torch.randn(6, 1, 8, 8)
+        (made.denoiser(x, torch.full((6,), 50)) - x).square().mean().backward()
+        gradients.append([p.grad for p in made.denoiser.parameters()])
+        calls.append(len(count))
+    assert calls == [1, 2]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_mixed_precision_on_a_cpu(tmp_path):
+    made = task(UNet(**NETWORK), gradient_checkpointing=True)
+    losses = []
+    look = LambdaCallback(on_train_batch_end=lambda trainer, task, outputs, *_: losses.append(outputs["loss"]))
+    ran = trainer(tmp_path, look, max_steps=2, precision="bf16-mixed", enable_checkpointing=False)
+    ran.fit(made, SmallDigits(batch_size=32))
+    assert [loss.dtype for loss in losses] == [torch.float32] * 2
+    assert all(torch.isfinite(value) for value in ran.callback_metrics.values())
+
+
+# What survives a kill
+
+
+class Killed(Exception):
+    pass
+
+
+def lives(folder, batches, checkpoints, num_workers=0, **options):
+    """Trains, is killed when it has seen so many batches since it was started, resumes from what it finds."""
+    folder.mkdir()
+    for life in (*batches, 10**9):
+        torch.manual_seed(0)
+        network = UNet(**NETWORK)
+        made = DenoiserTask(network, constant=0.5, attention=0.0, shapes=0.5, warmup=2, val_levels=(50,), mirror=True)
+        left = [life]
+
+        def tick(*_, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+
+        ran = trainer(
+            folder,
+            EMAWeightAveraging(decay=0.9, use_buffers=False, update_starting_at_step=0),
+            ModelCheckpoint(folder, save_last=True, enable_version_counter=False, **checkpoints),
+            LambdaCallback(on_train_batch_start=tick),
+            limit_val_batches=1,
+            **options,
+        )
+        last = folder / "last.ckpt"
+        try:
+            ran.fit(
+                made, SmallDigits(batch_size=32, num_workers=num_workers), ckpt_path=last if last.exists() else None
+            )
+        except Killed:
+            continue
+        progress = ran.fit_loop.epoch_progress.current
+        assert progress.ready == progress.processed == progress.completed
+        return ran.global_step, network.state_dict()
+    raise AssertionError
+
+
+EVERY_2 = {"every_n_train_steps": 2, "save_top_k": 0}
+
+
+@pytest.mark.parametrize(
+    ("batches", "checkpoints", "options"),
+    [
+        # Killed twice before the first checkpoint, and after the last batch of an epoch, whose checkpoint is taken up.
+        ((1, 5, 3, 2), EVERY_2, {"max_epochs": 3}),
+        # Readers ahead must not count; an epoch's order must not be that of the first one.
+        ((3, 6), EVERY_2, {"max_steps": 11, "num_workers": 2}),
+        # Three batches make a step, four an epoch; after resuming, no checkpoint before the next step.
+        ((5, 2), EVERY_2, {"max_epochs": 3, "accumulate_grad_batches": 3}),
+        # Checkpoints at the end of epochs alone.
+        ((5, 6), {"every_n_epochs": 1}, {"max_steps": 11}),
+    ],
+    ids=["epochs", "steps", "accumulation", "ends"],
+)
+def test_killed_and_resumed_is_as_never_killed(tmp_path, batches, checkpoints, options):
+    """The average at the end is the same bit for bit: order, noise, levels, dropout, optimizer, schedule."""
+    steps, expected = lives(tmp_path / "through", (), checkpoints, **options)
+    resumed_steps, resumed = lives(tmp_path / "resumed", batches, checkpoints, **options)
+    assert resumed_steps == steps
+    for name, value in expected.items():
+        assert torch.equal(resumed[name], value), name
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A fine-tuning in small, with everything a real one has."""
+    folder = tmp_path_factory.mktemp("config")
+    settings = {
+        "model": {
+            "class_path": "DenoiserTask",
+            "init_args": {
+                "denoiser": {"class_path": "UNet", "init_args": dict(NETWORK)},
+                "classifier": {
+                    "class_path": "lit_purify.models.load_classifier",
+                    "init_args": {"path": WEIGHTS["classifier"]},
+                },
+                "mask": {"class_path": "TopFraction", "init_args": {"fraction": 0.3}},
+                "purifiers": {
+                    "uniform": {"class_path": "UniformPurifier", "init_args": {"level": 200, "steps": 2}},
+                    "variable": {
+                        "class_path": "VariableIntensityPurifier",
+                        "init_args": {
+                            "mask": {"class_path": "TopFraction", "init_args": {"fraction": 0.3}},
+                            "high": 300,
+                            "low": 100,
+                            "steps": 2,
+                        },
+                    },
+                },
+                "val_levels": [100],
+                "warmup": 2,
+            },
+        },
+        "data": {
+            "class_path": "Digits",
+            "init_args": {
+                "batch_size": 128,
+                "val_subset": {"class_path": "RandomChoice", "init_args": {"n": 30, "seed": 1}},
+            },
+        },
+        "trainer": {
+            "max_steps": 12,
+            "accelerator": "cpu",
+            "logger": {"class_path": "lightning.pytorch.loggers.WandbLogger", "init_args": {"offline": True}},
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": 6,
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
+                    "init_args": {"decay": 0.9, "use_buffers": False, "update_starting_at_step": 0},
+                },
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {**EVERY_2, "save_last": True, "enable_version_counter": False},
+                },
+                {"class_path": "Previews", "init_args": {"samples": 5}},
+                {"class_path": "Export"},
+            ],
+        },
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    folder = config.parent / "run"
+    train(["fit", "--config", str(config), "--run", str(folder)])
+    return folder
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+from lit_purify.callbacks import checkpoints
+from lit_purify.cli import train
+
+class Half:
+    saved = 0
+    def save(self, checkpoint, stream):
+        self.saved += 1
+        if self.saved < 4:
+            return torch.save(checkpoint, stream)
+        stream.write(b"half a checkpoint")
+        stream.flush()
+        Path(sys.argv[1]).touch()
+        time.sleep(100)
+
+checkpoints.torch = Half()
+train(sys.argv[2:])
+"""
+
+
+def test_kill_9_while_a_checkpoint_is_written(run, config, tmp_path):
+    """The process dies at step 8, leaves that of step 6, in the middle of an epoch of 8, and goes on from there."""
+    mark, folder = tmp_path / "mark", tmp_path / "killed"
+    argv = ["fit", "--config", str(config), "--run", str(folder), "--trainer.logger", "false"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(mark), *argv], cwd=ROOT, env=environment)
+    while not mark.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    last = folder / "checkpoints" / "last.ckpt"
+    assert (folder / "checkpoints" / "last.ckpt.partial").read_bytes() == b"half a checkpoint"
+    assert torch.load(last, weights_only=True)["global_step"] == 6
+    train([*argv, "--ckpt_path", str(last)])
+    expected, resumed = (load_file(path / "model.safetensors") for path in (run, folder))
+    assert expected.keys() == resumed.keys()
+    for name, value in expected.items():
+        assert torch.equal(resumed[name], value), name
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["last.ckpt"]
+
+
+def test_no_space_left_for_a_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"step": 1}, path)
+    (tmp_path / "last.ckpt.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        WholeCheckpoints().save_checkpoint({"weight": torch.zeros(10_000)}, path)
+    assert torch.load(path) == {"step": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+# What is shown
+
+
+def test_previews_on_the_disk(run):
+    """Rows are the first samples validated on; panels of 128 pixels with gaps of 4, four for each of two purifiers."""
+    assert sorted(path.name for path in (run / "previews").iterdir()) == ["step-000006.png", "step-000012.png"]
+    with Image.open(run / "previews" / "step-000012.png") as file:
+        picture = torch.from_numpy(np.array(file)).movedim(-1, 0)
+    assert tuple(picture.shape) == (3, 5 * 132 - 4, 8 * 132 - 4)
+    split = Digits().split("val")
+    for row, position in enumerate(np.random.RandomState(1).choice(300, 30, replace=False)[:5]):
+        expected = (split[int(position)]["image"] * 255 + 0.5).to(torch.uint8)
+        for column in (0, 4):
+            panel = picture[:, 132 * row : 132 * row + 128, 132 * column : 132 * column + 128]
+            assert torch.equal(panel[:, 8::16, 8::16], expected.expand(3, -1, -1))
+        # The mask of the second purifier colors 0.3 of the pixels.
+        masked = picture[:, 132 * row + 8 : 132 * row + 128 : 16, 132 * 5 + 8 : 132 * 6 - 4 : 16]
+        assert int((masked[0] != masked[1]).sum()) == round(0.3 * 64)
+    assert (picture[:, 128:132] == 255).all()
+
+
+def test_previews_come_from_whatever_process_holds_a_sample(images):
+    def rows(chosen):
+        previews, parts = Previews(samples=4), torch.tensor(chosen)
+        loader = SimpleNamespace(dataset=SimpleNamespace(positions=np.array([5, 1, 3, 0, 2, 4])))
+        state = SimpleNamespace(fn="fit")
+        running = SimpleNamespace(state=state, sanity_checking=False, val_dataloaders=loader)
+        shown = images[parts]
+        for part in range(len(chosen)):
+            one = slice(part, part + 1)
+            batch = Purified("any", parts[one], shown[one], shown[one], 1 - shown[one], None)
+            previews.on_purified(running, None, batch)
+        return previews.rows["any"]
+
+    whole = rows([5, 1, 3, 0, 2, 4])
+    assert torch.equal(rows([5, 3, 2]) + rows([1, 0, 4]), whole)
+    assert torch.equal(whole[0, 0, 4::16, 4:128:16], images[5, 0])
+
+
+def test_previews_in_wandb_stand_at_the_step_of_the_metrics(run):
+    (path,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    steps = {}
+    for message in transactions(path):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(message)
+        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for key in row:
+            steps.setdefault(key, []).append(row.get("trainer/global_step"))
+    assert len(steps["val/loss"]) == 2
+    for key in ("previews/_type", "previews/filenames", "val/psnr/variable", "val/purified_accuracy/uniform"):
+        assert steps[key] == steps["val/loss"], key
+    files = {file.read_bytes() for file in run.glob("wandb/offline-run-*/files/media/images/previews*.png")}
+    assert len(files) == 2
+
+
+# What is exported
+
+
+def test_export_writes_the_average_of_a_checkpoint(run, tmp_path, capsys):
+    last = run / "checkpoints" / "last.ckpt"
+    command = ["export", "--config", str(run / "config.yaml"), "--ckpt_path", str(last), "--output"]
+    train([*command, str(tmp_path / "model.safetensors")])
+    assert capsys.readouterr().out == f"Exported: {tmp_path / 'model.safetensors'}\n"
+    exported, at_the_end = load_file(tmp_path / "model.safetensors"), load_file(run / "model.safetensors")
+    state = torch.load(last, weights_only=True)
+    assert exported.keys() == at_the_end.keys()
+    for name, value in exported.items():
+        assert torch.equal(value, at_the_end[name]), name
+        assert torch.equal(value, state["state_dict"][f"denoiser.{name}"]), name
+    assert not torch.equal(exported["stem.weight"], state["current_model_state"]["denoiser.stem.weight"])
+    loaded = load_denoiser(str(tmp_path / "model.safetensors"))
+    assert loaded.config["width"] == 8
+    assert torch.equal(loaded.stem.weight, exported["stem.weight"])
+    train([*command, str(tmp_path / "half.safetensors"), "--half", "true"])
+    half = load_file(tmp_path / "half.safetensors")
+    assert {value.dtype for value in half.values()} == {torch.float16}
+    assert torch.equal(half["stem.weight"], exported["stem.weight"].half())
+
+
+def test_export_without_a_checkpoint_converts_what_is_configured(config, tmp_path):
+    path = tmp_path / "model.safetensors"
+    denoiser = {"class_path": "lit_purify.models.load_denoiser", "init_args": {"path": WEIGHTS["denoiser"]}}
+    # Nothing of the run is needed for it: no such device, no logger.
+    train(
+        [
+            "export",
+            "--config",
+            str(config),
+            f"--model.init_args.denoiser={json.dumps(denoiser)}",
+            "--trainer.accelerator=cuda",
+            "--trainer.strategy=fsdp",
+            f"--output={path}",
+        ]
+    )
+    expected, converted = load_denoiser(WEIGHTS["denoiser"]), load_denoiser(str(path))
+    assert converted.config == expected.config
+    for name, value in expected.state_dict().items():
+        assert torch.equal(converted.state_dict()[name], value), name
+
+
+def test_export_of_a_classifier(tmp_path):
+    classifier = {"class_path": "ResNetClassifier", "init_args": dict(CLASSIFIER)}
+    settings = {
+        "model": {"class_path": "ClassifierTask", "init_args": {"classifier": classifier, "warmup": 1}},
+        "data": {"class_path": "Digits", "init_args": {"batch_size": 256}},
+        "trainer": {
+            "max_steps": 2,
+            "logger": False,
+            "limit_val_batches": 0,
+            "callbacks": [
+                {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1, "save_last": True}}
+            ],
+        },
+    }
+    path, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(settings))
+    train(["fit", "--config", str(path), "--run", str(run)])
+    last = run / "checkpoints" / "last.ckpt"
+    # Without output, into the run's folder.
+    train(["export", "--config", str(run / "config.yaml"), "--ckpt_path", str(last)])
+    loaded, state = load_classifier(str(run / "model.safetensors")), torch.load(last, weights_only=True)["state_dict"]
+    for name, value in loaded.network.state_dict().items():
+        assert torch.equal(value, state[f"classifier.network.{name}"]), name
+
+
+def test_a_finished_training_is_not_exported_again(run, config, capsys):
+    """Nothing is trained, so nothing puts the average in place."""
+    before = (run / "model.safetensors").read_bytes()
+    train(
+        [
+            "fit",
+            f"--config={config}",
+            f"--run={run}",
+            f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}",
+            "--trainer.logger=false",
+        ]
+    )
+    assert (run / "model.safetensors").read_bytes() == before
+    assert "train.py export" in capsys.readouterr().out
+
+
+# The recipes
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/train").glob("finetune_*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_builds(path, tmp_path):
+    """All but the networks, whose weights are not there: small ones stand in, with the schedule of the real one."""
+    settings = yaml.safe_load(path.read_text())
+    model, size = settings["model"]["init_args"], settings["data"]["init_args"].get("size")
+    size = size or model["denoiser"]["init_args"].get("size", 8)
+    schedule = {key: model["denoiser"]["init_args"].get(key) for key in ("schedule", "steps")}
+    schedule = {key: value for key, value in schedule.items() if value}
+    model["denoiser"] = {"class_path": "UNet", "init_args": {**NETWORK, "size": size, **schedule}}
+    model["classifier"] = {"class_path": "ResNetClassifier", "init_args": {**CLASSIFIER, "size": size}}
+    stand_in = tmp_path / path.name
+    stand_in.write_text(yaml.safe_dump(settings))
+    train(["export", "--config", str(stand_in), "--output", str(tmp_path / "model.safetensors")])
+    assert load_denoiser(str(tmp_path / "model.safetensors")).size == size
+    trainer, callbacks = (
+        settings["trainer"],
+        {c["class_path"].rpartition(".")[2]: c for c in settings["trainer"]["callbacks"]},
+    )
+    assert list(callbacks) == ["EMAWeightAveraging", "ModelCheckpoint", "Previews", "Export"]
+    assert callbacks["ModelCheckpoint"]["init_args"]["every_n_train_steps"] <= trainer["max_steps"]
+    assert {"uniform", "variable"} == {name.partition("-")[0] for name in model["purifiers"]}
+    assert max(model["val_levels"]) <= model["max_level"]
+
+
+# What is refused
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        with pytest.raises(SystemExit) as stopped:
+            train([str(word) for word in argv])
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line.removeprefix("train.py: error: ")
+
+    return call
+
+
+BARE = {
+    "class_path": "Classifier",
+    "init_args": {
+        "network": {"class_path": "torch.nn.Flatten", "init_args": {}},
+        "size": 8,
+        "num_classes": 10,
+        "channels": 1,
+    },
+}
+
+
+def test_a_network_that_cannot_be_saved_is_refused_before_it_is_trained(refused, tmp_path):
+    settings = {
+        "model": {"class_path": "ClassifierTask", "init_args": {"classifier": BARE}},
+        "data": {"class_path": "Digits"},
+        "trainer": {"max_epochs": 1, "logger": False, "callbacks": [{"class_path": "Export"}]},
+    }
+    path = tmp_path / "bare.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    expected = "Classifier has no config that rebuilds it, so no file can hold it"
+    assert refused("fit", "--config", path, "--run", tmp_path / "run").startswith(expected)
+    assert refused("export", "--config", path, "--output", tmp_path / "m.safetensors").startswith(expected)
+    assert [file.name for file in tmp_path.iterdir()] == ["bare.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint; check ckpt_path"),
+        (["--ckpt_path", "last"], "last: no such checkpoint; check ckpt_path"),
+        (["--ckpt_path", "damaged.ckpt"], "damaged.ckpt: refused, it is not a checkpoint"),
+        (["--ckpt_path", "other.ckpt"], "ckpt_path: the checkpoint is of another network than the one configured"),
+        (["--output", "model.pt"], "model.pt: networks are written as safetensors"),
+    ],
+)
+def test_export_refuses(refused, run, config, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    whole = (run / "checkpoints" / "last.ckpt").read_bytes()
+    Path("damaged.ckpt").write_bytes(whole[: len(whole) // 2])
+    other = ClassifierTask(ResNetClassifier(**CLASSIFIER)).state_dict()
+    torch.save({"state_dict": other, "global_step": 1}, "other.ckpt")
+    assert refused("export", "--config", config, *words).startswith(said)
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged.ckpt", "other.ckpt"}
+
+
+def test_purifiers_and_previews_need_each_other(tmp_path):
+    with pytest.raises(InputError, match="purifiers need a classifier"):
+        DenoiserTask(UNet(**NETWORK), constant=1.0, attention=0.0, shapes=0.0, purifiers=PURIFIERS)
+    with pytest.raises(InputError, match=r"the name 'a\.b' may hold letters"):
+        task(purifiers={"a.b": PURIFIERS["uniform"]})
+    with pytest.raises(InputError, match="the model has none"):
+        trainer(tmp_path, Previews(), max_steps=1).fit(task(purifiers=None), SmallDigits())
+    with pytest.raises(InputError, match="samples = 0"):
+        Previews(samples=0)
+    made = task()
+    made._classifier[0].num_classes = 9
+    with pytest.raises(InputError, match="has 10 classes"):
+        trainer(tmp_path, enable_checkpointing=False).validate(made, SmallDigits(), verbose=False)
+
+
+def test_export_checks_its_path_first(tmp_path):
+    with pytest.raises(InputError, match=r"m\.pt: networks are written as safetensors"):
+        trainer(tmp_path, Export(tmp_path / "m.pt"), max_steps=1).fit(task(purifiers=None), SmallDigits())
+    bare = Classifier(torch.nn.Flatten(), size=8, num_classes=10, channels=1)
+    with pytest.raises(InputError, match="no file can hold it"):
+        trainer(tmp_path, Export(), max_steps=1).fit(ClassifierTask(bare), SmallDigits())

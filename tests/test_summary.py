@@ -1,0 +1,93 @@
+"""From records to figures: fewer runs than were made, and several attacks as one."""
+
+import pytest
+
+from lit_purify.callbacks.summary import check_attack_names, ensembles, summarize, table
+from lit_purify.errors import InputError
+from lit_purify.metrics import Record
+
+
+def described(defense, attack, **changes):
+    facts = {"attack_title": "PGD", "norm": "linf", "eps": 0.1, "attack_steps": 10, "eot": 4, "gradient": "exact"}
+    facts |= {"queries": {"forward": 40, "backward": 40}, "nfe_defense": 2, "nfe_attack": 2, "levels": []}
+    return {"defense": defense, "attack": attack, **facts, **changes}
+
+
+ATTACKS = {"a": [[1, 1, 1, 0], [0, 0, 0, 1]], "b": [[0, 0, 1, 1], [1, 1, 1, 1]], "l2": [[0] * 4, [0] * 4]}
+OTHER = {"a": [[1, 1, 1, 1], [0, 0, 0, 0]], "b": [[1, 1, 1, 1], [1, 1, 1, 1]], "l2": [[1] * 4, [1] * 4]}
+RECORDS = [
+    Record(defense, attack, index, 1, [1, 1, 1, index], predictions[index], 0.1, 1.0, 1.0)
+    for defense, attacks in (("first", OTHER), ("second", ATTACKS))
+    for attack, predictions in attacks.items()
+    for index in (0, 1)
+]
+DESCRIBED = [
+    described(defense, attack, **changes)
+    for defense in ("first", "second")
+    for attack, changes in (
+        ("a", {"stopping": "stops early"}),
+        ("b", {"gradient": "none", "attack_steps": 5, "eot": 8}),
+        ("l2", {"norm": "l2", "eps": 1.0}),
+    )
+]
+FACTS = {"dataset": "Tiny", "split": "test", "samples": 2, "runs": 4, "classifier": "net"}
+
+
+@pytest.fixture(scope="module")
+def summary():
+    return summarize(RECORDS, DESCRIBED, FACTS, "first")
+
+
+def test_ensemble_of_each_threat_model(summary):
+    assert [(r["defense"], r["attack"]) for r in summary["results"][6:]] == [
+        ("first", "ensemble"),
+        ("second", "ensemble"),
+    ]
+    found = summary["results"][-1]
+    assert found["attacks"] == ["a", "b"]
+    assert (found["norm"], found["attack_steps"], found["eot"], found["gradient"]) == ("linf", 15, 8, "exact")
+    assert found["queries"] == {"forward": 80, "backward": 80}
+    assert found["seconds"] == 4.0
+    assert found["stopping"].startswith("a: stops early; b: runs all its steps")
+    assert [found["robust"][rule][0] for rule in ("average", "worst", "majority")] == [0.375, 0.0, 0.0]
+    # Against the ensemble of the other defense: a loses its second sample in every run.
+    assert found["robust_difference"]["average"][0] == pytest.approx(0.375 - 0.5)
+    assert found["clean"] == summary["results"][3]["clean"]
+    assert "ensemble: linf <= 0.1, 15 steps" in table(summary)
+
+
+def test_average_of_an_ensemble_is_bracketed(summary):
+    found = summary["results"][-1]
+    # Sample 0, a against b on the runs that are not left out: 2 to 2 twice, both judge (a right, b wrong); 2 to 1 and
+    # 3 to 1, b judges (right). Sample 1: a judges throughout.
+    assert found["robust_average_held_out"][0] == pytest.approx(((0.5 + 0.5 + 1 + 1) / 4 + 0.25) / 2)
+    assert "robust_average_held_out" not in summary["results"][0]
+
+
+def test_resubmission_begins_with_the_average_and_ends_with_the_worst(summary):
+    for result in summary["results"]:
+        for kind in ("clean", "robust"):
+            rows = result["resubmission"][kind]
+            assert [row[0] for row in rows] == [1, 2, 4]
+            assert rows[0][1:] == pytest.approx(result[kind]["average"])
+            assert rows[-1][1:] == pytest.approx(result[kind]["worst"])
+            assert rows[1][2] <= rows[1][1] <= rows[1][3]
+            votes = result["vote"][kind]
+            assert votes[0][1:] == pytest.approx(result[kind]["average"])
+            assert votes[-1][1:] == pytest.approx(result[kind]["majority"])
+    # Two of four runs: 3 right give 3 of 6 pairs, 1 right none.
+    assert summary["results"][3]["resubmission"]["robust"][1][1] == pytest.approx((0.5 + 0.0) / 2)
+
+
+def test_each_of_several_threat_models_has_its_ensemble():
+    radii = (("a", 0.1), ("b", 0.1), ("c", 0.2), ("d", 0.2))
+    facts = [described("d", name, eps=eps, stopping="") for name, eps in radii]
+    assert [each["attack"] for each in ensembles(facts)] == ["ensemble-linf-0.1", "ensemble-linf-0.2"]
+    assert ensembles(facts[:1]) == []
+
+
+def test_no_attack_is_called_ensemble():
+    check_attack_names(["pgd", "ensembles"])
+    for name in ("ensemble", "ensemble-linf-0.1"):
+        with pytest.raises(InputError, match="use another name"):
+            check_attack_names(["pgd", name])
