@@ -94,7 +94,8 @@ def essence(message: str) -> str:
     if m := re.search(r"(?:class_path '([\w.]+)':\s+)?the following arguments are required: (.+)", message):
         if m[1]:
             return f"{at}{_last(m[1])} needs {m[2]}"
-        return f"no {re.sub('(fit|test|validate|export|gradcheck)[.]', '', m[2])} given: name a configuration with --config"
+        missing = re.sub("(fit|test|validate|export|gradcheck)[.]", "", m[2])
+        return f"no {missing} given: name a configuration with --config"
     if m := re.search(r"Expected a dot import path string: (.+)", message):
         if m[1] in _CLASSES:
             return f"{at}{m[1]} is of another kind than is needed here"
