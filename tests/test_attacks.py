@@ -207,21 +207,21 @@ def test_where_draws_disagree_each_aggregate_serves_its_end():
     assert found["worst"] > 0.8
 
 
-@pytest.mark.parametrize("restarts", [1, 3])
-def test_best_iterate_is_at_least_as_good_as_the_last(restarts, classifier, images):
+@pytest.mark.parametrize(("restarts", "aggregate"), [(1, "mean"), (3, "mean"), (1, "worst"), (1, "vote")])
+def test_best_iterate_is_at_least_as_good_as_the_last(restarts, aggregate, classifier, images):
     def model(x, noise):
         return classifier(x)
 
     label, pgd, apgd = classifier(images).argmax(dim=1), {}, {}
     for select in ("last", "best"):
         # Steps far too long: the last iterate is a poor one.
-        attack = PGD("linf", 0.2, 5, 0.4, select=select, restarts=restarts)
+        attack = PGD("linf", 0.2, 5, 0.4, eot=2, select=select, restarts=restarts, aggregate=aggregate)
         pgd[select] = cross_entropy_loss(classifier(attack(model, images, label, keyed(6))), label)
         attack = APGD("linf", 0.2, 3, select=select, restarts=restarts)
         apgd[select] = margin_loss(classifier(attack(model, images, label, keyed(6))), label)
     for found in (pgd, apgd):
         assert bool((found["best"] >= found["last"] - 1e-6).all())
-    assert bool((apgd["best"] > apgd["last"]).any())
+        assert bool((found["best"] > found["last"]).any())
 
 
 def test_apgd_returns_a_misclassified_point_once_it_met_one():
@@ -234,6 +234,14 @@ def test_apgd_returns_a_misclassified_point_once_it_met_one():
     image, label = torch.full((3, 1, 1, 1), 0.5), torch.zeros(3, dtype=torch.long)
     assert torch.equal(APGD("linf", 0.1, 5)(model, image, label, keyed(3)), image)
     assert float((APGD("linf", 0.1, 5, select="last")(model, image, label, keyed(3)) - image).abs().min()) > 0.01
+
+
+@pytest.mark.parametrize(("norm", "size"), [("linf", linf_norm), ("l2", l2_norm)])
+def test_apgd_starts_on_the_border_of_the_ball(norm, size):
+    image = torch.full((50, 1, 4, 4), 0.5)
+    start = APGD(norm, 0.1)._start(image, keyed(50)) - image
+    torch.testing.assert_close(size(start), torch.full((50,), 0.1))
+    assert abs(float(start.mean())) < 0.01
 
 
 def test_targets_are_the_likeliest_wrong_classes_in_turn():

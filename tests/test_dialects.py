@@ -10,10 +10,11 @@ import diffusers
 import pytest
 import torch
 from reference_files import CASES, RESNET, SIZE, Folder
-from reference_networks import ddpm, draw, guided_diffusion, score_sde
+from reference_networks import apply, ddpm, draw, guided_diffusion, score_sde
 
 from lit_purify.errors import InputError
 from lit_purify.functional.levels import two_level
+from lit_purify.functional.schedule import Schedule
 from lit_purify.models import load_denoiser, readers
 from lit_purify.models.files import save_network
 
@@ -345,3 +346,32 @@ def test_a_folder_must_be_whole(tmp_path):
     with pytest.raises(InputError, match=r"config\.json") as caught:
         readers.load_diffusers(tmp_path)
     one_line(caught)
+
+
+def test_score_sde_in_discrete_time():
+    state = draw(score_sde, 16, width=32, multipliers=(1, 2), blocks=1, attention=(8,))
+    discrete, continuous = (readers.score_sde_unet(state, 16, continuous=kind) for kind in (False, True))
+    x = torch.randn(2, 3, 16, 16)
+    shape = {"width": 32, "multipliers": (1, 2), "blocks": 1, "attention": (8,)}
+    for t in (1, 700):
+        level = torch.full((2,), t)
+        torch.testing.assert_close(
+            discrete(x, level), apply(score_sde, state, x, (level - 1).float(), **shape), rtol=1e-4, atol=1e-4
+        )
+    assert torch.equal(discrete.schedule.abar, Schedule.linear().abar)
+    assert not torch.equal(continuous.schedule.abar, Schedule.linear().abar)
+
+
+@pytest.mark.parametrize("name", ["ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "KarrasVeScheduler"])
+def test_schedulers_of_other_noise_are_refused(name):
+    with pytest.raises(InputError, match=f"_class_name = {name} is not supported"):
+        readers.diffusers_unet(
+            {}, next(c for c in CASES.values() if isinstance(c, Folder)).config, {"_class_name": name}
+        )
+
+
+def test_damaged_weights_are_refused():
+    state = draw(score_sde, 16, width=32, multipliers=(1, 2), blocks=1, attention=(8,))
+    state["all_modules.0.weight"][0, 0] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        readers.score_sde_unet(state, 16)

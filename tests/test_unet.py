@@ -124,3 +124,30 @@ def test_levels_beyond_the_strongest_do_not_exist():
     assert Schedule.linear().abar[strongest] >= own.schedule.abar[-1] > Schedule.linear().abar[strongest + 1]
     with pytest.raises(InputError, match=f"outside 1 .. {strongest}"):
         matched.schedule.check("level", strongest + 1, low=1)
+
+
+def test_matching_twice_is_matching_once_and_fractions_are_interpolated():
+    own = UNet(1, 8, 8, [1], schedule="cosine", steps=4000)
+    again = MatchedSchedule(MatchedSchedule(own), "cosine", 4000)
+    t = torch.tensor([10, 100, 1000, 3000])
+    torch.testing.assert_close(again.levels[t], t.double())
+    seen = []
+    again.denoiser.forward = lambda x, level: seen.append(level) or x
+    again(torch.zeros(1, 1, 8, 8), torch.tensor([100.75]))
+    torch.testing.assert_close(seen[0], torch.tensor([100.75], dtype=torch.float64))
+
+
+def test_the_weakest_level_stands_for_all_that_are_weaker():
+    weak, strong = Schedule.linear(1000, 1e-5, 1e-3), Schedule.linear(1000, 1e-3, 2e-2)
+    levels = strong.levels_of(weak)
+    assert levels[0] == 0.0
+    assert levels[1] == 1.0
+    assert Schedule.linear(1000, 1e-4, 1e-2).levels_of(Schedule.linear(1000, 1e-4, 2e-2))[500] > 500
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "steps"), [(1e-4, 2.0, 10), (-1.0, 0.1, 10), (float("nan"), 0.1, 10), (0.1, 0.1, 0)]
+)
+def test_a_schedule_falls(start, end, steps):
+    with pytest.raises(InputError, match="does not fall"):
+        UNet(1, 8, 8, [1], steps=steps, beta_start=start, beta_end=end)

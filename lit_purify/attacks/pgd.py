@@ -24,7 +24,7 @@ class PGD(Attack):
     sample. It runs all its steps, whether or not a sample is broken on the way.
 
     Where draws disagree, the average gradient of all of them may serve none. With p the softmax probability of the
-    label under a draw, ``aggregate`` weights the draws of a sample by
+    label under a draw, ``aggregate`` weights the draws of a sample at each step by
 
     - ``mean``: 1, as above.
     - ``worst``: 1 - p, the draws that are wrong or nearly so; the idea of DiffHammer (Wang et al., NeurIPS 2024): find

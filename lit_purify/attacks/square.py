@@ -167,7 +167,7 @@ def _pyramids(side: int) -> Tensor:
 
 
 def _pyramid(height: int, width: int) -> Tensor:
-    """Steps that fall off from the center, of norm 1: in ring m, the sum of 1 / k^2 over k from m + 1 to their number."""
+    """Steps that fall off from the center, of norm 1: in ring m, the sum of 1 / k^2 over k > m."""
     rings = max(height, width) // 2 + 1
     down = (torch.arange(height) - height // 2).abs()
     right = (torch.arange(width) - width // 2).abs()

@@ -33,16 +33,16 @@ class Export(Callback):
             check_export(pl_module.network, self.path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """WeightAveraging copies its average into the module, unless there was nothing left to train."""
+        """Now, or right after, WeightAveraging copies its average into the module."""
         self.trained = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rank zero writes."""
         if not trainer.is_global_zero or not isinstance(pl_module, TrainingTask):
             return
-        if not self.trained:
-            print("Nothing was left to train: train.py export writes the network of a checkpoint")
-            return
+        if not self.trained and trainer.ckpt_path is not None:
+            # Killed after its last step, and taken up: nothing was left to train, so nothing is copied either.
+            _take_up(pl_module, trainer.ckpt_path)
         figures = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
         path = self.path or Path(trainer.default_root_dir) / "model.safetensors"
         info = {"origin": pl_module.network.origin, "step": trainer.global_step, "metrics": figures}
@@ -77,10 +77,7 @@ class ExportingTrainer(L.Trainer):
         check_export(model.network, output)
         info: dict[str, Any] = {"origin": model.network.origin}
         if ckpt_path is not None:
-            checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-            # WeightAveraging keeps its average there, and the last iterate under another key.
-            model.load_state_dict(checkpoint["state_dict"])
-            info["step"] = checkpoint["global_step"]
+            info["step"] = _take_up(model, ckpt_path)
         if self.is_global_zero:
             write_network(model.network, output or Path(self.default_root_dir) / "model.safetensors", half, info)
 
@@ -99,3 +96,11 @@ def write_network(network: Classifier | Denoiser, path: Path, half: bool, info: 
     verb = "Replaced" if path.exists() else "Exported"
     save_network(network, path, info, torch.float16 if half else torch.float32)
     print(f"{verb}: {path}")
+
+
+def _take_up(task: TrainingTask, path: str | Path) -> int:
+    """Takes the weights of a checkpoint; returns its step."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # WeightAveraging keeps its average there, and the last iterate under another key.
+    task.load_state_dict(checkpoint["state_dict"])
+    return int(checkpoint["global_step"])

@@ -160,9 +160,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def _taken(self) -> int:
         """Samples of this epoch and process that are trained on already."""
-        if self.trainer is None or not self.trainer.training:
-            return 0
-        return (self.trainer.fit_loop.batch_idx + 1) * self.batch_size
+        trainer: Any = self.trainer
+        # Outside of a training, or without a trainer, a loader gives everything.
+        return (trainer.fit_loop.batch_idx + 1) * self.batch_size if getattr(trainer, "training", False) else 0
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """In order, each sample once."""

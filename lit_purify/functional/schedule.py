@@ -23,6 +23,13 @@ class Schedule:
 
     abar: Tensor
 
+    def __post_init__(self) -> None:
+        falls = bool((self.abar[1:] < self.abar[:-1]).all()) and float(self.abar[-1]) > 0.0
+        if len(self.abar) < 2 or not falls:
+            raise InputError(
+                "the noise schedule does not fall from 1 to above 0: use steps >= 1 and betas within (0, 1)"
+            )
+
     @staticmethod
     def linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> Schedule:
         """abar_t = prod_{s<=t} (1 - beta_s), beta linear (Ho et al., "DDPM", NeurIPS 2020, section 4)."""

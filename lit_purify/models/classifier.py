@@ -65,7 +65,7 @@ class Classifier(nn.Module):
             raise InputError(f"blocks: the network has no module {unknown[0]!r}; it has {some} ...")
         self.network, self.size, self.num_classes, self.channels = network, size, num_classes, channels
         self.blocks = list(blocks)
-        self.origin = "not loaded from a file" if checkpoint is None else Path(checkpoint).name
+        self.origin = "not loaded from a file" if checkpoint is None else Path(checkpoint).name.partition("#")[0]
         self.config: dict[str, Any] = {}
         # Not part of the state_dict: they are configuration, and foreign weights do not hold them.
         self.register_buffer("mean", torch.tensor(list(mean)).reshape(1, -1, 1, 1), persistent=False)

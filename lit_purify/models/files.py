@@ -34,7 +34,8 @@ def save_network(
         dtype: How floats are stored; they are read as float32.
 
     Raises:
-        InputError: ``network`` has no ``config``, as a bare ``Classifier`` around any module.
+        InputError: ``network`` has no ``config``, as a bare ``Classifier`` around any module, or weights that are NaN or
+            infinite.
     """
     kind = type(network)
     config = getattr(network, "config", None)
@@ -48,6 +49,12 @@ def save_network(
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
         for name, value in inner.state_dict().items()
     }
+    damaged = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
+    if damaged:
+        raise InputError(
+            f"{path}: not written: {damaged[0]} is not finite as {str(dtype).removeprefix('torch.')}; did the training "
+            "diverge?"
+        )
     try:
         # Written by Python: a full disk is then an OSError as everywhere.
         partial.write_bytes(save(state, metadata={_KEY: json.dumps(header)}))
@@ -89,7 +96,10 @@ def _load(path: Path, kind: type[Network]) -> Network:
             header = json.loads((file.metadata() or {}).get(_KEY, "null"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except SafetensorError as error:
-        raise InputError(f"{path}: not a safetensors file ({error}); is it complete?") from error
+        raise InputError(
+            f"{path}: not a safetensors file ({error}): is it complete? Public checkpoints have loaders of their own, such "
+            "as load_score_sde"
+        ) from error
     if header is None:
         raise InputError(f"{path}: carries no configuration; name the network's class and give the file as checkpoint")
     module, _, name = header["class_path"].rpartition(".")

@@ -15,7 +15,7 @@ from lit_purify.models.denoiser import Denoiser
 class MatchedSchedule(Denoiser):
     """The same denoiser, with levels in noising steps of another schedule.
 
-    So one set of levels means the same noise for networks of different schedules. A level is handed on as the one of
+    For evaluation; fine-tune the denoiser in its own schedule. So one set of levels means the same noise for networks of different schedules. A level is handed on as the one of
     the same signal-to-noise ratio, which may lie between two whole levels of the denoiser's own schedule. Levels that
     are stronger than its strongest do not exist.
 
@@ -30,8 +30,6 @@ class MatchedSchedule(Denoiser):
         InputError: The two schedules have no level in common.
     """
 
-    levels: Tensor
-
     def __init__(
         self,
         denoiser: Denoiser,
@@ -41,14 +39,18 @@ class MatchedSchedule(Denoiser):
         beta_end: float = 2e-2,
     ) -> None:
         super().__init__()
+        if isinstance(denoiser, MatchedSchedule):
+            denoiser = denoiser.denoiser
         wanted = Schedule.named(schedule, steps, beta_start, beta_end)
         levels = denoiser.schedule.levels_of(wanted)
         reachable = int(torch.isfinite(levels).sum())
         if reachable < 2:
             raise InputError(f"schedule = {schedule}: all its levels are stronger than the strongest of the denoiser's")
-        self.denoiser, self.schedule = denoiser, Schedule(wanted.abar[:reachable])
+        self.denoiser: Denoiser = denoiser
+        self.schedule = Schedule(wanted.abar[:reachable])
         self.channels, self.size, self.origin = denoiser.channels, denoiser.size, denoiser.origin
-        self.register_buffer("levels", levels[:reachable], persistent=False)
+        # Like the schedule's abar: neither part of the state_dict, nor rounded when the network is.
+        self.levels = levels[:reachable]
 
     @property
     def title(self) -> str:
@@ -56,5 +58,7 @@ class MatchedSchedule(Denoiser):
         return f"{self.denoiser.title}, levels matched to another schedule"
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predicted noise; see ``Denoiser``. ``t`` must be whole."""
-        return self.denoiser(x, self.levels[t.long()])
+        """Predicted noise; see ``Denoiser``. Between whole levels the denoiser's level is interpolated."""
+        levels, below = self.levels.to(t.device), t.floor().long() if t.is_floating_point() else t.long()
+        above = (below + 1).clamp(max=self.schedule.steps)
+        return self.denoiser(x, torch.lerp(levels[below], levels[above], t.double() - below))

@@ -124,6 +124,8 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str, assi
                 f"{origin}: {name} has shape {tuple(value.shape)}, the network needs {tuple(own[name].shape)}; "
                 "do classes, channels, width and depth agree?"
             )
+        if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{origin}: {name} holds values that are not finite: the weights are damaged")
     network.load_state_dict(state, strict=False, assign=assign)
 
 

@@ -103,6 +103,8 @@ class DenoiserTask(TrainingTask):
             )
         if attention > 0 and (classifier is None or mask is None):
             raise InputError(f"attention = {attention} needs a classifier and a mask: give both, or set attention to 0")
+        if not val_levels:
+            raise InputError("val_levels is empty: give at least one level")
         for level in (max_level, *val_levels):
             denoiser.schedule.check("max_level" if level == max_level else "val_levels", level, low=1)
         self.denoiser, self.constant, self.attention, self.max_level = denoiser, constant, attention, max_level

@@ -55,7 +55,10 @@ _ONLY: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "num_class_embeds": (None, (None,)),
     "resnet_time_scale_shift": ("default", ("default", "scale_shift")),
 }
+_SCHEDULERS = ("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep")
 _ONLY_SCHEDULER: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    # Those that noise as DDPM does; others, of score_sde and Karras et al., mean other noise by their numbers.
+    "_class_name": ("DDPMScheduler", tuple(f"{name}Scheduler" for name in _SCHEDULERS)),
     "prediction_type": ("epsilon", ("epsilon",)),
     "beta_schedule": ("linear", ("linear", "squaredcos_cap_v2")),
     "trained_betas": (None, (None,)),
