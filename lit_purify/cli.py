@@ -28,8 +28,8 @@ from lit_purify.errors import InputError
 from lit_purify.messages import essence, explanation
 from lit_purify.run_folder import RunFolder, identify
 from lit_purify.tasks import FrontierTask, RobustnessTask, TrainingTask
+from lit_purify.tasks.audit import AuditingTrainer
 from lit_purify.tasks.frontier import expand
-from lit_purify.tasks.gradcheck import CheckingTrainer
 
 _DEFAULT_EVALUATION = "configs/eval/digits.yaml"
 _DEFAULT_FRONTIER = "configs/eval/digits_frontier.yaml"
@@ -152,8 +152,8 @@ class _EvaluationCLI(_CLI):
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
-        if self.subcommand == "gradcheck":
-            # Attacks nothing: whom the run would tell of it is not for that.
+        if self.subcommand != "test":
+            # Records nothing: whom the run would tell of it is not for that.
             self._settings.trainer.logger = False
         else:
             # The report prints the table; Lightning's own would repeat it.
@@ -161,7 +161,11 @@ class _EvaluationCLI(_CLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {"test": {"model", "dataloaders", "datamodule"}, "gradcheck": {"model", "datamodule"}}
+        return {
+            "test": {"model", "dataloaders", "datamodule"},
+            "gradcheck": {"model", "datamodule"},
+            "audit": {"model", "datamodule"},
+        }
 
     def before_test(self) -> None:
         """What can be refused is refused before a logger writes anything."""
@@ -177,17 +181,20 @@ class _EvaluationCLI(_CLI):
     def before_gradcheck(self) -> None:
         """Its verdict is about the records beside it: with records of other settings the folder is refused."""
         assert self.folder is not None
-        assert isinstance(self.trainer, CheckingTrainer)
+        assert isinstance(self.trainer, AuditingTrainer)
         settings = yaml.safe_load(self.resolved)
-        del settings["samples"]
+        for option in ("samples", "runs", "proposals"):
+            settings.pop(option, None)
         self.folder.claim(yaml.safe_dump(settings), write=False)
         self.trainer.settings = identify(settings)
 
     def after_gradcheck(self) -> None:
         """Exit status 1 when a check has failed."""
-        assert isinstance(self.trainer, CheckingTrainer)
+        assert isinstance(self.trainer, AuditingTrainer)
         if not self.trainer.passed:
             sys.exit(1)
+
+    before_audit, after_audit = before_gradcheck, after_gradcheck
 
 
 class _TrainingCLI(_CLI):
@@ -201,6 +208,13 @@ class _TrainingCLI(_CLI):
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
+        assert self.folder is not None
+        last = self.folder.path / "checkpoints" / "last.ckpt"
+        if self.subcommand == "fit" and self._settings.ckpt_path is None and last.is_file():
+            raise InputError(
+                f"{self.folder.path} holds a training already: go on with --ckpt_path {last}, or choose another folder "
+                "with --run"
+            )
         if self.subcommand == "export":
             # Reads a file and writes one: the devices, loggers and callbacks of the run are not for that.
             trainer = self._settings.trainer
@@ -231,22 +245,23 @@ class _TrainingCLI(_CLI):
 def evaluate(argv: Sequence[str] | None = None) -> None:
     """``eval.py``: attacks defenses and reports what survives; no arguments evaluate the embedded digits.
 
-    ``eval.py gradcheck`` checks that attacks differentiate what is defended. ``eval.py frontier`` evaluates families of
-    defenses, and compares them at equal clean accuracy.
+    ``eval.py gradcheck`` checks that attacks differentiate what is defended, ``eval.py audit`` that no other attack is
+    stronger than the configured one. ``eval.py frontier`` evaluates families of defenses, and compares them at equal
+    clean accuracy.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     # An evaluation like any other, of many defenses.
     frontier = given[:1] == ["frontier"]
     if frontier:
         given[0] = "test"
-    elif given[:1] not in (["test"], ["gradcheck"]):
+    elif given[:1] not in (["test"], ["gradcheck"], ["audit"]):
         given = ["test", *given]
     if not any(word in ("-h", "--help", "-c") or word.split("=")[0] == "--config" for word in given):
         given = [given[0], "--config", _DEFAULT_FRONTIER if frontier else _DEFAULT_EVALUATION, *given[1:]]
     _EvaluationCLI(
         FrontierTask if frontier else RobustnessTask,
         given,
-        trainer_class=CheckingTrainer,
+        trainer_class=AuditingTrainer,
         # An attack differentiates, which Lightning's inference mode forbids.
         inference_mode=False,
         use_distributed_sampler=False,

@@ -1,7 +1,9 @@
 """Training as a user runs it, and what its tasks promise."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -127,6 +129,38 @@ def test_the_optimal_denoiser_has_the_theoretical_error(images):
         expected = abar * 0.04 / (abar * 0.04 + 1 - abar)
         for place in ("constant", "inside", "outside"):
             assert float(task.errors[f"{place}_t{t}"].compute()) == pytest.approx(expected, rel=0.03), place
+
+
+def test_learning_rate_warms_up_then_falls_as_a_cosine():
+    task = DenoiserTask(
+        UNet(1, 8, 8, [1]), constant=1.0, attention=0.0, shapes=0.0, learning_rate=0.01, weight_decay=0.1, warmup=10
+    )
+    task._trainer = SimpleNamespace(estimated_stepping_batches=110)
+    made = task.configure_optimizers()
+    assert made["lr_scheduler"]["interval"] == "step"
+    optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    rates = []
+    for _ in range(111):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.001)
+    assert rates[4] == pytest.approx(0.005)
+    assert rates[9] == rates[10] == pytest.approx(0.01)
+    assert rates[35] == pytest.approx(0.01 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rates[110] == pytest.approx(0.0)
+
+
+def test_a_second_training_does_not_overwrite_the_first(config, tmp_path, capsys):
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"weeks of work")
+    with pytest.raises(SystemExit) as stopped:
+        train(["fit", "--config", str(config), "--run", str(tmp_path / "run")])
+    assert stopped.value.code == 2
+    assert "holds a training already: go on with --ckpt_path" in capsys.readouterr().err
+    assert last.read_bytes() == b"weeks of work"
 
 
 def test_training_noise_depends_on_sample_and_epoch_alone():

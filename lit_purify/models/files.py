@@ -34,8 +34,8 @@ def save_network(
         dtype: How floats are stored; they are read as float32.
 
     Raises:
-        InputError: ``network`` has no ``config``, as a bare ``Classifier`` around any module, or weights that are NaN or
-            infinite.
+        InputError: ``network`` has no ``config``, as a bare ``Classifier`` around any module, or weights that are NaN
+            or infinite.
     """
     kind = type(network)
     config = getattr(network, "config", None)
@@ -97,8 +97,8 @@ def _load(path: Path, kind: type[Network]) -> Network:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except SafetensorError as error:
         raise InputError(
-            f"{path}: not a safetensors file ({error}): is it complete? Public checkpoints have loaders of their own, such "
-            "as load_score_sde"
+            f"{path}: not a safetensors file ({error}): is it complete? Public checkpoints have loaders of their own, "
+            "such as load_score_sde"
         ) from error
     if header is None:
         raise InputError(f"{path}: carries no configuration; name the network's class and give the file as checkpoint")

@@ -15,9 +15,9 @@ from lit_purify.models.denoiser import Denoiser
 class MatchedSchedule(Denoiser):
     """The same denoiser, with levels in noising steps of another schedule.
 
-    For evaluation; fine-tune the denoiser in its own schedule. So one set of levels means the same noise for networks of different schedules. A level is handed on as the one of
-    the same signal-to-noise ratio, which may lie between two whole levels of the denoiser's own schedule. Levels that
-    are stronger than its strongest do not exist.
+    For evaluation; fine-tune the denoiser in its own schedule. One set of levels then means the same noise for networks
+    of different schedules. A level is handed on as the one of the same signal-to-noise ratio, which may lie between two
+    whole levels of the denoiser's own schedule. Levels that are stronger than its strongest do not exist.
 
     Args:
         denoiser: The denoiser.

@@ -1,0 +1,114 @@
+"""Judging whether a second attack is stronger than a first on the same samples, and not by chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_purify.functional.noise import KeyedNoise
+
+Verdict = Literal["pass", "fail", "note"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one check of one defense found.
+
+    Attributes:
+        defense: Its name.
+        check: What was checked.
+        figure: What was measured; for comparisons by how much the configured attack overstates robust accuracy.
+        limit: What it may be; ``None`` where nothing depends on it.
+        verdict: ``pass``, ``fail``, or ``note``: nothing to judge, or undecided.
+        reason: What that means, in words.
+    """
+
+    defense: str
+    check: str
+    figure: float
+    limit: float | None
+    verdict: Verdict
+    reason: str
+
+    def json(self) -> dict[str, Any]:
+        """For ``audit.json``, where a figure that is not finite is ``null``."""
+        return {**asdict(self), "figure": self.figure if -torch.inf < self.figure < torch.inf else None}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A check by another attack, judged together with the others.
+
+    Attributes:
+        check: Its name.
+        excess: What survives the configured attack minus what survives the other, (B,).
+        rule: Which accuracy.
+        other: What the other attack is.
+        meaning: What follows when it is the stronger one.
+    """
+
+    check: str
+    excess: Tensor
+    rule: int
+    other: str
+    meaning: str
+
+
+class Fixed(KeyedNoise):
+    """One draw of noise for each row, whatever runs are asked for."""
+
+    def runs(self, runs: list[int]) -> KeyedNoise:
+        """The same draw again and again, (B len(runs)) rows."""
+        return self.rows(torch.arange(len(self.index), device=self.index.device).repeat_interleave(len(runs)))
+
+
+def sign_flip(excess: Tensor, runs: int) -> float:
+    """Exact one-sided p-value of paired differences: how often random signs give a sum as large as theirs.
+
+    Fisher's randomization test (The Design of Experiments, 1935, section 21). Its hypothesis: for each sample the two
+    attacks are interchangeable, so that a difference is as likely as its negative. Exact at any number of samples, and
+    conservative where the second attack is the weaker one. The runs of a sample share its sign: they are not
+    independent trials. For differences of -1, 0 and 1 it is McNemar's exact test.
+
+    Args:
+        excess: Share of the N runs that survive the first attack minus the share that survives the second, (B,).
+        runs: N: the differences are whole multiples of 1 / N.
+    """
+    counts = (excess.double().cpu() * runs).round().long()
+    total = int(counts.abs().sum())
+    chance = torch.zeros(2 * total + 1, dtype=torch.float64)
+    chance[total] = 1.0
+    for size in counts.abs().tolist():
+        # The ends are out of reach until the last sample, so nothing wraps around.
+        chance = (chance.roll(size) + chance.roll(-size)) / 2.0
+    return float(chance[total + int(counts.sum()) :].sum())
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number, in the same order (Holm 1979): compared with a level, all errors count once.
+
+    The chance that any true hypothesis is rejected is at most the level, however the tests depend on each other.
+    """
+    adjusted, highest = [0.0] * len(chances), 0.0
+    for rank, k in enumerate(sorted(range(len(chances)), key=lambda k: chances[k])):
+        highest = max(highest, min(1.0, (len(chances) - rank) * chances[k]))
+        adjusted[k] = highest
+    return adjusted
+
+
+def verdict(excess: float, chance: float, tolerance: float, level: float) -> Verdict:
+    """Of a comparison: ``pass`` within the tolerance; above it ``fail`` when significant, else ``note``: undecided.
+
+    Args:
+        excess: Mean of the paired differences.
+        chance: Their p-value, adjusted.
+        tolerance: By how much robust accuracy may be overstated.
+        level: Of significance.
+    """
+    if excess <= tolerance:
+        return "pass"
+    return "fail" if chance <= level else "note"

@@ -1,0 +1,330 @@
+"""The checks that say whether the robust accuracy of a defense under an attack is to be believed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_purify.attacks import PGD, Attack, Queries, Square, Transfer
+from lit_purify.defense import (
+    BPDA,
+    Attacked,
+    BareClassifier,
+    DefendedClassifier,
+    Exact,
+    Mask,
+    NoPurifier,
+    Ones,
+    RandomArea,
+    Zeros,
+)
+from lit_purify.defense.gradients import MaskGradient
+from lit_purify.functional.audit import Comparison, Fixed, Row, Verdict, holm, sign_flip, verdict
+from lit_purify.functional.chunks import LogitsFunction, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.losses import LossName, margin_loss, named_loss
+from lit_purify.functional.noise import ATTACK, EVALUATION, START_STEP, KeyedNoise, Noise
+from lit_purify.functional.statistics import mean_interval, outcomes, paired_difference
+from lit_purify.functional.threat import Norm, l2_norm, project
+from lit_purify.tasks.gradcheck import Samples, check_gradient
+
+LEVEL, TOLERANCE, SAME_LIMIT = 0.05, 0.05, 1e-5
+"""Chance to fail a sound defense by its comparisons; what an attack may overstate; largest relative difference."""
+_STEPS, _EOT, _RESTARTS = 20, 16, 2
+"""What a thorough attack has at least; else twice the configured."""
+_CHECKED, _MOVED = 4, 0.02
+"""Samples whose gradients are checked, and how far they are moved, as in ``gradcheck``."""
+_AVERAGE, _WORST, _MAJORITY = range(3)
+_RULES = ("average accuracy", "worst-of-N accuracy", "accuracy of the vote")
+
+
+class RandomNoise(Attack):
+    """Noise on the border of the ball that knows nothing of the model: random signs, or a random direction in L2."""
+
+    gradient, steps, eot, queries = "none", 1, 0, Queries(0, 0)
+
+    def __init__(self, norm: Norm, eps: float) -> None:
+        super().__init__(norm, eps)
+
+    def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+        """See ``Attack``."""
+        direction = noise.normal(START_STEP, image)
+        length = l2_norm(direction).reshape(-1, 1, 1, 1)
+        return project(
+            image + self.eps * (direction.sign() if self.norm == "linf" else direction / length),
+            image,
+            self.norm,
+            self.eps,
+        )
+
+
+@dataclass
+class Audit:
+    """The checks of one defense under one attack, on some samples.
+
+    A comparison shows the same samples, under the same noise of evaluation, to a second attack that has no right to be
+    stronger. It fails when the configured attack overstates robust accuracy by more than ``TOLERANCE`` and the paired
+    differences are significant at ``LEVEL``: by an exact sign-flip test for each, with Holm's correction over all
+    comparisons of the defense. So by its comparisons a sound defense fails with a chance of at most 5 %, each defense
+    anew. With few samples only gross overstatement is significant: what is above the tolerance but not significant is a
+    ``note`` that asks for more of them. The other checks are not tests, but for ``unbounded``: the lower end of a 95 %
+    interval, where a working attack is far below the limit.
+
+    Attributes:
+        defended: The defense.
+        view: What the attack is handed.
+        attack: The configured attack.
+        image: (B, C, H, W) in [0, 1].
+        label: (B,).
+        index: Positions of the samples in their split, (B,).
+        seed: Of all noise.
+        runs: N, with which every image is evaluated.
+        chunk: Rows that networks are called with.
+        proposals: Steps of the black-box attack.
+    """
+
+    defended: DefendedClassifier
+    view: Attacked
+    attack: Attack
+    image: Tensor
+    label: Tensor
+    index: Tensor
+    seed: int = 0
+    runs: int = 8
+    chunk: int = 64
+    proposals: int = 100
+    _seen: set[int] = field(default_factory=set)
+
+    def rows(self, name: str) -> Iterator[Row]:
+        """All checks, in a fixed order, as soon as each is known; ``name`` is the defense's."""
+        found = check_gradient(name, self.defended, self._moved())
+        for f in found:
+            yield Row(name, f.check, f.figure, f.limit, "pass" if f.passed else "fail", f.detail)
+        try:
+            self._probe()
+        except RuntimeError as error:
+            if all(finding.passed for finding in found):
+                raise
+            yield Row(name, "attackable", 0.0, 1.0, "fail", f"no attack can follow this gradient: {error}")
+            return
+        self.reference = self.survival(self.attack, self._spying(self.view.model))
+        for values in self._facts():
+            yield Row(name, *values)
+        compared = list(self._comparisons())
+        chances = holm([sign_flip(c.excess, self.runs) for c in compared])
+        yield from (self._judged(name, c, chance) for c, chance in zip(compared, chances, strict=True))
+
+    def survival(self, attack: Attack, model: LogitsFunction, noise: Noise | None = None) -> Tensor:
+        """What survives an attack on a model in the defense: ``outcomes``, (B, 3)."""
+        adversarial = attack(model, self.image, self.label, noise or self._noise(ATTACK), self.chunk)
+        return self._outcomes(adversarial)
+
+    def _outcomes(self, image: Tensor, defended: LogitsFunction | None = None, noise: Noise | None = None) -> Tensor:
+        noise = noise or self._noise(EVALUATION)
+        logits = logits_in_chunks(defended or self.defended, image, noise, list(range(self.runs)), self.chunk)
+        return outcomes(logits.argmax(dim=2), self.label)
+
+    def _noise(self, stream: int) -> KeyedNoise:
+        return KeyedNoise(self.seed, self.index, torch.zeros_like(self.index), stream)
+
+    def _moved(self) -> Samples:
+        """The first samples, off the even backgrounds on which a network can stand in the kink of a ReLU."""
+        noise, image = self._noise(ATTACK), self.image.clamp(_MOVED, 1.0 - _MOVED)
+        image = image + _MOVED * (2.0 * noise.uniform(START_STEP, image) - 1.0)
+        rows = torch.arange(min(_CHECKED, len(image)), device=image.device)
+        return Samples(image[rows], self.label[rows], noise.rows(rows))
+
+    def _probe(self) -> None:
+        """Logits (B, 2, classes) for two draws: what the attack sees when it differentiates, and the defense."""
+        noise = self._noise(ATTACK)
+        # Off the samples: there symmetries can hide what differs between two draws.
+        image = RandomNoise(self.attack.norm, self.attack.eps)(self.view.model, self.image, self.label, noise)
+        seen = draws_in_chunks(self.view.model, margin_loss, image, self.label, noise, [0, 1], self.chunk)
+        self.attacked = seen.logits
+        self.defending = logits_in_chunks(self.defended, image, noise, [0, 1], self.chunk)
+        evaluated = logits_in_chunks(self.defended, image, self._noise(EVALUATION), [0, 1], self.chunk)
+        self.randomized = not torch.equal(evaluated[:, 0], evaluated[:, 1])
+
+    def _spying(self, model: LogitsFunction) -> LogitsFunction:
+        """The model, noting which draws it is asked for."""
+
+        def spied(image: Tensor, noise: Noise) -> Tensor:
+            if isinstance(noise, KeyedNoise):
+                self._seen.update(noise.run.tolist())
+            return model(image, noise)
+
+        return spied
+
+    def _facts(self) -> Iterator[tuple[str, float, float | None, Verdict, str]]:
+        """Checks that stand for themselves."""
+        clean = self._outcomes(self.image)
+        self.robust, self.clean = float(self.reference[:, _AVERAGE].mean()), float(clean[:, _AVERAGE].mean())
+        yield "reference", self.robust, None, "note", f"{_percent(self.robust)} robust, {_percent(self.clean)} clean"
+        yield self._same_model()
+        if self.randomized:
+            yield self._fresh_draws()
+            yield self._frozen()
+        yield self._unbounded()
+        yield from self._ablations()
+
+    def _same_model(self) -> tuple[str, float, float, Verdict, str]:
+        purifier, view = self.defended.purifier, self.view
+        figure = float((self.attacked - self.defending).abs().max()) / (float(self.defending.abs().max()) or 1.0)
+        walked = (view.levels, view.nfe), (purifier.levels, purifier.nfe)
+        self.exact = walked[0] == walked[1] and figure <= SAME_LIMIT and view.gradient == "exact"
+        said = f"relative difference of attacked and defended logits; levels {walked[0][0]} and {walked[1][0]}"
+        if self.exact or view.gradient != "exact":
+            how: Verdict = "pass" if self.exact else "note"
+            return "same_model", figure, SAME_LIMIT, how, said + ("" if self.exact else f"; said to be {view.gradient}")
+        return "same_model", figure, SAME_LIMIT, "fail", said + ": another model is attacked than is defended"
+
+    def _fresh_draws(self) -> tuple[str, float, float, Verdict, str]:
+        queries = self.attack.queries.forward
+        drawn = 1 if torch.equal(self.attacked[:, 0], self.attacked[:, 1]) else len(self._seen)
+        said = f"draws of noise in {queries} queries of the attack"
+        if drawn < min(2, queries):
+            return "fresh_draws", drawn, 2.0, "fail", f"{said}: it sees frozen noise, the evaluation draws anew"
+        return "fresh_draws", drawn, min(2.0, queries), "pass", said
+
+    def _frozen(self) -> tuple[str, float, None, Verdict, str]:
+        noise = Fixed(self.seed, self.index, torch.zeros_like(self.index), ATTACK)
+        # All draws are the same one.
+        attack = varied(self.attack, eot=1, aggregate="mean")
+        adversarial = attack(self.view.model, self.image, self.label, noise, self.chunk)
+        left = self._outcomes(adversarial, noise=noise)[:, _AVERAGE]
+        said = f"owed to randomness: {_percent(float(left.mean()))} survive with one draw for attack and defense"
+        return "frozen_noise", float((self.reference[:, _AVERAGE] - left).mean()), None, "note", said
+
+    def _unbounded(self) -> tuple[str, float, float, Verdict, str]:
+        """Gray is within reach of every sample: what is right there by guessing is the most that may survive."""
+        shares = self.survival(enlarged(self.attack, self._everything / self.attack.eps), self.view.model)[:, _AVERAGE]
+        limit = float(self.label.bincount().max()) / len(self.label)
+        left = mean_interval(shares, self.runs)
+        said = f"survive at eps {self._everything:.3g}, at least {_percent(left.low)}; by guessing {_percent(limit)}"
+        if left.low > limit:
+            return "unbounded", left.value, limit, "fail", said + ": the attack does not find what there is"
+        return "unbounded", left.value, limit, "pass", said
+
+    @property
+    def _everything(self) -> float:
+        """The radius at which every ball contains the gray image."""
+        return 0.5 * (1.0 if self.attack.norm == "linf" else float(self.image[0].numel()) ** 0.5)
+
+    def _ablations(self) -> Iterator[tuple[str, float, None, Verdict, str]]:
+        rule = self.defended.purifier.mask
+        if rule is None:
+            return
+        others: dict[str, Mask] = {"ones": Ones(), "zeros": Zeros(), "random": RandomArea(rule)}
+        for name, other in others.items():
+            model = DefendedClassifier(self.defended.purifier.with_mask(other), self.defended.classifier)
+            adversarial = self.attack(model, self.image, self.label, self._noise(ATTACK), self.chunk)
+            left, clean = (self._outcomes(shown, model)[:, _AVERAGE] for shown in (adversarial, self.image))
+            gain = paired_difference(left, self.reference[:, _AVERAGE])
+            said = (
+                f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points that the mask gains over this one "
+                f"({_percent(float(left.mean()))} robust, {_percent(float(clean.mean()))} clean)"
+            )
+            yield f"mask_{name}", gain.value, None, "note", said
+
+    def _comparisons(self) -> Iterator[Comparison]:
+        """Attacks that have no right to be stronger than the configured one."""
+        attack, model, defended = self.attack, self.view.model, self.defended
+
+        def than(
+            check: str, other: Attack, model: LogitsFunction, said: str, meaning: str, rule: int = _AVERAGE
+        ) -> Comparison:
+            left = self.survival(other, model)
+            return Comparison(check, (self.reference - left)[:, rule], rule, said, meaning)
+
+        wider = next((k for k in (4.0, 2.0) if k * attack.eps < self._everything), None)
+        if wider is not None:
+            left = self.survival(enlarged(attack, wider), model)
+            excess, said = (left - self.reference)[:, _AVERAGE], f"eps in place of {wider:g} eps"
+            yield Comparison("wider", excess, _AVERAGE, said, "the gradient misleads")
+        said, masked = "random noise of equal norm", "the gradient is masked, or the attack weak"
+        yield than("noise", RandomNoise(attack.norm, attack.eps), model, said, masked)
+        steps = max(2 * attack.steps, _STEPS)
+        yield than("more_steps", varied(attack, steps=steps), model, f"{steps} steps", "the attack is cut short")
+        if self.randomized:
+            eot = max(2 * attack.eot, _EOT)
+            meaning = "the attack averages over too few draws"
+            yield than("more_eot", varied(attack, eot=eot), model, f"{eot} draws a step", meaning)
+        if hasattr(attack, "restarts"):
+            restarts = _RESTARTS * attack.restarts
+            meaning = "one start is not enough"
+            yield than("restarts", varied(attack, restarts=restarts), model, f"{restarts} starts", meaning)
+        square = Square(attack.norm, attack.eps, self.proposals, max(1, attack.eot) if self.randomized else 1, p=0.3)
+        yield than("black_box", square, defended, f"Square, {self.proposals} proposals", masked)
+        bare = BareClassifier().attacked(defended).model
+        transfer = Transfer(varied(attack, eot=1, aggregate="mean"))
+        yield than("transfer", transfer, bare, "the attack on the bare classifier", masked)
+        if self.view.gradient != "bpda" and type(defended.purifier) is not NoPurifier:
+            said = "the identity for the purifier's gradient"
+            yield than("bpda", attack, BPDA().attacked(defended).model, said, "the purifier's own is shattered")
+        if not self.exact:
+            meaning = "what was attacked stands in badly for the defense"
+            yield than("exact", attack, Exact().attacked(defended).model, "the exact gradient", meaning)
+        yield from self._aggregates(than)
+        for loss in self._losses():
+            other = varied(attack, loss_name=loss, loss=named_loss(loss), targets=0)
+            yield than(f"loss_{loss}", other, model, f"the {loss} loss", "the configured loss saturates")
+        if getattr(attack, "loss_name", None) == "ce":
+            scale = float(self.attacked.std(dim=2).mean()) or 1.0
+            said = "logits scaled to deviation 1"
+            yield than("scaled", attack, lambda x, n: model(x, n) / scale, said, "the configured loss saturates")
+        rule = defended.purifier.mask
+        if rule is not None and rule.relaxable:
+            # The exact attack above has a frozen mask.
+            kinds: tuple[MaskGradient, ...] = ("frozen", "straight_through", "soft")
+            for kind in kinds if self.exact else kinds[1:]:
+                if kind != self.view.mask_gradient:
+                    view = Exact(kind).attacked(defended)
+                    said = f"the {kind} gradient of the mask"
+                    yield than(f"mask_{kind}", attack, view.model, said, "the mask hides its gradient")
+
+    def _aggregates(self, than: Any) -> Iterator[Comparison]:  # noqa: ANN401
+        """Attacks on the vote of N runs, and on the worst of them, each judged by what it is for."""
+        attack = self.attack
+        if not self.randomized or self.runs == 1:
+            return
+        step = getattr(attack, "step_size", attack.eps / 4.0)
+        for kind, rule in (("vote", _MAJORITY), ("worst", _WORST)):
+            if getattr(attack, "aggregate", None) != kind:
+                eot = max(attack.eot, self.runs)
+                # It is told apart from the configured attack by its aim: the loss that this aim is written in.
+                aimed = PGD(attack.norm, attack.eps, attack.steps, step, eot, "ce", aggregate=kind)  # type: ignore[arg-type]
+                meaning = f"the {_RULES[rule]} says little: it was not aimed at"
+                yield than(kind, aimed, self.view.model, f"an attack on the {kind}", meaning, rule)
+
+    def _losses(self) -> list[LossName]:
+        """Losses that the attack could raise, but does not."""
+        losses: list[LossName] = ["ce", "margin", *(["dlr"] if self.attacked.shape[2] > 2 else [])]  # type: ignore[list-item]
+        own = getattr(self.attack, "loss_name", None)
+        return [loss for loss in losses if loss != own] if own is not None else []
+
+    def _judged(self, name: str, found: Comparison, chance: float) -> Row:
+        gap = paired_difference(torch.zeros_like(found.excess), found.excess)
+        how = verdict(gap.value, chance, TOLERANCE, LEVEL)
+        ends = f"[{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points more of the {_RULES[found.rule]} lost"
+        tail = {"pass": "", "fail": f": {found.meaning}", "note": ": undecided, use more samples"}[how]
+        return Row(name, found.check, gap.value, TOLERANCE, how, f"{found.other}: {ends}, p = {chance:.2g}{tail}")
+
+
+def varied(attack: Attack, **changes: Any) -> Attack:  # noqa: ANN401
+    """The same attack with some of its attributes changed; those that it does not have are left out."""
+    other = copy.copy(attack)
+    vars(other).update({name: value for name, value in changes.items() if hasattr(attack, name)})
+    return other
+
+
+def enlarged(attack: Attack, factor: float) -> Attack:
+    """The same attack in a ball ``factor`` times as large, with steps as much longer."""
+    return varied(attack, eps=factor * attack.eps, step_size=factor * getattr(attack, "step_size", 0.0))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

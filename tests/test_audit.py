@@ -1,0 +1,319 @@
+"""An audit catches every defense of the zoo for the right reason, and lets honest ones pass."""
+
+import json
+from itertools import product
+from math import comb
+
+import flattering as zoo
+import pytest
+import torch
+import yaml
+from test_gradients import Curved
+
+from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2
+from lit_purify.cli import evaluate
+from lit_purify.defense import (
+    BPDA,
+    Attacked,
+    DefendedClassifier,
+    Exact,
+    Gradient,
+    HeterogeneousPurifier,
+    MinMaxThreshold,
+    Surrogate,
+    UniformPurifier,
+)
+from lit_purify.functional.audit import Fixed, holm, sign_flip, verdict
+from lit_purify.functional.noise import KeyedNoise
+from lit_purify.tasks.audit_checks import Audit, enlarged, varied
+
+EPS = 0.1
+
+
+def audited(defended, attack, gradient=None, low=0.02, high=0.2, count=32, runs=4, **arguments):
+    """Rows by check."""
+    image, label, _ = zoo.samples(count, low, high)
+    view = (gradient or Exact()).attacked(defended)
+    chunk = max(16, count * attack.eot)
+    audit = Audit(defended, view, attack, image, label, torch.arange(count), runs=runs, chunk=chunk, **arguments)
+    rows = list(audit.rows("it"))
+    found = {row.check: row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def failed(rows):
+    return {check for check, row in rows.items() if row.verdict == "fail"}
+
+
+def pgd(**changes):
+    return PGD("linf", EPS, **{"steps": 20, "step_size": 0.01, "loss": "margin", **changes})
+
+
+# Judgement
+
+
+def enumerated(counts):
+    """The definition: all signs, one by one."""
+    sums = [
+        sum(s * abs(c) for s, c in zip(signs, counts, strict=True)) for signs in product((-1, 1), repeat=len(counts))
+    ]
+    return sum(total >= sum(counts) for total in sums) / len(sums)
+
+
+@pytest.mark.parametrize("counts", [[1], [4, -1, 2, 0, 3, 3, -2], [-3, -1], [2, -2, 1, 1, 0], [1, 2, 3, 4, 5, 6, 7, 8]])
+def test_sign_flip_is_the_share_of_all_signs_with_as_large_a_sum(counts):
+    assert sign_flip(torch.tensor(counts) / 8, 8) == pytest.approx(enumerated(counts), abs=1e-12)
+
+
+def test_sign_flip_in_closed_form():
+    """Unanimous differences: one of 2^k; no difference: certain; -1, 0 and 1: McNemar's exact test."""
+    for k in (1, 5, 30):
+        assert sign_flip(torch.cat([torch.full((k,), 0.75), torch.zeros(7)]), 4) == pytest.approx(0.5**k, rel=1e-9)
+    assert sign_flip(torch.zeros(9), 3) == 1.0
+    lost, won = 9, 2
+    mcnemar = sum(comb(lost + won, j) for j in range(lost, lost + won + 1)) / 2 ** (lost + won)
+    assert sign_flip(torch.tensor([1.0] * lost + [-1.0] * won + [0.0] * 5), 1) == pytest.approx(mcnemar, rel=1e-9)
+
+
+def test_sign_flip_rejects_interchangeable_attacks_no_more_often_than_its_level():
+    sizes = torch.tensor([1, 1, 2, 3, 3, 4, 5, 7])
+    chances = [sign_flip(sizes * torch.tensor(signs) / 8, 8) for signs in product((-1, 1), repeat=8)]
+    for level in (0.01, 0.05, 0.2, 0.5):
+        share = sum(chance <= level for chance in chances) / len(chances)
+        # Exact, and not merely on the safe side: it falls short by no more than the coarseness of 2^8 signs.
+        assert level - 0.04 <= share <= level
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
+
+
+def test_a_failure_needs_size_and_significance():
+    assert verdict(0.2, 0.01, 0.05, 0.05) == "fail"
+    assert verdict(0.2, 0.06, 0.05, 0.05) == "note"
+    assert verdict(0.05, 1e-9, 0.05, 0.05) == "pass"
+    assert verdict(-0.3, 1e-9, 0.05, 0.05) == "pass"
+
+
+def test_fixed_noise_is_one_draw_for_each_row():
+    keys = (7, torch.tensor([3, 8]), torch.zeros(2, dtype=torch.int64))
+    like = torch.zeros(6, 1, 2, 2)
+    one = KeyedNoise(*keys).normal(0, like[:2])
+    assert torch.equal(Fixed(*keys).runs([4, 5, 6]).normal(0, like), one.repeat_interleave(3, dim=0))
+    rows = torch.tensor([1, 0, 1])
+    assert torch.equal(Fixed(*keys).rows(rows).runs([9]).normal(0, like[:3]), one[rows])
+
+
+@pytest.mark.parametrize("attack", [pgd(), FGSM("linf", EPS), APGD("linf", EPS, 5), CarliniWagnerL2(0.5, 5)])
+def test_variations_leave_the_attack_as_it_was(attack):
+    before = dict(vars(attack))
+    other = varied(attack, steps=77, eot=5, aggregate="vote", no_such_thing=1)
+    assert (other.steps, other.eot, hasattr(other, "no_such_thing")) == (77, 5, False)
+    assert hasattr(other, "aggregate") == hasattr(attack, "aggregate")
+    twice = enlarged(attack, 2.0)
+    assert twice.eps == 2 * attack.eps
+    assert getattr(twice, "step_size", 0.0) == 2 * getattr(attack, "step_size", 0.0)
+    assert vars(attack) == before
+
+
+# Honest
+
+
+def test_an_honest_linear_classifier_passes_with_the_robust_accuracy_that_it_has():
+    """A sample withstands if and only if m > eps; at twice eps if m > 2 eps; at 1/2 none does."""
+    _, _, margin = zoo.samples(32, 0.02, 0.3)
+    rows = audited(zoo.defense(), pgd(), high=0.3)
+    assert not failed(rows)
+    assert rows["reference"].figure == pytest.approx(float((margin > EPS).double().mean()))
+    assert rows["unbounded"].figure == 0.0
+    assert rows["wider"].figure == pytest.approx(-rows["reference"].figure)
+    stronger = ["more_steps", "restarts", "transfer", "loss_ce", "loss_dlr"]
+    assert [rows[check].figure for check in stronger] == [0.0] * len(stronger)
+    assert rows["noise"].figure < -0.2
+    assert {"fresh_draws", "more_eot", "vote", "bpda", "exact", "scaled"}.isdisjoint(rows)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_an_honest_randomized_defense_passes(norm):
+    eps = EPS if norm == "linf" else 0.5
+    rows = audited(zoo.defense(zoo.Blurred), PGD(norm, eps, 20, eps / 8, eot=4), count=24)
+    assert not failed(rows)
+    assert rows["fresh_draws"].figure == 80
+    assert {"frozen_noise", "more_eot", "vote", "worst", "bpda", "scaled"} < set(rows)
+
+
+def test_an_honest_purifier_with_a_tiny_network_passes(classifier, images):
+    purifier = UniformPurifier(Curved(), classifier, 60, 2)
+    attack = PGD("linf", 0.05, 10, 0.01, eot=2, loss="margin")
+    assert not failed(tiny_network(purifier, classifier, images, attack))
+
+
+def tiny_network(purifier, classifier, images, attack):
+    defended = DefendedClassifier(purifier, classifier)
+    index = torch.arange(len(images))
+    label = classifier(images).argmax(dim=1)
+    audit = Audit(defended, Exact().attacked(defended), attack, images, label, index, runs=4, chunk=16, proposals=10)
+    return {row.check: row for row in audit.rows("it")}
+
+
+def test_masks_are_ablated_and_attacked(classifier, images):
+    purifier = HeterogeneousPurifier(Curved(), classifier, MinMaxThreshold(0.4), 60, 30, 2)
+    rows = tiny_network(purifier, classifier, images[:3], PGD("linf", 0.05, 2, 0.03))
+    for name in ("mask_ones", "mask_zeros", "mask_random"):
+        assert (rows[name].verdict, rows[name].limit) == ("note", None)
+    assert {"mask_straight_through", "mask_soft"} < set(rows)
+
+
+# Flattering
+
+ZOO = {
+    "quantized": (zoo.defense(zoo.Quantized), pgd(), None, {"nonzero", "zero_share", "bpda", "transfer", "unbounded"}),
+    "cut": (zoo.defense(zoo.Cut), pgd(), None, {"finite_differences", "nonzero", "attackable"}),
+    "misleading": (zoo.defense(zoo.Misleading), pgd(), None, {"finite_differences", "bpda", "transfer", "unbounded"}),
+    "plateaus": (zoo.defense(zoo.Plateaus), pgd(), None, {"bpda", "transfer", "unbounded"}),
+    "frozen for the attack": (zoo.defense(zoo.FrozenForTheAttack), pgd(eot=4), None, {"fresh_draws"}),
+    "frozen by the attack": (
+        zoo.defense(zoo.Shaken),
+        zoo.FrozenPGD("linf", EPS, 20, 0.01, eot=4, loss="margin"),
+        None,
+        {"fresh_draws"},
+    ),
+    "saturated": (zoo.defense(scale=1e5), pgd(loss="ce"), None, {"loss_margin", "loss_dlr", "scaled"}),
+    "a single draw": (zoo.defense(zoo.Shaken), pgd(steps=2, step_size=0.1), None, {"more_eot", "vote"}),
+    "cut short": (zoo.defense(), pgd(steps=2), None, {"more_steps"}),
+    "weak when attacked": (zoo.defense(zoo.WeakWhenAttacked), pgd(), None, {"same_model"}),
+    "votes when defending": (zoo.defense(zoo.VotesWhenDefending), pgd(eot=4), None, {"same_model"}),
+    "other levels": (zoo.defense(UniformPurifier, level=200, steps=1), pgd(), zoo.OtherLevels(), {"same_model"}),
+    "wrong stand-in": (zoo.defense(), pgd(), zoo.Stale(), {"exact"}),
+    "negative": (zoo.defense(zoo.Negative), pgd(), BPDA(), {"exact", "noise", "wider", "unbounded"}),
+    "steered": (zoo.defense(zoo.Steered), pgd(), None, {"mask_straight_through"}),
+}
+CAUSES = {"same_model", "fresh_draws", "more_steps", "more_eot", "exact"}
+"""Checks that name what is wrong with the set-up; those of others may fail along with them."""
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_flattering_defenses_are_caught_for_the_right_reason(name):
+    defended, attack, gradient, expected = ZOO[name]
+    narrow = name == "a single draw"
+    rows = audited(defended, attack, gradient, low=0.05 if narrow else 0.02, high=0.12 if narrow else 0.2)
+    assert expected <= failed(rows), {check: row.reason for check, row in rows.items()}
+    # Nobody is blamed for what another does.
+    assert failed(rows) & CAUSES <= expected
+
+
+def test_the_black_box_finds_what_a_shattered_gradient_hides():
+    rows = audited(zoo.defense(zoo.Quantized), pgd(), proposals=400)
+    assert "black_box" in failed(rows)
+
+
+def test_a_stated_surrogate_is_no_failure_where_the_exact_gradient_is_no_stronger():
+    rows = audited(zoo.defense(UniformPurifier, level=20, steps=2), pgd(eot=2), Surrogate(1), count=16)
+    assert (rows["same_model"].verdict, rows["exact"].verdict) == ("note", "pass")
+    assert not failed(rows)
+
+
+def test_a_view_that_walks_other_levels_to_the_same_logits_is_another_model():
+    class Boasting(Gradient):
+        def attacked(self, defended):
+            return Attacked(defended, "exact", "none", 1, [100])
+
+    assert failed(audited(zoo.defense(), pgd(), Boasting(), count=8)) == {"same_model"}
+
+
+def test_randomness_that_the_samples_themselves_do_not_show_is_seen():
+    rows = audited(zoo.defense(zoo.Halves), pgd(steps=2, eot=2), count=8)
+    assert {"fresh_draws", "more_eot"} < set(rows)
+
+
+def test_frozen_noise_says_how_much_is_owed_to_randomness():
+    """One draw for attack and defense leaves a linear classifier, whose noise the attacker knows."""
+    rows = audited(zoo.defense(zoo.Shaken), pgd(eot=4), low=0.05, high=0.12)
+    assert rows["frozen_noise"].verdict == "note"
+    assert rows["frozen_noise"].figure > 0.2
+
+
+# The command
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    def write(defense="UniformPurifier", attacks=None, **init):
+        resnet = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
+        steps = {"norm": "linf", "eps": 0.1, "steps": 2, "step_size": 0.1}
+        task = {
+            "classifier": {"class_path": "ResNetClassifier", "init_args": resnet},
+            "denoiser": {"class_path": "test_gradients.Curved"},
+            "defenses": {"it": {"class_path": defense, "init_args": init}},
+            "attacks": attacks or {"pgd": {"class_path": "PGD", "init_args": steps}},
+            "runs": 2,
+            "chunk": 16,
+            "gallery": 1,
+        }
+        settings = {
+            "model": {"class_path": "RobustnessTask", "init_args": task},
+            "data": {"class_path": "Digits", "init_args": {"subset": {"class_path": "First", "init_args": {"n": 3}}}},
+            "trainer": {"logger": False, "accelerator": "cpu"},
+        }
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return ["--config", str(path), "--run", str(tmp_path / "run")]
+
+    write.run = tmp_path / "run"
+    return write
+
+
+FEW = ["--samples", "2", "--runs", "2", "--proposals", "2"]
+
+
+def test_the_command_writes_its_verdict_and_touches_no_records(tiny, capsys):
+    arguments = tiny(level=20, steps=1)
+    evaluate(arguments)
+    before = {path.name: path.read_bytes() for path in tiny.run.iterdir() if path.is_file()}
+    capsys.readouterr()
+    evaluate(["audit", *arguments, *FEW])
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].startswith("Audit of pgd (PGD on the ce loss")
+    assert lines[-1] == "audit: passed"
+    after = {path.name: path.read_bytes() for path in tiny.run.iterdir() if path.is_file()}
+    found = json.loads(after.pop("audit.json"))
+    assert after == before
+    assert (found["passed"], found["attack"], found["samples"], found["runs"]) == (True, "pgd", [0, 1], 2)
+    assert set(found["checks"][0]) == {"defense", "check", "figure", "limit", "verdict", "reason"}
+    assert [line.split()[:3] for line in lines[1:-1]] == [[c["verdict"], "it", c["check"]] for c in found["checks"]]
+    # The same settings have the same hash as in the other verdict.
+    evaluate(["gradcheck", *arguments, "--samples", "1"])
+    assert json.loads((tiny.run / "gradcheck.json").read_text())["settings_sha256"] == found["settings_sha256"]
+
+
+def test_the_command_exits_with_1_when_the_figure_is_not_to_be_believed(tiny, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(["audit", *tiny("flattering.Quantized"), *FEW])
+    assert exit_.value.code == 1
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("audit: FAILED: not to be believed: it (")
+    assert "it (nonzero)" in last
+    assert json.loads((tiny.run / "audit.json").read_text())["passed"] is False
+
+
+SQUARE = {"square": {"class_path": "Square", "init_args": {"norm": "linf", "eps": 0.1, "steps": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("attacks", "options", "message"),
+    [
+        (None, ["--samples", "0"], "samples = 0: use at least 1"),
+        (None, ["--runs", "0"], "runs = 0: use at least 1"),
+        (SQUARE, [], "attacks: none of square follows a gradient of the defense: add one, such as PGD"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(attacks, options, message, tiny, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(["audit", *tiny(attacks=attacks, level=20, steps=1), *options])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.strip().endswith(f"error: {message}")
+    assert not tiny.run.exists()
