@@ -371,7 +371,8 @@ def test_saved_images_come_back_by_sample(name, channels, tmp_path):
     save(tmp_path / name, adversarial)
     index = torch.tensor([7, 3, 40, 41, 5, 6])
     attack = SavedImages("linf", 0.05, tmp_path / name, rounded=name == "pictures")
-    attack.prepare(index.tolist())
+    # Another attack around it passes on what it is told.
+    Transfer(attack).prepare(index.tolist())
     rows = torch.tensor([5, 2, 0])
     found = attack(None, original[rows], None, KeyedNoise(0, index[rows], torch.zeros(3).long(), ATTACK))
     torch.testing.assert_close(found, adversarial[rows], rtol=0, atol=0.5 / 255 + 1e-6 if name == "pictures" else 0)
