@@ -33,6 +33,8 @@ from lit_purify.tasks.frontier import expand
 
 _DEFAULT_EVALUATION = "configs/eval/digits.yaml"
 _DEFAULT_FRONTIER = "configs/eval/digits_frontier.yaml"
+# Noise, levels and masks are drawn and computed in 32 bits.
+_PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")
 
 
 class _Parser(LightningArgumentParser):
@@ -209,6 +211,9 @@ class _TrainingCLI(_CLI):
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         assert self.folder is not None
+        precision = self._settings.trainer.precision
+        if precision is not None and str(precision) not in _PRECISIONS:
+            raise InputError(f"trainer.precision = {precision}: a training takes {', '.join(_PRECISIONS)}")
         last = self.folder.path / "checkpoints" / "last.ckpt"
         if self.subcommand == "fit" and self._settings.ckpt_path is None and last.is_file():
             raise InputError(

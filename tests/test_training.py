@@ -163,6 +163,14 @@ def test_a_second_training_does_not_overwrite_the_first(config, tmp_path, capsys
     assert last.read_bytes() == b"weeks of work"
 
 
+def test_precisions_that_would_round_the_noise_are_refused(config, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train(["fit", "--config", str(config), "--run", str(tmp_path / "run"), "--trainer.precision", "bf16-true"])
+    assert stopped.value.code == 2
+    assert "trainer.precision = bf16-true: a training takes 32, 32-true, bf16-mixed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_noise_depends_on_sample_and_epoch_alone():
     """So two processes with half a batch each see what one sees with the whole batch."""
     task = denoiser_task()
