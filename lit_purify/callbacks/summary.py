@@ -174,7 +174,7 @@ def headline(summary: Mapping[str, Any]) -> str:
 def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
     """What an attack is, in a line; its results may differ in the gradient that it took of each defense."""
     result = results[0]
-    kinds = [r["gradient"] for r in results]
+    kinds = ["no" if r["gradient"] == "none" else r["gradient"] for r in results]
     masks = [f"{r['mask_gradient']} mask" for r in results if r.get("mask_gradient", "none") not in ("none", "frozen")]
     return (
         f"{result['attack']}: {result['norm']} <= {result['eps']:.4g}, {result['attack_steps']} steps, "
