@@ -154,6 +154,20 @@ class FrozenPGD(PGD):
         return super().perturb(model, image, label, _OneDraw(noise), chunk)
 
 
+class Torn(NoPurifier):
+    """A loud view, drawn at times, and a faint one, drawn more often, that pull against each other.
+
+    The average over draws follows the loud one and takes it from the defense, which keeps its vote by the other.
+    """
+
+    def trace(self, image, noise):
+        contrast = image - 0.5
+        # Lost by less contrast, and by more.
+        loud, faint = 10.0 * (contrast - 0.06 * contrast.sign()), 0.2 * contrast.sign() - contrast
+        seen = 0.5 + torch.where(noise.uniform(0, image[:, :, :1, :1]) < 0.3, loud, faint)
+        return Trace(seen, seen)
+
+
 class Halves(NoPurifier):
     """Shows the classifier the upper or the lower half: on the samples themselves both give the same logits."""
 
@@ -199,7 +213,7 @@ class OtherLevels(Gradient):
     def attacked(self, defended):
         purifier = type(defended.purifier)(defended.purifier.denoiser, defended.classifier, 20, 1)
         model = DefendedClassifier(purifier, defended.classifier)
-        return Attacked(model, "exact", "none", purifier.nfe, purifier.levels)
+        return Attacked(defended, model, "exact", "none", purifier.nfe, purifier.levels)
 
 
 class Stale(Gradient):
@@ -209,7 +223,7 @@ class Stale(Gradient):
         def logits(image, noise):
             return defended(2.0 * image.detach() - image, noise)
 
-        return Attacked(logits, "surrogate", "none", defended.purifier.nfe, defended.purifier.levels)
+        return Attacked(defended, logits, "surrogate", "none", defended.purifier.nfe, defended.purifier.levels)
 
 
 class Bright(Mask):

@@ -6,9 +6,20 @@ import torch
 from conftest import FixedNoise
 from PIL import Image
 
-from lit_purify.attacks import APGD, FGSM, PGD, Attack, CarliniWagnerL2, Queries, SavedImages, Square, Transfer
+from lit_purify.attacks import (
+    APGD,
+    FGSM,
+    PGD,
+    Attack,
+    CarliniWagnerL2,
+    MaskShift,
+    Queries,
+    SavedImages,
+    Square,
+    Transfer,
+)
 from lit_purify.attacks.square import _window
-from lit_purify.defense import DefendedClassifier, UniformPurifier
+from lit_purify.defense import DefendedClassifier, HeterogeneousPurifier, MinMaxThreshold, Ones, UniformPurifier
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import draws_in_chunks, gradient_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import (
@@ -35,6 +46,7 @@ def every_attack():
         "apgd": APGD("linf", 0.1, 3, eot=2, restarts=2),
         "targeted": APGD("l2", 0.7, 2, eot=2, loss="dlr", targets=2, select="last"),
         "pgd": PGD("linf", 0.1, 2, 0.06, eot=3, restarts=2),
+        "shift": MaskShift("linf", 0.1, 2, 0.06, shift_steps=2, eot=2),
         "fgsm": FGSM("l2", 0.7, eot=2, random_start=True),
         "square": Square("linf", 0.1, 4, eot=2, paired=False),
         "square-l2": Square("l2", 0.7, 3, eot=2),
@@ -125,7 +137,8 @@ def test_averaged_gradient_is_the_mean_over_draws(unet, classifier, images):
 @pytest.mark.parametrize("name", EACH)
 def test_chunks_make_a_sample_independent_of_its_batch(name, unet, classifier, images):
     """Bit for bit: alone, in another order, in any batch; also through sign steps."""
-    model = DefendedClassifier(UniformPurifier(unet, classifier, 300, 2), classifier)
+    purifier = HeterogeneousPurifier(unet, classifier, MinMaxThreshold(0.4), 300, 150, 2)
+    model = DefendedClassifier(purifier, classifier)
     noise, attack = keyed(6), every_attack()[name]
     logits = logits_in_chunks(model, images, noise, [0, 1, 2], 4)
     label = logits.mean(dim=1).argmax(dim=1)
@@ -147,6 +160,7 @@ def test_draws_are_fresh_and_their_number_is_stated(name, images):
         differentiated += len(x) * torch.is_grad_enabled()
         return ranking(x, noise)
 
+    model.attention = lambda image, noise: None
     attack = every_attack()[name]
     attack(model, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=6)
     assert attack.queries == (len(seen) / 6, differentiated / 6)
@@ -160,6 +174,7 @@ def test_an_output_or_gradient_that_is_not_a_number_stops_the_attack(name, image
         # A finite output whose gradient at 0 is infinite would not be noticed by its value.
         return ranking(x, noise) + (0.0 * x.sum() / 0.0 if name.startswith("square") else (0.0 * x[:, 0, :1, 0]).sqrt())
 
+    model.attention = lambda image, noise: None
     with pytest.raises(RuntimeError, match="of the attacked network is NaN or infinite"):
         every_attack()[name](model, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=6)
 
@@ -273,6 +288,32 @@ def test_square_uses_its_ball(norm, classifier, images):
         torch.testing.assert_close(delta.abs(), torch.full_like(delta, eps))
     else:
         torch.testing.assert_close(l2_norm(delta), torch.full((6,), eps))
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 1.0)])
+def test_the_mask_is_moved_off_the_image(norm, eps, unet, classifier, images):
+    """Where the loss does not matter, the hard mask that is left overlaps less with the original one."""
+    rule = MinMaxThreshold(0.4)
+    model = DefendedClassifier(HeterogeneousPurifier(unet, classifier, rule, 200, 100, 2), classifier)
+    settings = {"norm": norm, "eps": eps, "steps": 1, "step_size": eps / 10, "loss": "margin"}
+    label = torch.arange(6)
+    shifted = MaskShift(**settings)(model, images, label, keyed(6), chunk=8)
+    plain = PGD(**settings)(model, images, label, keyed(6), chunk=8)
+    original, left, other = (rule(classifier, x, keyed(6)) for x in (images, shifted, plain))
+    overlaps = [float((mask * original).sum() / original.sum()) for mask in (left, other)]
+    assert overlaps[0] < overlaps[1] - 0.1
+    with pytest.raises(RuntimeError, match="tells where it looks"):
+        MaskShift(**settings)(lambda image, noise: model(image, noise), images, label, keyed(6))
+
+
+def test_without_a_mask_to_move_nothing_is_shifted(unet, classifier, images):
+    for purifier in (
+        UniformPurifier(unet, classifier, 200, 2),
+        HeterogeneousPurifier(unet, classifier, Ones(), 200, 100, 2),
+    ):
+        model, settings = DefendedClassifier(purifier, classifier), ("linf", 0.1, 2, 0.06)
+        found = [kind(*settings, eot=2)(model, images, torch.arange(6), keyed(6)) for kind in (PGD, MaskShift)]
+        assert torch.equal(*found)
 
 
 def test_fast_gradient_step_has_full_length(classifier, images):

@@ -32,6 +32,9 @@ def scientific(node):
 
 STATED = {
     "PGD": {"norm", "eps", "steps", "step_size", "eot", "loss", "select", "random_start"},
+    "MaskShift": {"norm", "eps", "steps", "step_size", "eot", "loss", "select", "random_start", "shift_steps"},
+    "APGD": {"norm", "eps", "steps", "eot", "loss", "targets", "select"},
+    "Square": {"norm", "eps", "steps", "eot", "p"},
     "UniformPurifier": {"level", "steps", "sampler"},
     "HeterogeneousPurifier": {"mask", "high", "low", "steps", "resampling", "jump"},
     "VariableIntensityPurifier": {"mask", "high", "low", "steps"},

@@ -131,8 +131,11 @@ def test_held_out_attack_does_not_gain_by_chance():
 def test_held_out_by_hand():
     right = torch.tensor([[[1, 0, 1]], [[1, 1, 1]]])
     # Left out is the first run: 1 and 2 of the others are right, the first attack judges, right. The second: 2 and 2, a
-    # tie of wrong and right. The third is as the first.
-    assert float(held_out(right)) == pytest.approx((1 + 0.5 + 1) / 3)
+    # tie, the first attack judges, wrong. The third is as the first.
+    assert float(held_out(right)) == pytest.approx((1 + 0 + 1) / 3)
     equal = torch.tensor([[[1, 0]], [[1, 1]]])
-    # Left out is the first: 0 and 1 are left, the first judges, right. The second: 1 and 1, a tie of wrong and right.
-    assert float(held_out(equal)) == pytest.approx((1 + 0.5) / 2)
+    # Left out is the first: 0 and 1 are left, the first judges, right. The second: a tie, the first judges, wrong.
+    assert float(held_out(equal)) == pytest.approx((1 + 0) / 2)
+    # What comes after an attack that leaves nothing changes nothing.
+    lost = torch.zeros(1, 1, 2)
+    assert float(held_out(torch.cat([equal, lost]))) == float(held_out(torch.cat([equal, lost, equal])))

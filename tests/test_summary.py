@@ -9,7 +9,13 @@ from lit_purify.metrics import Record
 
 def described(defense, attack, **changes):
     facts = {"attack_title": "PGD", "norm": "linf", "eps": 0.1, "attack_steps": 10, "eot": 4, "gradient": "exact"}
-    facts |= {"queries": {"forward": 40, "backward": 40}, "nfe_defense": 2, "nfe_attack": 2, "levels": []}
+    facts |= {
+        "queries": {"forward": 40, "backward": 40},
+        "nfe_defense": 2,
+        "nfe_attack": 2,
+        "levels": [],
+        "stopping": "runs on",
+    }
     return {"defense": defense, "attack": attack, **facts, **changes}
 
 
@@ -48,7 +54,7 @@ def test_ensemble_of_each_threat_model(summary):
     assert (found["norm"], found["attack_steps"], found["eot"], found["gradient"]) == ("linf", 15, 8, "exact")
     assert found["queries"] == {"forward": 80, "backward": 80}
     assert found["seconds"] == 4.0
-    assert found["stopping"].startswith("a: stops early; b: runs all its steps")
+    assert found["stopping"].startswith("a: stops early; b: runs on")
     assert [found["robust"][rule][0] for rule in ("average", "worst", "majority")] == [0.375, 0.0, 0.0]
     # Against the ensemble of the other defense: a loses its second sample in every run.
     assert found["robust_difference"]["average"][0] == pytest.approx(0.375 - 0.5)
@@ -58,9 +64,9 @@ def test_ensemble_of_each_threat_model(summary):
 
 def test_average_of_an_ensemble_is_bracketed(summary):
     found = summary["results"][-1]
-    # Sample 0, a against b on the runs that are not left out: 2 to 2 twice, both judge (a right, b wrong); 2 to 1 and
-    # 3 to 1, b judges (right). Sample 1: a judges throughout.
-    assert found["robust_average_held_out"][0] == pytest.approx(((0.5 + 0.5 + 1 + 1) / 4 + 0.25) / 2)
+    # Sample 0, a against b on the runs that are not left out: 2 to 2 twice, the first judges (right); 2 to 1 and 3 to
+    # 1, b judges (right). Sample 1: a judges throughout.
+    assert found["robust_average_held_out"][0] == pytest.approx(((1 + 1 + 1 + 1) / 4 + 0.25) / 2)
     assert "robust_average_held_out" not in summary["results"][0]
 
 

@@ -4,9 +4,21 @@ from lit_purify.attacks.apgd import APGD
 from lit_purify.attacks.base import Attack, Queries
 from lit_purify.attacks.carlini_wagner import CarliniWagnerL2
 from lit_purify.attacks.fgsm import FGSM
+from lit_purify.attacks.mask_shift import MaskShift
 from lit_purify.attacks.pgd import PGD
 from lit_purify.attacks.saved_images import SavedImages
 from lit_purify.attacks.square import Square
 from lit_purify.attacks.transfer import Transfer
 
-__all__ = ["APGD", "FGSM", "PGD", "Attack", "CarliniWagnerL2", "Queries", "SavedImages", "Square", "Transfer"]
+__all__ = [
+    "APGD",
+    "FGSM",
+    "PGD",
+    "Attack",
+    "CarliniWagnerL2",
+    "MaskShift",
+    "Queries",
+    "SavedImages",
+    "Square",
+    "Transfer",
+]

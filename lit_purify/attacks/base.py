@@ -34,12 +34,14 @@ class Attack(ABC):
         eot: Draws of noise that each of them is judged by.
         gradient: ``exact``, ``none``, or ``surrogate`` where another model than the attacked one is differentiated.
         target: What the attack is handed: the ``defense``, or the bare ``classifier`` behind it.
+        stopping: When it ends, in words for the report.
     """
 
     steps: int
     eot: int
     gradient: Literal["exact", "surrogate", "none"] = "exact"
     target: Literal["defense", "classifier"] = "defense"
+    stopping: str = "runs all its steps; does not look at the defense's final runs"
 
     def __init__(self, norm: Norm, eps: float | str) -> None:
         self.norm, self.eps = norm, pixels("eps", eps)
@@ -52,7 +54,7 @@ class Attack(ABC):
         """Adversarial images, (B, C, H, W) in [0, 1], detached.
 
         Args:
-            model: From (image, noise) to logits; differentiable.
+            model: From (image, noise) to logits; differentiable. (Attacks on the mask also ask for its ``attention``.)
             image: (B, C, H, W) in [0, 1].
             label: (B,) int64.
             noise: Randomness of the same rows, apart from that of the evaluation.

@@ -96,7 +96,7 @@ class PGD(Attack):
         for restart in range(self.restarts):
             first = restart * (self.steps + 1) * self.eot
             runs = [draws(first + k * self.eot, self.eot) for k in range(self.steps + 1)]
-            adversarial = self._start(image, noise.runs([restart])) if self.random_start else image
+            adversarial = self._begin(model, image, noise.runs([restart]), chunk)
             for k in range(self.steps):
                 seen = draws_in_chunks(model, self.loss, adversarial, label, noise, runs[k], chunk)
                 if self.select == "best":
@@ -122,6 +122,10 @@ class PGD(Attack):
             return average(loss)
         wrong, right = log_probabilities(logits, label)
         return (wrong.logsumexp(dim=1) - right.logsumexp(dim=1)).to(loss.dtype)
+
+    def _begin(self, model: LogitsFunction, image: Tensor, noise: Noise, chunk: int) -> Tensor:
+        """The first iterate."""
+        return self._start(image, noise) if self.random_start else image
 
     def _start(self, image: Tensor, noise: Noise) -> Tensor:
         """A uniform point of the ball, moved into [0, 1]."""

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lit_purify import __version__
 from lit_purify.callbacks import frontier
 from lit_purify.callbacks.html import page
-from lit_purify.callbacks.summary import RULES, STOPPING, check_attack_names, summarize, table
+from lit_purify.callbacks.summary import RULES, check_attack_names, summarize, table
 from lit_purify.errors import InputError
 from lit_purify.metrics.records import write_whole
 from lit_purify.run_folder import RunFolder
@@ -64,11 +64,7 @@ class Report(Callback):
             "files": folder.hashes(),
         }
         used = [record for record in records if record.key in wanted]
-        described = [
-            {"stopping": getattr(pl_module.attacks[result["attack"]], "stopping", STOPPING), **result}
-            for result in pl_module.describe()
-        ]
-        summary = summarize(used, described, facts, pl_module.baseline)
+        summary = summarize(used, pl_module.describe(), facts, pl_module.baseline)
         write_whole(folder.summary, json.dumps(summary, indent=1) + "\n")
         combined = {
             f"robust/{result['defense']}/{result['attack']}/{rule}": result["robust"][rule][0]

@@ -25,7 +25,6 @@ from lit_purify.metrics import Record
 
 RULES = ("average", "worst", "majority")
 ENSEMBLE = "ensemble"
-STOPPING = "runs all its steps; does not look at the defense's final runs"
 _GRADIENTS = ("exact", "bpda", "surrogate", "none")
 
 Pairs = Mapping[tuple[str, str], Sequence[Record]]
@@ -43,8 +42,7 @@ def summarize(
         baseline: The defense that paired differences are taken to.
     """
     pairs = by_pair(records)
-    described = [{"stopping": STOPPING, **result} for result in described]
-    described += ensembles(described)
+    described = [*described, *ensembles(described)]
     survived = {(result["defense"], result["attack"]): robust_outcomes(pairs, result) for result in described}
     results = []
     for result in described:

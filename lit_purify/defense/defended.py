@@ -35,3 +35,13 @@ class DefendedClassifier(nn.Module):
             index = torch.arange(len(image), device=image.device)
             noise = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION)
         return self.classifier(self.purifier(image, noise))
+
+    def attention(self, image: Tensor, noise: Noise, temperature: float = 0.1) -> Tensor | None:
+        """The mask as an attack on it may see it: ``Mask.relaxed``, (B, 1, H, W) in [0, 1], differentiable.
+
+        ``None`` where no image can move the mask, or there is none.
+        """
+        rule = self.purifier.mask
+        if rule is None or not rule.relaxable:
+            return None
+        return rule.relaxed(self.classifier, image, noise, temperature)

@@ -23,6 +23,7 @@ class Attacked:
     """What an attack is handed in place of the defense, and what is reported of it.
 
     Attributes:
+        defended: The defense.
         model: From (image, noise) to logits.
         gradient: ``exact``: the defense itself, through all its steps. ``surrogate``: another function, cheaper or
             smoother. ``bpda``: the defense itself, with the identity for the gradient of the purifier.
@@ -32,12 +33,21 @@ class Attacked:
         remark: What to warn of.
     """
 
+    defended: DefendedClassifier
     model: LogitsFunction
     gradient: Literal["exact", "surrogate", "bpda"]
     mask_gradient: Literal["frozen", "straight_through", "soft", "none"]
     nfe: int
     levels: list[int]
     remark: str | None = None
+
+    def __call__(self, image: Tensor, noise: Noise) -> Tensor:
+        """Logits (B, classes)."""
+        return self.model(image, noise)
+
+    def attention(self, image: Tensor, noise: Noise) -> Tensor | None:
+        """The defense's mask, relaxed, for attacks on the mask itself: see ``DefendedClassifier.attention``."""
+        return self.defended.attention(image, noise)
 
 
 class Gradient(ABC):
@@ -74,10 +84,12 @@ class Exact(Gradient):
         """See ``Gradient``."""
         purifier, rule = defended.purifier, defended.purifier.mask
         if rule is None or not rule.relaxable or self.mask == "frozen":
-            return Attacked(defended, "exact", "none" if rule is None else "frozen", purifier.nfe, purifier.levels)
+            kind: Literal["none", "frozen"] = "none" if rule is None else "frozen"
+            return Attacked(defended, defended, "exact", kind, purifier.nfe, purifier.levels)
         soft = self.mask == "soft"
         view = purifier.with_mask(Relaxed(rule, soft, self.temperature))
         return Attacked(
+            defended,
             DefendedClassifier(view, defended.classifier),
             "surrogate" if soft else "exact",
             self.mask,
@@ -109,7 +121,7 @@ class Surrogate(Gradient):
         if theirs.start != ours.start:
             # Rounding to another grid can change what is attacked.
             remark = f"the surrogate of {self.steps} steps noises to {theirs.start}, the defense to {ours.start}"
-        return replace(view, gradient="surrogate", remark=remark)
+        return replace(view, defended=defended, gradient="surrogate", remark=remark)
 
 
 class BPDA(Gradient):
@@ -128,7 +140,7 @@ class BPDA(Gradient):
             # What is added is 0, with a gradient.
             return defended.classifier(purified + (image - image.detach()))
 
-        return Attacked(logits, "bpda", "none", purifier.nfe, purifier.levels)
+        return Attacked(defended, logits, "bpda", "none", purifier.nfe, purifier.levels)
 
 
 class BareClassifier(Gradient):
@@ -140,4 +152,4 @@ class BareClassifier(Gradient):
         def logits(image: Tensor, noise: Noise) -> Tensor:
             return defended.classifier(image)
 
-        return Attacked(logits, "surrogate", "none", 0, [])
+        return Attacked(defended, logits, "surrogate", "none", 0, [])

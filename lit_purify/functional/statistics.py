@@ -114,8 +114,9 @@ def ensemble(attacks: Tensor) -> Tensor:
 def held_out(right: Tensor) -> Tensor:
     """As the average of ``ensemble``, with the attack chosen on the other runs than the one that judges it: (B,).
 
-    Every run is left out once; equally good attacks count equally. The runs that choose do not judge, so this is the
-    accuracy, without bias, under an attacker who chooses by N - 1 runs. That choice can miss the best attack: the
+    Every run is left out once; of equally good attacks the first is chosen, so that attacks after one that left nothing
+    change nothing. The runs that choose do not judge, so this is the accuracy, without bias, under an attacker who
+    chooses by N - 1 runs. That choice can miss the best attack: the
     accuracy under the truly best attack of each sample lies between the two expectations.
 
     Args:
@@ -123,8 +124,9 @@ def held_out(right: Tensor) -> Tensor:
     """
     right = right.double()
     others = right.sum(dim=2, keepdim=True) - right
-    chosen = (others == others.amin(dim=0)).double()
-    return ((right * chosen).sum(dim=0) / chosen.sum(dim=0)).mean(dim=1)
+    chosen = others == others.amin(dim=0)
+    first = chosen & (chosen.cumsum(dim=0) == 1)
+    return (right * first).sum(dim=0).mean(dim=1)
 
 
 def wilson(mean: float, count: float) -> Interval:

@@ -26,6 +26,8 @@ class Record:
         linf: Largest change of a pixel of [0, 1].
         l2: Euclidean norm of the change.
         seconds: Time spent on this sample, its share of the batch.
+        lost_to: The earlier attack whose image this is, where it left the sample wrong in all runs and the evaluation
+            skips what is lost; ``None`` where the attack itself ran.
     """
 
     defense: str
@@ -37,6 +39,7 @@ class Record:
     linf: float
     l2: float
     seconds: float
+    lost_to: str | None = None
 
     @property
     def key(self) -> Key:

@@ -65,7 +65,7 @@ class AuditingTrainer(CheckingTrainer):
         rows: list[Row] = []
         for defense, defended in model.defenses.items():
             assert isinstance(defended, DefendedClassifier)
-            view = model._attacked[defense, name]
+            view = model.views[defense, name]
             with self.precision_plugin.forward_context():
                 audit = Audit(defended, view, attack, image, label, index, model.seed, runs, chunk, proposals)
                 for row in audit.rows(defense):

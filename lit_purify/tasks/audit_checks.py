@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_purify.attacks import PGD, Attack, Queries, Square, Transfer
+from lit_purify.attacks import PGD, Attack, MaskShift, Queries, Square, Transfer
 from lit_purify.defense import (
     BPDA,
     Attacked,
@@ -36,8 +36,8 @@ LEVEL, TOLERANCE, SAME_LIMIT = 0.05, 0.05, 1e-5
 """Chance to fail a sound defense by its comparisons; what an attack may overstate; largest relative difference."""
 _STEPS, _EOT, _RESTARTS = 20, 16, 2
 """What a thorough attack has at least; else twice the configured."""
-_CHECKED, _MOVED = 4, 0.02
-"""Samples whose gradients are checked, and how far they are moved, as in ``gradcheck``."""
+_CHECKED = 4
+"""Samples whose gradients are checked."""
 _AVERAGE, _WORST, _MAJORITY = range(3)
 _RULES = ("average accuracy", "worst-of-N accuracy", "accuracy of the vote")
 
@@ -111,7 +111,7 @@ class Audit:
                 raise
             yield Row(name, "attackable", 0.0, 1.0, "fail", f"no attack can follow this gradient: {error}")
             return
-        self.reference = self.survival(self.attack, self._spying(self.view.model))
+        self.reference = self.survival(self.attack, replace(self.view, model=self._spying(self.view.model)))
         for values in self._facts():
             yield Row(name, *values)
         compared = list(self._comparisons())
@@ -132,18 +132,16 @@ class Audit:
         return KeyedNoise(self.seed, self.index, torch.zeros_like(self.index), stream)
 
     def _moved(self) -> Samples:
-        """The first samples, off the even backgrounds on which a network can stand in the kink of a ReLU."""
-        noise, image = self._noise(ATTACK), self.image.clamp(_MOVED, 1.0 - _MOVED)
-        image = image + _MOVED * (2.0 * noise.uniform(START_STEP, image) - 1.0)
-        rows = torch.arange(min(_CHECKED, len(image)), device=image.device)
-        return Samples(image[rows], self.label[rows], noise.rows(rows))
+        """The first samples, moved as in ``gradcheck``."""
+        rows = torch.arange(min(_CHECKED, len(self.image)), device=self.image.device)
+        return Samples.moved(self.image[rows], self.label[rows], self._noise(ATTACK).rows(rows))
 
     def _probe(self) -> None:
         """Logits (B, 2, classes) for two draws: what the attack sees when it differentiates, and the defense."""
         noise = self._noise(ATTACK)
         # Off the samples: there symmetries can hide what differs between two draws.
-        image = RandomNoise(self.attack.norm, self.attack.eps)(self.view.model, self.image, self.label, noise)
-        seen = draws_in_chunks(self.view.model, margin_loss, image, self.label, noise, [0, 1], self.chunk)
+        image = RandomNoise(self.attack.norm, self.attack.eps)(self.view, self.image, self.label, noise)
+        seen = draws_in_chunks(self.view, margin_loss, image, self.label, noise, [0, 1], self.chunk)
         self.attacked = seen.logits
         self.defending = logits_in_chunks(self.defended, image, noise, [0, 1], self.chunk)
         evaluated = logits_in_chunks(self.defended, image, self._noise(EVALUATION), [0, 1], self.chunk)
@@ -194,14 +192,14 @@ class Audit:
         noise = Fixed(self.seed, self.index, torch.zeros_like(self.index), ATTACK)
         # All draws are the same one.
         attack = varied(self.attack, eot=1, aggregate="mean")
-        adversarial = attack(self.view.model, self.image, self.label, noise, self.chunk)
+        adversarial = attack(self.view, self.image, self.label, noise, self.chunk)
         left = self._outcomes(adversarial, noise=noise)[:, _AVERAGE]
         said = f"owed to randomness: {_percent(float(left.mean()))} survive with one draw for attack and defense"
         return "frozen_noise", float((self.reference[:, _AVERAGE] - left).mean()), None, "note", said
 
     def _unbounded(self) -> tuple[str, float, float, Verdict, str]:
         """Gray is within reach of every sample: what is right there by guessing is the most that may survive."""
-        shares = self.survival(enlarged(self.attack, self._everything / self.attack.eps), self.view.model)[:, _AVERAGE]
+        shares = self.survival(enlarged(self.attack, self._everything / self.attack.eps), self.view)[:, _AVERAGE]
         limit = float(self.label.bincount().max()) / len(self.label)
         left = mean_interval(shares, self.runs)
         said = f"survive at eps {self._everything:.3g}, at least {_percent(left.low)}; by guessing {_percent(limit)}"
@@ -232,7 +230,7 @@ class Audit:
 
     def _comparisons(self) -> Iterator[Comparison]:
         """Attacks that have no right to be stronger than the configured one."""
-        attack, model, defended = self.attack, self.view.model, self.defended
+        attack, view, defended = self.attack, self.view, self.defended
 
         def than(
             check: str, other: Attack, model: LogitsFunction, said: str, meaning: str, rule: int = _AVERAGE
@@ -242,63 +240,75 @@ class Audit:
 
         wider = next((k for k in (4.0, 2.0) if k * attack.eps < self._everything), None)
         if wider is not None:
-            left = self.survival(enlarged(attack, wider), model)
+            left = self.survival(enlarged(attack, wider), view)
             excess, said = (left - self.reference)[:, _AVERAGE], f"eps in place of {wider:g} eps"
             yield Comparison("wider", excess, _AVERAGE, said, "the gradient misleads")
         said, masked = "random noise of equal norm", "the gradient is masked, or the attack weak"
-        yield than("noise", RandomNoise(attack.norm, attack.eps), model, said, masked)
+        yield than("noise", RandomNoise(attack.norm, attack.eps), view, said, masked)
         steps = max(2 * attack.steps, _STEPS)
-        yield than("more_steps", varied(attack, steps=steps), model, f"{steps} steps", "the attack is cut short")
+        yield than("more_steps", varied(attack, steps=steps), view, f"{steps} steps", "the attack is cut short")
         if self.randomized:
             eot = max(2 * attack.eot, _EOT)
             meaning = "the attack averages over too few draws"
-            yield than("more_eot", varied(attack, eot=eot), model, f"{eot} draws a step", meaning)
+            yield than("more_eot", varied(attack, eot=eot), view, f"{eot} draws a step", meaning)
         if hasattr(attack, "restarts"):
             restarts = _RESTARTS * attack.restarts
             meaning = "one start is not enough"
-            yield than("restarts", varied(attack, restarts=restarts), model, f"{restarts} starts", meaning)
+            yield than("restarts", varied(attack, restarts=restarts), view, f"{restarts} starts", meaning)
         square = Square(attack.norm, attack.eps, self.proposals, max(1, attack.eot) if self.randomized else 1, p=0.3)
         yield than("black_box", square, defended, f"Square, {self.proposals} proposals", masked)
-        bare = BareClassifier().attacked(defended).model
+        bare = BareClassifier().attacked(defended)
         transfer = Transfer(varied(attack, eot=1, aggregate="mean"))
         yield than("transfer", transfer, bare, "the attack on the bare classifier", masked)
         if self.view.gradient != "bpda" and type(defended.purifier) is not NoPurifier:
             said = "the identity for the purifier's gradient"
-            yield than("bpda", attack, BPDA().attacked(defended).model, said, "the purifier's own is shattered")
+            yield than("bpda", attack, BPDA().attacked(defended), said, "the purifier's own is shattered")
         if not self.exact:
             meaning = "what was attacked stands in badly for the defense"
-            yield than("exact", attack, Exact().attacked(defended).model, "the exact gradient", meaning)
+            yield than("exact", attack, Exact().attacked(defended), "the exact gradient", meaning)
         yield from self._aggregates(than)
         for loss in self._losses():
             other = varied(attack, loss_name=loss, loss=named_loss(loss), targets=0)
-            yield than(f"loss_{loss}", other, model, f"the {loss} loss", "the configured loss saturates")
+            yield than(f"loss_{loss}", other, view, f"the {loss} loss", "the configured loss saturates")
         if getattr(attack, "loss_name", None) == "ce":
             scale = float(self.attacked.std(dim=2).mean()) or 1.0
             said = "logits scaled to deviation 1"
-            yield than("scaled", attack, lambda x, n: model(x, n) / scale, said, "the configured loss saturates")
+            yield than(
+                "scaled",
+                attack,
+                replace(view, model=lambda x, n: view(x, n) / scale),
+                said,
+                "the configured loss saturates",
+            )
         rule = defended.purifier.mask
         if rule is not None and rule.relaxable:
+            hidden = "the mask hides its gradient"
             # The exact attack above has a frozen mask.
             kinds: tuple[MaskGradient, ...] = ("frozen", "straight_through", "soft")
             for kind in kinds if self.exact else kinds[1:]:
                 if kind != self.view.mask_gradient:
-                    view = Exact(kind).attacked(defended)
                     said = f"the {kind} gradient of the mask"
-                    yield than(f"mask_{kind}", attack, view.model, said, "the mask hides its gradient")
+                    yield than(f"mask_{kind}", attack, Exact(kind).attacked(defended), said, hidden)
+            shift = MaskShift(attack.norm, attack.eps, attack.steps, self._step, eot=attack.eot, loss="margin")
+            yield than("mask_shift", shift, view, f"an attack that moves the mask, {shift.shift_steps} steps", hidden)
 
     def _aggregates(self, than: Any) -> Iterator[Comparison]:  # noqa: ANN401
         """Attacks on the vote of N runs, and on the worst of them, each judged by what it is for."""
         attack = self.attack
         if not self.randomized or self.runs == 1:
             return
-        step = getattr(attack, "step_size", attack.eps / 4.0)
         for kind, rule in (("vote", _MAJORITY), ("worst", _WORST)):
             if getattr(attack, "aggregate", None) != kind:
                 eot = max(attack.eot, self.runs)
                 # It is told apart from the configured attack by its aim: the loss that this aim is written in.
-                aimed = PGD(attack.norm, attack.eps, attack.steps, step, eot, "ce", aggregate=kind)  # type: ignore[arg-type]
+                aimed = PGD(attack.norm, attack.eps, attack.steps, self._step, eot, "ce", aggregate=kind)  # type: ignore[arg-type]
                 meaning = f"the {_RULES[rule]} says little: it was not aimed at"
-                yield than(kind, aimed, self.view.model, f"an attack on the {kind}", meaning, rule)
+                yield than(kind, aimed, self.view, f"an attack on the {kind}", meaning, rule)
+
+    @property
+    def _step(self) -> float:
+        """Length of a step of other attacks than the configured one."""
+        return float(getattr(self.attack, "step_size", self.attack.eps / 4.0))
 
     def _losses(self) -> list[LossName]:
         """Losses that the attack could raise, but does not."""

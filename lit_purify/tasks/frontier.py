@@ -70,7 +70,18 @@ class FrontierTask(RobustnessTask):
             if not self.families[family]:
                 reason = self.refused.get(names[0], "it is not among the points") if names else "a list is empty"
                 raise InputError(f"families.{family}: no point is left ({reason})")
-        super().__init__(classifier, denoiser, kept, attacks, baseline, runs, chunk, seed, gallery, gradients)
+        super().__init__(
+            classifier,
+            denoiser,
+            kept,
+            attacks,
+            baseline=baseline,
+            runs=runs,
+            chunk=chunk,
+            seed=seed,
+            gallery=gallery,
+            gradients=gradients,
+        )
         self.on_test = on_test
 
     def check(self, data: ImageDataModule) -> None:

@@ -78,6 +78,12 @@ class Samples:
     label: Tensor
     noise: KeyedNoise
 
+    @classmethod
+    def moved(cls, image: Tensor, label: Tensor, noise: KeyedNoise) -> Samples:
+        """Samples moved at random, off even backgrounds: there a network can stand in the very kink of a ReLU."""
+        image = image.clamp(_MOVED, 1.0 - _MOVED)
+        return cls(image + _MOVED * (2.0 * noise.uniform(START_STEP, image) - 1.0), label, noise)
+
     def double(self) -> Samples:
         """In float64."""
         return Samples(self.image.double(), self.label, self.noise)
@@ -233,9 +239,7 @@ class CheckingTrainer(L.Trainer):
         index = torch.tensor([row["index"] for row in rows], device=device)
         noise = KeyedNoise(model.seed, index, torch.zeros_like(index), ATTACK)
         image = torch.stack([row["image"] for row in rows]).to(device)
-        # On an even background a network can stand in the very kink of a ReLU, where no derivative exists.
-        image = image.clamp(_MOVED, 1.0 - _MOVED) + _MOVED * (2.0 * noise.uniform(START_STEP, image) - 1.0)
-        chosen = Samples(image, torch.tensor([row["label"] for row in rows], device=device), noise)
+        chosen = Samples.moved(image, torch.tensor([row["label"] for row in rows], device=device), noise)
         print(f"Gradients of {len(rows)} samples of {datamodule.name} ({datamodule.evaluate_on})")
         for name, defense in model.defenses.items():
             assert isinstance(defense, DefendedClassifier)

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -23,6 +23,8 @@ from lit_purify.functional.threat import l2_norm, linf_norm
 from lit_purify.metrics import Record, RobustAccuracy
 from lit_purify.metrics.records import Key
 from lit_purify.models import Classifier, Denoiser
+
+_SKIPPING = "; leaves out samples that an earlier attack left wrong in all runs"
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class RobustnessTask(L.LightningModule):
         seed: Of all noise.
         gallery: Samples whose images are shown, the first of the evaluated ones.
         gradients: What attacks differentiate, by the attack's name; ``Exact()`` where none is given.
+        skip_lost: Do not attack a sample again that an earlier attack of the same threat model left wrong in all runs:
+            its record repeats the earlier one. Cheaper, and the ensemble of the attacks is the same; the rows of later
+            attacks then are those of all attacks so far.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class RobustnessTask(L.LightningModule):
         seed: int = 0,
         gallery: int = 12,
         gradients: dict[str, Gradient] | None = None,
+        skip_lost: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("runs", runs), ("chunk", chunk)):
@@ -101,12 +107,13 @@ class RobustnessTask(L.LightningModule):
             {name: DefendedClassifier(make(denoiser, classifier), classifier) for name, make in defenses.items()}
         )
         self.attacks = dict(attacks)
-        self._attacked = self._views(gradients or {})
-        self.runs, self.chunk, self.seed, self.gallery = runs, chunk, seed, gallery
+        self.views = self._views(gradients or {})
+        self.runs, self.chunk, self.seed, self.gallery, self.skip_lost = runs, chunk, seed, gallery, skip_lost
         self.metrics = nn.ModuleDict({self.metric_name(*pair): RobustAccuracy(runs) for pair in self.pairs})
         self.clean = nn.ModuleDict({name: RobustAccuracy(runs) for name in defenses})
         self._done: set[Key] = set()
         self._clean_counted: set[tuple[str, int]] = set()
+        self._lost: dict[tuple[str, str, float, int], Record] = {}
         self._shown: set[int] = set()
 
     @property
@@ -131,7 +138,7 @@ class RobustnessTask(L.LightningModule):
             purifier, how, view = (
                 self._defended(defense).purifier,
                 self.attacks[attack],
-                self._attacked[defense, attack],
+                self.views[defense, attack],
             )
             described.append(
                 {
@@ -146,6 +153,7 @@ class RobustnessTask(L.LightningModule):
                     "gradient": view.gradient if how.gradient == "exact" else how.gradient,
                     "mask_gradient": "none" if how.gradient == "none" else view.mask_gradient,
                     "queries": how.queries._asdict(),
+                    "stopping": how.stopping + (_SKIPPING if self.skip_lost else ""),
                     "nfe_defense": purifier.nfe,
                     "nfe_attack": view.nfe,
                     "levels": purifier.levels,
@@ -167,7 +175,7 @@ class RobustnessTask(L.LightningModule):
                     f"the run's folder holds a record of {record.defense} under {record.attack} with "
                     f"{len(record.clean)} runs, which this evaluation does not make; use another --run"
                 )
-            self._done.add(record.key)
+            self._note(record)
             if count:
                 self._count(record)
             else:
@@ -186,7 +194,7 @@ class RobustnessTask(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Checks, warns, and chooses what is shown."""
         self.check(self._data())
-        for (defense, attack), view in self._attacked.items():
+        for (defense, attack), view in self.views.items():
             if view.remark is not None and self.trainer.is_global_zero:
                 print(f"warning: {attack} on {defense}: {view.remark}", file=sys.stderr)
         self._shown = set(self._data().evaluated.positions[: self.gallery].tolist())
@@ -198,10 +206,15 @@ class RobustnessTask(L.LightningModule):
             todo = [i for i, index in enumerate(batch["index"].tolist()) if (defense, attack, index) not in self._done]
             if not todo:
                 continue
-            rows = torch.tensor(todo, device=self.device)
-            records, views = self._evaluate(defense, attack, {name: values[rows] for name, values in batch.items()})
+            lost = {int(batch["index"][i]): self._lost_before(defense, attack, int(batch["index"][i])) for i in todo}
+            records = [replace(record, attack=attack) for record in lost.values() if record is not None]
+            views: list[View] = []
+            if left := [i for i in todo if lost[int(batch["index"][i])] is None]:
+                rows = torch.tensor(left, device=self.device)
+                made, views = self._evaluate(defense, attack, {name: values[rows] for name, values in batch.items()})
+                records = sorted([*records, *made], key=lambda record: record.index)
             for record in records:
-                self._done.add(record.key)
+                self._note(record)
                 self._count(record)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, EvaluationListener):
@@ -230,7 +243,7 @@ class RobustnessTask(L.LightningModule):
         model, image, label, index = self._defended(defense), batch["image"], batch["label"], batch["index"]
         attack_noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
-        attacked = self._attacked[defense, attack].model
+        attacked = self.views[defense, attack]
         adversarial = self.attacks[attack](attacked, image, label, attack_noise, self.chunk)
         runs = list(range(self.runs))
         clean, broken = (
@@ -255,6 +268,18 @@ class RobustnessTask(L.LightningModule):
                 original, shown = image[row].cpu(), adversarial[row].cpu()
                 views.append(View(records[row], original, shown, trace.noised[k].cpu(), trace.purified[k].cpu(), mask))
         return records, views
+
+    def _lost_before(self, defense: str, attack: str, index: int) -> Record | None:
+        """What stands for a sample that needs no further attack."""
+        how = self.attacks[attack]
+        return self._lost.get((defense, how.norm, how.eps, index)) if self.skip_lost else None
+
+    def _note(self, record: Record) -> None:
+        self._done.add(record.key)
+        if record.label not in record.adversarial:
+            how = self.attacks[record.attack]
+            repeated = replace(record, lost_to=record.lost_to or record.attack, seconds=0.0)
+            self._lost.setdefault((record.defense, how.norm, how.eps, record.index), repeated)
 
     def _count(self, record: Record) -> None:
         label = torch.tensor([record.label], device=self.device)
