@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import yaml
+from torch import nn
 
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models import Denoiser, ResNetClassifier, UNet
@@ -23,6 +25,19 @@ class FixedNoise:
 
     def runs(self, runs):
         return FixedNoise(self.value.repeat_interleave(len(runs), dim=0))
+
+
+class Curved(Denoiser):
+    """A small smooth network."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.size, self.schedule = 1, 8, Schedule.linear()
+        self.net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1))
+        randomized(self.net)
+
+    def forward(self, x, t):
+        return self.net(x) * (1.0 + t.reshape(len(t), 1, *t.shape[2:] or (1, 1)) / 1000.0).to(x.dtype)
 
 
 class GaussianDenoiser(Denoiser):
@@ -67,3 +82,33 @@ def images():
 @pytest.fixture(scope="session")
 def fixed(images):
     return FixedNoise(torch.randn(images.shape, generator=torch.Generator().manual_seed(2)))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Writes a configuration of small networks, with the defenses and the attacks given: what ``evaluate`` takes."""
+
+    def write(defenses, attacks=None, gradients=None):
+        pgd = {"class_path": "PGD", "init_args": {"norm": "linf", "eps": 0.1, "steps": 2, "step_size": 0.1}}
+        resnet = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
+        task = {
+            "classifier": {"class_path": "ResNetClassifier", "init_args": resnet},
+            "denoiser": {"class_path": "conftest.Curved"},
+            "defenses": defenses,
+            "attacks": attacks or {"pgd": pgd},
+            "runs": 2,
+            "chunk": 16,
+            "gallery": 1,
+            **({"gradients": gradients} if gradients else {}),
+        }
+        settings = {
+            "model": {"class_path": "RobustnessTask", "init_args": task},
+            "data": {"class_path": "Digits", "init_args": {"subset": {"class_path": "First", "init_args": {"n": 3}}}},
+            "trainer": {"logger": False, "accelerator": "cpu"},
+        }
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        return ["--config", str(path), "--run", str(tmp_path / "run")]
+
+    write.run = tmp_path / "run"
+    return write

@@ -7,8 +7,7 @@ from math import comb
 import flattering as zoo
 import pytest
 import torch
-import yaml
-from test_gradients import Curved
+from conftest import Curved
 
 from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2
 from lit_purify.cli import evaluate
@@ -242,38 +241,15 @@ def test_frozen_noise_says_how_much_is_owed_to_randomness():
 # The command
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    def write(defense="UniformPurifier", attacks=None, **init):
-        resnet = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
-        steps = {"norm": "linf", "eps": 0.1, "steps": 2, "step_size": 0.1}
-        task = {
-            "classifier": {"class_path": "ResNetClassifier", "init_args": resnet},
-            "denoiser": {"class_path": "test_gradients.Curved"},
-            "defenses": {"it": {"class_path": defense, "init_args": init}},
-            "attacks": attacks or {"pgd": {"class_path": "PGD", "init_args": steps}},
-            "runs": 2,
-            "chunk": 16,
-            "gallery": 1,
-        }
-        settings = {
-            "model": {"class_path": "RobustnessTask", "init_args": task},
-            "data": {"class_path": "Digits", "init_args": {"subset": {"class_path": "First", "init_args": {"n": 3}}}},
-            "trainer": {"logger": False, "accelerator": "cpu"},
-        }
-        path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        return ["--config", str(path), "--run", str(tmp_path / "run")]
-
-    write.run = tmp_path / "run"
-    return write
+def one(class_path="UniformPurifier", **init):
+    return {"it": {"class_path": class_path, "init_args": init}}
 
 
 FEW = ["--samples", "2", "--runs", "2", "--proposals", "2"]
 
 
 def test_the_command_writes_its_verdict_and_touches_no_records(tiny, capsys):
-    arguments = tiny(level=20, steps=1)
+    arguments = tiny(one(level=20, steps=1))
     evaluate(arguments)
     before = {path.name: path.read_bytes() for path in tiny.run.iterdir() if path.is_file()}
     capsys.readouterr()
@@ -294,7 +270,7 @@ def test_the_command_writes_its_verdict_and_touches_no_records(tiny, capsys):
 
 def test_the_command_exits_with_1_when_the_figure_is_not_to_be_believed(tiny, capsys):
     with pytest.raises(SystemExit) as exit_:
-        evaluate(["audit", *tiny("flattering.Quantized"), *FEW])
+        evaluate(["audit", *tiny(one("flattering.Quantized")), *FEW])
     assert exit_.value.code == 1
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("audit: FAILED: not to be believed: it (")
@@ -315,7 +291,7 @@ SQUARE = {"square": {"class_path": "Square", "init_args": {"norm": "linf", "eps"
 )
 def test_bad_input_is_refused_in_one_line(attacks, options, message, tiny, capsys):
     with pytest.raises(SystemExit) as exit_:
-        evaluate(["audit", *tiny(attacks=attacks, level=20, steps=1), *options])
+        evaluate(["audit", *tiny(one(level=20, steps=1), attacks), *options])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.strip().endswith(f"error: {message}")
     assert not tiny.run.exists()

@@ -9,7 +9,6 @@ import pytest
 import torch
 import yaml
 from conftest import FixedNoise, GaussianDenoiser, randomized
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_purify.attacks import PGD, Square, Transfer
@@ -36,7 +35,7 @@ from lit_purify.functional import mask as F
 from lit_purify.functional.noise import KeyedNoise
 from lit_purify.functional.schedule import Schedule, grid
 from lit_purify.metrics.records import Record
-from lit_purify.models import Denoiser, UNet
+from lit_purify.models import UNet
 from lit_purify.run_folder import RunFolder
 from lit_purify.tasks import RobustnessTask
 
@@ -447,19 +446,6 @@ def test_recomputation_replays_dropout(classifier, images):
 # gradcheck
 
 
-class Curved(Denoiser):
-    """A small smooth network."""
-
-    def __init__(self):
-        super().__init__()
-        self.channels, self.size, self.schedule = 1, 8, Schedule.linear()
-        self.net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1))
-        randomized(self.net)
-
-    def forward(self, x, t):
-        return self.net(x) * (1.0 + t.reshape(len(t), 1, *t.shape[2:] or (1, 1)) / 1000.0).to(x.dtype)
-
-
 class Detached(UniformPurifier):
     """Cut: the gradient does not go through the denoiser."""
 
@@ -492,36 +478,6 @@ class Quantized(UniformPurifier):
 
     def forward(self, image, noise):
         return (super().forward(image, noise) * 255).round() / 255
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    """A configuration of small networks, with the defenses and the attacks given."""
-
-    def write(defenses, attack=None, gradients=None):
-        pgd = {"class_path": "PGD", "init_args": {"norm": "linf", "eps": 0.2, "steps": 1, "step_size": 0.1}}
-        resnet = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
-        task = {
-            "classifier": {"class_path": "ResNetClassifier", "init_args": resnet},
-            "denoiser": {"class_path": "test_gradients.Curved"},
-            "defenses": defenses,
-            "attacks": {"pgd": attack or pgd},
-            "runs": 2,
-            "chunk": 16,
-            "gallery": 1,
-            **({"gradients": gradients} if gradients else {}),
-        }
-        settings = {
-            "model": {"class_path": "RobustnessTask", "init_args": task},
-            "data": {"class_path": "Digits", "init_args": {"subset": {"class_path": "First", "init_args": {"n": 3}}}},
-            "trainer": {"logger": False, "accelerator": "cpu"},
-        }
-        path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        return ["--config", str(path), "--run", str(tmp_path / "run")]
-
-    write.run = tmp_path / "run"
-    return write
 
 
 def uniform(class_path="UniformPurifier"):
