@@ -52,6 +52,7 @@ class _CLI(LightningCLI):
     """One run folder for everything that a run writes."""
 
     subcommand: str
+    folder: RunFolder | None = None
 
     def __init__(
         self,
@@ -61,7 +62,6 @@ class _CLI(LightningCLI):
         **defaults: Any,  # noqa: ANN401
     ) -> None:
         _quiet()
-        self.folder: RunFolder | None = None
         self.running = False
         try:
             _check_configs(argv)
@@ -86,6 +86,9 @@ class _CLI(LightningCLI):
                 raise
             # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
             _fail(message, every_rank=self.running)
+        finally:
+            if self.folder is not None:
+                self.folder.release()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -273,7 +276,8 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=[RecordWriter(), Gallery(), Progress(), Report(), WandbReport()],
+        # Pictures before records: a sample whose record is there is not shown again.
+        callbacks=[Gallery(), RecordWriter(), Progress(), Report(), WandbReport()],
     )
 
 
@@ -346,6 +350,8 @@ def _quiet() -> None:
         ".*smaller than the logging interval.*",
         # Of it the loader knows: see data/base.py.
         ".*your dataloader is not resumable.*",
+        # Of few samples a process may get none.
+        ".*was called before the ``update`` method.*",
         # Metrics are summed over processes already.
         ".*sync_dist=True.*",
     ):

@@ -39,7 +39,7 @@ def explanation(error: Exception, folder: RunFolder | None) -> str | None:
     if not isinstance(error, OSError):
         return None
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if folder is None or (error.filename is None and not full):
+    if folder is None or (error.filename is None and not full and error.errno != errno.EFBIG):
         return " ".join(str(error).split())
     # A write into an open file does not name it: it is one of the run's own.
     path, run = Path(error.filename or folder.path), folder.path.absolute()

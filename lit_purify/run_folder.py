@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -43,6 +45,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: BinaryIO | None = None
 
     @property
     def config(self) -> Path:
@@ -84,6 +87,20 @@ class RunFolder:
         """Where a process other than rank zero appends its records: every file has one writer."""
         return self.records if rank == 0 else self.path / f"records.rank{rank}.jsonl"
 
+    def open_part(self, rank: int) -> BinaryIO:
+        """Opens what a process appends its records to.
+
+        ``collect`` has removed the parts of an earlier run. What is left of that run, if it still lives, holds a file
+        without a name, and learns so from its next write.
+
+        Raises:
+            InputError: Another process is writing there.
+        """
+        try:
+            return self.part(rank).open("ab" if rank == 0 else "xb", buffering=0)
+        except FileExistsError as error:
+            raise InputError(_taken(self.part(rank))) from error
+
     def collect(self, write: bool) -> list[Record]:
         """All records of all processes, sorted; on request merged into ``records.jsonl``, which mends a torn line."""
         parts = [self.records, *sorted(self.path.glob("records.rank*.jsonl"))]
@@ -96,21 +113,30 @@ class RunFolder:
                 part.unlink()
         return records
 
-    def lock(self) -> IO[str]:
-        """Keeps other runs out of the folder for as long as what is returned stays open.
+    def lock(self) -> None:
+        """Keeps other runs out of the folder until it is released, or this process ends.
 
         Raises:
-            InputError: Another process is writing there.
+            InputError: Another run is writing there.
         """
+        self.release()
         self.path.mkdir(parents=True, exist_ok=True)
-        stream = (self.path / ".lock").open("w")
+        self._lock = (self.path / ".lock").open("wb")
+        # Worker processes of a loader outlive a killed run for some seconds: they must not hold its lock.
+        os.register_at_fork(after_in_child=self._lock.close)
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: another run is writing there; wait for it, or give another --run"
-            ) from error
-        return stream
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.release()
+            raise InputError(_taken(self.path)) from error
+        except OSError:
+            # A file system without locks. Two runs there would take each other's parts away, and so notice.
+            pass
+
+    def release(self) -> None:
+        """Lets other runs in."""
+        if self._lock is not None:
+            self._lock.close()
 
     def write_config(self, text: str, write: bool) -> None:
         """Writes the configuration of a run."""
@@ -119,29 +145,39 @@ class RunFolder:
             write_whole(self.config, text)
 
     def claim(self, text: str, write: bool) -> None:
-        """Makes the folder this run's own.
+        """Makes the folder this run's own; a process that writes locks it before it looks at anything.
 
         Args:
             text: The resolved configuration, YAML.
             write: Whether this process writes.
 
         Raises:
-            InputError: The folder holds records of a run with other settings.
+            InputError: The folder holds records of a run with other settings, or another run is writing there.
         """
+        if write:
+            self.lock()
         identity = identify(yaml.safe_load(text))
+        before = json.loads(self.identity.read_text()) if self.identity.exists() else identity
+        differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
         # Without records there is nothing that other settings could mix with.
-        if self.identity.exists() and self.collect(write=False):
-            before = json.loads(self.identity.read_text())
-            differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
-            if differing:
-                key = differing[0]
-                raise InputError(
-                    f"{self.path} holds a run with other settings ({len(differing)} differ; {key}: {before.get(key)} "
-                    f"there, {identity.get(key)} here): choose another folder with --run, or remove that one"
-                )
+        if differing and self.collect(write=False):
+            shown = "; ".join(f"{key}: {_short(before, key)} there, {_short(identity, key)} here" for key in differing)
+            raise InputError(
+                f"{self.path} holds a run with other settings ({len(differing)} differ; {shown}): "
+                "choose another folder with --run, or remove that one"
+            )
         if write:
             self.write_config(text, write)
             write_whole(self.identity, json.dumps(identity, indent=1))
+
+
+def _taken(path: Path) -> str:
+    return f"{path}: another run is writing there; wait for it, or give another --run"
+
+
+def _short(settings: Mapping[str, Any], key: str) -> str:
+    """A value in few characters."""
+    return reprlib.repr(settings[key]).strip("'") if key in settings else "nothing"
 
 
 def identify(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -265,9 +265,12 @@ def test_a_torn_first_line_is_mended(tmp_path):
 
 
 def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
-    with RunFolder(tmp_path).lock(), pytest.raises(InputError, match="another run is writing"):
+    first = RunFolder(tmp_path)
+    first.lock()
+    with pytest.raises(InputError, match="another run is writing"):
         RunFolder(tmp_path).lock()
-    RunFolder(tmp_path).lock().close()
+    first.release()
+    RunFolder(tmp_path).lock()
 
 
 def test_identity_sees_what_changes_records(tmp_path):

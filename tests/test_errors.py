@@ -592,17 +592,16 @@ def test_no_space_left(refused_evaluation, evaluate, run, name):
 
 
 def test_no_space_left_for_records(refused_evaluation, evaluate, monkeypatch, run):
-    class Full:
-        def __getattr__(self, name):
-            return getattr(os, name)
-
-        def fsync(self, descriptor):
-            raise OSError(28, "No space left on device")
+    def full(stream, records):
+        raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lit_purify.callbacks.record_writer.os", Full())
+        patched.setattr("lit_purify.callbacks.record_writer.append_records", full)
         said = refused_evaluation(written=True)
-    assert said == f"{run}: no space left; choose another folder with --run"
+    assert said == (
+        f"{run / 'records.jsonl'}: no space left on device; what is recorded stays: make room and give the same "
+        "command again"
+    )
     assert len(evaluate()) == 8
 
 

@@ -1,9 +1,9 @@
-"""The base of every datamodule: batches that name image, label and index, loaders that shard exactly."""
+"""The base of every datamodule: batches that name image, label and index, loaders that give every sample once."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -16,6 +16,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
+from lit_purify.data.claims import Claims
 from lit_purify.data.subset import Indices, Subset, random_state, subset_sha256
 from lit_purify.errors import InputError
 
@@ -82,8 +83,8 @@ class _Shuffle(DistributedSampler[dict[str, Any]]):
 class _LazyLoader(DataLoader[dict[str, Any]]):
     """Begins a pass when its first batch is due.
 
-    Workers would read ahead as soon as an iterator is made, and when a training is resumed, Lightning makes it before
-    it says which epoch it is.
+    Workers would read ahead as soon as an iterator is made, and Lightning makes it before it says which epoch of a
+    resumed training it is, or a callback which samples of an evaluation are recorded already.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -98,7 +99,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     Args:
         batch_size: Samples a batch and process.
-        num_workers: Processes that read images; 0 reads in the main process.
+        num_workers: Processes that read images; 0 reads in the main process. An evaluation on several processes reads
+            in each of them: who reads ahead would claim samples that another process is free for.
         subset: Which samples of the evaluated split count; ``None`` takes all.
         evaluate_on: The split that ``test`` reads: ``test``, or ``val`` to choose settings on, or ``train``.
         seed: Of the shuffling.
@@ -124,6 +126,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.batch_size, self.num_workers, self.subset = batch_size, num_workers, subset
         self.evaluate_on, self.seed, self.val_subset = evaluate_on, seed, val_subset
         self._splits: dict[str, ImageDataset] = {}
+        self.finished: Collection[int] = ()
+        """Positions that an evaluation leaves out, as they are recorded already; the same on all processes."""
 
     @abstractmethod
     def split(self, name: str) -> ImageDataset:
@@ -171,9 +175,19 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self._loader(chosen, self._exact(chosen))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The evaluated samples, in order, each once over all processes."""
-        chosen = self.evaluated
-        return self._loader(chosen, self._exact(chosen))
+        """The evaluated samples that are not finished, in order, each once over all processes."""
+        chosen, (world, rank) = self.evaluated, self._shard()
+
+        def items() -> Indices:
+            return np.flatnonzero(~np.isin(chosen.positions, list(self.finished)))
+
+        return _LazyLoader(
+            chosen,
+            batch_sampler=Claims(items, self.batch_size, world, rank),
+            num_workers=self.num_workers if world == 1 else 0,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def _split(self, name: str) -> ImageDataset:
         if name not in self._splits:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import BinaryIO
 
 from lit_purify.errors import InputError
 
@@ -86,11 +88,34 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
     write_whole(path, "".join(record.line() for record in records))
 
 
+def append_records(stream: BinaryIO, records: Iterable[Record]) -> None:
+    """Brings whole lines to the disk, or none of them.
+
+    Args:
+        stream: Opened for appending, without a buffer.
+        records: What to append.
+    """
+    end = stream.seek(0, os.SEEK_END)
+    content = "".join(record.line() for record in records).encode()
+    try:
+        while content:
+            content = content[stream.write(content) :]
+        os.fsync(stream.fileno())
+    # Also a signal that ends the process.
+    except BaseException:
+        stream.truncate(end)
+        raise
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file or, when that fails, leaves what was there."""
     partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        with partial.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            # Else a crash of the machine may leave the new name and no content.
+            os.fsync(stream.fileno())
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)

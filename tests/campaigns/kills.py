@@ -1,0 +1,131 @@
+"""Interrupts evaluations at random, takes them up again, and compares with one that nobody interrupted.
+
+Each round begins an evaluation on some processes with some batch size and interrupts it one to three times: SIGKILL or
+SIGTERM of all processes or SIGKILL of one (what is left of the run lives on while the next begins), SIGKILL of a process
+just before its k-th change of the folder (merging, replacing, reporting), no more room in the middle of a write, or a
+second launch on the same folder. After some of them the end of a file of records is cut off, as when a machine crashes.
+Then it finishes, again on some processes with some batch size, and must leave what the uninterrupted one left; every
+record that was on the disk must have been kept.
+
+    PYTHONPATH=. python tests/campaigns/kills.py --rounds 50 --seed 0
+
+About 8 seconds of one core a round; exit status 1 when a round fails.
+"""
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from processes import Launch, finish, recorded, result, tiny
+
+KINDS = ("all", "one", "term", "folder", "room", "second")
+
+
+def interrupt(draw, config, run, duration, kind):
+    """Begins an evaluation and ends it; returns the launch, of which processes may live on."""
+    world = draw.choice((1, 2, 3))
+    flags = ["--data.init_args.batch_size", str(draw.choice((1, 3, 5, 13)))]
+    die = (draw.randrange(world), draw.randrange(22)) if kind == "folder" else None
+    room = draw.randrange(4_000, 7_000) if kind == "room" else None
+    launch = Launch(config, run, world, flags, die, room)
+    if kind in ("folder", "room"):
+        while all(process.exitcode is None for process in launch.processes):
+            time.sleep(0.01)
+    else:
+        time.sleep(duration * draw.uniform(0.2, 1.0))
+    if kind == "second":
+        second = Launch(config, run, 1)
+        (status,) = second.wait()
+        # Refused, unless the first had ended, or had not yet come to lock the folder.
+        if status != 0:
+            assert status == 2, second.said
+            assert second.said.count("\n") == 1, second.said
+            assert "another run is writing there" in second.said, second.said
+        launch.wait()
+    if kind == "room":
+        time.sleep(0.2)
+        assert "Traceback" not in launch.said, launch.said
+    if kind == "term":
+        launch.kill(signal.SIGTERM)
+        launch.wait()
+        assert "Traceback" not in launch.said.split("stopped; the same command goes on")[0], launch.said
+    elif kind == "one":
+        launch.kill(ranks={draw.randrange(world)})
+    elif kind == "all":
+        launch.kill()
+    return launch
+
+
+def tear(draw, run):
+    """Cuts off the end of a file of records; returns whether it did."""
+    parts = sorted(run.glob("records*.jsonl"))
+    if not parts or draw.random() < 0.5:
+        return False
+    path = draw.choice(parts)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - draw.randrange(1, 300)] if len(content) > 300 else content[:-1])
+    return True
+
+
+def campaign(folder, rounds, seed, worlds=(1, 2, 3, 4)):
+    """Plays the rounds; returns what was done, and a line for each round that failed."""
+    config = tiny(folder / "tiny.yaml")
+    finish(config, folder / "warm")
+    started = time.monotonic()
+    finish(config, folder / "whole")
+    duration, expected = time.monotonic() - started, result(folder / "whole")
+    counts, failures = Counter(), []
+    for number in range(rounds):
+        draw, run = random.Random(f"{seed}/{number}"), folder / f"run{number}"
+        alive, story = [], []
+        try:
+            for _ in range(draw.choice((1, 1, 2, 3))):
+                kind = draw.choice(KINDS)
+                story.append(kind)
+                launch = interrupt(draw, config, run, duration, kind)
+                alive.append(launch)
+                # While rank zero lives the folder is its own; of the others the next launch must not mind.
+                launch.processes[0].join(120)
+                counts[kind] += 1
+                # A file that somebody may still write into is not cut.
+                if all(process.exitcode is not None for process in launch.processes) and tear(draw, run):
+                    story.append("torn")
+                    counts["torn"] += 1
+                before = recorded(run)
+                counts["records found"] += len(before)
+                counts["interrupted before the end"] += not (run / "summary.json").exists()
+            world, batch = draw.choice(worlds), draw.choice((1, 2, 4, 13))
+            story.append(f"{world} x {batch}")
+            said = finish(config, run, world, ["--data.init_args.batch_size", str(batch)])
+            assert result(run) == expected, "another result"
+            after = recorded(run)
+            lost = [key for key, seconds in before.items() if not after[key] <= seconds]
+            assert not lost, f"recorded and made anew: {lost}"
+            assert not before or f"goes on after {len(before)} records" in said or len(alive) > 1, said
+        except AssertionError as error:
+            failures.append(f"round {number}: {', '.join(story)}: {error}")
+            print(failures[-1], flush=True)
+        finally:
+            for launch in alive:
+                launch.kill()
+        counts["rounds"] += 1
+    return counts, failures
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        counts, failures = campaign(Path(folder), given.rounds, given.seed)
+    print(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())))
+    print(f"{len(failures)} of {given.rounds} rounds failed")
+    sys.exit(bool(failures))
