@@ -20,11 +20,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Imported for their classes: what is imported can be named in a configuration by its short name.
-from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, WandbReport
+from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stopping, WandbReport, Watch
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.data import ImageDataModule
-from lit_purify.errors import InputError
+from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.messages import essence, explanation
 from lit_purify.run_folder import RunFolder, identify
 from lit_purify.tasks import FrontierTask, RobustnessTask, TrainingTask
@@ -79,6 +79,9 @@ class _CLI(LightningCLI):
                 auto_configure_optimizers=False,
                 args=list(argv),
             )
+        except SystemExit as stopped:
+            # Lightning's for an interrupted run is that of a traceback.
+            sys.exit(INTERRUPTED if isinstance(stopped.__context__, KeyboardInterrupt) else stopped.code)
         except Exception as error:
             message = explanation(error, self.folder)
             if message is None:
@@ -94,6 +97,7 @@ class _CLI(LightningCLI):
         parser.add_argument(
             "--run", type=str | None, default=None, help="Folder of this run (default: runs/NAME_OF_THE_CONFIG)."
         )
+        parser.add_lightning_class_args(Watch, "watch")
 
     @property
     def _settings(self) -> Any:  # noqa: ANN401
@@ -175,7 +179,7 @@ class _EvaluationCLI(_CLI):
     def before_test(self) -> None:
         """What can be refused is refused before a logger writes anything."""
         assert self.folder is not None
-        first = _rank() == 0
+        first = self.trainer.is_global_zero
         if first:
             # The data may have to be fetched; the other processes look in their setup.
             self.datamodule.prepare_data()
@@ -277,7 +281,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
         enable_model_summary=False,
         enable_progress_bar=False,
         # Pictures before records: a sample whose record is there is not shown again.
-        callbacks=[Gallery(), RecordWriter(), Progress(), Report(), WandbReport()],
+        callbacks=[Gallery(), RecordWriter(), Progress(), Report(), WandbReport(), Stopping()],
     )
 
 
@@ -290,6 +294,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         trainer_class=ExportingTrainer,
         use_distributed_sampler=False,
         enable_progress_bar=sys.stderr.isatty(),
+        callbacks=[Stopping()],
     )
 
 

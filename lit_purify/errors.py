@@ -1,4 +1,4 @@
-"""The one exception that a user's input can cause."""
+"""The one exception that a user's input can cause, and the exit status of a run that can go on."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints it and ends with exit status 2; a library caller sees a plain ``ValueError``.
     """
+
+
+INTERRUPTED = 75
+"""Exit status (EX_TEMPFAIL) of a run that was stopped, or lost a process: the same command goes on."""

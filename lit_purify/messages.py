@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 # What is imported here can be named in a configuration by its short name, and is suggested where a name is wrong.
 from lit_purify import attacks, callbacks, data, defense, models, tasks
+from lit_purify.callbacks.watch import lost_connection
 from lit_purify.defense import Purifier
 from lit_purify.errors import InputError
 from lit_purify.run_folder import RunFolder
@@ -34,8 +35,8 @@ def explanation(error: Exception, folder: RunFolder | None) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
         return "ckpt_path: the checkpoint is of another network than the one configured"
-    if isinstance(error, RuntimeError) and re.search("by peer|remote process exited", str(error)):
-        return "another process of this run ended; its own message says why"
+    if lost_connection(error):
+        return "another process of this run ended, and says why, or the network between them failed"
     if not isinstance(error, OSError):
         return None
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)

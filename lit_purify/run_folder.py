@@ -22,6 +22,7 @@ _IRRELEVANT = (
     "run",
     "trainer",
     "verbose",
+    "watch",
     "ckpt_path",
     "weights_only",
     "data.init_args.batch_size",

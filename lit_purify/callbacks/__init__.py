@@ -6,6 +6,8 @@ from lit_purify.callbacks.previews import Previews
 from lit_purify.callbacks.progress import Progress
 from lit_purify.callbacks.record_writer import RecordWriter
 from lit_purify.callbacks.report import Report
+from lit_purify.callbacks.stopping import Stopping
 from lit_purify.callbacks.wandb_report import WandbReport
+from lit_purify.callbacks.watch import Watch
 
-__all__ = ["Export", "Gallery", "Previews", "Progress", "RecordWriter", "Report", "WandbReport"]
+__all__ = ["Export", "Gallery", "Previews", "Progress", "RecordWriter", "Report", "Stopping", "WandbReport", "Watch"]

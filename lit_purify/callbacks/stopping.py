@@ -1,0 +1,64 @@
+"""Ending a run in good order when a scheduler says so."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopping(Checkpoint):
+    """On SIGTERM or SIGUSR1 (preemption, the end of the time granted) to any process, all of them end.
+
+    An evaluation ends at once: every record is on the disk. A training finishes its step, saves
+    ``checkpoints/last.ckpt``, and ends; from there it takes the very steps that it would have taken.
+
+    Lightning's own handlers talk to the other processes, and save, wherever the signal finds them. Among checkpoint
+    callbacks this one comes after all that changes weights.
+    """
+
+    stopped = False
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ends at once."""
+        for signum in _SIGNALS:
+            signal.signal(signum, _end)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Waits for the end of a step."""
+        for signum in _SIGNALS:
+            signal.signal(signum, self._note)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """All processes agree to stop after the same step."""
+        if trainer.fit_loop._should_accumulate():
+            # Checkpoints do not hold the gradients.
+            return
+        if not trainer.strategy.reduce_boolean_decision(self.stopped, all=False):
+            return
+        path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                # Else it would write its next one beside this one.
+                callback.last_model_path = str(path)
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            print(f"stopped after step {trainer.global_step}: go on with --ckpt_path {path}", file=sys.stderr)
+        raise KeyboardInterrupt
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.stopped = True
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:
+    # As Ctrl-C, upon which Lightning ends the processes that it has started as well.
+    raise KeyboardInterrupt
