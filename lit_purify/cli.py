@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stopping, WandbReport, Watch
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
+from lit_purify.callbacks.html import write_report
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.messages import essence, explanation
@@ -198,8 +199,11 @@ class _EvaluationCLI(_CLI):
         self.trainer.settings = identify(settings)
 
     def after_gradcheck(self) -> None:
-        """Exit status 1 when a check has failed."""
+        """The report shows the verdict, if there is one already. Exit status 1 when a check has failed."""
+        assert self.folder is not None
         assert isinstance(self.trainer, AuditingTrainer)
+        if self.trainer.is_global_zero and self.folder.summary.exists():
+            write_report(self.folder)
         if not self.trainer.passed:
             sys.exit(1)
 

@@ -30,6 +30,7 @@ FOREIGN = {
     "wandb": {"callbacks"},
     "timm": {"models"},
     "matplotlib": {"callbacks"},
+    "jinja2": {"callbacks"},
     "sklearn": {"data"},
     "torchmetrics": {"metrics", "tasks"},
     "huggingface_hub": {"models"},

@@ -1,4 +1,4 @@
-"""Comparing families of defenses: frontier.json, frontier.png and the section of the report."""
+"""Comparing families of defenses: frontier.json, frontier.png and the lines that are printed."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_purify.callbacks.html import svg
-from lit_purify.callbacks.summary import by_pair, clean_outcomes, headline, percent, robust_outcomes, signed
+from lit_purify.callbacks.summary import by_pair, clean_outcomes, headline, robust_outcomes, signed
 from lit_purify.functional.frontier import bootstrap, envelope, gap, on_envelope, resampled
 from lit_purify.functional.statistics import Interval
 from lit_purify.metrics import Record
@@ -101,38 +99,26 @@ def verdict(difference: Interval) -> str:
     return "below" if difference.high < 0.0 else "not distinguishable"
 
 
-def write(found: Mapping[str, Any], summary: Mapping[str, Any], folder: Path) -> tuple[str, str]:
-    """Writes ``frontier.json`` and ``frontier.png``; the section of the report, HTML, and the lines to print."""
+def write(found: Mapping[str, Any], summary: Mapping[str, Any], folder: Path) -> str:
+    """Writes ``frontier.json`` and ``frontier.png``; the lines to print."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     write_whole(folder / "frontier.json", json.dumps(found, indent=1) + "\n")
-    figure = _drawn(found, pyplot)
+    figure = drawn(found, pyplot)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    write_whole(folder / "frontier.png", image.getvalue())
-    drawing = svg(figure, "Frontiers of clean against robust accuracy")
     pyplot.close(figure)
-    tables = "".join(_section(attack, part) for attack, part in found["attacks"].items())
-    return f"<h2>Frontiers</h2><p>{escape(_NOTE)}</p>{drawing}{tables}", _lines(found, summary)
+    write_whole(folder / "frontier.png", image.getvalue())
+    return _lines(found, summary)
 
 
-_NOTE = (
-    "At equal clean accuracy. A line joins the points that are the best of their family: a defense that tosses a coin "
-    "between two neighbors reaches what lies between them. Families are compared where both have points as clean; no "
-    "difference is stated for a point that is cleaner than all of the other family. Brackets are 95 % intervals, of "
-    "differences from resampled samples, the same for all points, with lines and interpolation redone in every "
-    "resample. The best of many points on the same samples is optimistic, the more points the more: choose here, and "
-    "evaluate the choice on the test split."
-)
-
-
-def _drawn(found: Mapping[str, Any], pyplot: Any) -> Any:  # noqa: ANN401
-    """One panel an attack."""
+def drawn(found: Mapping[str, Any], pyplot: Any) -> Any:  # noqa: ANN401
+    """Clean against robust accuracy, a panel for each attack."""
     count = len(found["attacks"])
-    figure, panels = pyplot.subplots(1, count, figsize=(7.5 * count, 5.0), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(1, count, figsize=(4.8 * count, 4.2), layout="constrained", squeeze=False)
     for axes, (attack, part) in zip(panels[0], found["attacks"].items(), strict=True):
         families = list(dict.fromkeys(point["family"] for point in part["points"]))
         for color, family in enumerate(sorted(families, key=lambda name: name is None)):
@@ -143,34 +129,17 @@ def _drawn(found: Mapping[str, Any], pyplot: Any) -> Any:  # noqa: ANN401
                 for kind in ("clean", "robust")
             )
             style = {"color": "gray" if family is None else f"C{color}", "alpha": 0.8, "elinewidth": 0.5}
-            label = (family or "other").replace("$", r"\$")
-            axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="x" if family is None else "o", ms=4, label=label, **style)
+            axes.errorbar(
+                x, y, xerr=xerr, yerr=yerr, fmt="x" if family is None else "o", ms=4, label=family or "other", **style
+            )
             line = sorted(
                 (p["clean"][0], p["robust"][0]) for p in part["points"] if p["family"] == family and p["on_frontier"]
             )
             axes.plot([100 * p[0] for p in line], [100 * p[1] for p in line], color=style["color"])
         axes.set(xlabel="clean accuracy, average (%)", ylabel="robust accuracy, average (%)", title=attack)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.0, -0.13), ncols=3)
     return figure
-
-
-def _section(attack: str, part: Mapping[str, Any]) -> str:
-    families = list(dict.fromkeys(p["family"] for p in part["points"] if p["family"]))
-    verdicts = "".join(f"<li>{escape(_line(each))}</li>" for each in part["comparisons"])
-    head = "".join(f"<th scope='col'>less {escape(family)}<br>at its clean accuracy</th>" for family in families)
-    rows = []
-    for point in sorted(part["points"], key=lambda p: -p["clean"][0]):
-        cells = [percent(point["clean"]), percent(point["robust"]), "yes" if point["on_frontier"] else ""]
-        cells += [_signed(point["above"].get(family)) for family in families]
-        rows.append(
-            f"<tr><th scope='row'>{escape(point['defense'])}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        )
-    return (
-        f"<h3>{escape(attack)}</h3><ul>{verdicts}</ul><details><summary>Every point</summary><div class='scroll'>"
-        f"<table><thead><tr><th>accuracy in %</th><th>clean</th><th>robust</th><th>on its line</th>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
-    )
 
 
 def _lines(found: Mapping[str, Any], summary: Mapping[str, Any]) -> str:

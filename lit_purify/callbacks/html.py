@@ -1,190 +1,171 @@
-"""report.html: one file that opens without a network."""
+"""report.html: one file that opens without a network, made of what lies in a run's folder."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from html import escape
+import base64
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
-from lit_purify.callbacks.summary import RULES, attack_line, headline, percent, signed
-from lit_purify.metrics import Record
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-tbody th { font-weight: inherit; } th:first-child { text-align: left; position: sticky; left: 0; background: Canvas; }
-thead th { vertical-align: bottom; } td small { display: block; opacity: .7; } li { overflow-wrap: anywhere; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: .6rem; }
-figure { margin: 0; padding: .6rem; background: var(--soft); border-radius: .4rem; }
-figure img { max-width: 100%; height: auto; } figcaption { font-size: .9rem; }
-svg.plot { margin-top: 1.5rem; }
-.plot { background: #fff; border-radius: .4rem; max-width: 100%; height: auto; }
-pre { overflow-x: auto; font-size: .8rem; }
-.broken { color: #c2410c; } .shaken { color: #a16207; } .held { color: #15803d; }
-@media (prefers-color-scheme: dark) {
-  .broken { color: #fb923c; } .shaken { color: #facc15; } .held { color: #4ade80; } }
-"""
+from lit_purify.callbacks import plots
+from lit_purify.callbacks.finished import FinishedRun, Threat, attacks_of, radius, threat_name
+from lit_purify.callbacks.pictures import OUTCOMES, pictures
+from lit_purify.callbacks.summary import RULES, attack_line, groups_of
+from lit_purify.metrics.records import write_whole
+from lit_purify.run_folder import RunFolder
+
+_EXACT_COUNTS, _RANGES = 12, 8
+"""Up to so many runs each count of right runs has a column; else the counts between none and all share so many."""
 
 
-def page(
-    summary: Mapping[str, Any],
-    pictures: Sequence[tuple[Record, str]],
-    classes: Sequence[str],
-    config: str,
-    first: str = "",
-) -> str:
-    """The whole report.
+def write_report(folder: RunFolder) -> None:
+    """Writes ``report.html`` anew from summary, records, overlays, configuration and verdicts.
 
-    Args:
-        summary: Content of ``summary.json``.
-        pictures: Records with their picture, PNG in base64.
-        classes: Names of the classes.
-        config: The resolved configuration, YAML.
-        first: HTML of a section that comes before the attacks: the frontiers, with their plot.
+    Raises:
+        InputError: The folder holds no finished evaluation.
     """
-    facts = {
-        "subset": f"sha256 {summary['subset_sha256']}",
-        "seed": summary["seed"],
-        "rows of a network call": summary["chunk"],
-        "classifier": summary["classifier"],
-        "denoiser": summary["denoiser"],
-        "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
-        **{name: f"sha256 {value}" for name, value in summary["files"].items()},
-    }
-    attacks = dict.fromkeys(result["attack"] for result in summary["results"])
-    parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>{escape(summary['dataset'])}: robust accuracy</title><style>{_STYLE}</style>",
-        f"<h1>Robust accuracy</h1><p>{escape(headline(summary))}</p>{first}",
-    ]
-    for attack in attacks:
-        group = [result for result in summary["results"] if result["attack"] == attack]
-        parts += [
-            f"<h2>{escape(attack_line(group))}</h2><p>How it stops: {escape(group[0]['stopping'])}.</p>",
-            _table(group, summary["baseline"]),
-            _held_out(group),
-            # A frontier comes with its own.
-            "" if first else _plot(group),
-            _fewer_runs(group),
-        ]
-    parts += [
-        "<p>Average: mean over the runs. Worst: right in every run. Majority: the vote of the runs, a tie counts as "
-        "wrong. Brackets: 95 % intervals. Differences are paired over the same samples.</p>",
-        "<h2>Gallery</h2><p>Left to right: original, adversarial, mask (strong noise) over it, noised, purified.</p>",
-        "<div class='gallery'>",
-        *(_figure(record, image, classes) for record, image in pictures),
-        "</div>",
-        "<h2>How to repeat it</h2><p>Save the configuration below and give it to <code>eval.py --config FILE --run "
-        "FOLDER</code>, with the files named here.</p><ul>",
-        *(f"<li>{escape(name)}: {escape(str(value))}</li>" for name, value in facts.items()),
-        f"</ul><details><summary>Configuration</summary><pre>{escape(config)}</pre></details></html>\n",
-    ]
-    return "\n".join(parts)
+    write_whole(folder.report, page(FinishedRun.read(folder.path)))
 
 
-def _table(results: Sequence[Mapping[str, Any]], baseline: str) -> str:
-    rows = []
-    for result in results:
-        difference = signed(result["robust_difference"]["average"]) if "robust_difference" in result else ""
-        levels = ", ".join(str(level) for level in result["levels"]) or "none"
-        cells = [percent(result["robust"]["average"]), difference, percent(result["clean"]["average"])]
-        cells += [percent(result[kind][rule]) for kind in ("robust", "clean") for rule in RULES[1:]]
-        # The interval stands small under its value.
-        shown = "".join(f"<td>{cell.replace(' [', '<small>[')}{'</small>' * ('[' in cell)}</td>" for cell in cells)
-        rows.append(
-            f"<tr><th scope='row'>{escape(result['defense'])}</th>{shown}<td>{result['nfe_defense']}</td>"
-            f"<td>{levels}</td><td>{result['seconds']:.0f}</td></tr>"
+def page(run: FinishedRun) -> str:
+    """The report of one run. It depends on nothing but the folder."""
+    summary = run.summary
+    frontier = run.folder.path / "frontier.json"
+    found = json.loads(frontier.read_text()) if frontier.is_file() else None
+    attacks: dict[str, list[Mapping[str, Any]]] = {}
+    for result in summary["results"]:
+        attacks.setdefault(result["attack"], []).append(result)
+    config = run.folder.config.read_text()
+    return render(
+        "report.html",
+        run=run,
+        summary=summary,
+        results={(result["defense"], result["attack"]): result for result in summary["results"]},
+        defenses=list(dict.fromkeys(result["defense"] for result in summary["results"])),
+        attacks=attacks,
+        frontier=found,
+        frontier_plot=frontier_drawing(found) if found else None,
+        plots={} if found else {threat: _plot(threat, results) for threat, results in run.threats.items()},
+        over_eps=list(_over_eps(run)),
+        bins=_bins(summary["runs"]),
+        agreement=_agreement(run),
+        pictures=pictures(run),
+        outcomes=OUTCOMES,
+        config=config,
+        config_address="data:text/yaml;base64," + base64.b64encode(config.encode()).decode(),
+    )
+
+
+def render(template: str, **content: Any) -> str:  # noqa: ANN401
+    """A page from a template; all text is escaped, and nothing but the page's own script is run."""
+    files = resources.files("lit_purify.callbacks") / "templates"
+    style, script = ((files / name).read_text() for name in ("page.css", "page.js"))
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            style=Markup(style),
+            script=Markup(script),
+            script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            RULES=RULES,
+            attack_line=attack_line,
+            attacks_of=attacks_of,
+            radius=radius,
+            threat_name=threat_name,
+            **content,
         )
-    head = ["robust<br>average", f"less<br>{escape(baseline)}", "clean<br>average"]
-    head += [f"{kind}<br>{rule}" for kind in ("robust", "clean") for rule in RULES[1:]]
-    head += ["network<br>calls", "levels", "seconds"]
-    return (
-        "<div class='scroll'><table><thead><tr><th>accuracy in %</th>"
-        + "".join(f"<th scope='col'>{cell}</th>" for cell in head)
-        + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
-def _held_out(results: Sequence[Mapping[str, Any]]) -> str:
-    """By how much the average of an ensemble may be too low."""
-    shown = [r for r in results if "robust_average_held_out" in r]
-    if not shown:
-        return ""
-    values = ", ".join(f"{escape(r['defense'])} {percent(r['robust_average_held_out'])}" for r in shown)
-    return (
-        "<p>The average of an ensemble is the lowest of noisy averages for each sample: too low, by chance. With the "
-        "attack chosen on all runs but one, and judged by that one, the robust average is not below what the best "
-        f"attack leaves: {values}. The truth lies between the two.</p>"
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("lit_purify.callbacks"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
+    environment.filters |= {"interval": _interval, "signed": _signed, "drawing": Markup}
+    return environment
 
 
-def _fewer_runs(results: Sequence[Mapping[str, Any]]) -> str:
-    """Robust accuracy when an image is submitted M times: none may be wrong, or the vote must be right."""
-    draws = [row[0] for row in results[0]["resubmission"]["robust"]]
-    rows = []
-    for result in results:
-        curves = [result["resubmission"]["robust"], result["vote"]["robust"]]
-        cells = [percent(values).replace(" [", "<small>[") for curve in curves for _, *values in curve[1:]]
-        shown = "".join(f"<td>{cell}</small></td>" for cell in cells)
-        rows.append(f"<tr><th scope='row'>{escape(result['defense'])}</th>{shown}</tr>")
-    head = "".join(f"<th scope='col'>{kind}<br>{m} runs</th>" for kind in ("all of", "vote of") for m in draws[1:])
-    return (
-        "<details><summary>Robust accuracy over fewer runs</summary><p>An attacker may submit an image M times and "
-        "needs one success (all of M runs must be right), or a defense may vote over M runs. Estimated without bias "
-        f"from the {draws[-1]} runs of each sample, over all choices of M of them.</p>"
-        f"<div class='scroll'><table><thead><tr><th>accuracy in %</th>{head}</tr></thead><tbody>{''.join(rows)}"
-        "</tbody></table></div></details>"
-    )
+def _interval(value: Sequence[float]) -> Markup:
+    """In percent, the interval small under its value."""
+    shown, low, high = (f"{100 * each:.1f}" for each in value)
+    return Markup("{}<small>[{}, {}]</small>").format(shown, low, high)
 
 
-def _plot(results: Sequence[Mapping[str, Any]]) -> str:
-    """Clean against robust average accuracy, with intervals, as an inline drawing."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
-    for result in results:
-        x, y = (100 * result[kind]["average"][0] for kind in ("clean", "robust"))
-        spread = [
-            [[100 * abs(result[kind]["average"][k] - result[kind]["average"][0])] for k in (1, 2)]
-            for kind in ("clean", "robust")
-        ]
-        # A dollar sign in a name would start a formula.
-        label = result["defense"].replace("$", r"\$")
-        axes.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt="o", capsize=3, label=label)
-    axes.set(xlabel="clean accuracy, average (%)", ylabel="robust accuracy, average (%)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    drawing = svg(figure, "Clean against robust accuracy")
-    pyplot.close(figure)
-    return drawing
+def _signed(value: Sequence[float]) -> Markup:
+    """A difference in points; in bold when its interval holds no 0."""
+    shown, low, high = (f"{100 * each:+.1f}" for each in value)
+    text = "<strong>{}</strong><small>[{}, {}]</small>" if value[1] > 0 or value[2] < 0 else "{}<small>[{}, {}]</small>"
+    return Markup(text).format(shown, low, high)
 
 
-def svg(figure: Any, label: str) -> str:  # noqa: ANN401
-    """A figure of matplotlib as an inline drawing."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    drawing = text.getvalue()
-    return drawing[drawing.index("<svg") :].replace(
-        "<svg", f"<svg class='plot' role='img' aria-label='{escape(label)}'", 1
-    )
+def frontier_drawing(found: Mapping[str, Any]) -> str:
+    """Families of defenses, a panel for each attack, one below the other."""
+    from lit_purify.callbacks.frontier import drawn
+
+    def one(attack: str) -> str:
+        return plots.themed(
+            lambda pyplot: drawn({"attacks": {attack: found["attacks"][attack]}}, pyplot), f"Frontiers under {attack}"
+        )
+
+    return "".join(map(one, found["attacks"]))
 
 
-def _figure(record: Record, image: str, classes: Sequence[str]) -> str:
-    right = sum(p == record.label for p in record.adversarial)
-    clean = sum(p == record.label for p in record.clean)
-    runs = len(record.adversarial)
-    outcome = "held" if right == runs else "broken" if right == 0 else "shaken"
-    return (
-        f"<figure><img src='data:image/png;base64,{image}' alt='sample {record.index}, {escape(record.defense)}'>"
-        f"<figcaption>{escape(record.defense)}, {escape(record.attack)}, sample {record.index} "
-        f"(class {escape(classes[record.label])}): clean right in {clean} of {runs} runs, "
-        f"<span class='{outcome}'>attacked right in {right} of {runs}</span></figcaption></figure>"
-    )
+def _plot(threat: Threat, results: Sequence[Mapping[str, Any]]) -> str:
+    points = [(r["defense"], r["clean"]["average"], r["robust"]["average"]) for r in results]
+    return plots.frontier(points, f"Clean against robust accuracy, {threat_name(threat)}")
+
+
+def _over_eps(run: FinishedRun) -> Iterator[tuple[list[Threat], list[list[Mapping[str, Any]]], str]]:
+    """For each norm with two radii or more: its threat models, their results, and a drawing."""
+    for norm in dict.fromkeys(norm for norm, _ in run.threats):
+        threats = sorted(threat for threat in run.threats if threat[0] == norm)
+        if len(threats) < 2:
+            continue
+        results = [run.threats[threat] for threat in threats]
+        series = {
+            r["defense"]: [r["clean"]["average"], *(group[k]["robust"]["average"] for group in results)]
+            for k, r in enumerate(results[0])
+        }
+        at, names = [0.0, *(eps for _, eps in threats)], ["clean", *map(radius, threats)]
+        yield threats, results, plots.curves(series, at, names, f"Accuracy over the radius, {norm}")
+
+
+def _bins(runs: int) -> list[tuple[int, int]]:
+    """Lowest and highest count of right runs in each column of a histogram."""
+    if runs <= _EXACT_COUNTS:
+        return [(k, k) for k in range(runs + 1)]
+    edges = [1 + (runs - 1) * k // _RANGES for k in range(_RANGES + 1)]
+    return [(0, 0), *((low, high - 1) for low, high in itertools.pairwise(edges)), (runs, runs)]
+
+
+def _agreement(run: FinishedRun) -> dict[str, dict[str, list[int]]]:
+    """For each defense, clean and under each threat model: in how many of the N runs samples were right.
+
+    Returns:
+        By defense and by what was shown the number of samples in each of ``_bins``.
+    """
+    bins = _bins(run.summary["runs"])
+    found: dict[str, dict[str, list[int]]] = {}
+
+    def counted(right: Sequence[int]) -> list[int]:
+        return [sum(low <= count <= high for count in right) for low, high in bins]
+
+    for threat, results in run.threats.items():
+        for result in results:
+            groups = groups_of(run.pairs, result)
+            rows = found.setdefault(result["defense"], {})
+            rows.setdefault("clean", counted([sum(p == r.label for p in r.clean) for r in groups[0]]))
+            # Of several attacks the one that leaves the fewest.
+            right = [min(sum(p == r.label for p in r.adversarial) for r in same) for same in zip(*groups, strict=True)]
+            rows[threat_name(threat)] = counted(right)
+    return found

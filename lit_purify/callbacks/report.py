@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_purify import __version__
 from lit_purify.callbacks import frontier
-from lit_purify.callbacks.html import page
+from lit_purify.callbacks.html import write_report
 from lit_purify.callbacks.summary import RULES, check_attack_names, summarize, table
 from lit_purify.errors import InputError
 from lit_purify.metrics.records import write_whole
@@ -53,6 +52,7 @@ class Report(Callback):
         facts = {
             "dataset": data.name,
             "split": data.evaluate_on,
+            "classes": list(data.classes),
             "samples": len(evaluated),
             "subset_sha256": data.subset_sha256,
             "seed": pl_module.seed,
@@ -76,17 +76,11 @@ class Report(Callback):
             # Those of single attacks are logged by the task.
             for logger in trainer.loggers:
                 logger.log_metrics(combined)
-        order = {pair: place for place, pair in enumerate(pl_module.pairs)}
-        pictures = [
-            (record, base64.b64encode(path.read_bytes()).decode())
-            for record in sorted(records, key=lambda r: (r.index, order.get((r.defense, r.attack), len(order))))
-            if (path := folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png").exists()
-        ]
-        section, text = "", table(summary)
+        text = table(summary)
         if isinstance(pl_module, FrontierTask):
             found = frontier.compare(used, summary, pl_module.families, pl_module.refused)
-            section, text = frontier.write(found, summary, folder.path)
-        write_whole(folder.report, page(summary, pictures, list(data.classes), folder.config.read_text(), section))
+            text = frontier.write(found, summary, folder.path)
+        write_report(folder)
         self.text = f"{text}\nReport: {folder.report}"
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

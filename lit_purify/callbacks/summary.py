@@ -173,11 +173,14 @@ def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
     """What an attack is, in a line; its results may differ in the gradient that it took of each defense."""
     result = results[0]
     kinds = ["no" if r["gradient"] == "none" else r["gradient"] for r in results]
-    masks = [f"{r['mask_gradient']} mask" for r in results if r.get("mask_gradient", "none") not in ("none", "frozen")]
+    masks = [r.get("mask_gradient", "none") for r in results]
+    # Of an ensemble a list, where its attacks differ.
+    masks = [mask for each in masks for mask in ([each] if isinstance(each, str) else each)]
     return (
         f"{result['attack']}: {result['norm']} <= {result['eps']:.4g}, {result['attack_steps']} steps, "
         f"EOT {result['eot']}, {' or '.join(dict.fromkeys(kinds))} gradient"
-        f"{''.join(f', {mask}' for mask in dict.fromkeys(masks))}; {result['attack_title']}"
+        f"{''.join(f', {mask} mask' for mask in dict.fromkeys(masks) if mask not in ('none', 'frozen'))}; "
+        f"{result['attack_title']}"
     )
 
 

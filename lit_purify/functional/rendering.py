@@ -6,16 +6,19 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-_TINT = (0.95, 0.35, 0.10)
+TINT = (0.95, 0.35, 0.10)
+"""Color of what a mask covers."""
+GAP = 4
+"""White pixels between panels."""
 
 
 def overlaid(image: Tensor, mask: Tensor, strength: float = 0.45) -> Tensor:
     """Colors the masked pixels: image (..., 3, H, W) and mask (..., 1, H, W) in [0, 1]."""
-    tint = torch.tensor(_TINT, dtype=image.dtype).reshape(3, 1, 1)
+    tint = torch.tensor(TINT, dtype=image.dtype).reshape(3, 1, 1)
     return image + strength * mask * (tint - image)
 
 
-def panels(images: Tensor, mask: Tensor, overlay: int, pixels: int = 128, gap: int = 4) -> Tensor:
+def panels(images: Tensor, mask: Tensor, overlay: int, pixels: int = 128, gap: int = GAP) -> Tensor:
     """Images side by side, enlarged without smoothing, with the mask drawn over one of them.
 
     Args:
@@ -34,3 +37,9 @@ def panels(images: Tensor, mask: Tensor, overlay: int, pixels: int = 128, gap: i
     large = repeat(color, "n c h w -> n c (h s) (w t)", s=scale, t=scale)
     large = torch.nn.functional.pad(large, (0, gap), value=1.0)
     return rearrange(large, "n c h w -> c h (n w)")[..., :-gap]
+
+
+def spans(width: int, count: int, gap: int = GAP) -> list[tuple[int, int]]:
+    """First column of each of ``count`` panels in an image of ``panels``, and the column after its last."""
+    each = (width - (count - 1) * gap) // count
+    return [(k * (each + gap), k * (each + gap) + each) for k in range(count)]

@@ -1,0 +1,148 @@
+"""A finished evaluation, as its folder tells of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_purify.callbacks.summary import Pairs, by_pair
+from lit_purify.errors import InputError
+from lit_purify.run_folder import RunFolder
+
+Threat = tuple[str, float]
+"""Norm and radius."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ``eval.py audit`` or ``eval.py gradcheck`` found.
+
+    Attributes:
+        command: ``audit`` or ``gradcheck``.
+        state: ``missing`` where the command was not given, ``unreadable`` where its file is damaged.
+        stale: It is about other settings than those of the evaluation.
+        content: Of its file.
+    """
+
+    command: str
+    state: Literal["passed", "failed", "missing", "unreadable"]
+    stale: bool
+    content: Mapping[str, Any]
+
+    @property
+    def blamed(self) -> list[str]:
+        """The checks that failed, with their defense."""
+        failed = [c for c in self.content.get("checks", []) if c.get("verdict") == "fail" or c.get("passed") is False]
+        return [f"{check['defense']}: {check['check']}" for check in failed]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What an evaluation has left.
+
+    Attributes:
+        folder: Where.
+        summary: Content of ``summary.json``.
+        pairs: The records that it was made of.
+        identity: Settings that the records depend on.
+    """
+
+    folder: RunFolder
+    summary: Mapping[str, Any]
+    pairs: Pairs
+    identity: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> FinishedRun:
+        """Reads a run's folder, which may be given by its ``summary.json`` as well.
+
+        Raises:
+            InputError: It holds no finished evaluation.
+        """
+        folder = RunFolder(path.parent if path.name == "summary.json" else path)
+        if not folder.path.is_dir():
+            raise InputError(f"{path}: no such run folder; give a folder that eval.py has written")
+        if not folder.summary.is_file():
+            unfinished = folder.records.exists()
+            remedy = "the same eval.py command finishes it" if unfinished else "give a folder that eval.py has written"
+            raise InputError(f"{folder.path}: no finished evaluation, summary.json is missing; {remedy}")
+        summary, identity = _read_json(folder.summary), _read_json(folder.identity)
+        if summary.get("schema") != 1 or not summary.get("results"):
+            raise InputError(f"{folder.summary}: not a summary that this version reads; give the eval.py command again")
+        wanted = {(r["defense"], attack) for r in summary["results"] for attack in r.get("attacks", [r["attack"]])}
+        pairs = {pair: rs for pair, rs in by_pair(folder.collect(write=False)).items() if pair in wanted}
+        for defense, attack in sorted(wanted):
+            count = len(pairs.get((defense, attack), []))
+            if count != summary["samples"]:
+                raise InputError(
+                    f"{folder.records}: {count} records of {defense} under {attack}, {summary['samples']} in "
+                    "summary.json; give the eval.py command again, or choose another folder with --run"
+                )
+        return cls(folder, summary, pairs, identity)
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes; their numbers where a summary of an earlier version does not name them."""
+        highest = max(max(r.label, *r.clean, *r.adversarial) for records in self.pairs.values() for r in records)
+        return self.summary.get("classes") or [str(k) for k in range(highest + 1)]
+
+    def verdict(self, command: str) -> Verdict:
+        """Of the folder's ``audit`` or ``gradcheck``, whether it came before the evaluation or after it."""
+        path = self.folder.path / f"{command}.json"
+        if not path.is_file():
+            return Verdict(command, "missing", False, {})
+        try:
+            content = _read_json(path)
+        except InputError:
+            return Verdict(command, "unreadable", False, {})
+        settings = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        stale = content.get("settings_sha256") != settings
+        return Verdict(command, "passed" if content.get("passed") else "failed", stale, content)
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """Both of them."""
+        return [self.verdict("audit"), self.verdict("gradcheck")]
+
+    @property
+    def threats(self) -> dict[Threat, list[Mapping[str, Any]]]:
+        """By threat model each defense's result under all attacks of it: their ensemble where there are several."""
+        found: dict[Threat, dict[str, Mapping[str, Any]]] = {}
+        for result in self.summary["results"]:
+            # Ensembles come last.
+            found.setdefault((result["norm"], result["eps"]), {})[result["defense"]] = result
+        return {threat: list(results.values()) for threat, results in found.items()}
+
+
+def attacks_of(result: Mapping[str, Any]) -> list[str]:
+    """The attacks behind a result."""
+    return list(result.get("attacks", [result["attack"]]))
+
+
+def threat_name(threat: Threat) -> str:
+    """As ``L∞ ≤ 8/255``."""
+    return f"{'L∞' if threat[0] == 'linf' else 'L2'} ≤ {radius(threat)}"
+
+
+def radius(threat: Threat) -> str:
+    """In 255ths where that is what was meant."""
+    norm, eps = threat
+    levels = 255 * eps
+    short = len(f"{eps:.6g}".lstrip("0.")) <= 2
+    if norm == "linf" and not short and abs(levels - round(levels)) < 1e-4:
+        return f"{round(levels)}/255"
+    return f"{eps:.4g}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error}); give the eval.py command again") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: not what eval.py writes there; give the eval.py command again")
+    return found
