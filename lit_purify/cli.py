@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback
@@ -26,11 +25,14 @@ from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.html import write_report
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
-from lit_purify.messages import essence, explanation
+from lit_purify.help import EVALUATE, TRAIN
+from lit_purify.messages import check_checkpoint, check_configs, essence, explanation
 from lit_purify.run_folder import RunFolder, identify
 from lit_purify.tasks import FrontierTask, RobustnessTask, TrainingTask
 from lit_purify.tasks.audit import AuditingTrainer
+from lit_purify.tasks.estimate import EstimatingTrainer
 from lit_purify.tasks.frontier import expand
+from lit_purify.tasks.own_images import PurifyingTrainer
 
 _DEFAULT_EVALUATION = "configs/eval/digits.yaml"
 _DEFAULT_FRONTIER = "configs/eval/digits_frontier.yaml"
@@ -65,7 +67,7 @@ class _CLI(LightningCLI):
         _quiet()
         self.running = False
         try:
-            _check_configs(argv)
+            check_configs(argv)
             super().__init__(
                 task,
                 ImageDataModule,
@@ -111,7 +113,7 @@ class _CLI(LightningCLI):
         if not 0 <= seed < 2**32:
             raise InputError(f"seed_everything = {seed} is outside 0 .. 2**32 - 1")
         if checkpoint not in (None, "last", "best", "hpc"):
-            _check_checkpoint(Path(checkpoint))
+            check_checkpoint(Path(checkpoint))
 
     def before_instantiate_classes(self) -> None:
         """Points everything that writes to the run's folder."""
@@ -151,6 +153,10 @@ class _CLI(LightningCLI):
         return str(self._parser(self.subcommand).dump(self._settings, skip_none=False))
 
 
+class _EvaluationTrainer(AuditingTrainer, EstimatingTrainer, PurifyingTrainer):
+    """A trainer with all commands of ``eval.py``."""
+
+
 class _EvaluationCLI(_CLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
         """Also turns the families of a frontier into the defenses that they stand for."""
@@ -175,6 +181,9 @@ class _EvaluationCLI(_CLI):
             "test": {"model", "dataloaders", "datamodule"},
             "gradcheck": {"model", "datamodule"},
             "audit": {"model", "datamodule"},
+            "estimate": {"model", "datamodule"},
+            "purify": {"model", "datamodule"},
+            "predict": {"model", "datamodule"},
         }
 
     def before_test(self) -> None:
@@ -208,6 +217,26 @@ class _EvaluationCLI(_CLI):
             sys.exit(1)
 
     before_audit, after_audit = before_gradcheck, after_gradcheck
+
+    def before_estimate(self) -> None:
+        """As a test, but that nothing is written."""
+        assert self.folder is not None
+        assert isinstance(self.trainer, EstimatingTrainer)
+        self.folder.claim(self.resolved, write=False)
+        self.trainer.records = self.folder.collect(write=False)
+        self.model.resume(self.trainer.records, count=False)
+
+    def before_purify(self) -> None:
+        """What is made states the settings that it was made by."""
+        assert isinstance(self.trainer, PurifyingTrainer)
+        self.trainer.settings = identify(yaml.safe_load(self.resolved))
+        self.running = True
+
+    def after_purify(self) -> None:
+        """The configuration lies beside the images."""
+        RunFolder(Path(self._settings.output)).write_config(self.resolved, write=_rank() == 0)
+
+    before_predict, after_predict = before_purify, after_purify
 
 
 class _TrainingCLI(_CLI):
@@ -263,21 +292,24 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 
     ``eval.py gradcheck`` checks that attacks differentiate what is defended, ``eval.py audit`` that no other attack is
     stronger than the configured one. ``eval.py frontier`` evaluates families of defenses, and compares them at equal
-    clean accuracy.
+    clean accuracy. ``eval.py purify`` and ``eval.py predict`` take people's own images through a defense.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = _helped(list(sys.argv[1:] if argv is None else argv), EVALUATE)
+    command = given.pop(0) if given and given[0] in ("frontier", *_EvaluationCLI.subcommands()) else "test"
     # An evaluation like any other, of many defenses.
-    frontier = given[:1] == ["frontier"]
-    if frontier:
-        given[0] = "test"
-    elif given[:1] not in (["test"], ["gradcheck"], ["audit"]):
-        given = ["test", *given]
+    frontier = command == "frontier"
+    command = "test" if frontier else command
+    if "--dry_run" in given:
+        if command != "test":
+            _fail(f"--dry_run goes with test and frontier, not with {command}: leave it out")
+        given.remove("--dry_run")
+        command = "estimate"
     if not any(word in ("-h", "--help", "-c") or word.split("=")[0] == "--config" for word in given):
-        given = [given[0], "--config", _DEFAULT_FRONTIER if frontier else _DEFAULT_EVALUATION, *given[1:]]
+        given = ["--config", _DEFAULT_FRONTIER if frontier else _DEFAULT_EVALUATION, *given]
     _EvaluationCLI(
         FrontierTask if frontier else RobustnessTask,
-        given,
-        trainer_class=AuditingTrainer,
+        [command, *given],
+        trainer_class=_EvaluationTrainer,
         # An attack differentiates, which Lightning's inference mode forbids.
         inference_mode=False,
         use_distributed_sampler=False,
@@ -285,13 +317,15 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
         enable_model_summary=False,
         enable_progress_bar=False,
         # Pictures before records: a sample whose record is there is not shown again.
-        callbacks=[Gallery(), RecordWriter(), Progress(), Report(), WandbReport(), Stopping()],
+        callbacks=[Gallery(), RecordWriter(), Progress(), Report(), WandbReport(), Stopping()]
+        if command == "test"
+        else [Progress()],
     )
 
 
 def train(argv: Sequence[str] | None = None) -> None:
     """``train.py fit --config ...``: trains a denoiser or a classifier; ``train.py export ...`` writes its network."""
-    given = list(sys.argv[1:] if argv is None else argv)
+    given = _helped(list(sys.argv[1:] if argv is None else argv), TRAIN)
     _TrainingCLI(
         TrainingTask,
         given,
@@ -300,6 +334,14 @@ def train(argv: Sequence[str] | None = None) -> None:
         enable_progress_bar=sys.stderr.isatty(),
         callbacks=[Stopping()],
     )
+
+
+def _helped(given: list[str], page: str) -> list[str]:
+    """The arguments; when they ask for help, a page that fits a screen is all there is."""
+    if "-h" in given or "--help" in given:
+        print(page, end="")
+        sys.exit(0)
+    return ["--help" if word == "--help_all" else word for word in given]
 
 
 def _fail(message: str, every_rank: bool = False) -> NoReturn:
@@ -312,36 +354,6 @@ def _fail(message: str, every_rank: bool = False) -> NoReturn:
 
 def _rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
-
-
-def _check_configs(argv: Sequence[str]) -> None:
-    """Names the file that is at fault; the parser's messages do not."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        name, _, value = word.partition("=")
-        path = Path(value or following)
-        if name not in ("-c", "--config") or path.suffix not in (".yaml", ".yml", ".json"):
-            continue
-        if not path.is_file():
-            raise InputError(f"{path}: no such configuration; name another with --config")
-        try:
-            found = yaml.safe_load(path.read_text())
-        except yaml.MarkedYAMLError as error:
-            where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-            raise InputError(f"{path}: not valid YAML: {where}{error.problem}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a text file of YAML: is it a configuration?") from error
-        if not isinstance(found, dict):
-            raise InputError(f"{path}: holds no settings (key: value lines): is it a configuration?")
-
-
-def _check_checkpoint(path: Path) -> None:
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint; check ckpt_path")
-    try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    # The unpickler fails in many ways on what is not a checkpoint.
-    except Exception as error:
-        raise InputError(f"{path}: refused, it is not a checkpoint that train.py saved (.ckpt)") from error
 
 
 def _quiet() -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 # What is imported here can be named in a configuration by its short name, and is suggested where a name is wrong.
@@ -47,6 +49,37 @@ def explanation(error: Exception, folder: RunFolder | None) -> str | None:
     own = path.absolute().is_relative_to(run) or run.is_relative_to(path.absolute())
     reason = "no space left" if full else str(error.strerror).lower()
     return f"{path}: {reason}; {'choose another folder with --run' if own else 'check the path'}"
+
+
+def check_configs(argv: Sequence[str]) -> None:
+    """Names the file that is at fault; the parser's messages do not."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, _, value = word.partition("=")
+        path = Path(value or following)
+        if name not in ("-c", "--config") or path.suffix not in (".yaml", ".yml", ".json"):
+            continue
+        if not path.is_file():
+            raise InputError(f"{path}: no such configuration; name another with --config")
+        try:
+            found = yaml.safe_load(path.read_text())
+        except yaml.MarkedYAMLError as error:
+            where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+            raise InputError(f"{path}: not valid YAML: {where}{error.problem}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a text file of YAML: is it a configuration?") from error
+        if not isinstance(found, dict):
+            raise InputError(f"{path}: holds no settings (key: value lines): is it a configuration?")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raises an ``InputError`` where a training cannot go on from a file."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; check ckpt_path")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    # The unpickler fails in many ways on what is not a checkpoint.
+    except Exception as error:
+        raise InputError(f"{path}: refused, it is not a checkpoint that train.py saved (.ckpt)") from error
 
 
 _CALLABLE = re.compile(
@@ -88,14 +121,16 @@ def essence(message: str) -> str:
         if m[1] and not m[1].startswith("-"):
             return f"unexpected argument {m[1]}; settings are given as --NAME VALUE"
         name = (m[1] or m[2]).removeprefix("--")
-        return f"there is no setting {name}; {_nearest(name, _SETTINGS) or '--help lists all'}"
+        return f"there is no setting {name}; {_nearest(name, _SETTINGS) or '--help_all lists all'}"
     if m := re.search(r"class_path '([\w.]+)':\s+Option '(.+)' is not accepted", message):
         options = _options(m[1])
         return f"{at}{_last(m[1])} has no option {m[2]}; {_nearest(m[2], options) or 'it has ' + ', '.join(options)}"
     if m := re.search(r"(?:class_path '([\w.]+)':\s+)?the following arguments are required: (.+)", message):
         if m[1]:
             return f"{at}{_last(m[1])} needs {m[2]}"
-        missing = re.sub("(fit|test|validate|export|gradcheck)[.]", "", m[2])
+        missing = re.sub(r"\b(fit|test|validate|export|gradcheck|audit|estimate|purify|predict)[.]", "", m[2])
+        if missing in ("input", "output", "input, output"):
+            return f"no {missing.replace(', ', ' and no ')} given: say --input FOLDER --output FOLDER"
         return f"no {missing} given: name a configuration with --config"
     if m := re.search(r"Expected a dot import path string: (.+)", message):
         if m[1] in _CLASSES:
@@ -117,7 +152,21 @@ def essence(message: str) -> str:
 
 _CLASSES = [name for module in (attacks, callbacks, data, defense, models, tasks) for name in module.__all__]
 
-_SETTINGS = ["config", "run", "seed_everything", "ckpt_path", "model", "data", "trainer"]
+_SETTINGS = [
+    "config",
+    "run",
+    "dry_run",
+    "input",
+    "output",
+    "defense",
+    "existing",
+    "overlays",
+    "seed_everything",
+    "ckpt_path",
+    "model",
+    "data",
+    "trainer",
+]
 
 _SETTINGS += [f"trainer.{name}" for name in inspect.signature(L.Trainer).parameters]
 

@@ -21,8 +21,9 @@ ALLOWED = {
     "tasks": {"errors", "functional", "models", "defense", "attacks", "metrics", "data"},
     "run_folder": {"errors", "metrics", "models"},
     "callbacks": {"errors", "functional", "models", "metrics", "tasks", "run_folder"},
+    "help": set(),
     "messages": {"errors", "attacks", "callbacks", "data", "defense", "models", "run_folder", "tasks"},
-    "cli": {"errors", "attacks", "callbacks", "data", "defense", "models", "run_folder", "messages", "tasks"},
+    "cli": {"errors", "attacks", "callbacks", "data", "defense", "models", "run_folder", "help", "messages", "tasks"},
 }
 """What each part may import of the others; imports go down only."""
 FOREIGN = {

@@ -118,35 +118,66 @@ class ImageFolder(ImageDataModule):
         return whole.part(np.sort(part))
 
     def _scan(self, folder: Path, classes: Sequence[str]) -> ImageDataset:
-        found = [(file, label) for label, name in enumerate(classes) for file in _images(folder / name)]
+        found = [
+            (file, label) for label, name in enumerate(classes) for file in find_files(folder / name, IMG_EXTENSIONS)
+        ]
         if not found:
             kinds = ", ".join(IMG_EXTENSIONS)
             raise InputError(f"{folder}: no images in it; it needs one subfolder a class, with {kinds}")
         files, labels = zip(*found, strict=True)
-        return ImageDataset.whole(partial(_read_image, files, self.channels, self.size), labels, classes)
+        return ImageDataset.whole(partial(_read_item, files, self.channels, self.size), labels, classes)
 
 
 def _is_class(entry: Path) -> bool:
     return entry.is_dir() and not entry.name.startswith(".")
 
 
-def _images(folder: Path) -> list[Path]:
-    """Images at any depth, in the same order on every file system; hidden files and folders do not count."""
+def find_files(folder: Path, extensions: tuple[str, ...] = ("",)) -> list[Path]:
+    """Files at any depth, in the same order on every file system; hidden files and folders do not count."""
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS) and name[0] != "."]
+        found += [Path(parent, name) for name in files if name.lower().endswith(extensions) and name[0] != "."]
     return sorted(found)
 
 
-def _read_image(files: Sequence[Path], channels: int, size: int | None, item: int) -> Tensor:
-    path = files[item]
-    try:
-        with Image.open(path) as file:
-            mode, pixels = file.mode, np.array(file.convert("RGB" if channels == 3 else "L"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image; remove or replace it") from error
-    if mode.startswith(("I", "F")):
-        raise InputError(f"{path}: gray with more than 8 bits, which would be clipped; save it with 8 bits")
+def _read_item(files: Sequence[Path], channels: int, size: int | None, item: int) -> Tensor:
+    return read_image(files[item], channels, size)
+
+
+def read_image(path: Path, channels: int, size: int | None = None) -> Tensor:
+    """An image (C, H, W) in [0, 1]; with a ``size``, its shorter side is resized to that and its center cropped.
+
+    Raises:
+        InputError: The file is not an image, is damaged, or has more than 8 bits.
+    """
+    with open_image(path) as file:
+        try:
+            pixels = np.array(file.convert("RGB" if channels == 3 else "L"))
+        except _UNREADABLE as error:
+            raise _unreadable(path) from error
     image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).movedim(-1, 0).float().div(255.0)
     return image if size is None else resize(image[None], size)[0]
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image whose pixels are not read yet.
+
+    Raises:
+        InputError: Its beginning says that ``read_image`` would refuse it.
+    """
+    try:
+        file = Image.open(path)
+    except _UNREADABLE as error:
+        raise _unreadable(path) from error
+    if file.mode.startswith(("I", "F")):
+        file.close()
+        raise InputError(f"{path}: gray with more than 8 bits, which would be clipped; save it with 8 bits")
+    return file
+
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def _unreadable(path: Path) -> InputError:
+    return InputError(f"{path}: cannot be read as an image; remove or replace it")

@@ -1,0 +1,359 @@
+"""People's own images through a defense: purified, with masks and overlays, and classified."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import signal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_pil_image
+
+from lit_purify.data import ImageDataModule
+from lit_purify.data.folder import find_files, open_image, read_image
+from lit_purify.defense import DefendedClassifier
+from lit_purify.errors import InputError
+from lit_purify.functional.chunks import chunks
+from lit_purify.functional.noise import EVALUATION, KeyedNoise
+from lit_purify.functional.rendering import panels
+from lit_purify.metrics.records import write_whole
+from lit_purify.tasks.robustness import RobustnessTask
+
+Existing = Literal["refuse", "skip", "replace"]
+
+_KEY = "lit_purify"
+"""Of the text in a purified PNG that says what it was made from, and what it was taken for."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A file and what becomes of it.
+
+    Attributes:
+        name: Path of the file in the input folder.
+        source: The file.
+        target: The purified PNG; the mask and the overlay lie beside it.
+    """
+
+    name: str
+    source: Path
+    target: Path
+
+    @property
+    def mask(self) -> Path:
+        """White where the noise was strong."""
+        return self.target.with_suffix(".mask.png")
+
+    @property
+    def overlay(self) -> Path:
+        """Left to right: the image as the classifier takes it, the mask over it, noised, purified."""
+        return self.target.with_suffix(".overlay.png")
+
+    def sha256(self) -> str:
+        """Of the file's content."""
+        return hashlib.sha256(self.source.read_bytes()).hexdigest()
+
+    def done(self) -> Mapping[str, Any]:
+        """What the purified PNG says of itself; nothing if it is of another origin."""
+        with open_image(self.target) as image:
+            return json.loads(image.info.get(_KEY, "{}"))
+
+
+class _Sources(Dataset[dict[str, Any]]):
+    def __init__(self, jobs: Sequence[Job], channels: int, size: int) -> None:
+        self.jobs, self.channels, self.size = jobs, channels, size
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        job = self.jobs[item]
+        return {"image": read_image(job.source, self.channels, self.size), "sha256": job.sha256(), "item": item}
+
+
+class Purification(L.LightningModule):
+    """Purifies files, and writes each result at once.
+
+    The noise of a file is keyed by the sha256 of its content, its run and the seed: what comes out depends neither on
+    the file's name nor on the files beside it, on batches or processes. The first run's image is written.
+
+    Args:
+        defended: The defense.
+        jobs: The files.
+        runs: How many times each is purified and classified; ``None`` purifies once and classifies nothing.
+        overlays: Whether masks and overlays are written.
+        chunk: Rows that networks are called with, always this many.
+        seed: Of the noise.
+        settings_sha256: Stated in every file.
+        num_workers: Processes that read images.
+    """
+
+    def __init__(
+        self,
+        defended: DefendedClassifier,
+        jobs: Sequence[Job],
+        runs: int | None,
+        overlays: bool,
+        chunk: int,
+        seed: int,
+        settings_sha256: str,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.defended, self.jobs, self.overlays, self.chunk, self.seed = defended, jobs, overlays, chunk, seed
+        self.classify, self.runs = runs is not None, runs or 1
+        self.settings_sha256, self.num_workers = settings_sha256, num_workers
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """This process's share, in batches that fill a chunk."""
+        self.mine = self.jobs[self.trainer.global_rank :: self.trainer.world_size]
+        taker = self.defended.classifier
+        batch_size = max(1, self.chunk // self.runs)
+        return DataLoader(_Sources(self.mine, taker.channels, taker.size), batch_size, num_workers=self.num_workers)
+
+    def on_predict_start(self) -> None:
+        """Lightning notes SIGTERM and goes on. What is written is whole: ending at once loses nothing."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Purifies and writes a batch."""
+        image, n = batch["image"], self.runs
+        key = torch.tensor([int(sha256[:8], 16) for sha256 in batch["sha256"]], device=self.device)
+        noise = KeyedNoise(self.seed, key, torch.zeros_like(key), EVALUATION).runs(list(range(n)))
+        purified, noised, masks, predictions = [], [], [], []
+        for rows, real in chunks(len(image) * n, self.chunk, self.device):
+            trace = self.defended.purifier.trace(image[rows // n], noise.rows(rows))
+            first = (rows[:real] % n == 0).nonzero().flatten()
+            purified.append(trace.purified[first])
+            noised.append(trace.noised[first])
+            masks.append(torch.zeros_like(trace.purified[first, :1]) if trace.mask is None else trace.mask[first])
+            if self.classify:
+                predictions += self.defended.classifier(trace.purified)[:real].argmax(dim=1).tolist()
+        images = (torch.cat(parts).cpu() for parts in (purified, noised, masks))
+        for k, (item, *views) in enumerate(zip(batch["item"].tolist(), image.cpu(), *images, strict=True)):
+            said = {"sha256": batch["sha256"][k], "settings_sha256": self.settings_sha256}
+            if self.classify:
+                said["predictions"] = predictions[k * n : (k + 1) * n]
+            self._write(self.mine[item], said, *views)
+
+    def _write(self, job: Job, said: Any, image: Tensor, purified: Tensor, noised: Tensor, mask: Tensor) -> None:  # noqa: ANN401
+        """The purified image comes last: where it is, everything is."""
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        for old in (job.mask, job.overlay):
+            old.unlink(missing_ok=True)
+        if self.overlays:
+            if self.defended.purifier.mask is not None:
+                _save(mask, job.mask)
+            _save(panels(torch.stack([image, image, noised, purified]), mask, overlay=1), job.overlay)
+        _save(purified, job.target, said)
+
+
+def _save(image: Tensor, path: Path, said: Any = None) -> None:  # noqa: ANN401
+    text, stream = PngInfo(), io.BytesIO()
+    if said is not None:
+        text.add_text(_KEY, json.dumps(said))
+    to_pil_image(image.mul(255.0).round().byte()).save(stream, "png", pnginfo=text)
+    write_whole(path, stream.getvalue())
+
+
+class PurifyingTrainer(L.Trainer):
+    """A trainer that can also purify people's own images."""
+
+    settings: Mapping[str, Any] = {}
+    """What identifies the evaluation, flat: stated in every file, as a hash of what concerns the defense."""
+
+    def purify(
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        input: Path,
+        output: Path,
+        defense: str | None = None,
+        existing: Existing = "refuse",
+        overlays: bool = True,
+    ) -> None:
+        """Purifies images, and writes them as PNG under their own names, with masks and overlays beside them.
+
+        Args:
+            model: An evaluation, of whose defenses one is used.
+            datamodule: Its data, which is not read.
+            input: A folder of images at any depth, or one image. They are brought to the classifier's size and
+                channels; hidden files do not count, files that are no images are left out and counted.
+            output: The folder to write; subfolders are kept.
+            defense: Name of the defense; ``None`` takes the first with a mask, or else the first that purifies.
+            existing: What becomes of files that are there: ``refuse`` to write anything; ``skip`` those that were made
+                from the same image by the same settings, which goes on after an interruption; ``replace`` them.
+            overlays: Write NAME.mask.png and NAME.overlay.png too.
+        """
+        self._purify(model, datamodule, input, output, defense, existing, overlays, classify=False)
+
+    def predict(  # type: ignore[override]
+        self,
+        model: L.LightningModule,
+        datamodule: L.LightningDataModule,
+        input: Path,
+        output: Path,
+        defense: str | None = None,
+        existing: Existing = "refuse",
+        overlays: bool = True,
+    ) -> None:
+        """Purifies images as ``purify`` does, classifies each N times, and writes ``predictions.csv``.
+
+        Its columns: the file, the class that most runs agree on (of several the first), its name where the data knows
+        names, its share of the runs, and the class of each run.
+
+        Args:
+            model: As for ``purify``; its ``runs`` are N.
+            datamodule: Its data, which knows the names of the classes.
+            input: As for ``purify``.
+            output: As for ``purify``.
+            defense: As for ``purify``.
+            existing: As for ``purify``.
+            overlays: As for ``purify``.
+        """
+        self._purify(model, datamodule, input, output, defense, existing, overlays, classify=True)
+
+    def _purify(
+        self,
+        model: L.LightningModule,
+        data: L.LightningDataModule,
+        folder: Path,
+        output: Path,
+        defense: str | None,
+        existing: Existing,
+        overlays: bool,
+        classify: bool,
+    ) -> None:
+        assert isinstance(model, RobustnessTask)
+        assert isinstance(data, ImageDataModule)
+        folder, output = Path(folder).expanduser(), Path(output).expanduser()
+        name = _choose(model, defense)
+        defended = model.defenses[name]
+        assert isinstance(defended, DefendedClassifier)
+        model.denoiser.check_image(torch.empty(1, model.classifier.channels, *2 * [model.classifier.size]))
+        runs = model.runs if classify else None
+        settings_sha256 = self._identity(model, name, runs)
+        jobs, left_out = _plan(folder, output)
+        table = output / "predictions.csv"
+        todo = _check_existing(jobs, table if classify else None, existing, settings_sha256)
+        if self.is_global_zero:
+            others = f"; {len(left_out)} other files left out, such as {left_out[0]}" if left_out else ""
+            there = f", {len(jobs) - len(todo)} of them there already" if len(todo) < len(jobs) else ""
+            of = f" (of {', '.join(model.defenses)})" if defense is None and len(model.defenses) > 1 else ""
+            print(f"{len(jobs)} images of {folder}{there}{others}; defense {name}{of}", flush=True)
+        task = Purification(
+            defended, todo, runs, overlays, model.chunk, model.seed, settings_sha256, data.num_workers
+        ).eval()
+        try:
+            L.Trainer.predict(self, task, return_predictions=False)
+        except SystemExit:
+            # Lightning's answer to an interruption.
+            if self.is_global_zero:
+                print(f"\n{output}: stopped; the same command with --existing skip goes on from here", flush=True)
+            raise
+        self.strategy.barrier("purified")
+        if self.is_global_zero:
+            if classify:
+                _write_table(table, jobs, _names(model, data))
+            print(f"Purified: {output}" + (f"\nPredictions: {table}" if classify else ""))
+
+    def _identity(self, model: RobustnessTask, defense: str, runs: int | None) -> str:
+        """Hash of all that a purified image, or its predictions, depend on beside the image."""
+        own = tuple(f"model.init_args.{part}" for part in ("classifier", "denoiser", f"defenses.{defense}"))
+        others = {"chunk": model.chunk, "seed": model.seed, "runs": runs, "precision": self.precision}
+        relevant = {key: value for key, value in self.settings.items() if key.startswith(own)}
+        return hashlib.sha256(json.dumps({**relevant, **others}, sort_keys=True).encode()).hexdigest()
+
+
+def _choose(model: RobustnessTask, name: str | None) -> str:
+    if name is None:
+        purifiers = {key: d.purifier for key, d in model.defenses.items() if isinstance(d, DefendedClassifier)}
+        purifying = [key for key, purifier in purifiers.items() if purifier.nfe]
+        if not purifying:
+            raise InputError(f"defenses: none of {', '.join(model.defenses)} purifies; add one, or name it: --defense")
+        return next((key for key in purifying if purifiers[key].mask is not None), purifying[0])
+    if name not in model.defenses:
+        raise InputError(f"--defense {name}: the configuration has {', '.join(model.defenses)}; name one of these")
+    return name
+
+
+def _plan(folder: Path, output: Path) -> tuple[list[Job], list[Path]]:
+    """What is to be made, and the files that are no images."""
+    if not folder.exists():
+        raise InputError(f"--input {folder}: no such folder or file")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; name a folder")
+    root = folder if folder.is_dir() else folder.parent
+    if output.resolve().is_relative_to(root.resolve()) and folder.is_dir():
+        raise InputError(f"--output {output}: lies in the input folder, whose files are not touched; name another")
+    kinds = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    files = find_files(folder) if folder.is_dir() else [folder]
+    images = [file for file in files if file.name.lower().endswith(kinds) or not folder.is_dir()]
+    if not images:
+        raise InputError(f"--input {folder}: no images in it; it needs .png, .jpg or others that Pillow reads")
+    names = [file.relative_to(root) for file in images]
+    jobs = [Job(str(name), file, (output / name).with_suffix(".png")) for name, file in zip(names, images, strict=True)]
+    owner: dict[Path, Job] = {}
+    for job in jobs:
+        for path in (job.target, job.mask, job.overlay):
+            if (first := owner.setdefault(path, job)) is not job:
+                raise InputError(f"{first.source} and {job.source} would both be written to {path}; rename one of them")
+        # What cannot be read is refused before anything is written; the pixels are read when it is their turn.
+        open_image(job.source).close()
+    return jobs, [file for file in files if file not in set(images)]
+
+
+def _check_existing(jobs: Sequence[Job], table: Path | None, existing: Existing, settings_sha256: str) -> list[Job]:
+    """The jobs that are to be done."""
+    if existing == "refuse":
+        outputs = [path for job in jobs for path in (job.target, job.mask, job.overlay)] + ([table] if table else [])
+        found = next((path for path in outputs if path.exists()), None)
+        if found is not None:
+            raise InputError(f"{found}: is there already; --existing skip goes on, --existing replace writes anew")
+    if existing != "skip":
+        return list(jobs)
+    there = [job for job in jobs if job.target.exists()]
+    for job in there:
+        said = job.done()
+        if (said.get("settings_sha256"), said.get("sha256")) != (settings_sha256, job.sha256()):
+            raise InputError(
+                f"{job.target}: was made from another image or by other settings; name another --output, or write all "
+                "anew with --existing replace"
+            )
+    return [job for job in jobs if job not in set(there)]
+
+
+def _names(model: RobustnessTask, data: ImageDataModule) -> Sequence[str] | None:
+    """Of the classes; ``None`` where the data is not at hand, or is not what the classifier was made for."""
+    try:
+        model.classifier.check_classes(data.classes)
+    except (InputError, OSError) as error:
+        print(f"classes are given by their numbers alone: {error}")
+        return None
+    return data.classes
+
+
+def _write_table(path: Path, jobs: Sequence[Job], names: Sequence[str] | None) -> None:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    for k, job in enumerate(jobs):
+        predictions = job.done()["predictions"]
+        if k == 0:
+            writer.writerow(["file", "class", "name", "share", *(f"run_{run}" for run in range(len(predictions)))])
+        counts = Counter(predictions)
+        vote = min(counts, key=lambda c: (-counts[c], c))
+        name = "" if names is None else names[vote]
+        writer.writerow([job.name, vote, name, f"{counts[vote] / len(predictions):.4g}", *predictions])
+    write_whole(path, stream.getvalue())
