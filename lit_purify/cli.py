@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Imported for their classes: what is imported can be named in a configuration by its short name.
-from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, WandbReport
+from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, WandbReport, WandbTraining
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.data import ImageDataModule
@@ -244,7 +244,8 @@ class _TrainingCLI(_CLI):
             self.folder.write_config(self.resolved, write=trainer.is_global_zero)
             self.running = True
 
-        self.trainer.callbacks.insert(0, LambdaCallback(setup=place, on_train_start=start))  # type: ignore[attr-defined]
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [LambdaCallback(setup=place, on_train_start=start), *callbacks, WandbTraining()]
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:

@@ -7,5 +7,17 @@ from lit_purify.callbacks.progress import Progress
 from lit_purify.callbacks.record_writer import RecordWriter
 from lit_purify.callbacks.report import Report
 from lit_purify.callbacks.wandb_report import WandbReport
+from lit_purify.callbacks.wandb_run import WandbRun
+from lit_purify.callbacks.wandb_training import WandbTraining
 
-__all__ = ["Export", "Gallery", "Previews", "Progress", "RecordWriter", "Report", "WandbReport"]
+__all__ = [
+    "Export",
+    "Gallery",
+    "Previews",
+    "Progress",
+    "RecordWriter",
+    "Report",
+    "WandbReport",
+    "WandbRun",
+    "WandbTraining",
+]
