@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Imported for their classes: what is imported can be named in a configuration by its short name.
-from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stopping, WandbReport, Watch
+from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stopping, WandbReport, WandbTraining, Watch
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.html import write_report
@@ -284,7 +284,8 @@ class _TrainingCLI(_CLI):
             self.folder.write_config(self.resolved, write=trainer.is_global_zero)
             self.running = True
 
-        self.trainer.callbacks.insert(0, LambdaCallback(setup=place, on_train_start=start))  # type: ignore[attr-defined]
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks[:] = [LambdaCallback(setup=place, on_train_start=start), *callbacks, WandbTraining()]
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:

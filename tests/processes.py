@@ -23,7 +23,10 @@ def tiny(path, samples=13, **attack):
     """Writes a configuration of one defense and one attack that takes a second."""
     weights = ROOT / "checkpoints"
     network = {
-        name: {"class_path": f"lit_purify.models.load_{name}", "init_args": {"path": str(weights / f"digits_{name}.safetensors")}}
+        name: {
+            "class_path": f"lit_purify.models.load_{name}",
+            "init_args": {"path": str(weights / f"digits_{name}.safetensors")},
+        }
         for name in ("classifier", "denoiser")
     }
     pgd = {"norm": "linf", "eps": 0.2, "steps": 2, "step_size": 0.1}

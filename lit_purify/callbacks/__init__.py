@@ -8,6 +8,20 @@ from lit_purify.callbacks.record_writer import RecordWriter
 from lit_purify.callbacks.report import Report
 from lit_purify.callbacks.stopping import Stopping
 from lit_purify.callbacks.wandb_report import WandbReport
+from lit_purify.callbacks.wandb_run import WandbRun
+from lit_purify.callbacks.wandb_training import WandbTraining
 from lit_purify.callbacks.watch import Watch
 
-__all__ = ["Export", "Gallery", "Previews", "Progress", "RecordWriter", "Report", "Stopping", "WandbReport", "Watch"]
+__all__ = [
+    "Export",
+    "Gallery",
+    "Previews",
+    "Progress",
+    "RecordWriter",
+    "Report",
+    "Stopping",
+    "WandbReport",
+    "WandbRun",
+    "WandbTraining",
+    "Watch",
+]

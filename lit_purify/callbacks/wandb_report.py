@@ -1,8 +1,10 @@
-"""What goes to Weights & Biases, when a WandbLogger is there."""
+"""What an evaluation shows in Weights & Biases, when a WandbLogger is there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,88 +12,159 @@ import lightning as L
 import numpy as np
 import wandb
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
+from lit_purify.callbacks.summary import RULES
+from lit_purify.callbacks.wandb_run import WandbRun, log_settings, peak_memory, wandb_logger
 from lit_purify.metrics import Record
 from lit_purify.run_folder import RunFolder
 from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
 
+_PANELS = ("original", "adversarial", "mask", "noised", "purified")
+
 
 class WandbReport(Callback, EvaluationListener):
-    """Logs running accuracies, mask overlays that can be toggled, and a table of samples; rank zero alone.
+    """Logs accuracies, mask overlays that can be toggled, a table of samples, the frontier and costs; rank zero alone.
 
-    Scalars are ``running/<defense>/<attack>``, ``robust/<defense>/<attack>/<rule>`` and ``clean/<defense>/<rule>``.
+    Names: ``running/robust/<defense>/<attack>`` and ``running/clean/<defense>`` over ``running/samples``;
+    ``robust/<defense>/<attack>/<rule>`` and ``clean/<defense>/<rule>`` (logged by the task);
+    ``cost/<defense>/...``; the tables ``results``, ``samples`` and ``frontier``, the images ``masks``.
     """
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs what is evaluated."""
+        logger = wandb_logger(trainer)
+        if logger is None or not isinstance(pl_module, RobustnessTask):
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        facts = {
+            "subset_sha256": data.subset_sha256,
+            "samples": len(data.evaluated),
+            "nfe": {result["defense"]: result["nfe_defense"] for result in pl_module.describe()},
+        }
+        log_settings(logger, RunFolder(Path(trainer.default_root_dir)), facts)
+        run = logger.experiment
+        run.define_metric("running/samples", hidden=True)
+        names = [f"robust/{defense}/{attack}" for defense, attack in pl_module.pairs]
+        for name in (*names, *(f"clean/{defense}" for defense in pl_module.defenses), "images_per_second"):
+            run.define_metric(f"running/{name}", step_metric="running/samples")
+        self.told = time.perf_counter()
 
     def on_evaluated(
         self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
     ) -> None:
-        """Running robust accuracy of one pair, over the samples of rank zero."""
-        logger = _logger(trainer)
-        if logger is not None:
-            defense, attack = records[0].defense, records[0].attack
-            logger.log_metrics({f"running/{defense}/{attack}": task.running(defense, attack)})
+        """Running accuracies of one pair, over the samples of rank zero; the speed is that of all processes."""
+        logger = wandb_logger(trainer)
+        if logger is None:
+            return
+        now = time.perf_counter()
+        speed, self.told = len(records) * trainer.world_size / (now - self.told), now
+        defense, attack = records[0].defense, records[0].attack
+        logger.log_metrics(
+            {
+                "running/samples": task.completed,
+                f"running/robust/{defense}/{attack}": task.running(defense, attack),
+                f"running/clean/{defense}": task.running(defense),
+                "running/images_per_second": speed,
+                "cost/peak_memory_gib": peak_memory(task.device),
+            }
+        )
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reads what all processes have written into the run's folder."""
-        logger = _logger(trainer)
+        logger = wandb_logger(trainer)
         if logger is None or not isinstance(pl_module, RobustnessTask):
             return
         folder = RunFolder(Path(trainer.default_root_dir))
         classes = trainer.datamodule.classes  # type: ignore[attr-defined]
-        rows: list[list[Any]] = []
-        overlays: list[wandb.Image] = []
-        for record in folder.collect(write=False):
-            picture = folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png"
-            if not picture.exists():
-                continue
-            rows.append(
-                [
-                    record.defense,
-                    record.attack,
-                    record.index,
-                    classes[record.label],
-                    _names(record.clean, classes),
-                    _names(record.adversarial, classes),
-                    record.linf,
-                    record.l2,
-                    wandb.Image(str(picture)),
-                ]
-            )
-            mask = picture.with_suffix(".mask.png")
-            if mask.exists():
-                overlays.append(_with_mask(picture, mask, f"{record.defense}, sample {record.index}"))
-        columns = ["defense", "attack", "index", "label", "clean", "adversarial", "linf", "l2", "images"]
-        logger.log_table("samples", columns=columns, data=rows)
-        if overlays:
-            logger.experiment.log({"masks": overlays})
-        place = logger.experiment.dir
-        logger.experiment.finish()
-        if logger._offline:
-            print(f"W&B: offline run, upload it with: wandb sync {Path(place).parent}")
+        if folder.summary.exists():
+            logger.experiment.log(_figures(json.loads(folder.summary.read_text())))
+        logger.experiment.log(_pictures(folder, classes))
+        drawn = folder.path / "frontier.png"
+        if drawn.exists():
+            logger.experiment.log({"frontier_drawn": wandb.Image(str(drawn))})
+        if isinstance(logger, WandbRun):
+            kept = [folder.config, folder.identity, folder.records, folder.summary, folder.report, folder.overlays]
+            logger.log_files("evaluation", "evaluation", kept)
 
 
-def _logger(trainer: L.Trainer) -> WandbLogger | None:
-    if not trainer.is_global_zero:
-        return None
-    return next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Costs, a table of all results, and the clean against the robust accuracy of every defense."""
+    logged: dict[str, Any] = {}
+    rows, points = [], []
+    for result in summary["results"]:
+        defense, attack, clean, robust = (result[key] for key in ("defense", "attack", "clean", "robust"))
+        # Seconds of all processes: the speed of one.
+        speed = summary["samples"] / max(1e-9, result["seconds"])
+        logged[f"cost/{defense}/nfe"] = result["nfe_defense"]
+        logged[f"cost/{defense}/{attack}/nfe"] = result["nfe_attack"]
+        logged[f"cost/{defense}/{attack}/images_per_second"] = speed
+        intervals = [value for kind in (clean, robust) for rule in RULES for value in kind[rule]]
+        rows.append([defense, attack, result["gradient"], result["nfe_defense"], speed, *intervals])
+        points.append([defense, attack, clean["average"][0], robust["average"][0]])
+    values = [f"{kind} {rule}{end}" for kind in ("clean", "robust") for rule in RULES for end in ("", " low", " high")]
+    head = ["defense", "attack", "gradient", "nfe", "images per second"]
+    frontier = wandb.Table(columns=["defense", "attack", "clean", "robust"], data=points)
+    logged["results"] = wandb.Table(columns=[*head, *values], data=rows)
+    logged["frontier"] = wandb.plot.scatter(frontier, "clean", "robust", title="Clean against robust accuracy")
+    return logged
 
 
-def _names(predictions: Sequence[int], classes: Sequence[str]) -> str:
-    return ", ".join(classes[p] for p in predictions)
+def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
+    """The samples whose pictures lie in the folder, whichever process has written them."""
+    rows: list[list[Any]] = []
+    overlays: list[wandb.Image] = []
+    for record in folder.collect(write=False):
+        strip = folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png"
+        if not strip.exists():
+            continue
+        images = dict(zip(_PANELS, _cut(strip), strict=True))
+        mask = strip.with_suffix(".mask.png")
+        caption = f"{record.defense}, {record.attack}, sample {record.index}"
+        shown = _masked(images["adversarial"], mask, caption) if mask.exists() else None
+        if shown is not None:
+            overlays.append(shown)
+        rows.append(
+            [
+                record.defense,
+                record.attack,
+                record.index,
+                classes[record.label],
+                *(", ".join(classes[p] for p in predictions) for predictions in (record.clean, record.adversarial)),
+                *(sum(p == record.label for p in ps) / len(ps) for ps in (record.clean, record.adversarial)),
+                record.linf,
+                record.l2,
+                *(shown if name == "mask" else wandb.Image(image) for name, image in images.items()),
+            ]
+        )
+    columns = [
+        "defense",
+        "attack",
+        "index",
+        "label",
+        "clean",
+        "attacked",
+        "clean right",
+        "attacked right",
+        "linf",
+        "l2",
+    ]
+    logged: dict[str, Any] = {"samples": wandb.Table(columns=[*columns, *_PANELS], data=rows)}
+    return logged | {"masks": overlays} if overlays else logged
 
 
-def _with_mask(picture: Path, mask: Path, caption: str) -> wandb.Image:
-    """The adversarial panel of a picture with its mask as a layer of its own."""
-    with Image.open(picture) as strip, Image.open(mask) as small:
-        # The strip is square panels with gaps between them; the second is the adversarial image.
-        height = strip.height
-        gap = (strip.width - 5 * height) // 4
-        panel = strip.crop((height + gap, 0, 2 * height + gap, height))
-        layer = np.array(small.convert("L").resize(panel.size, Image.Resampling.NEAREST)) > 127
-    return wandb.Image(
-        panel,
-        caption=caption,
-        masks={"strong_noise": {"mask_data": layer.astype(np.uint8), "class_labels": {0: "weak", 1: "strong"}}},
-    )
+def _cut(path: Path) -> list[Image.Image]:
+    """The panels of a picture of the gallery, which stand side by side with gaps of 4 pixels."""
+    with Image.open(path) as strip:
+        width = (strip.width + 4) // len(_PANELS) - 4
+        lefts = [k * (width + 4) for k in range(len(_PANELS))]
+        return [strip.crop((left, 0, left + width, strip.height)) for left in lefts]
+
+
+def _masked(image: Image.Image, path: Path, caption: str) -> wandb.Image:
+    """An image with its mask as a layer of its own."""
+    with Image.open(path) as mask:
+        layer = np.array(mask.convert("L").resize(image.size, Image.Resampling.NEAREST)) > 127
+    labels = {0: "weak", 1: "strong"}
+    masks = {"strong_noise": {"mask_data": layer.astype(np.uint8), "class_labels": labels}}
+    return wandb.Image(image, caption=caption, masks=masks)

@@ -159,7 +159,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _measure(model: RobustnessTask, defense: str, name: str, batch: Batch) -> Measured:
-    attack, view, defended = model.attacks[name], model._attacked[defense, name].model, model._defended(defense)
+    attack, view, defended = model.attacks[name], model.views[defense, name].model, model._defended(defense)
     device, runs, chunk = batch["image"].device, list(range(model.runs)), model.chunk
     image, index = (batch[key][: max(1, chunk // len(runs))] for key in ("image", "index"))
     noise = KeyedNoise(model.seed, index, torch.zeros_like(index), EVALUATION)

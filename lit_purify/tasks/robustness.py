@@ -233,9 +233,10 @@ class RobustnessTask(L.LightningModule):
                 values[f"clean/{defense}/{rule}"] = getattr(result, rule).value
         self.log_dict(values)
 
-    def running(self, defense: str, attack: str) -> float:
-        """Average robust accuracy of a pair so far, on this process alone."""
-        metric = self._metric(self.metrics, self.metric_name(defense, attack))
+    def running(self, defense: str, attack: str | None = None) -> float:
+        """Average accuracy so far, on this process alone: robust of a pair, clean without an attack."""
+        clean = attack is None
+        metric = self._metric(self.clean, defense) if clean else self._metric(self.metrics, f"{defense}/{attack}")
         return float(metric.sums[0]) / max(1, int(metric.count))
 
     def _evaluate(self, defense: str, attack: str, batch: Batch) -> tuple[list[Record], list[View]]:
