@@ -24,6 +24,7 @@ from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, WandbR
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.html import write_report
+from lit_purify.compare import compare
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.messages import essence, explanation
@@ -256,9 +257,15 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 
     ``eval.py gradcheck`` checks that attacks differentiate what is defended, ``eval.py audit`` that no other attack is
     stronger than the configured one. ``eval.py frontier`` evaluates families of defenses, and compares them at equal
-    clean accuracy.
+    clean accuracy. ``eval.py compare`` sets finished evaluations side by side.
     """
     given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["compare"]:
+        try:
+            compare(given[1:])
+        except InputError as error:
+            _fail(str(error))
+        return
     # An evaluation like any other, of many defenses.
     frontier = given[:1] == ["frontier"]
     if frontier:
