@@ -23,6 +23,7 @@ from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stoppi
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.html import write_report
+from lit_purify.compare import compare
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.help import EVALUATE, TRAIN
@@ -293,9 +294,17 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 
     ``eval.py gradcheck`` checks that attacks differentiate what is defended, ``eval.py audit`` that no other attack is
     stronger than the configured one. ``eval.py frontier`` evaluates families of defenses, and compares them at equal
-    clean accuracy. ``eval.py purify`` and ``eval.py predict`` take people's own images through a defense.
+    clean accuracy. ``eval.py compare`` sets finished evaluations side by side. ``eval.py purify`` and ``eval.py predict``
+    take people's own images through a defense.
     """
-    given = _helped(list(sys.argv[1:] if argv is None else argv), EVALUATE)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["compare"]:
+        try:
+            compare(given[1:])
+        except InputError as error:
+            _fail(str(error))
+        return
+    given = _helped(given, EVALUATE)
     command = given.pop(0) if given and given[0] in ("frontier", *_EvaluationCLI.subcommands()) else "test"
     # An evaluation like any other, of many defenses.
     frontier = command == "frontier"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import torch
 import yaml
 
+from lit_purify.callbacks.html import write_report
 from lit_purify.cli import evaluate
 from lit_purify.functional.statistics import outcomes
 from lit_purify.metrics import RobustAccuracy, read_records
+from lit_purify.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,12 +138,26 @@ def test_summary_follows_from_the_records(finished):
 
 def test_report_is_one_file_that_needs_nothing_else(finished):
     text = (finished / "report.html").read_text()
-    assert text.count("data:image/png;base64,") == 12
+    # Four panels of each picture, and the masks of one defense.
+    assert text.count("data:image/webp;base64,") == 12 * 4 + 4
     assert "<svg" in text
     links = re.findall(r"(?:src|href)=['\"]([^'\"]+)", text)
     assert all(link.startswith(("data:", "#")) for link in links)
     for name in ("none", "uniform", "paper", "pgd-l2"):
         assert name in text
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_report_shows_a_verdict_that_came_later(config, finished, tmp_path, changed):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    evaluate(["gradcheck", "--config", str(config), "--run", str(run), "--samples", "1"])
+    if changed:
+        identity = json.loads((run / "identity.json").read_text())
+        (run / "identity.json").write_text(json.dumps({**identity, "model.init_args.seed": 1}))
+        write_report(RunFolder(run))
+    assert ("stale: passed for other settings" in (run / "report.html").read_text()) == changed
+    assert '<span class="badge survived">passed</span>' in (run / "report.html").read_text() or changed
 
 
 def test_saved_configuration_repeats_the_run(finished, tmp_path):

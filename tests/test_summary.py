@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_purify.callbacks.summary import check_attack_names, ensembles, summarize, table
+from lit_purify.callbacks.summary import attack_line, check_attack_names, ensembles, summarize, table
 from lit_purify.errors import InputError
 from lit_purify.metrics import Record
 
@@ -60,6 +60,12 @@ def test_ensemble_of_each_threat_model(summary):
     assert found["robust_difference"]["average"][0] == pytest.approx(0.375 - 0.5)
     assert found["clean"] == summary["results"][3]["clean"]
     assert "ensemble: linf <= 0.1, 15 steps" in table(summary)
+
+
+def test_masks_of_an_ensemble_are_named_once():
+    facts = [described("d", name, mask_gradient=mask) for name, mask in (("a", "soft"), ("b", "frozen"), ("c", "soft"))]
+    (found,) = ensembles([{"stopping": "", **each} for each in facts])
+    assert "exact gradient, soft mask; for each sample" in attack_line([found])
 
 
 def test_average_of_an_ensemble_is_bracketed(summary):

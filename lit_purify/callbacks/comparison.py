@@ -1,0 +1,172 @@
+"""Several finished evaluations side by side, with differences that are paired where samples are shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_purify.callbacks import plots
+from lit_purify.callbacks.finished import FinishedRun, Threat, radius, threat_name
+from lit_purify.callbacks.html import render
+from lit_purify.callbacks.summary import clean_outcomes, groups_of, percent, robust_outcomes, signed
+from lit_purify.errors import InputError
+from lit_purify.functional.statistics import Interval, paired_difference, unpaired_difference
+
+_HOW = ("attack_title", "attack_steps", "eot", "gradient", "mask_gradient", "attacks")
+"""What makes two attacks of one threat model alike."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A defense of a run, and how it differs from its counterpart in the first run.
+
+    Attributes:
+        run: Name of the run.
+        result: Of ``summary.json``.
+        other: Name of the counterpart, empty where there is none.
+        clean: Difference of the clean average, in [-1, 1].
+        robust: Difference of the robust average.
+        remarks: What the differences rest on, and what else differs between the two.
+    """
+
+    run: str
+    result: Mapping[str, Any]
+    other: str = ""
+    clean: Interval | None = None
+    robust: Interval | None = None
+    remarks: str = ""
+
+
+class Comparison:
+    """Runs compared to the first of them.
+
+    Args:
+        folders: Run folders, at least two.
+
+    Raises:
+        InputError: A folder holds no finished evaluation, or is named twice.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        if len(folders) < 2:
+            raise InputError("compare takes two run folders or more, the first is what the others are compared to")
+        self.runs = {name: FinishedRun.read(path) for name, path in zip(_names(folders), folders, strict=True)}
+        self.first = next(iter(self.runs))
+        self.pairing = {name: _pairing(self.runs[self.first], run) for name, run in self.runs.items()}
+        threats = dict.fromkeys(threat for run in self.runs.values() for threat in run.threats)
+        self.rows = {threat: self._rows(threat) for threat in threats}
+
+    def _rows(self, threat: Threat) -> list[Row]:
+        return [
+            self._row(name, result, threat) for name, run in self.runs.items() for result in run.threats.get(threat, [])
+        ]
+
+    def _row(self, name: str, result: Mapping[str, Any], threat: Threat) -> Row:
+        """The counterpart has the same name, or else is the first run's baseline."""
+        first, run = self.runs[self.first], self.runs[name]
+        known = {other["defense"]: other for other in first.threats.get(threat, [])}
+        other = known.get(result["defense"], known.get(first.summary["baseline"]))
+        if name == self.first or other is None:
+            return Row(name, result)
+        remarks = [] if all(other.get(key) == result.get(key) for key in _HOW) else ["another attack"]
+        if first.summary["runs"] != run.summary["runs"]:
+            remarks.append(f"{run.summary['runs']} runs for {first.summary['runs']}")
+        if self.pairing[name]:
+            remarks.append("not paired")
+            clean, robust = (
+                unpaired_difference(Interval(*other[kind]["average"]), Interval(*result[kind]["average"]))
+                for kind in ("clean", "robust")
+            )
+        else:
+            before, after = _averages(first, other), _averages(run, result)
+            shared = sorted(before.keys() & after.keys())
+            remarks.append(f"{len(shared)} shared samples")
+            pair = [torch.stack([values[index] for index in shared]) for values in (before, after)]
+            clean, robust = (paired_difference(pair[0][:, kind], pair[1][:, kind]) for kind in (0, 1))
+        return Row(name, result, other["defense"], clean, robust, ", ".join(remarks))
+
+    @property
+    def differing(self) -> dict[str, dict[str, Any]]:
+        """Settings that are not the same in all runs, by setting and run."""
+        keys = dict.fromkeys(key for run in self.runs.values() for key in run.identity)
+        values = {key: {name: run.identity.get(key) for name, run in self.runs.items()} for key in keys}
+        return {key: by_run for key, by_run in values.items() if len({str(value) for value in by_run.values()}) > 1}
+
+    def page(self) -> str:
+        """``compare.html``."""
+        drawings = {
+            threat: plots.frontier(
+                [(_title(row), row.result["clean"]["average"], row.result["robust"]["average"]) for row in rows],
+                f"Clean against robust accuracy, {threat_name(threat)}",
+            )
+            for threat, rows in self.rows.items()
+        }
+        return render("compare.html", comparison=self, drawings=drawings)
+
+    def table(self) -> str:
+        """What is printed."""
+        lines = [f"{name}: not paired, {reason}" for name, reason in self.pairing.items() if reason]
+        for threat, rows in self.rows.items():
+            width = max(len(_title(row)) for row in rows)
+            head = f"{'clean':>20}  {'robust':>20}  {'less ' + self.first + ':':16}{'clean':>20}  {'robust':>20}"
+            lines += ["", f"{threat[0]} <= {radius(threat)}, average accuracy in %", f"{'':{width}}  {head}"]
+            for row in rows:
+                line = f"{_title(row):{width}}"
+                line += "".join(f"  {percent(row.result[kind]['average']):>20}" for kind in ("clean", "robust"))
+                if row.clean is not None and row.robust is not None:
+                    line += f"  {row.other:16}{signed(row.clean):>20}  {signed(row.robust):>20}  {row.remarks}"
+                lines.append(line)
+        return "\n".join(lines)
+
+
+def _title(row: Row) -> str:
+    return f"{row.run}: {row.result['defense']}"
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    whole = [(path.parent if path.name == "summary.json" else path).resolve() for path in folders]
+    for path in whole:
+        if whole.count(path) > 1:
+            raise InputError(f"{path}: named twice; give each run once")
+    for parts in range(1, max(len(path.parts) for path in whole) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in whole]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _pairing(first: FinishedRun, run: FinishedRun) -> str:
+    """Why the samples of two runs cannot be paired; empty where they can."""
+    for key in ("dataset", "split", "classifier"):
+        if first.summary[key] != run.summary[key]:
+            return f"another {key}: {run.summary[key]}, not {first.summary[key]}"
+    if _classifier(first) != _classifier(run):
+        return "the classifier has other settings or another file"
+    before, after = (
+        {record.index: record.label for records in each.pairs.values() for record in records} for each in (first, run)
+    )
+    shared = before.keys() & after.keys()
+    if not shared:
+        return "no sample is shared"
+    if any(before[index] != after[index] for index in shared):
+        return "samples of one number have other labels, so the data are not the same"
+    return ""
+
+
+def _classifier(run: FinishedRun) -> dict[str, Any]:
+    """Its settings, with the content of files in place of their paths."""
+    settings = {key: value for key, value in run.identity.items() if key.startswith("model.init_args.classifier.")}
+    return {key: value for key, value in settings.items() if f"{key} (sha256)" not in settings}
+
+
+def _averages(run: FinishedRun, result: Mapping[str, Any]) -> dict[int, Tensor]:
+    """By sample the share (2,) of right runs, clean and attacked."""
+    clean, robust = clean_outcomes(run.pairs, result)[:, 0], robust_outcomes(run.pairs, result)[:, 0]
+    indices = [record.index for record in groups_of(run.pairs, result)[0]]
+    return dict(zip(indices, torch.stack((clean, robust), dim=1), strict=True))
