@@ -61,12 +61,15 @@ class EstimatingTrainer(L.Trainer):
     records: Sequence[Record] = ()
     """What the run's folder holds already."""
 
-    def estimate(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
+    def estimate(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> dict[tuple[str, str], float]:
         """Measures a chunk of every defense under every attack; prints what the whole evaluation needs.
 
         Args:
             model: An evaluation.
             datamodule: Its data.
+
+        Returns:
+            Seconds that each (defense, attack) takes the busiest process.
         """
         assert isinstance(model, RobustnessTask)
         assert isinstance(datamodule, ImageDataModule)
@@ -81,7 +84,7 @@ class EstimatingTrainer(L.Trainer):
         batches = [mine[start : start + size] for start in range(0, len(mine), size)]
         rows = [evaluated[k] for k in range(len(batches[0]))]
         first = {key: torch.stack([torch.as_tensor(row[key]) for row in rows]).to(device) for key in rows[0]}
-        total, memory = 0.0, 0
+        expected, memory = {}, 0
         wanted = {(*pair, int(i)) for pair in model.pairs for i in evaluated.positions}
         widths = [max(7, *map(len, names)) for names in (model.defenses, model.attacks)]
 
@@ -112,15 +115,16 @@ class EstimatingTrainer(L.Trainer):
                 draws = eot if described["queries"]["backward"] else 0
                 kept = 2 * max(0, max(left) - measured.samples) * draws * first["image"][0].nbytes
                 memory = max(memory, peak_memory(device) + kept)
-            total += seconds
+            expected[pair] = seconds
             calls = (f"{count:8,d}" for count in network_calls(described, model.runs))
             say(*pair, *calls, f"{seconds / sum(left):9.3g}" if left else f"{'done':>9}", f"{duration(seconds):>12}")
         if self.is_global_zero:
             processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''} ({device.type})"
-            print(f"\nExpected: {duration(total)} on {processes}, and the start and the report")
+            print(f"\nExpected: {duration(sum(expected.values()))} on {processes}, and the start and the report")
             if self.world_size > 1 and device.type == "cpu":
                 print("Measured by one process; several share the cores of a machine")
             print(f"Peak memory of a process: {gibibytes(memory)}{_available(device)}\nNothing was written.")
+        return expected
 
 
 def network_calls(described: Mapping[str, Any], runs: int) -> tuple[int, int]:
@@ -139,7 +143,7 @@ def work(described: Mapping[str, Any], runs: int) -> int:
     """What a sample costs, roughly and in no unit: the classifier counts as much as a call of the denoiser."""
     forward, backward = network_calls(described, runs)
     queries = Queries(**described["queries"])
-    return forward + _BACKWARD * backward + _cost(queries) + 2 * runs
+    return forward + _BACKWARD * backward + queries.forward + _BACKWARD * queries.backward + 2 * runs
 
 
 def duration(seconds: float) -> str:
@@ -183,7 +187,16 @@ def _measure(model: RobustnessTask, defense: str, name: str, batch: Batch) -> Me
     steps = min(attack.steps, int(_LONG_ENOUGH / max(seconds, 1e-6)))
     if steps > 1:
         seconds, queries = attacked(steps)
-    return Measured(len(image), seconds * max(1, _cost(attack.queries)) / max(1, _cost(queries)), evaluation)
+    whole = attack.queries
+    if not queries.backward:
+        return Measured(len(image), seconds * whole.forward / max(1, queries.forward), evaluation)
+    only = 0.0
+    if queries.forward > queries.backward:
+        only = (
+            _seconds(partial(logits_in_chunks, view, image, noise, list(range(attack.eot)), chunk), device) / attack.eot
+        )
+    differentiated = (seconds - only * (queries.forward - queries.backward)) / queries.backward
+    return Measured(len(image), only * (whole.forward - whole.backward) + differentiated * whole.backward, evaluation)
 
 
 def _shortened(attack: Attack, steps: int) -> Attack:
@@ -194,10 +207,6 @@ def _shortened(attack: Attack, steps: int) -> Attack:
     if isinstance(inner := getattr(attack, "attack", None), Attack):
         vars(short)["attack"] = _shortened(inner, steps)
     return short
-
-
-def _cost(queries: Queries) -> int:
-    return queries.forward + _BACKWARD * queries.backward
 
 
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:

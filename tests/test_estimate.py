@@ -1,0 +1,71 @@
+"""What --dry_run expects of an evaluation is what the evaluation then takes, by a clock that counts network calls."""
+
+import lightning as L
+import pytest
+import torch
+from conftest import GaussianDenoiser
+
+from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, Square, Transfer
+from lit_purify.data import Digits, First
+from lit_purify.defense import HeterogeneousPurifier, NoPurifier, Surrogate, TopFraction, UniformPurifier
+from lit_purify.metrics import Record
+from lit_purify.models import Classifier
+from lit_purify.tasks import RobustnessTask, estimate
+from lit_purify.tasks.estimate import EstimatingTrainer, duration
+
+DEFENSES = {
+    "none": NoPurifier,
+    "uniform": lambda d, c: UniformPurifier(d, c, 200, 3),
+    "paper": lambda d, c: HeterogeneousPurifier(d, c, TopFraction(0.3), 300, 150, 2),
+}
+ATTACKS = {
+    "last": PGD("linf", 0.1, steps=3, step_size=0.05, eot=3),
+    "best": PGD("l2", 0.5, steps=3, step_size=0.1, eot=2, select="best"),
+    "apgd": APGD("linf", 0.1, steps=4, eot=2),
+    "fgsm": FGSM("linf", 0.1),
+    "cw": CarliniWagnerL2(0.5, steps=3, searches=2),
+    "square": Square("linf", 0.1, steps=4, eot=2),
+    "transfer": Transfer(APGD("linf", 0.1, steps=4)),
+}
+
+
+@pytest.fixture
+def setting(monkeypatch):
+    """Makes an evaluation in batches of 4 and 1, its trainer and data, and a clock.
+
+    By the clock a call of the denoiser takes a second, one of the classifier a fifth; computed anew is called anew.
+    """
+    denoiser = GaussianDenoiser(size=8)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 10))
+    classifier = Classifier(network, size=8, num_classes=10, channels=1, blocks=["0"])
+    clock = {"now": 0.0, "rows": 0}
+
+    def tick(module, inputs, output):
+        clock["now"] += 1.0 if module is denoiser else 0.2
+        clock["rows"] += len(inputs[0]) * (module is denoiser)
+
+    for module in (denoiser, network):
+        module.register_forward_hook(tick)
+    monkeypatch.setattr(estimate, "perf_counter", lambda: clock["now"])
+
+    def make(*attacks, chunk=5, n=5, runs=3):
+        gradients = {"last": Surrogate(2)} if "last" in attacks else None
+        named = {name: ATTACKS[name] for name in attacks}
+        task = RobustnessTask(
+            classifier, denoiser, DEFENSES, named, runs=runs, chunk=chunk, gallery=0, gradients=gradients
+        )
+        off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
+        trainer = EstimatingTrainer(accelerator="cpu", inference_mode=False, use_distributed_sampler=False, **off)
+        return task, trainer, Digits(batch_size=4, subset=First(n))
+
+    return make, clock
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_expected_is_what_it_takes(setting, attack):
+    make, clock = setting
+    task, trainer, data = make(attack)
+    expected = sum(trainer.estimate(task, data).values())
+    clock["now"] = 0.0
+    trainer.test(task, data, verbose=False)
+    assert expected == pytest.approx(clock["now"], rel=0.02)
