@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from lit_purify.callbacks.summary import RULES, attack_line, headline, percent, signed
+from lit_purify.callbacks.summary import RULES, attack_line, chunk_line, headline, percent, signed
 from lit_purify.metrics import Record
 
 _STYLE = """
@@ -49,7 +49,7 @@ def page(
     facts = {
         "subset": f"sha256 {summary['subset_sha256']}",
         "seed": summary["seed"],
-        "rows of a network call": summary["chunk"],
+        "rows of a network call": chunk_line(summary),
         "classifier": summary["classifier"],
         "denoiser": summary["denoiser"],
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),

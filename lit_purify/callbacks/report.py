@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Report(Callback):
             "files": folder.hashes(),
         }
         used = [record for record in records if record.key in wanted]
+        facts["smaller_chunks"] = dict(Counter(record.chunk for record in used if record.chunk is not None))
         described = [
             {"stopping": getattr(pl_module.attacks[result["attack"]], "stopping", STOPPING), **result}
             for result in pl_module.describe()

@@ -183,6 +183,14 @@ def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def chunk_line(summary: Mapping[str, Any]) -> str:
+    """With how many rows networks were called, in a line."""
+    fewer = [f"{count} records with {rows}" for rows, count in summary.get("smaller_chunks", {}).items()]
+    if not fewer:
+        return f"{summary['chunk']}"
+    return f"{summary['chunk']}, but {', '.join(fewer)}, for want of memory: equal to others up to rounding only"
+
+
 def percent(value: Sequence[float]) -> str:
     """An interval as ``value [low, high]`` in percent."""
     estimate = Interval(*value)
@@ -220,6 +228,8 @@ def table(summary: Mapping[str, Any]) -> str:
             )
         lines.append("")
     lines.append("avg: mean over runs. worst: right in every run. vote: majority of the runs, a tie counts as wrong.")
+    if summary.get("smaller_chunks"):
+        lines.append(f"rows of a network call: {chunk_line(summary)}.")
     if any("attacks" in result for result in results):
         lines.append("ensemble: each sample under the attack that is best against it; its avg is too low by chance.")
     return "\n".join(line.rstrip() for line in lines)

@@ -26,6 +26,7 @@ class Record:
         linf: Largest change of a pixel of [0, 1].
         l2: Euclidean norm of the change.
         seconds: Time spent on this sample, its share of the batch.
+        chunk: Rows of a network call where memory was too small for as many as configured; else ``None``, and left out.
     """
 
     defense: str
@@ -37,6 +38,7 @@ class Record:
     linf: float
     l2: float
     seconds: float
+    chunk: int | None = None
 
     @property
     def key(self) -> Key:
@@ -45,10 +47,13 @@ class Record:
 
     def line(self) -> str:
         """One line of JSON."""
-        return json.dumps(asdict(self)) + "\n"
+        values = asdict(self)
+        if self.chunk is None:
+            del values["chunk"]
+        return json.dumps(values) + "\n"
 
 
-_FIELDS = {field.name for field in fields(Record)}
+_FIELDS = {field.name for field in fields(Record)} - {"chunk"}
 
 
 def read_records(path: Path) -> list[Record]:
@@ -66,7 +71,7 @@ def read_records(path: Path) -> list[Record]:
             continue
         try:
             values = json.loads(line)
-            if set(values) != _FIELDS:
+            if values.keys() - {"chunk"} != _FIELDS:
                 raise ValueError("other fields than a record has")
             record = Record(**values)
         except (ValueError, TypeError) as error:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,7 @@ from lit_purify.attacks import Attack
 from lit_purify.data.base import Batch, ImageDataModule
 from lit_purify.defense import Attacked, BareClassifier, DefendedClassifier, Exact, Gradient, Purifier
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import logits_in_chunks
+from lit_purify.functional.chunks import fitting, logits_in_chunks
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.functional.threat import l2_norm, linf_norm
 from lit_purify.metrics import Record, RobustAccuracy
@@ -61,7 +62,8 @@ class RobustnessTask(L.LightningModule):
         runs: N.
         chunk: Rows that networks are called with, always this many. Part of what identifies a result: another number
             changes results by rounding. At least 16 on a CPU: for fewer, kernels were seen to round differently with
-            another number of threads, and so with another number of processes on one machine.
+            another number of threads, and so with another number of processes on one machine. Where memory is too small
+            it is halved, and the records say so.
         seed: Of all noise.
         gallery: Samples whose images are shown, the first of the evaluated ones.
         gradients: What attacks differentiate, by the attack's name; ``Exact()`` where none is given.
@@ -103,6 +105,7 @@ class RobustnessTask(L.LightningModule):
         self.attacks = dict(attacks)
         self._attacked = self._views(gradients or {})
         self.runs, self.chunk, self.seed, self.gallery = runs, chunk, seed, gallery
+        self._rows = chunk
         self.metrics = nn.ModuleDict({self.metric_name(*pair): RobustAccuracy(runs) for pair in self.pairs})
         self.clean = nn.ModuleDict({name: RobustAccuracy(runs) for name in defenses})
         self._done: set[Key] = set()
@@ -199,7 +202,15 @@ class RobustnessTask(L.LightningModule):
             if not todo:
                 continue
             rows = torch.tensor(todo, device=self.device)
-            records, views = self._evaluate(defense, attack, {name: values[rows] for name, values in batch.items()})
+            chosen = {name: values[rows] for name, values in batch.items()}
+            (records, views), fitted = fitting(partial(self._evaluate, defense, attack, chosen), self._rows)
+            if fitted != self._rows:
+                print(
+                    f"warning: out of memory with chunks of {self._rows} rows: {defense} under {attack} and what follows "
+                    f"on this process have {fitted}, and equal other results up to rounding only",
+                    file=sys.stderr,
+                )
+                self._rows = fitted
             for record in records:
                 self._done.add(record.key)
                 self._count(record)
@@ -225,32 +236,33 @@ class RobustnessTask(L.LightningModule):
         metric = self._metric(self.metrics, self.metric_name(defense, attack))
         return float(metric.sums[0]) / max(1, int(metric.count))
 
-    def _evaluate(self, defense: str, attack: str, batch: Batch) -> tuple[list[Record], list[View]]:
+    def _evaluate(self, defense: str, attack: str, batch: Batch, chunk: int) -> tuple[list[Record], list[View]]:
         started = time.perf_counter()
         model, image, label, index = self._defended(defense), batch["image"], batch["label"], batch["index"]
         attack_noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
         attacked = self._attacked[defense, attack].model
-        adversarial = self.attacks[attack](attacked, image, label, attack_noise, self.chunk)
+        adversarial = self.attacks[attack](attacked, image, label, attack_noise, chunk)
         runs = list(range(self.runs))
         clean, broken = (
-            logits_in_chunks(model, shown, noise, runs, self.chunk).argmax(dim=2).tolist()
+            logits_in_chunks(model, shown, noise, runs, chunk).argmax(dim=2).tolist()
             for shown in (image, adversarial)
         )
         delta = adversarial - image
         linf, l2 = linf_norm(delta).tolist(), l2_norm(delta).tolist()
         seconds = (time.perf_counter() - started) / len(image)
+        rows = None if chunk == self.chunk else chunk
         records = [
-            Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds)
+            Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds, rows)
             for k, (i, y) in enumerate(zip(index, label, strict=True))
         ]
-        shown_rows = [k for k, record in enumerate(records) if record.index in self._shown]
+        looked_at = [k for k, record in enumerate(records) if record.index in self._shown]
         views = []
-        if shown_rows:
-            rows = torch.tensor(shown_rows, device=self.device)
+        if looked_at:
+            chosen = torch.tensor(looked_at, device=self.device)
             with torch.no_grad():
-                trace = model.purifier.trace(adversarial[rows], noise.rows(rows))
-            for k, row in enumerate(shown_rows):
+                trace = model.purifier.trace(adversarial[chosen], noise.rows(chosen))
+            for k, row in enumerate(looked_at):
                 mask = None if trace.mask is None else trace.mask[k].cpu()
                 original, shown = image[row].cpu(), adversarial[row].cpu()
                 views.append(View(records[row], original, shown, trace.noised[k].cpu(), trace.purified[k].cpu(), mask))
