@@ -1,5 +1,8 @@
 """A training over processes takes the steps of a training in one."""
 
+import os
+import signal
+
 import pytest
 import torch
 import yaml
@@ -7,6 +10,8 @@ from launching import ends, launch
 from safetensors.torch import load_file
 
 from lit_purify.cli import train
+from lit_purify.errors import INTERRUPTED
+from lit_purify.tasks import DenoiserTask
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +126,26 @@ def test_another_number_of_samples_a_step_is_refused(config, two, tmp_path, caps
     said = capsys.readouterr().err
     assert "trained with 32 samples a batch" in said
     assert "set data.init_args.batch_size to 32 for 1 processes" in said
+
+
+def test_a_signal_ends_a_training_after_its_step_and_the_same_command_goes_on(config, tmp_path, monkeypatch, capsys):
+    """Within an epoch, with gradients of two batches a step: weights are those of a training that was left alone."""
+    flags = ["--trainer.limit_train_batches=6", "--trainer.accumulate_grad_batches=2", "--ckpt_path=last"]
+    through = alone(config, tmp_path / "through", *flags)
+    step = DenoiserTask.training_step
+
+    def signaled(self, batch, batch_idx):
+        if self.trainer.fit_loop.total_batch_idx == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(DenoiserTask, "training_step", signaled)
+    with pytest.raises(SystemExit) as stopped:
+        alone(config, tmp_path / "run", *flags)
+    assert stopped.value.code == INTERRUPTED
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert f"stopped after step 5: go on with --ckpt_path {last}" in capsys.readouterr().err
+    monkeypatch.setattr(DenoiserTask, "training_step", step)
+    resumed = alone(config, tmp_path / "run", *flags)
+    one, other = (load_file(run / "model.safetensors") for run in (through, resumed))
+    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -33,8 +33,8 @@ EVALUATION = [
 ]
 
 
-def sign(beat=0, count=0, state="works", host="b", process=7):
-    return Sign(beat, count, state, host, process)
+def sign(beat=0, done=0, state="works", host="b", process=7):
+    return Sign(beat, done, state, host, process)
 
 
 def roll(*signs):
@@ -55,19 +55,19 @@ def test_who_is_silent_is_named_who_ended_is_not_missed():
 
 
 def test_who_waits_for_hours_but_lives_is_left_alone():
-    heard = roll(sign(state="waits"), sign(count=3))
+    heard = roll(sign(state="waits"), sign(done=3))
     for beat in range(1, 1000):
         assert heard.age(5) is None
         heard.hear(0, sign(beat, state="waits"))
-        heard.hear(1, sign(beat, count=3 + beat // 100))
+        heard.hear(1, sign(beat, done=3 + beat // 100))
 
 
 def test_of_those_who_stand_still_the_one_behind_hangs():
-    heard = roll(sign(count=9), sign(count=8), sign(count=9))
+    heard = roll(sign(done=9), sign(done=8), sign(done=9))
     for beat in range(1, 200):
         said = heard.age(5)
-        for rank, count in enumerate((9, 8, 9)):
-            heard.hear(rank, sign(beat, count))
+        for rank, done in enumerate((9, 8, 9)):
+            heard.hear(rank, sign(beat, done))
         if said is not None:
             break
     assert (said, beat) == ("nothing done for 600 s by rank 1 (b, process 7)", 121)

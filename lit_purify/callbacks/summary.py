@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,27 @@ ENSEMBLE = "ensemble"
 STOPPING = "runs all its steps; does not look at the defense's final runs"
 _GRADIENTS = ("exact", "bpda", "surrogate", "none")
 
-Pairs = Mapping[tuple[str, str], Sequence[Record]]
+
+class Group(list[Record]):
+    """Records of one (defense, attack), and as tensors what is computed with again and again."""
+
+    @cached_property
+    def label(self) -> Tensor:
+        """(B,)."""
+        return torch.tensor([record.label for record in self])
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """Predictions on clean images, (B, N)."""
+        return torch.tensor([record.clean for record in self])
+
+    @cached_property
+    def adversarial(self) -> Tensor:
+        """Predictions on adversarial images, (B, N)."""
+        return torch.tensor([record.adversarial for record in self])
+
+
+Pairs = Mapping[tuple[str, str], Group]
 
 
 def summarize(
@@ -62,7 +83,7 @@ def summarize(
                 for kind, field, chosen in (("clean", "clean", groups[:1]), ("robust", "adversarial", groups))
             }
         if len(groups) > 1 and runs > 1:
-            right = torch.stack([_predictions(g, "adversarial") == _labels(g)[:, None] for g in groups])
+            right = torch.stack([g.adversarial == g.label[:, None] for g in groups])
             entry["robust_average_held_out"] = list(mean_interval(held_out(right), runs))
         if pair[0] != baseline:
             first = survived[baseline, pair[1]]
@@ -124,15 +145,15 @@ def _combined(name: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], Group]:
     """Records of each (defense, attack), in the order of the samples."""
-    pairs: dict[tuple[str, str], list[Record]] = {}
+    pairs: dict[tuple[str, str], Group] = {}
     for record in sorted(records, key=lambda record: record.index):
-        pairs.setdefault((record.defense, record.attack), []).append(record)
+        pairs.setdefault((record.defense, record.attack), Group()).append(record)
     return pairs
 
 
-def groups_of(pairs: Pairs, result: Mapping[str, Any]) -> list[Sequence[Record]]:
+def groups_of(pairs: Pairs, result: Mapping[str, Any]) -> list[Group]:
     """The records behind a result: of one attack, or of each that an ensemble is made of."""
     return [pairs[result["defense"], attack] for attack in result.get("attacks", [result["attack"]])]
 
@@ -140,27 +161,17 @@ def groups_of(pairs: Pairs, result: Mapping[str, Any]) -> list[Sequence[Record]]
 def clean_outcomes(pairs: Pairs, result: Mapping[str, Any]) -> Tensor:
     """(B, 3) ``outcomes`` of the clean runs, which are the same under every attack."""
     group = groups_of(pairs, result)[0]
-    return outcomes(_predictions(group, "clean"), _labels(group))
+    return outcomes(group.clean, group.label)
 
 
 def robust_outcomes(pairs: Pairs, result: Mapping[str, Any]) -> Tensor:
     """(B, 3) ``outcomes`` under the attack, or under the ensemble of attacks."""
     groups = groups_of(pairs, result)
-    return ensemble(torch.stack([outcomes(_predictions(g, "adversarial"), _labels(g)) for g in groups]))
+    return ensemble(torch.stack([outcomes(g.adversarial, g.label) for g in groups]))
 
 
-def _lowest(
-    share: Callable[[Tensor, Tensor, int], Tensor], groups: Sequence[Sequence[Record]], field: str, draws: int
-) -> Tensor:
-    return torch.stack([share(_predictions(g, field), _labels(g), draws) for g in groups]).amin(dim=0)
-
-
-def _predictions(records: Sequence[Record], field: str) -> Tensor:
-    return torch.tensor([getattr(record, field) for record in records])
-
-
-def _labels(records: Sequence[Record]) -> Tensor:
-    return torch.tensor([record.label for record in records])
+def _lowest(share: Callable[[Tensor, Tensor, int], Tensor], groups: Sequence[Group], field: str, draws: int) -> Tensor:
+    return torch.stack([share(getattr(group, field), group.label, draws) for group in groups]).amin(dim=0)
 
 
 def headline(summary: Mapping[str, Any]) -> str:

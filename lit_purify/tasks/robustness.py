@@ -105,7 +105,7 @@ class RobustnessTask(L.LightningModule):
         self.attacks = dict(attacks)
         self._attacked = self._views(gradients or {})
         self.runs, self.chunk, self.seed, self.gallery = runs, chunk, seed, gallery
-        self._rows = chunk
+        self._fitting = chunk
         self.metrics = nn.ModuleDict({self.metric_name(*pair): RobustAccuracy(runs) for pair in self.pairs})
         self.clean = nn.ModuleDict({name: RobustAccuracy(runs) for name in defenses})
         self._done: set[Key] = set()
@@ -164,17 +164,21 @@ class RobustnessTask(L.LightningModule):
             records: The records.
             count: Whether this process counts them in its metrics; one process does.
         """
+        pairs: dict[tuple[str, str], list[Record]] = {pair: [] for pair in self.pairs}
         for record in records:
-            if (record.defense, record.attack) not in self.pairs or len(record.clean) != self.runs:
+            pair = (record.defense, record.attack)
+            if pair not in pairs or len(record.clean) != self.runs:
                 raise InputError(
                     f"the run's folder holds a record of {record.defense} under {record.attack} with "
                     f"{len(record.clean)} runs, which this evaluation does not make; use another --run"
                 )
             self._done.add(record.key)
+            pairs[pair].append(record)
+        for found in pairs.values():
             if count:
-                self._count(record)
+                self._count(found)
             else:
-                self._clean_counted.add((record.defense, record.index))
+                self._clean_counted.update((record.defense, record.index) for record in found)
 
     def check(self, data: ImageDataModule) -> None:
         """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
@@ -202,18 +206,10 @@ class RobustnessTask(L.LightningModule):
             if not todo:
                 continue
             rows = torch.tensor(todo, device=self.device)
-            chosen = {name: values[rows] for name, values in batch.items()}
-            (records, views), fitted = fitting(partial(self._evaluate, defense, attack, chosen), self._rows)
-            if fitted != self._rows:
-                print(
-                    f"warning: out of memory with chunks of {self._rows} rows: {defense} under {attack} and what follows "
-                    f"on this process have {fitted}, and equal other results up to rounding only",
-                    file=sys.stderr,
-                )
-                self._rows = fitted
+            records, views = self._evaluate(defense, attack, {name: values[rows] for name, values in batch.items()})
             for record in records:
                 self._done.add(record.key)
-                self._count(record)
+            self._count(records)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, EvaluationListener):
                     callback.on_evaluated(self.trainer, self, records, views)
@@ -236,7 +232,21 @@ class RobustnessTask(L.LightningModule):
         metric = self._metric(self.metrics, self.metric_name(defense, attack))
         return float(metric.sums[0]) / max(1, int(metric.count))
 
-    def _evaluate(self, defense: str, attack: str, batch: Batch, chunk: int) -> tuple[list[Record], list[View]]:
+    def _evaluate(self, defense: str, attack: str, batch: Batch) -> tuple[list[Record], list[View]]:
+        """In chunks that fit into memory."""
+        found, fitted = fitting(partial(self._evaluate_in_chunks, defense, attack, batch), self._fitting)
+        if fitted != self._fitting:
+            print(
+                f"warning: out of memory with chunks of {self._fitting} rows: {defense} under {attack} and what "
+                f"follows on this process has {fitted}, and equals other results up to rounding only",
+                file=sys.stderr,
+            )
+            self._fitting = fitted
+        return found
+
+    def _evaluate_in_chunks(
+        self, defense: str, attack: str, batch: Batch, chunk: int
+    ) -> tuple[list[Record], list[View]]:
         started = time.perf_counter()
         model, image, label, index = self._defended(defense), batch["image"], batch["label"], batch["index"]
         attack_noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
@@ -245,39 +255,42 @@ class RobustnessTask(L.LightningModule):
         adversarial = self.attacks[attack](attacked, image, label, attack_noise, chunk)
         runs = list(range(self.runs))
         clean, broken = (
-            logits_in_chunks(model, shown, noise, runs, chunk).argmax(dim=2).tolist()
-            for shown in (image, adversarial)
+            logits_in_chunks(model, shown, noise, runs, chunk).argmax(dim=2).tolist() for shown in (image, adversarial)
         )
         delta = adversarial - image
         linf, l2 = linf_norm(delta).tolist(), l2_norm(delta).tolist()
         seconds = (time.perf_counter() - started) / len(image)
-        rows = None if chunk == self.chunk else chunk
+        smaller = None if chunk == self.chunk else chunk
         records = [
-            Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds, rows)
+            Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds, smaller)
             for k, (i, y) in enumerate(zip(index, label, strict=True))
         ]
-        looked_at = [k for k, record in enumerate(records) if record.index in self._shown]
+        shown_rows = [k for k, record in enumerate(records) if record.index in self._shown]
         views = []
-        if looked_at:
-            chosen = torch.tensor(looked_at, device=self.device)
+        if shown_rows:
+            rows = torch.tensor(shown_rows, device=self.device)
             with torch.no_grad():
-                trace = model.purifier.trace(adversarial[chosen], noise.rows(chosen))
-            for k, row in enumerate(looked_at):
+                trace = model.purifier.trace(adversarial[rows], noise.rows(rows))
+            for k, row in enumerate(shown_rows):
                 mask = None if trace.mask is None else trace.mask[k].cpu()
                 original, shown = image[row].cpu(), adversarial[row].cpu()
                 views.append(View(records[row], original, shown, trace.noised[k].cpu(), trace.purified[k].cpu(), mask))
         return records, views
 
-    def _count(self, record: Record) -> None:
-        label = torch.tensor([record.label], device=self.device)
+    def _count(self, records: Sequence[Record]) -> None:
+        """Counts records of one pair; clean runs, which are the same under every attack, once."""
 
-        def add(metric: RobustAccuracy, predictions: list[int]) -> None:
-            metric.update(torch.tensor([predictions], device=self.device), label)
+        def add(metric: RobustAccuracy, predictions: list[list[int]], of: Sequence[Record]) -> None:
+            if of:
+                label = torch.tensor([record.label for record in of], device=self.device)
+                metric.update(torch.tensor(predictions, device=self.device), label)
 
-        add(self._metric(self.metrics, self.metric_name(record.defense, record.attack)), record.adversarial)
-        if (record.defense, record.index) not in self._clean_counted:
-            self._clean_counted.add((record.defense, record.index))
-            add(self._metric(self.clean, record.defense), record.clean)
+        new = [record for record in records if (record.defense, record.index) not in self._clean_counted]
+        self._clean_counted.update((record.defense, record.index) for record in new)
+        for record in records[:1]:
+            name = self.metric_name(record.defense, record.attack)
+            add(self._metric(self.metrics, name), [r.adversarial for r in records], records)
+            add(self._metric(self.clean, record.defense), [r.clean for r in new], new)
 
     def _views(self, gradients: Mapping[str, Gradient]) -> dict[tuple[str, str], Attacked]:
         """What each attack is handed of each defense."""
