@@ -125,7 +125,7 @@ def test_clean_is_counted_once_when_several_processes_resume(unet, classifier):
     ranks = [RobustnessTask(classifier, unet, {"none": NoPurifier}, attacks, runs=1) for _ in range(2)]
     for rank, task in enumerate(ranks):
         task.resume([Record("none", "a", 1, 3, [3], [3], 0, 0, 0)], count=rank == 0)
-    ranks[1]._count(Record("none", "b", 1, 3, [3], [3], 0, 0, 0))
+    ranks[1]._count([Record("none", "b", 1, 3, [3], [3], 0, 0, 0)])
     assert sum(int(task.clean["none"].count) for task in ranks) == 1
 
 

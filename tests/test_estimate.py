@@ -1,6 +1,5 @@
 """What --dry_run expects of an evaluation is what the evaluation then takes, by a clock that counts network calls."""
 
-import lightning as L
 import pytest
 import torch
 from conftest import GaussianDenoiser
@@ -8,10 +7,9 @@ from conftest import GaussianDenoiser
 from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, Square, Transfer
 from lit_purify.data import Digits, First
 from lit_purify.defense import HeterogeneousPurifier, NoPurifier, Surrogate, TopFraction, UniformPurifier
-from lit_purify.metrics import Record
 from lit_purify.models import Classifier
 from lit_purify.tasks import RobustnessTask, estimate
-from lit_purify.tasks.estimate import EstimatingTrainer, duration
+from lit_purify.tasks.estimate import EstimatingTrainer
 
 DEFENSES = {
     "none": NoPurifier,

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from lit_purify.callbacks import plots
 from lit_purify.callbacks.finished import FinishedRun, Threat, attacks_of, radius, threat_name
 from lit_purify.callbacks.pictures import OUTCOMES, pictures
-from lit_purify.callbacks.summary import RULES, attack_line, groups_of
+from lit_purify.callbacks.summary import RULES, attack_line, chunk_line, groups_of
 from lit_purify.metrics.records import write_whole
 from lit_purify.run_folder import RunFolder
 
@@ -75,6 +75,7 @@ def render(template: str, **content: Any) -> str:  # noqa: ANN401
             script_sha256=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             RULES=RULES,
             attack_line=attack_line,
+            chunk_line=chunk_line,
             attacks_of=attacks_of,
             radius=radius,
             threat_name=threat_name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Report(Callback):
             "files": folder.hashes(),
         }
         used = [record for record in records if record.key in wanted]
+        facts["smaller_chunks"] = dict(Counter(record.chunk for record in used if record.chunk is not None))
         summary = summarize(used, pl_module.describe(), facts, pl_module.baseline)
         write_whole(folder.summary, json.dumps(summary, indent=1) + "\n")
         combined = {

@@ -9,19 +9,19 @@ from types import FrameType
 from typing import NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class Stopping(Checkpoint):
+class Stopping(Callback):
     """On SIGTERM or SIGUSR1 (preemption, the end of the time granted) to any process, all of them end.
 
     An evaluation ends at once: every record is on the disk. A training finishes its step, saves
     ``checkpoints/last.ckpt``, and ends; from there it takes the very steps that it would have taken.
 
-    Lightning's own handlers talk to the other processes, and save, wherever the signal finds them. Among checkpoint
-    callbacks this one comes after all that changes weights.
+    Lightning's own handlers talk to the other processes, and save, wherever the signal finds them. To be put after all
+    callbacks that change weights.
     """
 
     stopped = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,7 +28,27 @@ RULES = ("average", "worst", "majority")
 ENSEMBLE = "ensemble"
 _GRADIENTS = ("exact", "bpda", "surrogate", "none")
 
-Pairs = Mapping[tuple[str, str], Sequence[Record]]
+
+class Group(list[Record]):
+    """Records of one (defense, attack), and as tensors what is computed with again and again."""
+
+    @cached_property
+    def label(self) -> Tensor:
+        """(B,)."""
+        return torch.tensor([record.label for record in self])
+
+    @cached_property
+    def clean(self) -> Tensor:
+        """Predictions on clean images, (B, N)."""
+        return torch.tensor([record.clean for record in self])
+
+    @cached_property
+    def adversarial(self) -> Tensor:
+        """Predictions on adversarial images, (B, N)."""
+        return torch.tensor([record.adversarial for record in self])
+
+
+Pairs = Mapping[tuple[str, str], Group]
 
 
 def summarize(
@@ -60,7 +81,7 @@ def summarize(
                 for kind, field, chosen in (("clean", "clean", groups[:1]), ("robust", "adversarial", groups))
             }
         if len(groups) > 1 and runs > 1:
-            right = torch.stack([_predictions(g, "adversarial") == _labels(g)[:, None] for g in groups])
+            right = torch.stack([g.adversarial == g.label[:, None] for g in groups])
             entry["robust_average_held_out"] = list(mean_interval(held_out(right), runs))
         if pair[0] != baseline:
             first = survived[baseline, pair[1]]
@@ -122,15 +143,15 @@ def _combined(name: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], Group]:
     """Records of each (defense, attack), in the order of the samples."""
-    pairs: dict[tuple[str, str], list[Record]] = {}
+    pairs: dict[tuple[str, str], Group] = {}
     for record in sorted(records, key=lambda record: record.index):
-        pairs.setdefault((record.defense, record.attack), []).append(record)
+        pairs.setdefault((record.defense, record.attack), Group()).append(record)
     return pairs
 
 
-def groups_of(pairs: Pairs, result: Mapping[str, Any]) -> list[Sequence[Record]]:
+def groups_of(pairs: Pairs, result: Mapping[str, Any]) -> list[Group]:
     """The records behind a result: of one attack, or of each that an ensemble is made of."""
     return [pairs[result["defense"], attack] for attack in result.get("attacks", [result["attack"]])]
 
@@ -138,27 +159,17 @@ def groups_of(pairs: Pairs, result: Mapping[str, Any]) -> list[Sequence[Record]]
 def clean_outcomes(pairs: Pairs, result: Mapping[str, Any]) -> Tensor:
     """(B, 3) ``outcomes`` of the clean runs, which are the same under every attack."""
     group = groups_of(pairs, result)[0]
-    return outcomes(_predictions(group, "clean"), _labels(group))
+    return outcomes(group.clean, group.label)
 
 
 def robust_outcomes(pairs: Pairs, result: Mapping[str, Any]) -> Tensor:
     """(B, 3) ``outcomes`` under the attack, or under the ensemble of attacks."""
     groups = groups_of(pairs, result)
-    return ensemble(torch.stack([outcomes(_predictions(g, "adversarial"), _labels(g)) for g in groups]))
+    return ensemble(torch.stack([outcomes(g.adversarial, g.label) for g in groups]))
 
 
-def _lowest(
-    share: Callable[[Tensor, Tensor, int], Tensor], groups: Sequence[Sequence[Record]], field: str, draws: int
-) -> Tensor:
-    return torch.stack([share(_predictions(g, field), _labels(g), draws) for g in groups]).amin(dim=0)
-
-
-def _predictions(records: Sequence[Record], field: str) -> Tensor:
-    return torch.tensor([getattr(record, field) for record in records])
-
-
-def _labels(records: Sequence[Record]) -> Tensor:
-    return torch.tensor([record.label for record in records])
+def _lowest(share: Callable[[Tensor, Tensor, int], Tensor], groups: Sequence[Group], field: str, draws: int) -> Tensor:
+    return torch.stack([share(getattr(group, field), group.label, draws) for group in groups]).amin(dim=0)
 
 
 def headline(summary: Mapping[str, Any]) -> str:
@@ -182,6 +193,14 @@ def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
         f"{''.join(f', {mask} mask' for mask in dict.fromkeys(masks) if mask not in ('none', 'frozen'))}; "
         f"{result['attack_title']}"
     )
+
+
+def chunk_line(summary: Mapping[str, Any]) -> str:
+    """With how many rows networks were called, in a line."""
+    fewer = [f"{count} records with {rows}" for rows, count in summary.get("smaller_chunks", {}).items()]
+    if not fewer:
+        return f"{summary['chunk']}"
+    return f"{summary['chunk']}, but {', '.join(fewer)}, for want of memory: equal to others up to rounding only"
 
 
 def percent(value: Sequence[float]) -> str:
@@ -221,6 +240,8 @@ def table(summary: Mapping[str, Any]) -> str:
             )
         lines.append("")
     lines.append("avg: mean over runs. worst: right in every run. vote: majority of the runs, a tie counts as wrong.")
+    if summary.get("smaller_chunks"):
+        lines.append(f"rows of a network call: {chunk_line(summary)}.")
     if any("attacks" in result for result in results):
         lines.append("ensemble: each sample under the attack that is best against it; its avg is too low by chance.")
     return "\n".join(line.rstrip() for line in lines)

@@ -16,6 +16,7 @@ from typing import NamedTuple, NoReturn
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.tasks import RobustnessTask
@@ -32,7 +33,7 @@ class Sign(NamedTuple):
 
     Attributes:
         beat: Another number in every sign.
-        count: Network calls or steps so far.
+        done: Network calls or steps so far.
         state: ``works``, ``waits`` (for others, or for what cannot be counted), ``ended``, the verdict of rank zero, or
             why the process fails.
         host: Where it runs.
@@ -40,7 +41,7 @@ class Sign(NamedTuple):
     """
 
     beat: int
-    count: int
+    done: int
     state: str
     host: str
     process: int
@@ -54,7 +55,7 @@ class Roll:
 
     Args:
         silence: Seconds after which a process without a new sign is lost.
-        stall: Seconds after which a process that works, but counts nothing, hangs.
+        stall: Seconds after which a process that works, but gets nothing done, hangs.
     """
 
     def __init__(self, silence: float, stall: float) -> None:
@@ -68,7 +69,7 @@ class Roll:
         before = self.signs.get(rank)
         if before is None or sign.beat != before.beat:
             self.silent[rank] = 0.0
-        if before is None or (sign.count, sign.state) != (before.count, before.state):
+        if before is None or (sign.done, sign.state) != (before.done, before.state):
             self.idle[rank] = 0.0
         self.signs[rank] = sign
 
@@ -90,8 +91,8 @@ class Roll:
         if any(self.idle[rank] > self.stall for rank in working):
             # In a training all stand still, and those who wait for the others are ahead by a step.
             standing = [rank for rank in working if self.idle[rank] > 0.9 * self.stall]
-            least = min(signs[rank].count for rank in standing)
-            behind = [rank for rank in standing if signs[rank].count == least]
+            least = min(signs[rank].done for rank in standing)
+            behind = [rank for rank in standing if signs[rank].done == least]
             return f"nothing done for {self.stall:.0f} s by {self._named(behind)}"
         return None
 
@@ -117,7 +118,7 @@ class Watch(Callback):
         self.silence, self.stall = silence, stall
         # Often enough that one sign which comes late is no silence.
         self.interval = min(5.0, silence / 10.0)
-        self.count, self.state = 0, "waits"
+        self.done, self.state = 0, "waits"
         self.roll = Roll(silence, stall)
         self.ended = threading.Event()
         self.threads: list[threading.Thread] = []
@@ -127,11 +128,11 @@ class Watch(Callback):
         if trainer.world_size == 1 or not dist.is_initialized():
             return
         self.trainer, self.rank = trainer, trainer.global_rank
-        self.count, self.state, self.roll = 0, "waits", Roll(self.silence, self.stall)
+        self.done, self.state, self.roll = 0, "waits", Roll(self.silence, self.stall)
         self.ended = threading.Event()
         self.news, self.published = threading.Event(), threading.Event()
         # A connection of its own: one that waits in a collective must not silence it.
-        store = dist.PrefixStore("lit_purify/watch", dist.distributed_c10d._get_default_store().clone())
+        store = PrefixStore("lit_purify/watch", _get_default_store().clone())
         store.set(str(self.rank), self._sign(0))
         trainer.strategy.barrier("watch")
         dist.set_timeout(_FOREVER)
@@ -162,7 +163,7 @@ class Watch(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """A batch."""
-        self.count += 1
+        self.done += 1
 
     def on_validation_batch_start(
         self,
@@ -173,7 +174,7 @@ class Watch(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """A batch."""
-        self.count += 1
+        self.done += 1
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What comes now is rank zero's."""
@@ -193,7 +194,7 @@ class Watch(Callback):
         self._leave("was stopped" if stopped else f"failed{reason}")
 
     def _tick(self, *_: object) -> None:
-        self.count += 1
+        self.done += 1
 
     def _leave(self, state: str) -> None:
         if self.threads:
@@ -210,9 +211,9 @@ class Watch(Callback):
         self.published.wait(2.0 * self.interval)
 
     def _sign(self, beat: int) -> str:
-        return json.dumps(Sign(beat, self.count, self.state, socket.gethostname(), os.getpid()))
+        return json.dumps(Sign(beat, self.done, self.state, socket.gethostname(), os.getpid()))
 
-    def _exchange(self, store: dist.Store) -> None:
+    def _exchange(self, store: Store) -> None:
         heeded = [rank for rank in range(self.trainer.world_size) if rank != self.rank] if self.rank == 0 else [0]
         beat = 0
         while not self.ended.is_set():
@@ -245,7 +246,7 @@ class Watch(Callback):
             # The others ask as often as this one.
             self.ended.wait(2.0 * self.interval)
             if self.trainer.strategy.launcher is not None:
-                self.trainer.strategy.launcher.kill(signal.SIGKILL)  # type: ignore[attr-defined]
+                self.trainer.strategy.launcher.kill(signal.SIGKILL)
         sys.stdout.flush()
         os._exit(INTERRUPTED)
 

@@ -157,10 +157,13 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Shuffled, the same order for every process count up to sharding; an incomplete last batch is dropped."""
         split = self._split("train")
-        sampler = _Shuffle(split, *self._shard(), shuffle=True, seed=self.seed, drop_last=False)
+        world, rank = self._shard()
+        # As many batches an epoch as one process with all their samples: nobody is handed a sample twice to fill up.
+        enough = len(split) >= world * self.batch_size
+        sampler = _Shuffle(split, world, rank, shuffle=True, seed=self.seed, drop_last=enough)
         # Lightning counts the batches of an epoch, restores the count on resuming, and leaves it to the loader to skip.
         sampler.taken = self._taken
-        return self._loader(split, sampler, drop_last=len(sampler) >= self.batch_size, kind=_LazyLoader)
+        return self._loader(split, sampler, drop_last=enough, kind=_LazyLoader)
 
     def _taken(self) -> int:
         """Samples of this epoch and process that are trained on already."""

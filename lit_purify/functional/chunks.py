@@ -7,12 +7,15 @@ the end, a row's result does not depend on the rows beside it nor on how many th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from lit_purify.errors import InputError
 from lit_purify.functional.noise import Noise
+
+T = TypeVar("T")
 
 LogitsFunction = Callable[[Tensor, Noise], Tensor]
 """(image (B, C, H, W) in [0, 1], noise) -> logits (B, classes)."""
@@ -25,6 +28,30 @@ def chunks(count: int, size: int, device: torch.device) -> Iterator[tuple[Tensor
     for start in range(0, count, size):
         rows = torch.arange(start, start + size, device=device).clamp(max=count - 1)
         yield rows, min(size, count - start)
+
+
+def fitting(compute: Callable[[int], T], size: int) -> tuple[T, int]:
+    """``compute(size)``, begun anew with half the size for as long as memory runs out; also the size that fitted.
+
+    Raises:
+        InputError: Memory runs out even with chunks of one row.
+    """
+    while True:
+        try:
+            return compute(size), size
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+        # Here what the error held is free.
+        torch.cuda.empty_cache()
+        if size == 1:
+            raise InputError("out of memory with chunk = 1: lower data.init_args.batch_size, or take a larger device")
+        size //= 2
+
+
+def _out_of_memory(error: Exception) -> bool:
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def logits_in_chunks(model: LogitsFunction, image: Tensor, noise: Noise, runs: list[int], size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +29,8 @@ class Record:
         l2: Euclidean norm of the change.
         seconds: Time spent on this sample, its share of the batch.
         lost_to: The earlier attack whose image this is, where it left the sample wrong in all runs and the evaluation
-            skips what is lost; ``None`` where the attack itself ran.
+            skips what is lost; else ``None``: the attack itself ran.
+        chunk: Rows of a network call where memory was too small for as many as configured; else ``None``.
     """
 
     defense: str
@@ -42,6 +43,7 @@ class Record:
     l2: float
     seconds: float
     lost_to: str | None = None
+    chunk: int | None = None
 
     @property
     def key(self) -> Key:
@@ -50,10 +52,14 @@ class Record:
 
     def line(self) -> str:
         """One line of JSON."""
-        return json.dumps(asdict(self)) + "\n"
+        # Unlike asdict, without copies of the lists.
+        values = {name: value for name, value in vars(self).items() if value is not None or name not in _OPTIONAL}
+        return json.dumps(values) + "\n"
 
 
-_FIELDS = {field.name for field in fields(Record)}
+_OPTIONAL = {"lost_to", "chunk"}
+"""Left out where they are ``None``, which is the rule."""
+_FIELDS = {field.name for field in fields(Record)} - _OPTIONAL
 
 
 def read_records(path: Path) -> list[Record]:
@@ -71,7 +77,7 @@ def read_records(path: Path) -> list[Record]:
             continue
         try:
             values = json.loads(line)
-            if set(values) != _FIELDS:
+            if values.keys() - _OPTIONAL != _FIELDS:
                 raise ValueError("other fields than a record has")
             record = Record(**values)
         except (ValueError, TypeError) as error:

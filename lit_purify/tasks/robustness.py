@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,7 @@ from lit_purify.attacks import Attack
 from lit_purify.data.base import Batch, ImageDataModule
 from lit_purify.defense import Attacked, BareClassifier, DefendedClassifier, Exact, Gradient, Purifier
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import logits_in_chunks
+from lit_purify.functional.chunks import fitting, logits_in_chunks
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.functional.threat import l2_norm, linf_norm
 from lit_purify.metrics import Record, RobustAccuracy
@@ -63,7 +64,8 @@ class RobustnessTask(L.LightningModule):
         runs: N.
         chunk: Rows that networks are called with, always this many. Part of what identifies a result: another number
             changes results by rounding. At least 16 on a CPU: for fewer, kernels were seen to round differently with
-            another number of threads, and so with another number of processes on one machine.
+            another number of threads, and so with another number of processes on one machine. Where memory is too small
+            it is halved, and the records say so.
         seed: Of all noise.
         gallery: Samples whose images are shown, the first of the evaluated ones.
         gradients: What attacks differentiate, by the attack's name; ``Exact()`` where none is given.
@@ -109,6 +111,7 @@ class RobustnessTask(L.LightningModule):
         self.attacks = dict(attacks)
         self.views = self._views(gradients or {})
         self.runs, self.chunk, self.seed, self.gallery, self.skip_lost = runs, chunk, seed, gallery, skip_lost
+        self._fitting = chunk
         self.metrics = nn.ModuleDict({self.metric_name(*pair): RobustAccuracy(runs) for pair in self.pairs})
         self.clean = nn.ModuleDict({name: RobustAccuracy(runs) for name in defenses})
         self._done: set[Key] = set()
@@ -169,17 +172,21 @@ class RobustnessTask(L.LightningModule):
             records: The records.
             count: Whether this process counts them in its metrics; one process does.
         """
+        pairs: dict[tuple[str, str], list[Record]] = {pair: [] for pair in self.pairs}
         for record in records:
-            if (record.defense, record.attack) not in self.pairs or len(record.clean) != self.runs:
+            pair = (record.defense, record.attack)
+            if pair not in pairs or len(record.clean) != self.runs:
                 raise InputError(
                     f"the run's folder holds a record of {record.defense} under {record.attack} with "
                     f"{len(record.clean)} runs, which this evaluation does not make; use another --run"
                 )
             self._note(record)
+            pairs[pair].append(record)
+        for found in pairs.values():
             if count:
-                self._count(record)
+                self._count(found)
             else:
-                self._clean_counted.add((record.defense, record.index))
+                self._clean_counted.update((record.defense, record.index) for record in found)
 
     def check(self, data: ImageDataModule) -> None:
         """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
@@ -215,7 +222,7 @@ class RobustnessTask(L.LightningModule):
                 records = sorted([*records, *made], key=lambda record: record.index)
             for record in records:
                 self._note(record)
-                self._count(record)
+            self._count(records)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, EvaluationListener):
                     callback.on_evaluated(self.trainer, self, records, views)
@@ -240,22 +247,36 @@ class RobustnessTask(L.LightningModule):
         return float(metric.sums[0]) / max(1, int(metric.count))
 
     def _evaluate(self, defense: str, attack: str, batch: Batch) -> tuple[list[Record], list[View]]:
+        """In chunks that fit into memory."""
+        found, fitted = fitting(partial(self._evaluate_in_chunks, defense, attack, batch), self._fitting)
+        if fitted != self._fitting:
+            print(
+                f"warning: out of memory with chunks of {self._fitting} rows: {defense} under {attack} and what "
+                f"follows on this process has {fitted}, and equals other results up to rounding only",
+                file=sys.stderr,
+            )
+            self._fitting = fitted
+        return found
+
+    def _evaluate_in_chunks(
+        self, defense: str, attack: str, batch: Batch, chunk: int
+    ) -> tuple[list[Record], list[View]]:
         started = time.perf_counter()
         model, image, label, index = self._defended(defense), batch["image"], batch["label"], batch["index"]
         attack_noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
         attacked = self.views[defense, attack]
-        adversarial = self.attacks[attack](attacked, image, label, attack_noise, self.chunk)
+        adversarial = self.attacks[attack](attacked, image, label, attack_noise, chunk)
         runs = list(range(self.runs))
         clean, broken = (
-            logits_in_chunks(model, shown, noise, runs, self.chunk).argmax(dim=2).tolist()
-            for shown in (image, adversarial)
+            logits_in_chunks(model, shown, noise, runs, chunk).argmax(dim=2).tolist() for shown in (image, adversarial)
         )
         delta = adversarial - image
         linf, l2 = linf_norm(delta).tolist(), l2_norm(delta).tolist()
         seconds = (time.perf_counter() - started) / len(image)
+        smaller = None if chunk == self.chunk else chunk
         records = [
-            Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds)
+            Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds, chunk=smaller)
             for k, (i, y) in enumerate(zip(index, label, strict=True))
         ]
         shown_rows = [k for k, record in enumerate(records) if record.index in self._shown]
@@ -282,16 +303,20 @@ class RobustnessTask(L.LightningModule):
             repeated = replace(record, lost_to=record.lost_to or record.attack, seconds=0.0)
             self._lost.setdefault((record.defense, how.norm, how.eps, record.index), repeated)
 
-    def _count(self, record: Record) -> None:
-        label = torch.tensor([record.label], device=self.device)
+    def _count(self, records: Sequence[Record]) -> None:
+        """Counts records of one pair; clean runs, which are the same under every attack, once."""
 
-        def add(metric: RobustAccuracy, predictions: list[int]) -> None:
-            metric.update(torch.tensor([predictions], device=self.device), label)
+        def add(metric: RobustAccuracy, predictions: list[list[int]], of: Sequence[Record]) -> None:
+            if of:
+                label = torch.tensor([record.label for record in of], device=self.device)
+                metric.update(torch.tensor(predictions, device=self.device), label)
 
-        add(self._metric(self.metrics, self.metric_name(record.defense, record.attack)), record.adversarial)
-        if (record.defense, record.index) not in self._clean_counted:
-            self._clean_counted.add((record.defense, record.index))
-            add(self._metric(self.clean, record.defense), record.clean)
+        new = [record for record in records if (record.defense, record.index) not in self._clean_counted]
+        self._clean_counted.update((record.defense, record.index) for record in new)
+        for record in records[:1]:
+            name = self.metric_name(record.defense, record.attack)
+            add(self._metric(self.metrics, name), [r.adversarial for r in records], records)
+            add(self._metric(self.clean, record.defense), [r.clean for r in new], new)
 
     def _views(self, gradients: Mapping[str, Gradient]) -> dict[tuple[str, str], Attacked]:
         """What each attack is handed of each defense."""

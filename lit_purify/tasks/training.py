@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import lightning as L
 import torch
@@ -55,6 +56,32 @@ class TrainingTask(L.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """A network that was read from a file is in evaluation mode, in which Lightning would leave it."""
         self.network.train()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps how many samples made a batch of all processes, and how many such batches a step."""
+        checkpoint["batch"] = self._batch()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Other processes may go on, with as many samples a step: else neither steps nor learning rates would fit.
+
+        Raises:
+            InputError: The checkpoint was trained with another number of samples.
+        """
+        if not self.trainer.training:
+            return
+        (samples, batches), (before, batches_before) = self._batch(), checkpoint.get("batch", self._batch())
+        within = not checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]
+        if samples * batches != before * batches_before or (within and samples != before):
+            ranks = self.trainer.world_size
+            raise InputError(
+                f"ckpt_path: trained with {before} samples a batch over all processes and {batches_before} batches a "
+                f"step, now it is {samples} and {batches}: set data.init_args.batch_size to {before / ranks:g} for "
+                f"{ranks} processes" + ("" if within else ", or trainer.accumulate_grad_batches to make up for it")
+            )
+
+    def _batch(self) -> tuple[int, int]:
+        size = getattr(self.trainer.datamodule, "batch_size", 0)  # type: ignore[attr-defined]
+        return self.trainer.world_size * size, self.trainer.accumulate_grad_batches
 
     def on_train_start(self) -> None:
         """Mends three things that Lightning (2.6) gets wrong when a training is resumed."""

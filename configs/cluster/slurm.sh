@@ -1,0 +1,31 @@
+#!/bin/bash
+# An evaluation or a training over nodes of a SLURM cluster; the run's folder must be on storage that they share.
+#
+#   sbatch configs/cluster/slurm.sh eval.py --config configs/eval/cifar10.yaml --run runs/cifar10
+#   sbatch --nodes 1 configs/cluster/slurm.sh train.py fit --config configs/train/cifar10_denoiser_gpu.yaml --ckpt_path last
+#   sbatch --array 0-4 --nodes 1 configs/cluster/slurm.sh eval.py --config configs/eval/cifar10.yaml \
+#     --run runs/seed%a --model.init_args.seed %a
+#
+# Preempted, or two minutes before its time is over, the job saves what it has and goes back into the queue; from there
+# it goes on. In an array, %a stands for the number of the element.
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -u
+# The tasks end on SIGTERM; this script stays to see how.
+trap : TERM
+srun --kill-on-bad-exit=1 python "${@//%a/${SLURM_ARRAY_TASK_ID:-}}" \
+  --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.strategy ddp
+status=$?
+# 75: stopped, or a process was lost. 137 and 143: a process was killed, as when a node goes. Anything else is an error.
+case $status in
+  75 | 137 | 143)
+    [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ] && scontrol requeue "$SLURM_JOB_ID"
+    ;;
+esac
+exit $status
