@@ -28,7 +28,7 @@ class WandbReport(Callback, EvaluationListener):
 
     Names: ``running/robust/<defense>/<attack>`` and ``running/clean/<defense>`` over ``running/samples``;
     ``robust/<defense>/<attack>/<rule>`` and ``clean/<defense>/<rule>`` (logged by the task);
-    ``cost/<defense>/...``; the tables ``results``, ``samples`` and ``frontier``, the images ``masks``.
+    ``cost/<defense>/...``; the tables ``results``, ``samples`` and ``frontier``; the images ``masks`` and ``pictures``.
     """
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -114,6 +114,7 @@ def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
     """The samples whose pictures lie in the folder, whichever process has written them."""
     rows: list[list[Any]] = []
     overlays: list[wandb.Image] = []
+    strips: list[wandb.Image] = []
     for record in folder.collect(write=False):
         strip = folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png"
         if not strip.exists():
@@ -121,6 +122,7 @@ def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
         images = dict(zip(_PANELS, _cut(strip), strict=True))
         mask = strip.with_suffix(".mask.png")
         caption = f"{record.defense}, {record.attack}, sample {record.index}"
+        strips.append(wandb.Image(str(strip), caption=caption))
         shown = _masked(images["adversarial"], mask, caption) if mask.exists() else None
         if shown is not None:
             overlays.append(shown)
@@ -149,8 +151,8 @@ def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
         "linf",
         "l2",
     ]
-    logged: dict[str, Any] = {"samples": wandb.Table(columns=[*columns, *_PANELS], data=rows)}
-    return logged | {"masks": overlays} if overlays else logged
+    logged = {"samples": wandb.Table(columns=[*columns, *_PANELS], data=rows), "pictures": strips, "masks": overlays}
+    return {key: value for key, value in logged.items() if value != []}
 
 
 def _cut(path: Path) -> list[Image.Image]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import re
 import resource
 import secrets
 import sys
@@ -21,17 +21,8 @@ from lit_purify.errors import InputError
 from lit_purify.metrics.records import write_whole
 from lit_purify.run_folder import RunFolder, identify
 
-
-class _Trouble(logging.Handler):
-    """Keeps the warnings of wandb: of uploads that the server has refused it tells in no other way."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keeps the message."""
-        self.messages.append(record.getMessage())
+_REFUSED = re.compile(r'"level":"ERROR[^"]*","msg":"((?:filestream|file transfer|runfiles|runupserter): .*?)["\\]')
+"""Uploads that a server has refused, in the log of wandb, which tells of them in no other way."""
 
 
 class WandbRun(WandbLogger):
@@ -73,7 +64,6 @@ class WandbRun(WandbLogger):
         super().__init__(
             project=project, offline=mode != "online", name=name, save_dir=save_dir, id=id, group=group, tags=[*tags]
         )
-        self._trouble = _Trouble()
         self.mode, self.entity, self.artifacts, self.patience = mode, entity, artifacts, patience
 
     @property
@@ -95,15 +85,19 @@ class WandbRun(WandbLogger):
         run, self._experiment = self._experiment, None
         if run is None:
             return
+        reason = ""
         try:
             run.finish(exit_code=0 if status == "success" else 1)
+            if run.settings.mode == "online" and (
+                refused := _REFUSED.search(Path(run.settings.log_internal).read_text())
+            ):
+                reason = f"the server has refused uploads ({refused[1]})"
         except TimeoutError:
-            self._trouble.messages.append(f"the upload was not done {self.patience:g} s after the end")
+            reason = f"the uploads were not done {self.patience:g} s after the end"
         if run.settings.mode == "offline":
             print(f"W&B: offline run, upload it with: {self._sync(run)}")
-        elif self._trouble.messages:
-            reasons = "; ".join(dict.fromkeys(self._trouble.messages))
-            print(f"W&B: {reasons}; upload what is missing with: {self._sync(run)}", file=sys.stderr)
+        elif reason:
+            print(f"W&B: {reason}; upload what is missing with: {self._sync(run)}", file=sys.stderr)
 
     def log_files(self, name: str, kind: str, paths: Sequence[Path]) -> None:
         """Uploads files and folders as an artifact, where artifacts are wanted; call it on rank zero."""
@@ -135,15 +129,14 @@ class WandbRun(WandbLogger):
     def _init(self, mode: str) -> Any:  # noqa: ANN401
         known = {key: value for key, value in self._wandb_init.items() if key != "anonymous"}
         known |= {"mode": mode, "entity": self.entity, "name": known["name"] or Path(known["dir"]).name}
-        if wandb.setup().settings.sweep_id:
+        given = wandb.setup().settings
+        if given.sweep_id:
             # The sweep says which run of which project this is.
-            del known["id"], known["project"], known["entity"]
+            known |= {"id": None, "project": None, "entity": None}
         elif mode != "disabled":
-            known["id"] = known["id"] or self._kept_id()
+            known["id"] = known["id"] or given.run_id or self._kept_id()
         settings = wandb.Settings(finish_timeout=self.patience, finish_timeout_raises=True, silent=True)
-        run = wandb.init(**known, settings=settings)
-        logging.getLogger("wandb").addHandler(self._trouble)
-        return run
+        return wandb.init(**known, settings=settings)
 
     def _kept_id(self) -> str:
         path = Path(self._wandb_init["dir"]) / "wandb" / "run_id"
