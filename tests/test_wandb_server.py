@@ -186,7 +186,7 @@ def test_evaluation_of_two_processes(server, environment, evaluation, tmp_path):
     running = [row for row in stored.history if "running/robust/variable/pgd" in row]
     assert [row["running/samples"] for row in running] == sorted({row["running/samples"] for row in running})
     assert all(row["running/images_per_second"] > 0 for row in running)
-    (artifact,) = [each for each in stored.artifacts if each["type"] == "evaluation"]
+    (artifact,) = [each for each in stored.artifacts if each["artifact_type"] == "evaluation"]
     assert artifact["name"].startswith("evaluation-")
 
 
@@ -244,7 +244,7 @@ def test_training_of_two_processes(server, environment, tmp_path):
         "model.safetensors": sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     }
     assert stored.config["model"]["init_args"]["val_levels"] == [50, 200]
-    assert [each["type"] for each in stored.artifacts if each["name"].startswith("training-")] == ["model"]
+    assert [each["artifact_type"] for each in stored.artifacts if each["name"].startswith("training-")] == ["model"]
 
 
 def given_command(text, environment):
