@@ -18,8 +18,8 @@ import pytest
 import wandb
 import yaml
 
-from lit_purify.callbacks import Gallery, WandbReport
-from lit_purify.cli import evaluate
+from lit_purify.callbacks import Gallery, Previews, WandbReport
+from lit_purify.cli import evaluate, train
 from lit_purify.metrics import read_records
 
 pytest.importorskip("openwandb")
@@ -66,7 +66,7 @@ def server(tmp_path_factory):
 def environment(server, monkeypatch):
     """W&B reads it when it is first used."""
     wandb.teardown()
-    values = {"WANDB_BASE_URL": server, "WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "90"}
+    values = {"WANDB_BASE_URL": server, "WANDB_API_KEY": KEY, "WANDB_HTTP_TIMEOUT": "5"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     yield {**os.environ, **values, "OMP_NUM_THREADS": "1"}
@@ -190,7 +190,8 @@ def test_evaluation_of_two_processes(server, environment, evaluation, tmp_path):
     assert artifact["name"].startswith("evaluation-")
 
 
-def test_training_of_two_processes(server, environment, tmp_path):
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
     settings = {
         "model": {
             "class_path": "DenoiserTask",
@@ -206,8 +207,6 @@ def test_training_of_two_processes(server, environment, tmp_path):
         "trainer": {
             "max_steps": 4,
             "accelerator": "cpu",
-            "devices": 2,
-            "strategy": "ddp",
             "check_val_every_n_epoch": None,
             "val_check_interval": 2,
             "log_every_n_steps": 1,
@@ -216,9 +215,15 @@ def test_training_of_two_processes(server, environment, tmp_path):
             "callbacks": [{"class_path": "Previews", "init_args": {"samples": 3}}, {"class_path": "Export"}],
         },
     }
-    config, folder = tmp_path / "tiny.yaml", tmp_path / "run"
-    config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "train.py", "fit", "--config", str(config), "--run", str(folder)]
+    path = tmp_path_factory.mktemp("config") / "training.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def test_training_of_two_processes(server, environment, training, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "train.py", "fit", "--config", str(training), "--run", str(folder)]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     stored = Stored(server, folder)
@@ -247,11 +252,11 @@ def test_training_of_two_processes(server, environment, tmp_path):
     assert [each["artifact_type"] for each in stored.artifacts if each["name"].startswith("training-")] == ["model"]
 
 
-def given_command(text, environment):
-    """Runs the command that a run has printed."""
-    (command,) = re.findall(r"((?:WANDB_RESUME=allow )?wandb sync .*)", text)
+def given_commands(text, environment, folder):
+    """Runs the commands that a run has printed."""
     path = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    subprocess.run(command, shell=True, env={**environment, "PATH": path}, check=True, timeout=400)
+    for command in re.findall(r"upload .* with: (.*)", text):
+        subprocess.run(command, shell=True, env={**environment, "PATH": path}, cwd=folder, check=True, timeout=400)
 
 
 def test_interrupted_offline_run_is_uploaded_as_one(server, environment, evaluation, tmp_path, monkeypatch, capsys):
@@ -275,7 +280,7 @@ def test_interrupted_offline_run_is_uploaded_as_one(server, environment, evaluat
     parts = list(folder.glob("wandb/offline-run-*"))
     assert len(parts) == 2
     assert {part.name.rpartition("-")[2] for part in parts} == {(folder / "wandb/run_id").read_text()}
-    given_command(capsys.readouterr().out, environment)
+    given_commands(capsys.readouterr().out, environment, tmp_path)
     stored = Stored(server, folder)
     counted = [row["running/samples"] for row in stored.history if "running/samples" in row]
     assert counted == sorted(set(counted))
@@ -294,7 +299,7 @@ def test_server_that_is_down(server, environment, evaluation, tmp_path, monkeypa
     check_records(tmp_path / "run")
     said = capsys.readouterr()
     assert "connection refused; the run is logged offline" in said.err
-    given_command(said.out, environment)
+    given_commands(said.out, environment, tmp_path)
     check_evaluation(Stored(server, tmp_path / "run"), tmp_path / "run")
 
 
@@ -372,10 +377,25 @@ def test_connection_lost_in_the_middle(server, environment, evaluation, tmp_path
     monkeypatch.setattr(WandbReport, "on_evaluated", cut)
     evaluate(["--config", str(evaluation), f"--run={folder}", "--trainer.logger.init_args.patience=2"])
     check_records(folder)
-    said = capsys.readouterr().err
-    assert "W&B: the uploads were not done 2 s after the end; upload what is missing with: wandb sync" in said
-    given_command(said, environment)
+    said = capsys.readouterr()
+    assert "W&B: the uploads were not done 2 s after the end; upload what is missing with: wandb sync" in said.err
+    assert "W&B: offline run, upload it with: WANDB_RESUME=allow wandb sync" in said.out
+    given_commands(said.err + said.out, environment, tmp_path)
     check_evaluation(Stored(server, folder), folder)
+
+
+def test_training_outlives_a_lost_connection(server, environment, training, tmp_path, monkeypatch, capsys):
+    """The client asks the server about every table, so a chart would end it."""
+    line, folder = Line(server), tmp_path / "run"
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{line.entry.getsockname()[1]}")
+    monkeypatch.setattr(Previews, "on_validation_end", lambda *args: line.cut() if line.up else None)
+    flags = [f"--run={folder}", "--trainer.logger.init_args.patience=2", "--trainer.logger.init_args.artifacts=false"]
+    train(["fit", "--config", str(training), *flags])
+    assert (folder / "model.safetensors").exists()
+    given_commands(capsys.readouterr().err, environment, tmp_path)
+    stored = Stored(server, folder)
+    assert [row["trainer/global_step"] for row in stored.history if "train/loss" in row][-4:] == [0, 1, 2, 3]
+    assert [row["trainer/global_step"] for row in stored.history if "val/mse_constant_t50" in row][-2:] == [1, 3]
 
 
 def test_key_that_is_withdrawn_in_the_middle(server, environment, evaluation, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What an evaluation shows in Weights & Biases, when a WandbLogger is there."""
+"""What an evaluation shows in Weights & Biases, with a WandbRun as a logger."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from lit_purify.callbacks.summary import RULES
-from lit_purify.callbacks.wandb_run import WandbRun, log_settings, peak_memory, wandb_logger
+from lit_purify.callbacks.wandb_run import log_settings, peak_memory, wandb_run
 from lit_purify.metrics import Record
 from lit_purify.run_folder import RunFolder
 from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
@@ -33,7 +33,7 @@ class WandbReport(Callback, EvaluationListener):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs what is evaluated."""
-        logger = wandb_logger(trainer)
+        logger = wandb_run(trainer)
         if logger is None or not isinstance(pl_module, RobustnessTask):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ class WandbReport(Callback, EvaluationListener):
         self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
     ) -> None:
         """Running accuracies of one pair, over the samples of rank zero; the speed is that of all processes."""
-        logger = wandb_logger(trainer)
+        logger = wandb_run(trainer)
         if logger is None:
             return
         now = time.perf_counter()
@@ -72,20 +72,19 @@ class WandbReport(Callback, EvaluationListener):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reads what all processes have written into the run's folder."""
-        logger = wandb_logger(trainer)
+        logger = wandb_run(trainer)
         if logger is None or not isinstance(pl_module, RobustnessTask):
             return
         folder = RunFolder(Path(trainer.default_root_dir))
         classes = trainer.datamodule.classes  # type: ignore[attr-defined]
         if folder.summary.exists():
-            logger.experiment.log(_figures(json.loads(folder.summary.read_text())))
-        logger.experiment.log(_pictures(folder, classes))
+            logger.log_media(_figures(json.loads(folder.summary.read_text())))
+        logger.log_media(_pictures(folder, classes))
         drawn = folder.path / "frontier.png"
         if drawn.exists():
             logger.experiment.log({"frontier_drawn": wandb.Image(str(drawn))})
-        if isinstance(logger, WandbRun):
-            kept = [folder.config, folder.identity, folder.records, folder.summary, folder.report, folder.overlays]
-            logger.log_files("evaluation", "evaluation", kept)
+        kept = [folder.config, folder.identity, folder.records, folder.summary, folder.report, folder.overlays]
+        logger.log_files("evaluation", "evaluation", kept)
 
 
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
