@@ -122,6 +122,9 @@ class _CLI(LightningCLI):
         if settings.run is None:
             sources = settings.get("config") or []
             settings.run = str(Path("runs") / (Path(str(sources[-1])).stem if sources else self.subcommand))
+            if sweep := os.environ.get("WANDB_SWEEP_ID"):
+                # Every combination of a sweep is a run of its own.
+                settings.run = str(Path("runs", f"sweep-{sweep}", os.environ["WANDB_RUN_ID"]))
         self.folder = RunFolder(Path(settings.run))
         settings.trainer.default_root_dir = settings.run
         for callback in settings.trainer.callbacks or []:

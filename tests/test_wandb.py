@@ -1,15 +1,24 @@
 """What an offline W&B run holds: read back from the file that would be uploaded."""
 
+import itertools
 import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
+import wandb
+import yaml
+from PIL import Image
 from wandb.proto import wandb_internal_pb2
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from lit_purify.callbacks import WandbRun
 from lit_purify.cli import evaluate
+from lit_purify.metrics import read_records
 
 ROOT = Path(__file__).parent.parent
+PARTS = ("classifier", "denoiser")
 
 
 @pytest.fixture(scope="module")
@@ -48,37 +57,165 @@ def transactions(path):
             yield message
 
 
-@pytest.fixture(scope="module")
-def history(run):
-    (path,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    rows = []
+def read(path):
     for message in transactions(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(message)
-        if record.HasField("history"):
-            rows.append(
-                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            )
-    return rows
+        yield record
 
 
-def test_scalars(run, history):
-    logged = {key: value for row in history for key, value in row.items()}
+@pytest.fixture(scope="module")
+def messages(run):
+    (path,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    return list(read(path))
+
+
+@pytest.fixture(scope="module")
+def history(messages):
+    return [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in message.history.item}
+        for message in messages
+        if message.HasField("history")
+    ]
+
+
+@pytest.fixture(scope="module")
+def logged(history):
+    return {key: value for row in history for key, value in row.items()}
+
+
+def test_scalars(run, logged):
     summary = json.loads((run / "summary.json").read_text())
     for result in summary["results"]:
-        name = f"robust/{result['defense']}/{result['attack']}"
+        name = f"{result['defense']}/{result['attack']}"
         for rule in ("average", "worst", "majority"):
-            assert logged[f"{name}/{rule}"] == pytest.approx(result["robust"][rule][0], abs=1e-6)
+            assert logged[f"robust/{name}/{rule}"] == pytest.approx(result["robust"][rule][0], abs=1e-6)
             assert logged[f"clean/{result['defense']}/{rule}"] == pytest.approx(result["clean"][rule][0], abs=1e-6)
-        assert f"running/{result['defense']}/{result['attack']}" in logged
+        # Of one process: all samples.
+        assert logged[f"running/robust/{name}"] == pytest.approx(result["robust"]["average"][0], abs=1e-6)
+        assert logged[f"running/clean/{result['defense']}"] == pytest.approx(result["clean"]["average"][0], abs=1e-6)
 
 
-def test_overlays_can_be_toggled_and_samples_stand_in_a_table(run, history):
-    logged = {key: value for row in history for key, value in row.items()}
-    assert logged["masks/count"] == 2 * 2
+def table(run, name):
+    (file,) = run.glob(f"wandb/offline-run-*/files/media/table/{name}_*.json")
+    found = json.loads(file.read_text())
+    return [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]
+
+
+def test_overlays_can_be_toggled_and_samples_stand_in_a_table(run, logged):
+    assert (logged["masks/count"], logged["pictures/count"]) == (2 * 2, 4 * 2)
     assert all("strong_noise" in each for each in logged["masks/all_masks"])
-    assert logged["samples/_type"] == "table-file"
-    assert (logged["samples/nrows"], logged["samples/ncols"]) == (4 * 2, 9)
-    (file,) = run.glob("wandb/offline-run-*/files/media/table/samples*.json")
-    rows = json.loads(file.read_text())["data"]
-    assert [row[0] for row in rows] == ["heterogeneous", "none", "uniform", "variable"] * 2
+    files = [run / f"wandb/latest-run/files/{each['strong_noise']['path']}" for each in logged["masks/all_masks"]]
+    shares = [set(Image.open(file).convert("L").getdata()) for file in files]
+    assert all(share == {0, 1} for share in shares)
+    records = {record.key: record for record in read_records(run / "records.jsonl")}
+    rows = table(run, "samples")
+    assert [row["defense"] for row in rows] == ["heterogeneous", "none", "uniform", "variable"] * 2
+    for row in rows:
+        record = records[row["defense"], row["attack"], row["index"]]
+        assert row["clean"] == ", ".join(map(str, record.clean))
+        assert row["attacked right"] == record.adversarial.count(record.label) / 2
+        assert (row["linf"], row["l2"]) == (record.linf, record.l2)
+
+
+def test_pictures_of_the_table_are_the_panels_of_the_gallery(run, messages):
+    """They are uploaded as the table's artifact, from where the client keeps them."""
+    (artifact,) = [m.artifact for m in messages if m.HasField("artifact") and m.artifact.name.endswith("samples")]
+    files = {content.path: Path(content.local_path) for content in artifact.manifest.contents}
+    found = json.loads(files["samples.table.json"].read_text())
+    row = dict(zip(found["columns"], found["data"][0], strict=True))
+    with Image.open(run / f"overlays/{row['defense']}.{row['attack']}.{row['index']:06d}.png") as strip:
+        for k, name in enumerate(("original", "adversarial", "mask", "noised", "purified")):
+            shown = np.array(Image.open(files[row[name]["path"]]).convert("RGB"))
+            # The mask is a layer over the adversarial image.
+            left = (1 if name == "mask" else k) * 132
+            assert np.array_equal(shown, np.array(strip.convert("RGB"))[:, left : left + 128])
+        assert "strong_noise" in row["mask"]["masks"]
+
+
+def test_frontier_and_results(run, logged):
+    summary = json.loads((run / "summary.json").read_text())
+    results = {row["defense"]: row for row in table(run, "results")}
+    points = {row["defense"]: row for row in table(run, "frontier_table")}
+    for result in summary["results"]:
+        row = results[result["defense"]]
+        for end, value in zip(("", " low", " high"), result["robust"]["worst"], strict=True):
+            assert row[f"robust worst{end}"] == value
+        assert points[result["defense"]]["clean"] == result["clean"]["average"][0]
+        assert logged[f"cost/{result['defense']}/{result['attack']}/nfe"] == result["nfe_attack"]
+
+
+def test_disabled_leaves_nothing(tmp_path):
+    logger = WandbRun(mode="disabled", save_dir=str(tmp_path))
+    logger.log_metrics({"a": 1.0})
+    logger.finalize("success")
+    assert not list(tmp_path.iterdir())
+
+
+# Sweeps
+
+SWEEPS = sorted((ROOT / "configs/sweep").glob("*.yaml"))
+
+
+def commands(path):
+    """The commands of a sweep over all combinations, as the agent of W&B makes them."""
+    sweep = yaml.safe_load(path.read_text())
+    names, values = zip(*((name, each["values"]) for name, each in sweep["parameters"].items()), strict=True)
+    for combination in itertools.product(*values):
+        given = {name: {"value": value} for name, value in zip(names, combination, strict=True)}
+        parts = {**create_sweep_command_args({"args": given}), "env": [], "interpreter": [], "program": []}
+        words = create_sweep_command(list(sweep["command"]))
+        yield dict(zip(names, combination, strict=True)), [p for w in words for p in parts.get(w[2:-1], [w])]
+
+
+def holds(found, wanted):
+    """Short names of classes stand for full ones, and what is not given has its default."""
+    if isinstance(wanted, dict):
+        return all(holds(found[key], value) for key, value in wanted.items())
+    return found == wanted or str(found).endswith(f".{wanted}")
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
+def test_every_combination_of_a_sweep_is_valid(path, capsys):
+    for given, words in commands(path):
+        with pytest.raises(SystemExit) as exit_:
+            evaluate([*words, "--print_config"])
+        said = capsys.readouterr()
+        assert not exit_.value.code, said.err
+        settings = yaml.safe_load(said.out)
+        assert list(settings["model"]["init_args"]["defenses"]) == ["variable"]
+        assert settings["trainer"]["logger"]["init_args"]["mode"] == "online"
+        for name, value in given.items():
+            found = settings
+            for key in name.split("."):
+                found = found[key]
+            wanted = yaml.safe_load(str(value))
+            assert holds(found, wanted), name
+
+
+def test_runs_of_a_sweep_have_folders_of_their_own(monkeypatch, tmp_path):
+    """And log what the sweep is judged by."""
+    path = ROOT / "configs/sweep/levels.yaml"
+    (_, words), *_ = commands(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    wandb.teardown()
+    small = "steps=1", "eot=1"
+    evaluate(
+        [
+            *(word.replace("configs/", f"{ROOT}/configs/") for word in words),
+            *(f"--model.init_args.{n}.init_args.path={ROOT}/checkpoints/digits_{n}.safetensors" for n in PARTS),
+            *(f"--model.init_args.attacks.pgd.init_args.{each}" for each in small),
+            "--model.init_args.runs=1",
+            "--data.init_args.subset.init_args.n=2",
+            "--trainer.logger.init_args.mode=offline",
+        ]
+    )
+    wandb.teardown()
+    run = tmp_path / "runs/sweep-s1/r1"
+    (file,) = run.glob("wandb/offline-run-*-r1/run-r1.wandb")
+    metric = yaml.safe_load(path.read_text())["metric"]["name"]
+    assert metric in {"/".join(i.nested_key) or i.key for m in read(file) for i in m.history.item}
+    (record,) = [m.run for m in read(file) if m.HasField("run")]
+    assert record.sweep_id == "s1"

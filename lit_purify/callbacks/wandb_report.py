@@ -1,4 +1,4 @@
-"""What an evaluation shows in Weights & Biases, when a WandbLogger is there."""
+"""What an evaluation shows in Weights & Biases, with a WandbRun as a logger."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from lit_purify.callbacks.summary import RULES
-from lit_purify.callbacks.wandb_run import WandbRun, log_settings, peak_memory, wandb_logger
+from lit_purify.callbacks.wandb_run import log_settings, peak_memory, wandb_run
 from lit_purify.metrics import Record
 from lit_purify.run_folder import RunFolder
 from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
@@ -28,12 +28,12 @@ class WandbReport(Callback, EvaluationListener):
 
     Names: ``running/robust/<defense>/<attack>`` and ``running/clean/<defense>`` over ``running/samples``;
     ``robust/<defense>/<attack>/<rule>`` and ``clean/<defense>/<rule>`` (logged by the task);
-    ``cost/<defense>/...``; the tables ``results``, ``samples`` and ``frontier``, the images ``masks``.
+    ``cost/<defense>/...``; the tables ``results``, ``samples`` and ``frontier``; the images ``masks`` and ``pictures``.
     """
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs what is evaluated."""
-        logger = wandb_logger(trainer)
+        logger = wandb_run(trainer)
         if logger is None or not isinstance(pl_module, RobustnessTask):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ class WandbReport(Callback, EvaluationListener):
         self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
     ) -> None:
         """Running accuracies of one pair, over the samples of rank zero; the speed is that of all processes."""
-        logger = wandb_logger(trainer)
+        logger = wandb_run(trainer)
         if logger is None:
             return
         now = time.perf_counter()
@@ -72,20 +72,19 @@ class WandbReport(Callback, EvaluationListener):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reads what all processes have written into the run's folder."""
-        logger = wandb_logger(trainer)
+        logger = wandb_run(trainer)
         if logger is None or not isinstance(pl_module, RobustnessTask):
             return
         folder = RunFolder(Path(trainer.default_root_dir))
         classes = trainer.datamodule.classes  # type: ignore[attr-defined]
         if folder.summary.exists():
-            logger.experiment.log(_figures(json.loads(folder.summary.read_text())))
-        logger.experiment.log(_pictures(folder, classes))
+            logger.log_media(_figures(json.loads(folder.summary.read_text())))
+        logger.log_media(_pictures(folder, classes))
         drawn = folder.path / "frontier.png"
         if drawn.exists():
             logger.experiment.log({"frontier_drawn": wandb.Image(str(drawn))})
-        if isinstance(logger, WandbRun):
-            kept = [folder.config, folder.identity, folder.records, folder.summary, folder.report, folder.overlays]
-            logger.log_files("evaluation", "evaluation", kept)
+        kept = [folder.config, folder.identity, folder.records, folder.summary, folder.report, folder.overlays]
+        logger.log_files("evaluation", "evaluation", kept)
 
 
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +113,7 @@ def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
     """The samples whose pictures lie in the folder, whichever process has written them."""
     rows: list[list[Any]] = []
     overlays: list[wandb.Image] = []
+    strips: list[wandb.Image] = []
     for record in folder.collect(write=False):
         strip = folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png"
         if not strip.exists():
@@ -121,6 +121,7 @@ def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
         images = dict(zip(_PANELS, _cut(strip), strict=True))
         mask = strip.with_suffix(".mask.png")
         caption = f"{record.defense}, {record.attack}, sample {record.index}"
+        strips.append(wandb.Image(str(strip), caption=caption))
         shown = _masked(images["adversarial"], mask, caption) if mask.exists() else None
         if shown is not None:
             overlays.append(shown)
@@ -149,8 +150,8 @@ def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
         "linf",
         "l2",
     ]
-    logged: dict[str, Any] = {"samples": wandb.Table(columns=[*columns, *_PANELS], data=rows)}
-    return logged | {"masks": overlays} if overlays else logged
+    logged = {"samples": wandb.Table(columns=[*columns, *_PANELS], data=rows), "pictures": strips, "masks": overlays}
+    return {key: value for key, value in logged.items() if value != []}
 
 
 def _cut(path: Path) -> list[Image.Image]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
+import re
 import resource
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +21,8 @@ from lit_purify.errors import InputError
 from lit_purify.metrics.records import write_whole
 from lit_purify.run_folder import RunFolder, identify
 
-
-class _Trouble(logging.Handler):
-    """Keeps the warnings of wandb: of uploads that the server has refused it tells in no other way."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keeps the message."""
-        self.messages.append(record.getMessage())
+_REFUSED = re.compile(r'"level":"ERROR[^"]*","msg":"((?:filestream|file transfer|runfiles|runupserter): .*?)["\\]')
+"""Uploads that a server has refused, in the log of wandb, which tells of them in no other way."""
 
 
 class WandbRun(WandbLogger):
@@ -73,7 +64,6 @@ class WandbRun(WandbLogger):
         super().__init__(
             project=project, offline=mode != "online", name=name, save_dir=save_dir, id=id, group=group, tags=[*tags]
         )
-        self._trouble = _Trouble()
         self.mode, self.entity, self.artifacts, self.patience = mode, entity, artifacts, patience
 
     @property
@@ -82,10 +72,7 @@ class WandbRun(WandbLogger):
         """The W&B run; on other processes than rank zero an object that does nothing."""
         if self._experiment is None:
             Path(self._wandb_init["dir"]).mkdir(parents=True, exist_ok=True)
-            self._experiment = run = self._begin()
-            # As Lightning does.
-            run.define_metric("trainer/global_step")
-            run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+            self._experiment = self._begin()
         return self._experiment
 
     def finalize(self, status: str) -> None:
@@ -95,15 +82,21 @@ class WandbRun(WandbLogger):
         run, self._experiment = self._experiment, None
         if run is None:
             return
+        online, reason = run.settings.mode == "online", None
         try:
             run.finish(exit_code=0 if status == "success" else 1)
+            if online and (refused := _REFUSED.search(Path(run.settings.log_internal).read_text())):
+                reason = f"the server has refused uploads ({refused[1]})"
         except TimeoutError:
-            self._trouble.messages.append(f"the upload was not done {self.patience:g} s after the end")
-        if run.settings.mode == "offline":
+            reason = f"the uploads were not done {self.patience:g} s after the end"
+        if reason:
+            print(f"W&B: {reason}; upload what is missing with: {self._sync(run)}", file=sys.stderr)
+        elif run.settings.mode == "offline":
             print(f"W&B: offline run, upload it with: {self._sync(run)}")
-        elif self._trouble.messages:
-            reasons = "; ".join(dict.fromkeys(self._trouble.messages))
-            print(f"W&B: {reasons}; upload what is missing with: {self._sync(run)}", file=sys.stderr)
+
+    def log_media(self, values: Mapping[str, Any]) -> None:
+        """Logs tables and what else the client asks the server about; without an answer, offline."""
+        self._kept(lambda: self.experiment.log(dict(values)))
 
     def log_files(self, name: str, kind: str, paths: Sequence[Path]) -> None:
         """Uploads files and folders as an artifact, where artifacts are wanted; call it on rank zero."""
@@ -115,7 +108,18 @@ class WandbRun(WandbLogger):
                 artifact.add_dir(str(path), name=path.name)
             elif path.exists():
                 artifact.add_file(str(path), name=path.name)
-        self.experiment.log_artifact(artifact)
+        self._kept(lambda: self.experiment.log_artifact(artifact))
+
+    def _kept(self, log: Callable[[], object]) -> None:
+        try:
+            log()
+        # The client raises what its connection raises.
+        except Exception as error:
+            if self.experiment.settings.mode != "online":
+                raise
+            self.finalize("success")
+            self._experiment = self._offline_after(error)
+            log()
 
     def _begin(self) -> Any:  # noqa: ANN401
         try:
@@ -123,26 +127,32 @@ class WandbRun(WandbLogger):
         except (wandb.Error, TimeoutError) as error:
             if self.mode != "online":
                 raise
-            reason = " ".join(str(error).split())
-            print(f"W&B: {wandb.setup().settings.base_url}: {reason}; the run is logged offline", file=sys.stderr)
-            # The one that failed holds the id.
-            wandb.teardown()
-            return self._init("offline")
+            return self._offline_after(error)
         if self.mode == "online":
             print(f"W&B: {run.url}")
         return run
 
+    def _offline_after(self, error: Exception) -> Any:  # noqa: ANN401
+        reason = " ".join(str(error).split())
+        print(f"W&B: {wandb.setup().settings.base_url}: {reason}; the run is logged offline", file=sys.stderr)
+        # The one that failed may hold the id.
+        wandb.teardown()
+        return self._init("offline")
+
     def _init(self, mode: str) -> Any:  # noqa: ANN401
         known = {key: value for key, value in self._wandb_init.items() if key != "anonymous"}
         known |= {"mode": mode, "entity": self.entity, "name": known["name"] or Path(known["dir"]).name}
-        if wandb.setup().settings.sweep_id:
+        given = wandb.setup().settings
+        if given.sweep_id:
             # The sweep says which run of which project this is.
-            del known["id"], known["project"], known["entity"]
+            known |= {"id": None, "project": None, "entity": None}
         elif mode != "disabled":
-            known["id"] = known["id"] or self._kept_id()
+            known["id"] = known["id"] or given.run_id or self._kept_id()
         settings = wandb.Settings(finish_timeout=self.patience, finish_timeout_raises=True, silent=True)
         run = wandb.init(**known, settings=settings)
-        logging.getLogger("wandb").addHandler(self._trouble)
+        # As Lightning does.
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
         return run
 
     def _kept_id(self) -> str:
@@ -161,14 +171,14 @@ class WandbRun(WandbLogger):
         return f"{'WANDB_RESUME=allow ' * run.resumed}wandb sync --include-online {place / Path(run.dir).parent.name}"
 
 
-def wandb_logger(trainer: L.Trainer) -> WandbLogger | None:
-    """The logger to W&B on rank zero, if there is one."""
+def wandb_run(trainer: L.Trainer) -> WandbRun | None:
+    """The run on rank zero, if there is one."""
     if not trainer.is_global_zero:
         return None
-    return next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+    return next((logger for logger in trainer.loggers if isinstance(logger, WandbRun)), None)
 
 
-def log_settings(logger: WandbLogger, folder: RunFolder, facts: Mapping[str, Any]) -> None:
+def log_settings(logger: WandbRun, folder: RunFolder, facts: Mapping[str, Any]) -> None:
     """Makes the run's settings, the hashes of the files that they name, and facts the config of the W&B run."""
     settings = yaml.safe_load(folder.config.read_text())
     hashes = {key: value for key, value in identify(settings).items() if key.endswith(" (sha256)")}

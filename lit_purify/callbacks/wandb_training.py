@@ -1,7 +1,8 @@
-"""What a training shows in Weights & Biases beside its metrics, when a WandbLogger is there."""
+"""What a training shows in Weights & Biases beside its metrics, with a WandbRun as a logger."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 
 from lit_purify.callbacks.export import Export
-from lit_purify.callbacks.wandb_run import WandbRun, log_settings, peak_memory, wandb_logger
+from lit_purify.callbacks.wandb_run import log_settings, peak_memory, wandb_run
 from lit_purify.run_folder import RunFolder, path_sha256
 from lit_purify.tasks import TrainingTask
 
@@ -26,7 +27,7 @@ class WandbTraining(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs what is trained."""
-        if logger := wandb_logger(trainer):
+        if logger := wandb_run(trainer):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             facts = {"parameters": sum(p.numel() for p in pl_module.parameters()), "classes": list(data.classes)}
             log_settings(logger, RunFolder(Path(trainer.default_root_dir)), facts)
@@ -41,7 +42,7 @@ class WandbTraining(Callback):
         batch_idx: int,
     ) -> None:
         """Images of all processes, for each second since the last time."""
-        logger = wandb_logger(trainer)
+        logger = wandb_run(trainer)
         if logger is None:
             return
         self.images += len(batch["image"]) * trainer.world_size
@@ -53,7 +54,7 @@ class WandbTraining(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws the errors by level; does not count the time."""
-        logger = wandb_logger(trainer)
+        logger = wandb_run(trainer)
         if logger is None or trainer.sanity_checking:
             return
         found: dict[str, dict[int, float]] = {}
@@ -68,12 +69,14 @@ class WandbTraining(Callback):
                 title="Error in the predicted noise",
                 xname="noise level",
             )
-            logger.experiment.log({"val/mse_by_level": chart, "trainer/global_step": _step(trainer)})
+            # Without a connection it cannot be logged; the metrics, which hold the same, are uploaded later.
+            with contextlib.suppress(Exception):
+                logger.experiment.log({"val/mse_by_level": chart, "trainer/global_step": _step(trainer)})
         self._restart(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The networks that were written: their hashes, and the files where artifacts are wanted."""
-        logger = wandb_logger(trainer)
+        logger = wandb_run(trainer)
         if logger is None or not isinstance(pl_module, TrainingTask):
             return
         folder = RunFolder(Path(trainer.default_root_dir))
@@ -81,8 +84,7 @@ class WandbTraining(Callback):
         networks = [export.path or folder.path / "model.safetensors" for export in exports]
         hashes = {path.name: path_sha256(path) for path in networks if path.exists()}
         logger.experiment.config.update({"exported_sha256": hashes}, allow_val_change=True)
-        if isinstance(logger, WandbRun):
-            logger.log_files("training", "model", [folder.config, *networks, folder.path / "checkpoints"])
+        logger.log_files("training", "model", [folder.config, *networks, folder.path / "checkpoints"])
 
     def _restart(self, trainer: L.Trainer) -> None:
         self.images, self.logged, self.since = 0, trainer.global_step, time.perf_counter()
