@@ -120,8 +120,8 @@ class Purification(L.LightningModule):
         """This process's share, in batches that fill a chunk."""
         self.mine = self.jobs[self.trainer.global_rank :: self.trainer.world_size]
         taker = self.defended.classifier
-        batch_size = max(1, self.chunk // self.runs)
-        return DataLoader(_Sources(self.mine, taker.channels, taker.size), batch_size, num_workers=self.num_workers)
+        sources = _Sources(self.mine, taker.channels, taker.size)
+        return DataLoader(sources, batch_size=max(1, self.chunk // self.runs), num_workers=self.num_workers)
 
     def on_predict_start(self) -> None:
         """Lightning notes SIGTERM and goes on. What is written is whole: ending at once loses nothing."""
