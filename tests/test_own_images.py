@@ -156,6 +156,7 @@ def test_going_on_completes_and_changes_nothing(make, images, tmp_path, capsys):
     run("skip")
     assert "3 of them there already" in capsys.readouterr().out
     assert {name: data for name, data in content(out).items() if "partial" not in name} == before
+    run("skip")
     for changes in ({"seed": 6}, {"runs": 4}):
         with pytest.raises(InputError, match="by other settings"):
             run("skip", **changes)
@@ -232,6 +233,14 @@ def test_refused_before_anything_is_written(make, images, tmp_path, change, opti
     with pytest.raises(InputError, match=said):
         trainer.purify(task, Digits(), **paths, **options)
     assert content(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_processes_than_images_are_refused(make, images, tmp_path, monkeypatch):
+    trainer, task = make()
+    monkeypatch.setattr(PurifyingTrainer, "world_size", 5)
+    with pytest.raises(InputError, match="4 images are fewer than 5 processes"):
+        trainer.purify(task, Digits(), images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
