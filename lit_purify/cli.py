@@ -297,7 +297,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 
     ``eval.py gradcheck`` checks that attacks differentiate what is defended, ``eval.py audit`` that no other attack is
     stronger than the configured one. ``eval.py frontier`` evaluates families of defenses, and compares them at equal
-    clean accuracy. ``eval.py compare`` sets finished evaluations side by side. ``eval.py purify`` and ``eval.py predict``
+    clean accuracy. ``eval.py compare`` sets finished evaluations side by side. ``eval.py purify`` and ``predict``
     take people's own images through a defense.
     """
     given = list(sys.argv[1:] if argv is None else argv)

@@ -1,5 +1,7 @@
 """What --dry_run expects of an evaluation is what the evaluation then takes, by a clock that counts network calls."""
 
+import re
+
 import pytest
 import torch
 from conftest import GaussianDenoiser
@@ -9,7 +11,7 @@ from lit_purify.data import Digits, First
 from lit_purify.defense import HeterogeneousPurifier, NoPurifier, Surrogate, TopFraction, UniformPurifier
 from lit_purify.models import Classifier
 from lit_purify.tasks import RobustnessTask, estimate
-from lit_purify.tasks.estimate import EstimatingTrainer
+from lit_purify.tasks.estimate import EstimatingTrainer, duration, network_calls
 
 DEFENSES = {
     "none": NoPurifier,
@@ -38,12 +40,13 @@ def setting(monkeypatch):
     classifier = Classifier(network, size=8, num_classes=10, channels=1, blocks=["0"])
     clock = {"now": 0.0, "rows": 0}
 
-    def tick(module, inputs, output):
+    def tick(module, inputs):
         clock["now"] += 1.0 if module is denoiser else 0.2
         clock["rows"] += len(inputs[0]) * (module is denoiser)
 
     for module in (denoiser, network):
-        module.register_forward_hook(tick)
+        # Before: a repeated pass ends when it has what it needs.
+        module.register_forward_pre_hook(tick)
     monkeypatch.setattr(estimate, "perf_counter", lambda: clock["now"])
 
     def make(*attacks, chunk=5, n=5, runs=3):
@@ -67,3 +70,56 @@ def test_expected_is_what_it_takes(setting, attack):
     clock["now"] = 0.0
     trainer.test(task, data, verbose=False)
     assert expected == pytest.approx(clock["now"], rel=0.02)
+
+
+def test_what_is_there_costs_nothing_more(setting, capsys):
+    make, _ = setting
+    task, trainer, data = make("last", "fgsm")
+
+    def record(defense, attack, index):
+        return Record(defense, attack, index, 0, [0], [0], 0.0, 0.0, 0.0)
+
+    whole = trainer.estimate(task, data)
+    trainer.records = [
+        *(record(*pair, i) for pair in task.pairs for i in range(4)),
+        *(record("paper", "last", i) for i in range(4, 5)),
+        record("paper", "last", 99),
+    ]
+    capsys.readouterr()
+    left = trainer.estimate(task, data)
+    assert left["paper", "last"] == 0.0
+    # The last batch, of 1 sample, pads its chunks.
+    assert 0.0 < left["uniform", "last"] < whole["uniform", "last"]
+    said = capsys.readouterr().out
+    assert "30 records, 25 of them there already" in said
+    assert re.search(r"paper +last .* done +0 s", said)
+
+
+def test_processes_share_the_samples(setting, monkeypatch):
+    make, _ = setting
+    task, trainer, data = make("fgsm")
+    alone = trainer.estimate(task, data)
+    monkeypatch.setattr(EstimatingTrainer, "world_size", 5)
+    shared = trainer.estimate(task, data)
+    task, trainer, data = make("fgsm", n=1)
+    monkeypatch.setattr(EstimatingTrainer, "world_size", 1)
+    assert shared == pytest.approx(trainer.estimate(task, data))
+    assert all(0.0 < shared[pair] < alone[pair] for pair in alone)
+
+
+@pytest.mark.parametrize("attack", ["last", "best", "square"])
+def test_network_calls_are_those_that_are_made(setting, attack):
+    """One sample, one row a chunk: nothing is padded. What is differentiated is called twice."""
+    make, clock = setting
+    task, trainer, data = make(attack, chunk=1, n=1)
+    said = [network_calls(described, task.runs) for described in task.describe()]
+    trainer.test(task, data, verbose=False)
+    assert clock["rows"] == sum(forward + backward for forward, backward in said)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7380, "2 h 3 min"), (200000, "2 d 7 h")],
+)
+def test_duration(seconds, said):
+    assert duration(seconds) == said

@@ -94,6 +94,7 @@ class Progress(Callback, EvaluationListener):
             file=sys.stderr,
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
+            mininterval=0.0,
             bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} " + unit + "{postfix}",
         )
         self.done, self.said_at, self.total = done, done, total

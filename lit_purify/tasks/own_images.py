@@ -120,15 +120,15 @@ class Purification(L.LightningModule):
         """This process's share, in batches that fill a chunk."""
         self.mine = self.jobs[self.trainer.global_rank :: self.trainer.world_size]
         taker = self.defended.classifier
-        batch_size = max(1, self.chunk // self.runs)
-        return DataLoader(_Sources(self.mine, taker.channels, taker.size), batch_size, num_workers=self.num_workers)
+        sources = _Sources(self.mine, taker.channels, taker.size)
+        return DataLoader(sources, batch_size=max(1, self.chunk // self.runs), num_workers=self.num_workers)
 
     def on_predict_start(self) -> None:
         """Lightning notes SIGTERM and goes on. What is written is whole: ending at once loses nothing."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Purifies and writes a batch."""
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
+        """Purifies and writes a batch; returns how many images it has."""
         image, n = batch["image"], self.runs
         key = torch.tensor([int(sha256[:8], 16) for sha256 in batch["sha256"]], device=self.device)
         noise = KeyedNoise(self.seed, key, torch.zeros_like(key), EVALUATION).runs(list(range(n)))
@@ -147,6 +147,7 @@ class Purification(L.LightningModule):
             if self.classify:
                 said["predictions"] = predictions[k * n : (k + 1) * n]
             self._write(self.mine[item], said, *views)
+        return len(image)
 
     def _write(self, job: Job, said: Any, image: Tensor, purified: Tensor, noised: Tensor, mask: Tensor) -> None:  # noqa: ANN401
         """The purified image comes last: where it is, everything is."""
@@ -248,6 +249,8 @@ class PurifyingTrainer(L.Trainer):
         jobs, left_out = _plan(folder, output)
         table = output / "predictions.csv"
         todo = _check_existing(jobs, table if classify else None, existing, settings_sha256)
+        if 0 < len(todo) < self.world_size:
+            raise InputError(f"{len(todo)} images are fewer than {self.world_size} processes: use fewer devices")
         if self.is_global_zero:
             others = f"; {len(left_out)} other files left out, such as {left_out[0]}" if left_out else ""
             there = f", {len(jobs) - len(todo)} of them there already" if len(todo) < len(jobs) else ""
@@ -257,7 +260,8 @@ class PurifyingTrainer(L.Trainer):
             defended, todo, runs, overlays, model.chunk, model.seed, settings_sha256, data.num_workers
         ).eval()
         try:
-            L.Trainer.predict(self, task, return_predictions=False)
+            if todo:
+                L.Trainer.predict(self, task, return_predictions=False)
         except SystemExit:
             # Lightning's answer to an interruption.
             if self.is_global_zero:

@@ -1,0 +1,275 @@
+"""People's own images through a defense: what is written depends on the image and the settings, and on nothing else."""
+
+import csv
+import hashlib
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lit_purify.cli import evaluate
+from lit_purify.data import Digits
+from lit_purify.data.folder import read_image
+from lit_purify.defense import HeterogeneousPurifier, NoPurifier, TopFraction, UniformPurifier
+from lit_purify.errors import InputError
+from lit_purify.functional.noise import EVALUATION, KeyedNoise
+from lit_purify.tasks import RobustnessTask
+from lit_purify.tasks.own_images import PurifyingTrainer
+
+MASKED = ("uniform", "paper")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Of several formats, sizes and color modes, in subfolders, among files that are no images."""
+    folder = tmp_path / "images"
+    rng = np.random.RandomState(0)
+    for name, shape in {
+        "a.png": (8, 8),
+        "sub/b.c.jpg": (20, 31, 3),
+        "sub/deep/d.GIF": (9, 8),
+        "e.webp": (8, 8, 4),
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.randint(0, 256, shape).astype(np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def make(unet, classifier):
+    """A task, and a trainer for it."""
+
+    def built(defenses=MASKED, **options):
+        known = {
+            "none": NoPurifier,
+            "uniform": lambda d, c: UniformPurifier(d, c, 200, 2),
+            "paper": lambda d, c: HeterogeneousPurifier(d, c, TopFraction(0.3), 300, 150, 2),
+        }
+        from lit_purify.attacks import FGSM
+
+        options = {"runs": 3, "chunk": 16, "seed": 5, **options}
+        task = RobustnessTask(
+            classifier, unet, {name: known[name] for name in defenses}, {"fgsm": FGSM("linf", 0.1)}, **options
+        )
+        off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
+        return PurifyingTrainer(accelerator="cpu", inference_mode=False, **off), task.eval()
+
+    return built
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def rows(path):
+    return list(csv.DictReader(path.open()))
+
+
+def test_files_keep_their_names_and_are_what_the_defense_makes_of_them(make, images, tmp_path, capsys):
+    trainer, task = make()
+    trainer.purify(task, Digits(), images, tmp_path / "out")
+    stems = ["a", "sub/b.c", "sub/deep/d", "e"]
+    assert set(content(tmp_path / "out")) == {f"{s}{kind}.png" for s in stems for kind in ("", ".mask", ".overlay")}
+    said = capsys.readouterr().out
+    # The first with a mask, and the files that are not hidden.
+    assert "4 images" in said
+    assert "1 other files left out, such as" in said
+    assert "notes.txt" in said
+    assert "defense paper (of uniform, paper)" in said
+    for source, stem in (("a.png", "a"), ("sub/b.c.jpg", "sub/b.c")):
+        file = images / source
+        key = torch.tensor([int(hashlib.sha256(file.read_bytes()).hexdigest()[:8], 16)])
+        noise = KeyedNoise(5, key, torch.tensor([0]), EVALUATION)
+        with torch.no_grad():
+            trace = task.defenses["paper"].purifier.trace(read_image(file, 1, 8)[None], noise)
+        purified = read_image(tmp_path / "out" / f"{stem}.png", 1)
+        assert (purified - trace.purified[0]).abs().max() <= 0.51 / 255
+        assert torch.equal(read_image(tmp_path / "out" / f"{stem}.mask.png", 1), trace.mask[0])
+        # Four panels, of which the last is the purified image.
+        strip = read_image(tmp_path / "out" / f"{stem}.overlay.png", 3)
+        assert strip.shape == (3, 128, 4 * 128 + 3 * 4)
+        assert torch.equal(strip[:1, ::16, -128::16], purified)
+
+
+def test_a_file_alone_under_another_name_is_the_same(make, images, tmp_path):
+    trainer, task = make()
+    trainer.purify(task, Digits(), images, tmp_path / "all")
+    shutil.copy(images / "sub/b.c.jpg", tmp_path / "other.jpg")
+    trainer, task = make()
+    # One file, and workers that read.
+    trainer.purify(task, Digits(batch_size=1, num_workers=1), tmp_path / "other.jpg", tmp_path / "one")
+    assert content(tmp_path / "one")["other.png"] == content(tmp_path / "all")["sub/b.c.png"]
+    trainer, task = make(seed=6)
+    trainer.purify(task, Digits(), tmp_path / "other.jpg", tmp_path / "seed")
+    assert not torch.equal(*(read_image(tmp_path / run / "other.png", 1) for run in ("one", "seed")))
+
+
+def test_predictions_are_those_of_the_defense(make, images, tmp_path):
+    # Images, runs and chunks that do not divide each other.
+    trainer, task = make(runs=5)
+    trainer.predict(task, Digits(), images, tmp_path / "out", defense="uniform", overlays=False)
+    table = rows(tmp_path / "out/predictions.csv")
+    assert [row["file"] for row in table] == ["a.png", "e.webp", "sub/b.c.jpg", "sub/deep/d.GIF"]
+    assert not list((tmp_path / "out").rglob("*.mask.png")) + list((tmp_path / "out").rglob("*.overlay.png"))
+    for row in table:
+        file = images / row["file"]
+        key = torch.full((5,), int(hashlib.sha256(file.read_bytes()).hexdigest()[:8], 16))
+        noise = KeyedNoise(5, key, torch.arange(5), EVALUATION)
+        with torch.no_grad():
+            predicted = task.defenses["uniform"](read_image(file, 1, 8).expand(5, -1, -1, -1), noise).argmax(1).tolist()
+        assert [int(row[f"run_{run}"]) for run in range(5)] == predicted
+        most = max(Counter(predicted).values())
+        assert int(row["class"]) == min(c for c, n in Counter(predicted).items() if n == most)
+        assert float(row["share"]) == most / 5
+        assert row["name"] == row["class"]
+
+
+def test_names_are_left_out_where_the_data_is_not_at_hand(make, images, tmp_path, capsys):
+    from lit_purify.data import ImageFolder
+
+    trainer, task = make()
+    trainer.predict(task, ImageFolder(tmp_path / "nowhere"), images, tmp_path / "out")
+    assert {row["name"] for row in rows(tmp_path / "out/predictions.csv")} == {""}
+    assert "classes are given by their numbers alone" in capsys.readouterr().out
+
+
+def test_going_on_completes_and_changes_nothing(make, images, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def run(existing, **options):
+        trainer, task = make(**options)
+        trainer.predict(task, Digits(), images, out, existing=existing)
+
+    run("refuse")
+    before = content(out)
+    with pytest.raises(InputError, match=r"is there already.*--existing skip"):
+        run("refuse")
+    (out / "a.png").unlink()
+    (out / "predictions.csv").unlink()
+    (out / "sub/b.c.png.partial").write_text("a killed run leaves this")
+    capsys.readouterr()
+    run("skip")
+    assert "3 of them there already" in capsys.readouterr().out
+    assert {name: data for name, data in content(out).items() if "partial" not in name} == before
+    run("skip")
+    for changes in ({"seed": 6}, {"runs": 4}):
+        with pytest.raises(InputError, match="by other settings"):
+            run("skip", **changes)
+    Image.new("L", (8, 8), 7).save(images / "a.png")
+    with pytest.raises(InputError, match=r"a\.png: was made from another image"):
+        run("skip")
+    assert {name: data for name, data in content(out).items() if "partial" not in name} == before
+    run("replace", defenses=["none", "uniform"])
+    assert not list(out.rglob("*.mask.png"))
+
+
+def test_an_interruption_leaves_whole_files(make, images, tmp_path, monkeypatch, capsys):
+    from lit_purify.tasks import own_images
+
+    calls = []
+
+    def save(image, path, said=None, saved=own_images._save):
+        calls.append(path)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        saved(image, path, said)
+
+    monkeypatch.setattr(own_images, "_save", save)
+    trainer, task = make(chunk=1)
+    with pytest.raises(SystemExit):
+        trainer.purify(task, Digits(), images, tmp_path / "out")
+    assert "--existing skip goes on" in capsys.readouterr().out
+    monkeypatch.undo()
+    trainer, task = make(chunk=1)
+    trainer.purify(task, Digits(), images, tmp_path / "out", existing="skip")
+    trainer, task = make(chunk=1)
+    trainer.purify(task, Digits(), images, tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def broken(folder):
+    (folder / "x.png").write_bytes(b"no image")
+
+
+def deep(folder):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "x.png")
+
+
+def twice(folder):
+    Image.new("L", (8, 8)).save(folder / "a.bmp")
+
+
+def mask_of_another(folder):
+    Image.new("L", (8, 8)).save(folder / "a.mask.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "said"),
+    [
+        (broken, {}, r"x\.png: cannot be read as an image"),
+        (deep, {}, r"x\.png: gray with more than 8 bits"),
+        (twice, {}, r"a\.bmp and .*a\.png would both be written to .*a\.png"),
+        (mask_of_another, {}, r"would both be written to .*a\.mask\.png"),
+        (shutil.rmtree, {}, "--input .*images: no such folder or file"),
+        (None, {"output": "images"}, "--output .*images: lies in the input folder"),
+        (None, {"output": "images/out"}, "lies in the input folder"),
+        (None, {"output": "images/notes.txt"}, "notes.txt: is a file"),
+        (None, {"input": "images/notes.txt"}, "notes.txt: cannot be read as an image"),
+        (None, {"defense": "papr"}, "--defense papr: the configuration has uniform, paper"),
+        (None, {"defenses": ["none"]}, "none of none purifies"),
+    ],
+)
+def test_refused_before_anything_is_written(make, images, tmp_path, change, options, said):
+    if change is not None:
+        change(images)
+    before = content(tmp_path)
+    trainer, task = make(options.pop("defenses", MASKED))
+    paths = {"input": tmp_path / options.pop("input", "images"), "output": tmp_path / options.pop("output", "out")}
+    with pytest.raises(InputError, match=said):
+        trainer.purify(task, Digits(), **paths, **options)
+    assert content(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_processes_than_images_are_refused(make, images, tmp_path, monkeypatch):
+    trainer, task = make()
+    monkeypatch.setattr(PurifyingTrainer, "world_size", 5)
+    with pytest.raises(InputError, match="4 images are fewer than 5 processes"):
+        trainer.purify(task, Digits(), images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_images_is_refused(make, tmp_path):
+    (tmp_path / "images").mkdir()
+    trainer, task = make()
+    with pytest.raises(InputError, match="no images in it"):
+        trainer.purify(task, Digits(), tmp_path / "images", tmp_path / "out")
+
+
+def test_the_commands(images, tmp_path, capsys, monkeypatch):
+    """With the configuration and the weights that ship; a truncated image is found when it is its turn."""
+    from pathlib import Path
+
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    command = ["--input", str(images), "--output", str(tmp_path / "out"), "--model.init_args.chunk", "16"]
+    evaluate(["predict", *command])
+    assert len(rows(tmp_path / "out/predictions.csv")) == 4
+    # The configuration beside the images repeats the run.
+    evaluate(["predict", "--config", str(tmp_path / "out/config.yaml"), "--output", str(tmp_path / "again")])
+    before, after = content(tmp_path / "out"), content(tmp_path / "again")
+    before.pop("config.yaml"), after.pop("config.yaml")
+    assert after == before
+    data = (images / "a.png").read_bytes()
+    (images / "sub/z.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(["purify", *command, "--existing", "replace"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith("z.png: cannot be read as an image; remove or replace it")
+    with pytest.raises(SystemExit):
+        evaluate(["purify"])
+    assert "no input and no output given: say --input FOLDER --output FOLDER" in capsys.readouterr().err
