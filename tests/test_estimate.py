@@ -9,6 +9,7 @@ from conftest import GaussianDenoiser
 from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, Square, Transfer
 from lit_purify.data import Digits, First
 from lit_purify.defense import HeterogeneousPurifier, NoPurifier, Surrogate, TopFraction, UniformPurifier
+from lit_purify.metrics import Record
 from lit_purify.models import Classifier
 from lit_purify.tasks import RobustnessTask, estimate
 from lit_purify.tasks.estimate import EstimatingTrainer, duration, network_calls
