@@ -259,6 +259,9 @@ def test_the_command_writes_its_verdict_and_touches_no_records(tiny, capsys):
     assert lines[-1] == "audit: passed"
     after = {path.name: path.read_bytes() for path in tiny.run.iterdir() if path.is_file()}
     found = json.loads(after.pop("audit.json"))
+    # The report shows it; nothing else has changed.
+    assert b"not checked" in before.pop("report.html")
+    assert b'Audit of the attack</dt><dd><span class="badge survived">passed' in after.pop("report.html")
     assert after == before
     assert (found["passed"], found["attack"], found["samples"], found["runs"]) == (True, "pgd", [0, 1], 2)
     assert set(found["checks"][0]) == {"defense", "check", "figure", "limit", "verdict", "reason"}

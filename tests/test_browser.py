@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from test_report import ATTACKS, DEFENSES, HOSTILE, finished_run, write_verdict
+from made_runs import ATTACKS, DEFENSES, HOSTILE, finished_run, write_verdict
 
 from lit_purify.callbacks.comparison import Comparison
 from lit_purify.callbacks.html import write_report

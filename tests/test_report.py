@@ -1,90 +1,23 @@
-"""report.html and compare.html, made of run folders that no model has written."""
+"""report.html: its figures against the records, its pictures against the overlays, its verdicts."""
 
-import hashlib
 import io
 import json
-import random
 import re
 from base64 import b64decode
 from html.parser import HTMLParser
 
 import pytest
 import torch
-import yaml
+from made_runs import ATTACKS, DEFENSES, finished_run, write_verdict
 from PIL import Image
-from test_summary import described
 from torchvision.utils import save_image
 
-from lit_purify.callbacks.comparison import Comparison
 from lit_purify.callbacks.finished import FinishedRun, radius
 from lit_purify.callbacks.html import _bins, page
 from lit_purify.callbacks.pictures import OUTCOMES, outcome, pictures
-from lit_purify.callbacks.summary import summarize
-from lit_purify.cli import evaluate
 from lit_purify.errors import InputError
 from lit_purify.functional.rendering import panels
-from lit_purify.functional.statistics import paired_difference, unpaired_difference, wilson
 from lit_purify.metrics import Record
-from lit_purify.metrics.records import write_records
-from lit_purify.run_folder import RunFolder
-
-HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>\"&'</pre>$x_{$"
-CLASSES = ["cat", HOSTILE, "dog"]
-RUNS = 4
-ATTACKS = {"pgd": ("linf", 8 / 255), "square": ("linf", 8 / 255), "far": ("linf", 16 / 255), "other": ("l2", 0.5)}
-DEFENSES = ("none", "uniform", "paper")
-
-
-def finished_run(path, samples=range(10, 30), seed=0, attacks=ATTACKS, **settings):
-    """The folder of an evaluation: random predictions, pictures of the first two samples."""
-    rng = random.Random(seed)
-    folder = RunFolder(path)
-    folder.overlays.mkdir(parents=True)
-    facts = {"dataset": f"Folder({HOSTILE})", "split": "test", "classes": CLASSES, "samples": len(samples)}
-    facts |= {"subset_sha256": "0" * 64, "seed": 0, "runs": RUNS, "chunk": 16, "classifier": f"net, {HOSTILE}.pth"}
-    facts |= {"denoiser": "unet", "versions": {"torch": "2"}, "files": {f"{HOSTILE}.pth": "1" * 64}}
-    records = []
-    for defense in DEFENSES:
-        for index in samples:
-            clean = [rng.choice([index % 3] * 8 + [0, 1, 2]) for _ in range(RUNS)]
-            for attack in attacks:
-                attacked = [rng.choice([index % 3] * 3 + [0, 1, 2]) for _ in range(RUNS)]
-                records.append(Record(defense, attack, index, index % 3, clean, attacked, 0.03, 0.5, 0.1))
-    results = [
-        described(d, a, norm=norm, eps=eps, attack_title=HOSTILE, nfe_defense=DEFENSES.index(d) * 2)
-        for d in DEFENSES
-        for a, (norm, eps) in attacks.items()
-    ]
-    summary = summarize(records, results, facts, "uniform")
-    folder.summary.write_text(json.dumps(summary))
-    write_records(folder.records, records)
-    settings = {"model.init_args.classifier.path": "net", "model.init_args.classifier.path (sha256)": "1", **settings}
-    folder.identity.write_text(json.dumps(settings))
-    folder.config.write_text(yaml.safe_dump({"model": HOSTILE}))
-    generator = torch.Generator().manual_seed(seed)
-    for record in records:
-        if record.index < samples[0] + 2:
-            images = torch.rand(5, 3, 8, 8, generator=generator).mul(255).round() / 255
-            mask = (images[:1, 0] > 0.5).float()
-            name = f"{record.defense}.{record.attack}.{record.index:06d}"
-            save_image(panels(images, mask, overlay=2), folder.overlays / f"{name}.png")
-            if record.defense == "paper":
-                save_image(mask, folder.overlays / f"{name}.mask.png")
-    return path
-
-
-def write_verdict(run, command, passed=True, stale=False):
-    identity = json.loads((run / "identity.json").read_text())
-    digest = hashlib.sha256(json.dumps({} if stale else identity, sort_keys=True).encode()).hexdigest()
-    check = {
-        "defense": "paper",
-        "check": "restarts",
-        "figure": None,
-        "limit": 0.05,
-        "verdict": "pass" if passed else "fail",
-    }
-    content = {"passed": passed, "samples": [1, 2], "settings_sha256": digest, "attack": "pgd", "runs": 2}
-    (run / f"{command}.json").write_text(json.dumps({**content, "checks": [{**check, "reason": HOSTILE}]}))
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +197,12 @@ def test_the_configuration_can_be_saved_from_the_page(run, text):
     assert b64decode(address).decode() == (run / "config.yaml").read_text()
 
 
+def test_frontiers_of_an_earlier_run_are_not_shown(tmp_path):
+    path = finished_run(tmp_path / "run", attacks={"pgd": ("linf", 0.1)})
+    (path / "frontier.json").write_text("damaged, and of no matter")
+    assert "Frontiers" not in page(FinishedRun.read(path))
+
+
 def test_unfinished_folders_are_refused(tmp_path):
     def said(path):
         with pytest.raises(InputError) as error:
@@ -289,118 +228,3 @@ def test_unfinished_folders_are_refused(tmp_path):
     (path / "summary.json").write_text(content)
     (path / "identity.json").unlink()
     assert said(path).startswith(f"{path / 'identity.json'}: cannot be read")
-
-
-# Comparison
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """Two evaluations that share ten of their twenty samples."""
-    path = tmp_path_factory.mktemp(f"compare{HOSTILE[:8]}")
-    some = {name: ATTACKS[name] for name in ("pgd", "other")}
-    return finished_run(path / "first"), finished_run(path / "$x_{$<b>second", range(20, 40), 1, some, depth=3)
-
-
-def averages(run, defense, attacks):
-    """By sample the lowest share of right runs."""
-    found = {}
-    for line in (run / "records.jsonl").read_text().splitlines():
-        r = json.loads(line)
-        if r["defense"] == defense and r["attack"] in attacks:
-            share = r["adversarial"].count(r["label"]) / RUNS
-            found[r["index"]] = min(share, found.get(r["index"], share))
-    return found
-
-
-def test_differences_are_paired_over_the_shared_samples(pair):
-    comparison = Comparison(list(pair))
-    rows = comparison.rows["linf", 8 / 255]
-    assert [(row.run, row.result["defense"]) for row in rows] == [(p.name, d) for p in pair for d in DEFENSES]
-    assert all(row.robust is None for row in rows[:3])
-    for row in rows[3:]:
-        before, after = averages(pair[0], row.other, ["pgd", "square"]), averages(pair[1], row.other, ["pgd"])
-        values = [torch.tensor([each[i] for i in range(20, 30)], dtype=torch.float64) for each in (before, after)]
-        assert row.robust == pytest.approx(paired_difference(*values))
-        assert row.remarks == "another attack, 10 shared samples"
-    # A radius that only one has.
-    assert all(row.robust is None for row in comparison.rows["linf", 16 / 255])
-    assert list(comparison.differing) == ["depth"]
-
-
-def test_a_run_differs_from_its_copy_by_nothing(pair, tmp_path):
-    copy = finished_run(tmp_path / "copy")
-    rows = Comparison([pair[0], copy]).rows["l2", 0.5]
-    assert [row.robust.value for row in rows[3:]] == [0.0] * 3
-    assert rows[3].remarks == "20 shared samples"
-
-
-def test_a_defense_without_counterpart_is_compared_to_the_baseline(pair, tmp_path):
-    copy = finished_run(tmp_path / "copy")
-    for name in ("summary.json", "records.jsonl"):
-        (copy / name).write_text((copy / name).read_text().replace('"paper"', '"new"'))
-    row = Comparison([pair[0], copy]).rows["l2", 0.5][5]
-    assert (row.result["defense"], row.other) == ("new", "uniform")
-    assert row.robust.value == pytest.approx(
-        row.result["robust"]["average"][0] - sum(averages(pair[0], "uniform", ["other"]).values()) / 20
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"samples": range(40, 50)}, "no sample is shared"),
-        ({"model.init_args.classifier.path (sha256)": "2"}, "the classifier has other settings or another file"),
-        ({"summary": ('"split": "test"', '"split": "val"')}, "another split: val, not test"),
-        ({"records": ('"label": 1', '"label": 2')}, "samples of one number have other labels"),
-    ],
-)
-def test_what_cannot_be_paired_is_not(pair, tmp_path, changes, reason):
-    edits = {f"{kind}.json{'l' * (kind == 'records')}": changes.pop(kind, None) for kind in ("summary", "records")}
-    other = finished_run(tmp_path / "other", **changes)
-    for name, edit in edits.items():
-        if edit:
-            (other / name).write_text((other / name).read_text().replace(*edit))
-    comparison = Comparison([pair[0], other])
-    assert comparison.pairing["other"].startswith(reason)
-    row = comparison.rows["l2", 0.5][3]
-    assert row.remarks == "not paired"
-    assert row.robust.low < row.robust.value < row.robust.high
-    assert "other: not paired, " + reason in comparison.table()
-    assert "other is not paired: " + reason in comparison.page()
-
-
-def test_unpaired_difference_is_newcombes():
-    """The first example of Newcombe 1998, method 10: 56/70 less 48/80."""
-    found = unpaired_difference(wilson(48 / 80, 80), wilson(56 / 70, 70))
-    assert found == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
-
-
-def test_compare_command(pair, tmp_path, capsys):
-    output = tmp_path / "page.html"
-    evaluate(["compare", *map(str, pair), "--output", str(output)])
-    printed = capsys.readouterr().out
-    assert printed.isascii()
-    assert "linf <= 8/255, average accuracy in %" in printed
-    assert f"Page: {output}" in printed
-    assert output.read_text() == Comparison(list(pair)).page()
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["{0}"], "compare takes two run folders or more"),
-        (["{0}", "{0}/summary.json"], "first: named twice; give each run once"),
-        (["{0}", "{0}/overlays"], "no finished evaluation, summary.json is missing"),
-        ([], "the following arguments are required: RUN"),
-        (["{0}", "{1}", "--out", "x"], "unrecognized arguments: --out x"),
-        (["{0}", "{1}", "--output", "{0}/summary.json/page.html"], "choose another file with --output"),
-    ],
-)
-def test_wrong_comparisons_are_refused(pair, capsys, argv, said):
-    with pytest.raises(SystemExit) as exit_:
-        evaluate(["compare", *(word.format(*pair) for word in argv)])
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1

@@ -36,8 +36,8 @@ def write_report(folder: RunFolder) -> None:
 def page(run: FinishedRun) -> str:
     """The report of one run. It depends on nothing but the folder."""
     summary = run.summary
-    frontier = run.folder.path / "frontier.json"
-    found = json.loads(frontier.read_text()) if frontier.is_file() else None
+    families = any(key.startswith("model.init_args.families.") for key in run.identity)
+    found = json.loads((run.folder.path / "frontier.json").read_text()) if families else None
     attacks: dict[str, list[Mapping[str, Any]]] = {}
     for result in summary["results"]:
         attacks.setdefault(result["attack"], []).append(result)

@@ -1,0 +1,74 @@
+"""Folders of finished evaluations that no model has written, with names that would do harm as HTML."""
+
+import hashlib
+import json
+import random
+
+import torch
+import yaml
+from test_summary import described
+from torchvision.utils import save_image
+
+from lit_purify.callbacks.summary import summarize
+from lit_purify.functional.rendering import panels
+from lit_purify.metrics import Record
+from lit_purify.metrics.records import write_records
+from lit_purify.run_folder import RunFolder
+
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>\"&'</pre>$x_{$"
+CLASSES = ["cat", HOSTILE, "dog"]
+RUNS = 4
+ATTACKS = {"pgd": ("linf", 8 / 255), "square": ("linf", 8 / 255), "far": ("linf", 16 / 255), "other": ("l2", 0.5)}
+DEFENSES = ("none", "uniform", "paper")
+
+
+def finished_run(path, samples=range(10, 30), seed=0, attacks=ATTACKS, **settings):
+    """The folder of an evaluation: random predictions, pictures of the first two samples."""
+    rng = random.Random(seed)
+    folder = RunFolder(path)
+    folder.overlays.mkdir(parents=True)
+    facts = {"dataset": f"Folder({HOSTILE})", "split": "test", "classes": CLASSES, "samples": len(samples)}
+    facts |= {"subset_sha256": "0" * 64, "seed": 0, "runs": RUNS, "chunk": 16, "classifier": f"net, {HOSTILE}.pth"}
+    facts |= {"denoiser": "unet", "versions": {"torch": "2"}, "files": {f"{HOSTILE}.pth": "1" * 64}}
+    records = []
+    for defense in DEFENSES:
+        for index in samples:
+            clean = [rng.choice([index % 3] * 8 + [0, 1, 2]) for _ in range(RUNS)]
+            for attack in attacks:
+                attacked = [rng.choice([index % 3] * 3 + [0, 1, 2]) for _ in range(RUNS)]
+                records.append(Record(defense, attack, index, index % 3, clean, attacked, 0.03, 0.5, 0.1))
+    results = [
+        described(d, a, norm=norm, eps=eps, attack_title=HOSTILE, nfe_defense=DEFENSES.index(d) * 2)
+        for d in DEFENSES
+        for a, (norm, eps) in attacks.items()
+    ]
+    summary = summarize(records, results, facts, "uniform")
+    folder.summary.write_text(json.dumps(summary))
+    write_records(folder.records, records)
+    settings = {"model.init_args.classifier.path": "net", "model.init_args.classifier.path (sha256)": "1", **settings}
+    folder.identity.write_text(json.dumps(settings))
+    folder.config.write_text(yaml.safe_dump({"model": HOSTILE}))
+    generator = torch.Generator().manual_seed(seed)
+    for record in records:
+        if record.index < samples[0] + 2:
+            images = torch.rand(5, 3, 8, 8, generator=generator).mul(255).round() / 255
+            mask = (images[:1, 0] > 0.5).float()
+            name = f"{record.defense}.{record.attack}.{record.index:06d}"
+            save_image(panels(images, mask, overlay=2), folder.overlays / f"{name}.png")
+            if record.defense == "paper":
+                save_image(mask, folder.overlays / f"{name}.mask.png")
+    return path
+
+
+def write_verdict(run, command, passed=True, stale=False):
+    identity = json.loads((run / "identity.json").read_text())
+    digest = hashlib.sha256(json.dumps({} if stale else identity, sort_keys=True).encode()).hexdigest()
+    check = {
+        "defense": "paper",
+        "check": "restarts",
+        "figure": None,
+        "limit": 0.05,
+        "verdict": "pass" if passed else "fail",
+    }
+    content = {"passed": passed, "samples": [1, 2], "settings_sha256": digest, "attack": "pgd", "runs": 2}
+    (run / f"{command}.json").write_text(json.dumps({**content, "checks": [{**check, "reason": HOSTILE}]}))
