@@ -79,7 +79,7 @@ def vote(predictions: Tensor, label: Tensor, draws: int) -> Tensor:
     # There are few such patterns, however many samples there are.
     alike = (predictions[:, :, None] == predictions[:, None, :]).sum(dim=2)
     pattern = alike.masked_fill(predictions == label[:, None], 0).sort(dim=1)[0]
-    patterns, place = torch.unique(pattern, dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
+    patterns, place = torch.unique(pattern, dim=0, return_inverse=True)
     shares = []
     for found in patterns.tolist():
         runs = Counter(found)
