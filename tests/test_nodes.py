@@ -142,3 +142,15 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_chunks_and_s
     assert "out of memory with chunks of 16 rows" in said.err
     for text in (said.out, (tmp_path / "halved" / "report.html").read_text()):
         assert "16, but 16 records with 8, for want of memory: equal to others up to rounding only" in text
+
+
+def test_two_processes_make_one_run_of_wandb_with_the_overlays_of_both(tmp_path):
+    run = tmp_path / "run"
+    few = ["--data.init_args.subset.init_args.n=8", "--data.init_args.batch_size=2", "--model.init_args.gallery=4"]
+    processes = launch("evaluate", [*EVALUATION, f"--run={run}", *few], 2, tmp_path / "log")
+    assert ends(processes) == [0, 0], [(tmp_path / f"log.{rank}").read_text()[-2000:] for rank in (0, 1)]
+    assert len(list(tmp_path.rglob("offline-run-*"))) == 1
+    (table,) = (json.loads(path.read_text()) for path in run.rglob("files/media/table/samples*.json"))
+    shown = {row[table["columns"].index("index")] for row in table["data"]}
+    # Chosen by their positions, whichever process holds them.
+    assert shown == {0, 1, 2, 3}
