@@ -1,5 +1,6 @@
 """Evaluations in processes that can be killed, each forked from one that has imported everything."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -19,7 +20,10 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["lit_purify.cli", "sklearn.datasets", "torchvision.utils"])
 
 
-def tiny(path, samples=13, **attack):
+SAMPLES = 13
+
+
+def tiny(path, samples=SAMPLES, **attack):
     """Writes a configuration of one defense and one attack that takes a second."""
     weights = ROOT / "checkpoints"
     network = {
@@ -61,7 +65,7 @@ class Launch:
         world: Processes.
         flags: Further arguments.
         die: (rank, k): that process kills itself at its k-th change of the run's folder.
-        room: Bytes that a file may have; the writes beyond fail as on a full disk.
+        room: Bytes that a file may have once records are written; what is beyond fails as on a full disk.
     """
 
     def __init__(self, config, run, world=1, flags=(), die=None, room=None):
@@ -132,8 +136,10 @@ def recorded(run):
     """Seconds of every whole record in a folder: they tell a record that was kept from one that was made anew."""
     found = {}
     for path in run.glob("records*.jsonl"):
-        for record in read_records(path):
-            found.setdefault(record.key, set()).add(record.seconds)
+        # It may be merged just now.
+        with contextlib.suppress(FileNotFoundError):
+            for record in read_records(path):
+                found.setdefault(record.key, set()).add(record.seconds)
     return found
 
 
@@ -144,7 +150,12 @@ def _evaluate(argv, environment, log, run, changes, room):
     os.dup2(stream, 2)
     sys.argv = ["eval.py"]
     if room is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+        def limit(event, args):
+            if event == "open" and Path(str(args[0])).match("records*.jsonl") and set(str(args[1])) & {*"ax"}:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+        sys.addaudithook(limit)
     if changes is not None:
         sys.addaudithook(_Killer(str(run), changes))
     import torch

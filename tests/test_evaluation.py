@@ -216,12 +216,11 @@ def test_eps_so_small_that_nothing_changes_leaves_clean_and_robust_equal(config,
     assert all(record.clean == record.adversarial for record in read_records(run / "records.jsonl"))
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_do_not_change_the_result(config, finished, tmp_path, processes):
-    """Through Lightning's own launcher, with shards of unequal size."""
+def test_processes_do_not_change_the_result(config, finished, tmp_path):
+    """Through Lightning's own launcher; test_distributed.py has more of them."""
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "eval.py"), "--config", str(config), "--run", str(run)]
-    command += ["--trainer.accelerator", "cpu", "--trainer.devices", str(processes), "--trainer.strategy", "ddp"]
+    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -1,11 +1,11 @@
 """Interrupts evaluations at random, takes them up again, and compares with one that nobody interrupted.
 
-Each round begins an evaluation on some processes with some batch size and interrupts it one to three times: SIGKILL or
-SIGTERM of all processes or SIGKILL of one (what is left of the run lives on while the next begins), SIGKILL of a process
-just before its k-th change of the folder (merging, replacing, reporting), no more room in the middle of a write, or a
-second launch on the same folder. After some of them the end of a file of records is cut off, as when a machine crashes.
-Then it finishes, again on some processes with some batch size, and must leave what the uninterrupted one left; every
-record that was on the disk must have been kept.
+Each round begins an evaluation on some processes with some batch size and interrupts it one to three times: SIGKILL
+or SIGTERM of all processes or SIGKILL of one (what is left of the run lives on while the next begins), SIGKILL of a
+process just before its k-th change of the folder (merging, replacing, reporting), a disk that fills in the middle of a
+write, or a second launch on the same folder. After some of them the end of a file of records is cut off, as when a
+machine crashes. Then it finishes, again on some processes with some batch size, and must leave what the uninterrupted
+one left; every record that was on the disk must have been kept.
 
     PYTHONPATH=. python tests/campaigns/kills.py --rounds 50 --seed 0
 
@@ -23,9 +23,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from processes import Launch, finish, recorded, result, tiny
+from processes import SAMPLES, Launch, finish, recorded, result, tiny
 
 KINDS = ("all", "one", "term", "folder", "room", "second")
+
+
+def deck(draw):
+    """All kinds in random order, over and over."""
+    while True:
+        yield from draw.sample(KINDS, len(KINDS))
 
 
 def interrupt(draw, config, run, duration, kind):
@@ -33,13 +39,16 @@ def interrupt(draw, config, run, duration, kind):
     world = draw.choice((1, 2, 3))
     flags = ["--data.init_args.batch_size", str(draw.choice((1, 3, 5, 13)))]
     die = (draw.randrange(world), draw.randrange(22)) if kind == "folder" else None
-    room = draw.randrange(4_000, 7_000) if kind == "room" else None
+    room = draw.randrange(50, 2_500) if kind == "room" else None
     launch = Launch(config, run, world, flags, die, room)
     if kind in ("folder", "room"):
         while all(process.exitcode is None for process in launch.processes):
             time.sleep(0.01)
     else:
-        time.sleep(duration * draw.uniform(0.2, 1.0))
+        records = draw.randrange(SAMPLES)
+        while len(recorded(run)) < records and any(process.exitcode is None for process in launch.processes):
+            time.sleep(0.005)
+        time.sleep(duration * draw.uniform(0.0, 0.2 if records else 0.8))
     if kind == "second":
         second = Launch(config, run, 1)
         (status,) = second.wait()
@@ -81,18 +90,20 @@ def campaign(folder, rounds, seed, worlds=(1, 2, 3, 4)):
     started = time.monotonic()
     finish(config, folder / "whole")
     duration, expected = time.monotonic() - started, result(folder / "whole")
-    counts, failures = Counter(), []
+    counts, failures, kinds = Counter(), [], deck(random.Random(seed))
     for number in range(rounds):
         draw, run = random.Random(f"{seed}/{number}"), folder / f"run{number}"
         alive, story = [], []
         try:
             for _ in range(draw.choice((1, 1, 2, 3))):
-                kind = draw.choice(KINDS)
+                kind = next(kinds)
                 story.append(kind)
                 launch = interrupt(draw, config, run, duration, kind)
                 alive.append(launch)
                 # While rank zero lives the folder is its own; of the others the next launch must not mind.
-                launch.processes[0].join(120)
+                launch.processes[0].join(5)
+                launch.kill(ranks={0})
+                launch.processes[0].join()
                 counts[kind] += 1
                 # A file that somebody may still write into is not cut.
                 if all(process.exitcode is not None for process in launch.processes) and tear(draw, run):
@@ -100,7 +111,7 @@ def campaign(folder, rounds, seed, worlds=(1, 2, 3, 4)):
                     counts["torn"] += 1
                 before = recorded(run)
                 counts["records found"] += len(before)
-                counts["interrupted before the end"] += not (run / "summary.json").exists()
+                counts["unfinished"] += len(before) < SAMPLES or not (run / "report.html").exists()
             world, batch = draw.choice(worlds), draw.choice((1, 2, 4, 13))
             story.append(f"{world} x {batch}")
             said = finish(config, run, world, ["--data.init_args.batch_size", str(batch)])

@@ -1,0 +1,219 @@
+"""Evaluations over several processes, interrupted and taken up again: the same records, each once."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import Launch, finish, recorded, result, tiny
+
+from lit_purify.data.claims import Claims
+from lit_purify.errors import InputError
+from lit_purify.metrics import Record, read_records
+from lit_purify.metrics.records import append_records, write_records
+from lit_purify.run_folder import RunFolder
+
+sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
+
+from kills import KINDS, campaign
+
+BATCH = "--data.init_args.batch_size"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("distributed") / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def whole(config):
+    finish(config, config.parent / "whole")
+    return config.parent / "whole"
+
+
+@pytest.mark.parametrize(("world", "batch"), [(2, 1), (3, 2), (4, 5)])
+def test_records_depend_on_neither_processes_nor_batches(config, whole, tmp_path, world, batch):
+    finish(config, tmp_path / "run", world, [BATCH, str(batch), "--data.init_args.num_workers", "1"])
+    assert result(tmp_path / "run") == result(whole)
+
+
+def test_fewer_samples_than_processes(tmp_path):
+    config = tiny(tmp_path / "tiny.yaml", samples=2)
+    finish(config, tmp_path / "one")
+    said = finish(config, tmp_path / "four", 4)
+    assert "Warning" not in said
+    assert result(tmp_path / "four") == result(tmp_path / "one")
+
+
+def test_kills(tmp_path):
+    """Three rounds of the campaign, with two interruptions each: one of every kind."""
+    counts, failures = campaign(tmp_path, rounds=3, seed=49, worlds=(1, 3))
+    assert not failures
+    assert all(counts[kind] == 1 for kind in KINDS)
+    assert counts["unfinished"] >= 3
+    assert counts["records found"] > 0
+
+
+def test_what_lives_on_of_a_killed_run_does_not_disturb_the_next(tmp_path):
+    """Rank zero is killed; rank one writes on, into a file that the next run has taken away."""
+    config, run = tiny(tmp_path / "tiny.yaml", samples=30), tmp_path / "run"
+    first = Launch(config, run, 2, [BATCH, "1"])
+    part = RunFolder(run).part(1)
+    while not (part.exists() and read_records(part)):
+        assert first.processes[0].exitcode is None, first.said
+        time.sleep(0.005)
+    first.kill(signal.SIGSTOP, ranks={1})
+    first.kill(ranks={0})
+    before = recorded(run)
+    second = Launch(config, run, 2, [BATCH, "1"])
+    while "goes on after" not in second.said:
+        assert second.processes[0].exitcode is None, second.said
+        time.sleep(0.005)
+    first.kill(signal.SIGCONT, ranks={1})
+    assert second.wait() == [0, 0], second.said
+    assert first.wait()[1] not in (0, -signal.SIGKILL), "it has noticed"
+    assert len(result(run)[0]) == 30
+    assert all(recorded(run)[key] <= seconds for key, seconds in before.items())
+
+
+def test_a_second_launch_with_other_settings_changes_nothing(config, tmp_path):
+    """Also before the first record, when no settings hold the folder yet."""
+    run = tmp_path / "run"
+    first = Launch(config, run)
+    while not (run / "identity.json").exists():
+        time.sleep(0.005)
+    first.kill(signal.SIGSTOP)
+    held = {path: path.read_bytes() for path in run.iterdir()}
+    second = Launch(config, run, flags=["--model.init_args.runs", "2"])
+    assert second.wait() == [2]
+    assert second.said == f"eval.py: error: {run}: another run is writing there; wait for it, or give another --run\n"
+    assert {path: path.read_bytes() for path in run.iterdir()} == held
+    first.kill(signal.SIGCONT)
+    assert first.wait() == [0], first.said
+
+
+def test_processes_that_read_images_do_not_hold_the_folder(tmp_path):
+    """They outlive a run that is killed by some seconds."""
+    folder, (ready, told) = RunFolder(tmp_path), os.pipe()
+    folder.lock()
+    child = os.fork()
+    if child == 0:
+        os.write(told, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    folder.release()
+    RunFolder(tmp_path).lock()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def test_all_differing_settings_are_named_in_one_line(tmp_path):
+    def settings(**changes):
+        values = {"runs": 2, "chunk": 16, "path": "x" * 99, "attacks": {"pgd": {"steps": 1}}, **changes}
+        return json.dumps({"model": {"init_args": values}, "trainer": {"devices": len(changes)}})
+
+    folder = RunFolder(tmp_path)
+    folder.claim(settings(), write=True)
+    folder.records.write_text(record(0).line())
+    other = settings(runs=3, path="y" * 99, attacks={"fgsm": {"eot": 1}})
+    with pytest.raises(InputError) as raised:
+        folder.claim(other, write=True)
+    said = str(raised.value)
+    assert "(4 differ; " in said
+    for part in ("runs: 2 there, 3 here", "pgd.steps: 1 there, nothing here", "fgsm.eot: nothing there, 1 here"):
+        assert part in said
+    assert "\n" not in said
+    assert len(said) < 500
+    folder.claim(settings(), write=True)
+
+
+def record(index):
+    return Record("uniform", "pgd", index, 1, [1], [2], 0.1, 0.2, 0.5)
+
+
+def test_a_write_that_fails_leaves_whole_lines(tmp_path):
+    """The file may grow by one record and a half; two are written at once."""
+    path = tmp_path / "records.jsonl"
+    line = len(record(0).line())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with path.open("ab", buffering=0) as stream:
+        append_records(stream, [record(0)])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 * line // 2, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                append_records(stream, [record(1), record(2)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_text() == record(0).line()
+        append_records(stream, [record(1)])
+    assert [found.index for found in read_records(path)] == [0, 1]
+
+
+def test_a_merge_that_was_killed_leaves_each_record_once(tmp_path):
+    """Between writing the merged file and removing the parts a record is in both."""
+    folder = RunFolder(tmp_path)
+    folder.records.write_text(record(0).line() + record(1).line())
+    folder.part(2).write_text(record(1).line() + record(2).line() + record(3).line()[:40])
+    assert [found.index for found in folder.collect(write=False)] == [0, 1, 2]
+    assert [found.index for found in folder.collect(write=True)] == [0, 1, 2]
+    assert len(folder.records.read_text().splitlines()) == 3
+    assert not folder.part(2).exists()
+
+
+def test_a_part_has_one_writer(tmp_path):
+    RunFolder(tmp_path).open_part(1).close()
+    with pytest.raises(InputError, match=r"records.rank1.jsonl: another run is writing there"):
+        RunFolder(tmp_path).open_part(1)
+
+
+def test_records_of_other_images_are_refused(config, whole, tmp_path):
+    """The same settings, but the images behind them have changed."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    first, *others = read_records(run / "records.jsonl")
+    write_records(run / "records.jsonl", [replace(first, label=first.label + 1), *others])
+    launch = Launch(config, run)
+    assert launch.wait() == [2]
+    assert f"sample {first.index} with label {first.label + 1}, which these images do not have" in launch.said
+    assert launch.said.count("\n") == 1
+
+
+# Dealing out.
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("items", [0, 1, 6, 23])
+def test_claims_in_any_order_give_every_item_once(monkeypatch, world, items):
+    tickets = count()
+    monkeypatch.setattr(Claims, "_tickets", lambda self: tickets)
+    given = [iter(Claims(lambda: np.arange(items), 3, world, rank)) for rank in range(world)]
+    order, found = np.random.RandomState(0), []
+    while given:
+        batches = given[order.randint(len(given))]
+        batch = next(batches, None)
+        if batch is None:
+            given.remove(batches)
+        else:
+            found.append(batch)
+    assert sorted(item for batch in found for item in batch) == list(range(items))
+    assert all(1 <= len(batch) <= 3 for batch in found)
+    assert len(found) == len(Claims(lambda: np.arange(items), 3, world, 0))
+
+
+def test_equal_samples_are_shared_out_equally():
+    """No process gets more batches, or samples, than when they are dealt out in advance."""
+    for world, size, items in ((2, 64, 200), (3, 4, 13), (4, 10, 47)):
+        shares = [list(Claims(partial(np.arange, items), size, world, rank)) for rank in range(world)]
+        samples = [sum(map(len, share)) for share in shares]
+        assert max(samples) - min(samples) <= 1
+        assert max(map(len, shares)) == -(-items // (size * world))
