@@ -18,7 +18,7 @@ import pytest
 import wandb
 import yaml
 
-from lit_purify.callbacks import Gallery, Previews, WandbReport
+from lit_purify.callbacks import Gallery, Previews, WandbReport, WandbRun
 from lit_purify.cli import evaluate, train
 from lit_purify.metrics import read_records
 
@@ -316,18 +316,33 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("key", [KEY, "short", ""])
-def test_wrong_key(environment, evaluation, tmp_path, monkeypatch, capsys, key):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as refusing:
-        threading.Thread(target=refusing.serve_forever, daemon=True).start()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{refusing.server_port}")
-        monkeypatch.setenv("WANDB_API_KEY", key)
-        monkeypatch.setenv("HOME", str(tmp_path))
-        evaluate(["--config", str(evaluation), "--run", str(tmp_path / "run")])
-        refusing.shutdown()
+@pytest.fixture
+def refusing():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+def test_wrong_key(environment, refusing, evaluation, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{refusing.server_port}")
+    evaluate(["--config", str(evaluation), "--run", str(tmp_path / "run")])
     check_records(tmp_path / "run")
     said = capsys.readouterr()
-    assert re.search("W&B: http.*(401|invalid|configured).*; the run is logged offline", said.err)
+    assert re.search("W&B: http.* 401.*; the run is logged offline", said.err)
+    assert "W&B: offline run, upload it with: WANDB_RESUME=allow wandb sync" in said.out
+
+
+@pytest.mark.parametrize("key", ["short", ""])
+def test_no_key(environment, tmp_path, monkeypatch, capsys, key):
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    # Where a login may have left one.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    logger = WandbRun(mode="online", save_dir=str(tmp_path / "run"))
+    logger.log_metrics({"a": 1.0})
+    logger.finalize("success")
+    said = capsys.readouterr()
+    assert re.search("W&B: http.*(invalid|configured).*; the run is logged offline", said.err)
     assert "W&B: offline run, upload it with: WANDB_RESUME=allow wandb sync" in said.out
 
 
@@ -357,6 +372,12 @@ class Line:
                     if not (data := ready.recv(65536)):
                         return
                     (far if ready is near else near).sendall(data)
+
+    def switch(self, port):
+        """The next connections go elsewhere; those that stand end."""
+        self.target, self.up = ("127.0.0.1", port), False
+        time.sleep(0.5)
+        self.up = True
 
     def cut(self):
         self.up = False
@@ -398,25 +419,17 @@ def test_training_outlives_a_lost_connection(server, environment, training, tmp_
     assert [row["trainer/global_step"] for row in stored.history if "val/mse_constant_t50" in row][-2:] == [1, 3]
 
 
-def test_key_that_is_withdrawn_in_the_middle(server, environment, evaluation, tmp_path, monkeypatch, capsys):
+def test_key_that_is_withdrawn_in_the_middle(server, environment, refusing, tmp_path, monkeypatch, capsys):
     """The client ends without an error: its log tells."""
-    line, folder = Line(server), tmp_path / "run"
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as refusing:
-        threading.Thread(target=refusing.serve_forever, daemon=True).start()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{line.entry.getsockname()[1]}")
-        show = WandbReport.on_test_end
-
-        def withdraw(*args):
-            line.target, line.up = refusing.server_address, False
-            time.sleep(0.3)
-            line.up = True
-            show(*args)
-
-        monkeypatch.setattr(WandbReport, "on_test_end", withdraw)
-        evaluate(["--config", str(evaluation), f"--run={folder}"])
-        refusing.shutdown()
+    line = Line(server)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{line.entry.getsockname()[1]}")
+    logger = WandbRun(mode="online", save_dir=str(tmp_path / "run"))
+    logger.log_metrics({"a": 1.0})
+    line.switch(refusing.server_port)
+    logger.log_metrics({"a": 2.0})
+    logger.finalize("success")
     line.cut()
-    check_records(folder)
-    assert re.search(
-        r"W&B: the server has refused uploads \(.*\); upload what is missing with: wandb sync", capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert re.search(r"W&B: the server has refused uploads \(.*\); upload what is missing with: wandb sync", said)
+    given_commands(said, environment, tmp_path)
+    assert [row["a"] for row in Stored(server, tmp_path / "run").history][-2:] == [1.0, 2.0]
