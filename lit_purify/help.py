@@ -10,6 +10,7 @@ commands
   frontier    the same for whole families of defenses, compared at equal clean accuracy
   gradcheck   are the gradients that attacks follow those of the defense?
   audit       do other attacks, more steps, draws or other gradients find more?
+  compare     finished evaluations side by side: compare RUN RUN ...
   purify      your own images through a defense, with masks and overlays
   predict     the same, with the classes that the classifier then sees, as CSV
 

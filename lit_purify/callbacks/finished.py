@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from lit_purify.callbacks.summary import Pairs, by_pair
 from lit_purify.errors import InputError
+from lit_purify.metrics.records import identity_sha256
 from lit_purify.run_folder import RunFolder
 
 Threat = tuple[str, float]
@@ -99,7 +99,7 @@ class FinishedRun:
             content = _read_json(path)
         except InputError:
             return Verdict(command, "unreadable", False, {})
-        settings = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        settings = identity_sha256(self.identity)
         stale = content.get("settings_sha256") != settings
         return Verdict(command, "passed" if content.get("passed") else "failed", stale, content)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lit_purify.errors import InputError
 
@@ -111,6 +112,11 @@ def append_records(stream: BinaryIO, records: Iterable[Record]) -> None:
     except BaseException:
         stream.truncate(end)
         raise
+
+
+def identity_sha256(settings: Mapping[str, Any]) -> str:
+    """What verdicts name the settings by that they are about."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

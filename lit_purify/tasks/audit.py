@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from lit_purify.data import ImageDataModule
 from lit_purify.defense import DefendedClassifier
 from lit_purify.errors import InputError
 from lit_purify.functional.audit import Row
-from lit_purify.metrics.records import write_whole
+from lit_purify.metrics.records import identity_sha256, write_whole
 from lit_purify.tasks.audit_checks import LEVEL, TOLERANCE, Audit
 from lit_purify.tasks.gradcheck import CheckingTrainer
 from lit_purify.tasks.robustness import RobustnessTask
@@ -88,7 +87,7 @@ class AuditingTrainer(CheckingTrainer):
                 "proposals": proposals,
                 "level": LEVEL,
                 "tolerance": TOLERANCE,
-                "settings_sha256": hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest(),
+                "settings_sha256": identity_sha256(self.settings),
                 "checks": [row.json() for row in rows],
             }
             folder = Path(self.default_root_dir)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from lit_purify.errors import InputError
 from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.noise import ATTACK, START_STEP, KeyedNoise, Noise
 from lit_purify.functional.threat import linf_norm
-from lit_purify.metrics.records import write_whole
+from lit_purify.metrics.records import identity_sha256, write_whole
 from lit_purify.models import Classifier, Denoiser
 from lit_purify.tasks.robustness import RobustnessTask
 
@@ -258,7 +257,7 @@ class CheckingTrainer(L.Trainer):
                 "dataset": datamodule.name,
                 "split": datamodule.evaluate_on,
                 "samples": index.tolist(),
-                "settings_sha256": hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest(),
+                "settings_sha256": identity_sha256(self.settings),
                 "checks": [finding.json() for finding in findings],
             }
             folder = Path(self.default_root_dir)

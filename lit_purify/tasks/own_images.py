@@ -28,7 +28,7 @@ from lit_purify.errors import InputError
 from lit_purify.functional.chunks import chunks
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.functional.rendering import panels
-from lit_purify.metrics.records import write_whole
+from lit_purify.metrics.records import identity_sha256, write_whole
 from lit_purify.tasks.robustness import RobustnessTask
 
 Existing = Literal["refuse", "skip", "replace"]
@@ -278,7 +278,7 @@ class PurifyingTrainer(L.Trainer):
         own = tuple(f"model.init_args.{part}" for part in ("classifier", "denoiser", f"defenses.{defense}"))
         others = {"chunk": model.chunk, "seed": model.seed, "runs": runs, "precision": self.precision}
         relevant = {key: value for key, value in self.settings.items() if key.startswith(own)}
-        return hashlib.sha256(json.dumps({**relevant, **others}, sort_keys=True).encode()).hexdigest()
+        return identity_sha256({**relevant, **others})
 
 
 def _choose(model: RobustnessTask, name: str | None) -> str:
