@@ -2,7 +2,8 @@
 # An evaluation or a training over nodes of a SLURM cluster; the run's folder must be on storage that they share.
 #
 #   sbatch configs/cluster/slurm.sh eval.py --config configs/eval/cifar10.yaml --run runs/cifar10
-#   sbatch --nodes 1 configs/cluster/slurm.sh train.py fit --config configs/train/cifar10_denoiser_gpu.yaml --ckpt_path last
+#   sbatch --nodes 1 configs/cluster/slurm.sh train.py fit --config configs/train/cifar10_denoiser_gpu.yaml \
+#     --ckpt_path last
 #   sbatch --array 0-4 --nodes 1 configs/cluster/slurm.sh eval.py --config configs/eval/cifar10.yaml \
 #     --run runs/seed%a --model.init_args.seed %a
 #
@@ -17,15 +18,19 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -u
-# The tasks end on SIGTERM; this script stays to see how.
+# Made by a task that was stopped, or lost another, so that the same command goes on: exit status 75. The status of srun
+# may be that of a task which SLURM killed because another had failed.
+export GOES_ON="$PWD/.slurm-$SLURM_JOB_ID"
+rm -f "$GOES_ON"
+# Signals come to these shells as well: they stay until python has ended.
 trap : TERM
-srun --kill-on-bad-exit=1 python "${@//%a/${SLURM_ARRAY_TASK_ID:-}}" \
+srun --kill-on-bad-exit=1 \
+  bash -c 'trap : TERM USR1; "$@"; status=$?; [ $status -ne 75 ] || touch "$GOES_ON"; exit $status' - \
+  python "${@//%a/${SLURM_ARRAY_TASK_ID:-}}" \
   --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.strategy ddp
 status=$?
-# 75: stopped, or a process was lost. 137 and 143: a process was killed, as when a node goes. Anything else is an error.
-case $status in
-  75 | 137 | 143)
-    [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ] && scontrol requeue "$SLURM_JOB_ID"
-    ;;
-esac
+if [ -e "$GOES_ON" ]; then
+  rm "$GOES_ON"
+  [ "${SLURM_RESTART_COUNT:-0}" -ge 50 ] || scontrol requeue "$SLURM_JOB_ID"
+fi
 exit $status

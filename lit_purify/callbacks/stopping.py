@@ -60,5 +60,8 @@ class Stopping(Callback):
 
 
 def _end(signum: int, frame: FrameType | None) -> NoReturn:
+    # A second signal, from a launcher that sees another process end, must not disturb the ending.
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     # As Ctrl-C, upon which Lightning ends the processes that it has started as well.
     raise KeyboardInterrupt

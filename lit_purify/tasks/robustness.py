@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import time
@@ -116,7 +117,7 @@ class RobustnessTask(L.LightningModule):
         self.clean = nn.ModuleDict({name: RobustAccuracy(runs) for name in defenses})
         self._done: set[Key] = set()
         self._clean_counted: set[tuple[str, int]] = set()
-        self._lost: dict[tuple[str, str, float, int], Record] = {}
+        self._lost: dict[Key, Record] = {}
         self._shown: set[int] = set()
 
     @property
@@ -214,7 +215,7 @@ class RobustnessTask(L.LightningModule):
             if not todo:
                 continue
             lost = {int(batch["index"][i]): self._lost_before(defense, attack, int(batch["index"][i])) for i in todo}
-            records = [replace(record, attack=attack) for record in lost.values() if record is not None]
+            records = [record for record in lost.values() if record is not None]
             views: list[View] = []
             if left := [i for i in todo if lost[int(batch["index"][i])] is None]:
                 rows = torch.tensor(left, device=self.device)
@@ -293,15 +294,19 @@ class RobustnessTask(L.LightningModule):
 
     def _lost_before(self, defense: str, attack: str, index: int) -> Record | None:
         """What stands for a sample that needs no further attack."""
-        how = self.attacks[attack]
-        return self._lost.get((defense, how.norm, how.eps, index)) if self.skip_lost else None
+        if not self.skip_lost:
+            return None
+        # Earlier in the order of the attacks: an interrupted run may have left a later one's record alone.
+        for earlier in itertools.takewhile(lambda name: name != attack, self.attacks):
+            how, other = self.attacks[attack], self.attacks[earlier]
+            if (how.norm, how.eps) == (other.norm, other.eps) and (found := self._lost.get((defense, earlier, index))):
+                return replace(found, attack=attack, lost_to=found.lost_to or earlier, seconds=0.0)
+        return None
 
     def _note(self, record: Record) -> None:
         self._done.add(record.key)
         if record.label not in record.adversarial:
-            how = self.attacks[record.attack]
-            repeated = replace(record, lost_to=record.lost_to or record.attack, seconds=0.0)
-            self._lost.setdefault((record.defense, how.norm, how.eps, record.index), repeated)
+            self._lost[record.key] = record
 
     def _count(self, records: Sequence[Record]) -> None:
         """Counts records of one pair; clean runs, which are the same under every attack, once."""
