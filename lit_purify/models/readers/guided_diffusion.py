@@ -72,7 +72,16 @@ def load_improved_diffusion(
 ) -> UNet:
     """An unconditional network of improved-diffusion, such as ``cifar10_uncond_50M_500K.pt``.
 
-    Arguments as of ``load_guided_diffusion``; the defaults are those of that file.
+    The defaults are those of that file.
+
+    Args:
+        path: See ``load_guided_diffusion``.
+        size: See ``load_guided_diffusion``.
+        heads: Number of attention heads.
+        schedule: See ``load_guided_diffusion``.
+        steps: See ``load_guided_diffusion``.
+        rescale_timesteps: See ``load_guided_diffusion``.
+        dropout: See ``load_guided_diffusion``.
     """
     state = read_state_dict(path)
     return improved_diffusion_unet(state, size, heads, schedule, steps, rescale_timesteps, dropout, origin=str(path))

@@ -1,0 +1,194 @@
+"""Draws the figures of docs/method.md with the weights that ship: ``python docs/figures.py`` in the root."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+# Run as a script, this folder is on the path, the repository is not.
+sys.path.insert(0, str(ROOT))
+
+import matplotlib  # noqa: E402
+
+matplotlib.use("agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from lit_purify.data import Digits  # noqa: E402
+from lit_purify.defense import (  # noqa: E402
+    DefendedClassifier,
+    HeterogeneousPurifier,
+    Inverse,
+    MinMaxThreshold,
+    NoPurifier,
+    Purifier,
+    RandomArea,
+    SoftmaxThreshold,
+    TopFraction,
+    UniformPurifier,
+    VariableIntensityPurifier,
+)
+from lit_purify.functional.chunks import draws_in_chunks  # noqa: E402
+from lit_purify.functional.losses import margin_loss  # noqa: E402
+from lit_purify.functional.noise import ATTACK, KeyedNoise  # noqa: E402
+from lit_purify.functional.rendering import overlaid  # noqa: E402
+from lit_purify.models import load_classifier, load_denoiser  # noqa: E402
+
+INK = "#7d8590"
+"""Read on white and on black ground."""
+HIGH, LOW, STEPS, RULE = 150, 75, 4, TopFraction(0.3)
+COLORS = {"uniform": "#3b82c4", "heterogeneous": "#d9622b", "variable": "#2f9e5b", "none": INK}
+STYLE = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK) | {
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.transparent": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 10.0,
+}
+
+
+def keyed(index: Tensor, stream: int = 0) -> KeyedNoise:
+    """Noise of some samples."""
+    return KeyedNoise(0, index, torch.zeros_like(index), stream)
+
+
+def calls(purifier: Purifier, image: Tensor, noise: KeyedNoise) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """What the denoiser is shown, and the level that it is told, at each call; and the purified image."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = purifier.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    with torch.no_grad():
+        purified = purifier(image, noise)
+    handle.remove()
+    return seen, purified
+
+
+def show(axes: Any, image: Tensor, title: str = "", **how: Any) -> None:  # noqa: ANN401
+    """An image (C, H, W) in [0, 1], pixel by pixel."""
+    axes.imshow(
+        image.permute(1, 2, 0).squeeze(-1), interpolation="nearest", **{"cmap": "gray", "vmin": 0, "vmax": 1} | how
+    )
+    axes.set_title(title, fontsize=9, pad=4)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def walk(purifiers: dict[str, Purifier], image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
+    """What each purifier shows the denoiser, call by call."""
+    seen = {name: calls(purifier, image, keyed(index)) for name, purifier in purifiers.items()}
+    columns = 3 + max(len(states) for states, _ in seen.values())
+    figure, grid = plt.subplots(len(purifiers), columns, figsize=(1.1 * columns, 1.45 * len(purifiers)))
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for (name, (states, purified)), row in zip(seen.items(), grid, strict=True):
+        show(row[0], image[0], "image")
+        row[0].set_axis_on()
+        row[0].set_ylabel(name, color=COLORS[name], fontsize=11, labelpad=8)
+        rule = purifiers[name].mask
+        if rule is not None:
+            mask = rule(purifiers[name].classifier, image, keyed(index))
+            show(row[1], overlaid(image[0].expand(3, -1, -1), mask[0], 0.6), "mask")
+        for axes, (x, t) in zip(row[2:], states, strict=False):
+            told = sorted({int(level) for level in t.unique()}, reverse=True)
+            # Noise leaves [-1, 1]: a wider scale of gray shows it.
+            show(axes, x[0], "t = " + " | ".join(map(str, told)), vmin=-1.6, vmax=1.6)
+        show(row[-1], purified[0], "purified")
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.93, bottom=0.02, wspace=0.08, hspace=0.25)
+    return figure
+
+
+def levels(purifiers: dict[str, Purifier], image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
+    """Maps of levels that the denoiser is told, call by call."""
+    figure, rows = plt.subplots(1, len(purifiers), figsize=(9, 2.6), sharey=True, layout="constrained")
+    for (name, purifier), axes in zip(purifiers.items(), rows, strict=True):
+        states, _ = calls(purifier, image, keyed(index))
+        strong = [int(t.max()) for _, t in states] + [0]
+        weak = [int(t.min()) for _, t in states] + [0]
+        axes.plot(strong, color=COLORS[name], marker="o", ms=5, lw=1.6, label="on the mask")
+        if weak != strong:
+            axes.plot(weak, color=COLORS[name], marker="o", ms=5, lw=1.6, ls=":", mfc="none", label="elsewhere")
+            axes.legend(frameon=False, fontsize=9)
+        axes.set_title(name, color=COLORS[name], fontsize=11)
+        axes.set(xlabel="network call", xticks=range(len(strong)), xticklabels=[*range(1, len(strong)), "end"])
+        axes.grid(alpha=0.15, color=INK)
+    rows[0].set_ylabel("level told (noising steps)")
+    return figure
+
+
+def masks(classifier: Any, image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
+    """What each rule covers."""
+    rules = {
+        "image": None,
+        "SoftmaxThreshold\ntau 0.03": SoftmaxThreshold(0.03),
+        "MinMaxThreshold\ntau 0.5": MinMaxThreshold(0.5),
+        "TopFraction\n0.3": RULE,
+        "Inverse\nof TopFraction": Inverse(RULE),
+        "RandomArea\nof TopFraction": RandomArea(RULE),
+    }
+    figure, grid = plt.subplots(len(image), len(rules), figsize=(1.5 * len(rules), 1.5 * len(image) + 0.35))
+    for row, (title, rule) in enumerate(rules.items()):
+        mask = None if rule is None else rule(classifier, image, keyed(index))
+        for k, axes in enumerate(grid[:, row]):
+            color = image[k].expand(3, -1, -1)
+            show(axes, color if mask is None else overlaid(color, mask[k], 0.6), "" if k else title)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.87, bottom=0.01, wspace=0.06, hspace=0.06)
+    return figure
+
+
+def agreement(purifiers: dict[str, Purifier], classifier: Any, data: Any) -> Any:  # noqa: ANN401
+    """How well two averages of n gradients agree: the quartiles over images of their cosine."""
+    image = torch.stack([item["image"] for item in data])
+    label, index = (torch.tensor([item[key] for item in data]) for key in ("label", "index"))
+    sizes = [1, 2, 4, 8, 16, 32]
+    figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
+    for name, purifier in purifiers.items():
+        model = DefendedClassifier(purifier, classifier)
+        draws = list(range(2 * max(sizes)))
+        gradient = draws_in_chunks(model, margin_loss, image, label, keyed(index, ATTACK), draws, 256).gradient
+        cosines = []
+        for n in sizes:
+            means = gradient.flatten(2).unflatten(1, (-1, 2, n)).mean(dim=3)
+            cosines.append(torch.cosine_similarity(means[:, :, 0], means[:, :, 1], dim=2).mean(dim=1))
+        low, middle, high = torch.stack(cosines).quantile(torch.tensor([0.25, 0.5, 0.75]), dim=1)
+        axes.plot(sizes, middle, color=COLORS[name], marker="o", ms=4, lw=1.6, label=name)
+        axes.fill_between(sizes, low, high, color=COLORS[name], alpha=0.12, lw=0)
+        print(name, [f"{value:.2f}" for value in middle.tolist()])
+    axes.set_xscale("log", base=2)
+    axes.set(xticks=sizes, xticklabels=sizes, xlabel="draws averaged (EOT)", ylabel="cosine of two such gradients")
+    axes.grid(alpha=0.15, color=INK)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def main() -> None:
+    """All figures, each beside this file."""
+    classifier = load_classifier("checkpoints/digits_classifier.safetensors").requires_grad_(False)
+    denoiser = load_denoiser("checkpoints/digits_denoiser.safetensors").requires_grad_(False)
+    networks = denoiser, classifier
+    purifiers: dict[str, Purifier] = {
+        "uniform": UniformPurifier(*networks, level=100, steps=STEPS),
+        "heterogeneous": HeterogeneousPurifier(*networks, RULE, HIGH, LOW, STEPS),
+        "variable": VariableIntensityPurifier(*networks, RULE, HIGH, LOW, STEPS),
+    }
+    data = Digits().evaluated
+    some = [data[k] for k in (2, 5, 9)]
+    image, index = torch.stack([item["image"] for item in some]), torch.tensor([item["index"] for item in some])
+    drawn = {
+        "walk": lambda: walk(purifiers, image[:1], index[:1]),
+        "levels": lambda: levels(purifiers, image[:1], index[:1]),
+        "masks": lambda: masks(classifier, image, index),
+        "eot": lambda: agreement(
+            {**purifiers, "none": NoPurifier(*networks)}, classifier, [data[k] for k in range(32)]
+        ),
+    }
+    with plt.rc_context(STYLE):
+        for name, draw in drawn.items():
+            draw().savefig(ROOT / "docs" / f"method_{name}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
