@@ -23,6 +23,7 @@ from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stoppi
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.html import write_report
+from lit_purify.callbacks.summary import check_attack_names
 from lit_purify.compare import compare
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
@@ -193,6 +194,7 @@ class _EvaluationCLI(_CLI):
             # The data may have to be fetched; the other processes look in their setup.
             self.datamodule.prepare_data()
             self.model.check(self.datamodule)
+        check_attack_names(self.model.attacks)
         self.folder.claim(self.resolved, write=first)
         self.running = True
 

@@ -195,9 +195,9 @@ def identify(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def path_sha256(path: Path) -> str:
-    """Hash of a file, or of the names and hashes of the settings and weights in a folder."""
+    """Hash of a file, or of the names and hashes of the files in a folder."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".bin"))
+        files = sorted(file for file in path.rglob("*") if file.is_file())
         listing = "".join(f"{path_sha256(file)} {file.relative_to(path)}\n" for file in files)
         return hashlib.sha256(listing.encode()).hexdigest()
     with path.open("rb") as stream:

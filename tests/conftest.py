@@ -88,7 +88,7 @@ def fixed(images):
 def tiny(tmp_path):
     """Writes a configuration of small networks, with the defenses and the attacks given: what ``evaluate`` takes."""
 
-    def write(defenses, attacks=None, gradients=None):
+    def write(defenses, attacks=None, gradients=None, samples=3):
         pgd = {"class_path": "PGD", "init_args": {"norm": "linf", "eps": 0.1, "steps": 2, "step_size": 0.1}}
         resnet = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
         task = {
@@ -103,7 +103,10 @@ def tiny(tmp_path):
         }
         settings = {
             "model": {"class_path": "RobustnessTask", "init_args": task},
-            "data": {"class_path": "Digits", "init_args": {"subset": {"class_path": "First", "init_args": {"n": 3}}}},
+            "data": {
+                "class_path": "Digits",
+                "init_args": {"subset": {"class_path": "First", "init_args": {"n": samples}}},
+            },
             "trainer": {"logger": False, "accelerator": "cpu"},
         }
         path = tmp_path / "tiny.yaml"

@@ -168,6 +168,40 @@ class Torn(NoPurifier):
         return Trace(seen, seen)
 
 
+class Rare(NoPurifier):
+    """Nothing is lost under the usual draw, which pulls the average away from what is lost under a rare one."""
+
+    def trace(self, image, noise):
+        contrast = image - 0.5
+        usual, rare = 10.0 * (contrast + 0.2 * contrast.sign()), 0.2 * contrast.sign() - contrast
+        seen = 0.5 + torch.where(noise.uniform(0, image[:, :, :1, :1]) < 0.2, rare, usual)
+        return Trace(seen, seen)
+
+
+class FewKeys(Shaken):
+    """Three draws for the attack, as many as it likes for the evaluation."""
+
+    def trace(self, image, noise):
+        few = noise.stream == ATTACK
+        return super().trace(image, type(noise)(noise.seed, noise.index, noise.run % 3, ATTACK) if few else noise)
+
+
+class OtherUnderAttack(NoPurifier):
+    """Under the attack's noise its negative."""
+
+    def trace(self, image, noise):
+        shown = 0.5 + (-1.0 if noise.stream == ATTACK else 1.0) * (image - 0.5)
+        return Trace(shown + 1e-6 * noise.normal(0, image), shown)
+
+
+class Ablated(NoPurifier):
+    """Honest: shows a tenth of the pixels, at random, the others gray."""
+
+    def trace(self, image, noise):
+        seen = torch.where(noise.uniform(0, image) < 0.1, image, torch.full_like(image, 0.5))
+        return Trace(seen, seen)
+
+
 class Halves(NoPurifier):
     """Shows the classifier the upper or the lower half: on the samples themselves both give the same logits."""
 
@@ -214,6 +248,17 @@ class OtherLevels(Gradient):
         purifier = type(defended.purifier)(defended.purifier.denoiser, defended.classifier, 20, 1)
         model = DefendedClassifier(purifier, defended.classifier)
         return Attacked(defended, model, "exact", "none", purifier.nfe, purifier.levels)
+
+
+class HalfView(Gradient):
+    """Says that it is exact, has the right outputs, and the gradient of the lower half alone, turned."""
+
+    def attacked(self, defended):
+        def logits(image, noise):
+            lower = torch.arange(SIDE).reshape(1, 1, -1, 1) >= SIDE // 2
+            return defended(torch.where(lower, 2.0 * image.detach() - image, image.detach()), noise)
+
+        return Attacked(defended, logits, "exact", "none", defended.purifier.nfe, defended.purifier.levels)
 
 
 class Stale(Gradient):

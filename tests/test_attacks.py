@@ -302,6 +302,8 @@ def test_the_mask_is_moved_off_the_image(norm, eps, unet, classifier, images):
     original, left, other = (rule(classifier, x, keyed(6)) for x in (images, shifted, plain))
     overlaps = [float((mask * original).sum() / original.sum()) for mask in (left, other)]
     assert overlaps[0] < overlaps[1] - 0.1
+    size = (linf_norm if norm == "linf" else l2_norm)(shifted - images)
+    assert float(size.max()) > 0.9 * eps
     with pytest.raises(RuntimeError, match="tells where it looks"):
         MaskShift(**settings)(lambda image, noise: model(image, noise), images, label, keyed(6))
 

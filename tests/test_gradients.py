@@ -244,6 +244,19 @@ def test_mask_gradient_of_a_whole_defense_agrees_with_finite_differences(name, u
 # Views of a defense
 
 
+@pytest.mark.parametrize("how", [Exact(), Exact("soft"), Surrogate(2), BPDA()])
+def test_every_view_tells_where_the_defense_looks(how, unet, classifier, images):
+    """Of the defense, not of what stands in for it."""
+    rule = MinMaxThreshold(0.4)
+    masked = DefendedClassifier(HeterogeneousPurifier(unet, classifier, rule, 200, 100, 4), classifier)
+    expected = rule.relaxed(classifier, images, keyed(6), 0.1)
+    assert torch.equal(how.attacked(masked).attention(images, keyed(6)), expected)
+    assert how.attacked(masked).defended is masked
+    assert (
+        Exact().attacked(DefendedClassifier(NoPurifier(unet, classifier), classifier)).attention(images, None) is None
+    )
+
+
 def test_bpda_is_exact_forward_and_the_identity_backward(unet, classifier, images):
     defended = DefendedClassifier(UniformPurifier(unet, classifier, 300, 3), classifier)
     view = BPDA().attacked(defended)

@@ -29,7 +29,7 @@ class Verdict:
     """
 
     command: str
-    state: Literal["passed", "failed", "missing", "unreadable"]
+    state: Literal["passed", "failed", "undecided", "missing", "unreadable"]
     stale: bool
     content: Mapping[str, Any]
 
@@ -101,7 +101,8 @@ class FinishedRun:
             return Verdict(command, "unreadable", False, {})
         settings = identity_sha256(self.identity)
         stale = content.get("settings_sha256") != settings
-        return Verdict(command, "passed" if content.get("passed") else "failed", stale, content)
+        state: Literal["passed", "failed", "undecided"] = "passed" if content.get("passed") else "failed"
+        return Verdict(command, "undecided" if content.get("undecided") else state, stale, content)
 
     @property
     def verdicts(self) -> list[Verdict]:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lit_purify import __version__
 from lit_purify.callbacks import frontier
 from lit_purify.callbacks.html import write_report
-from lit_purify.callbacks.summary import RULES, check_attack_names, summarize, table
+from lit_purify.callbacks.summary import RULES, summarize, table
 from lit_purify.errors import InputError
 from lit_purify.metrics.records import write_whole
 from lit_purify.run_folder import RunFolder
@@ -27,9 +27,7 @@ class Report(Callback):
     text = ""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses what it could not report, and says what is left out."""
-        if isinstance(pl_module, RobustnessTask):
-            check_attack_names(pl_module.attacks)
+        """Says what is left out."""
         if isinstance(pl_module, FrontierTask) and pl_module.refused and trainer.is_global_zero:
             name, reason = next(iter(pl_module.refused.items()))
             print(f"{len(pl_module.refused)} combinations left out, which their purifier refuses; {name}: {reason}")

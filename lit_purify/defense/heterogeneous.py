@@ -116,7 +116,7 @@ class HeterogeneousPurifier(Purifier):
 
     def with_steps(self, steps: int) -> HeterogeneousPurifier:
         """See ``Purifier``; resampling stays as it is."""
-        return HeterogeneousPurifier(
+        return type(self)(
             self.denoiser,
             self.classifier,
             self.mask,
@@ -207,9 +207,7 @@ class VariableIntensityPurifier(Purifier):
 
     def with_steps(self, steps: int) -> VariableIntensityPurifier:
         """See ``Purifier``."""
-        return VariableIntensityPurifier(
-            self.denoiser, self.classifier, self.mask, self.high, self.low, steps, self.recompute
-        )
+        return type(self)(self.denoiser, self.classifier, self.mask, self.high, self.low, steps, self.recompute)
 
     @property
     def start(self) -> list[int]:

@@ -178,7 +178,7 @@ class UniformPurifier(Purifier):
     def with_steps(self, steps: int) -> UniformPurifier:
         """See ``Purifier``."""
         level = self.grid[0]
-        return UniformPurifier(self.denoiser, self.classifier, level, steps, self.sampler, self.recompute)
+        return type(self)(self.denoiser, self.classifier, level, steps, self.sampler, self.recompute)
 
     @property
     def levels(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -98,6 +99,11 @@ def holm(chances: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(chances) - rank) * chances[k]))
         adjusted[k] = highest
     return adjusted
+
+
+def least_samples(comparisons: int, level: float) -> int:
+    """Samples from which on losing half of them in all runs is significant, among so many comparisons."""
+    return 2 * math.ceil(math.log2(max(1, comparisons) / level))
 
 
 def verdict(excess: float, chance: float, tolerance: float, level: float) -> Verdict:

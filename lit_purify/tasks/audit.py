@@ -11,7 +11,7 @@ import torch
 from lit_purify.data import ImageDataModule
 from lit_purify.defense import DefendedClassifier
 from lit_purify.errors import InputError
-from lit_purify.functional.audit import Row
+from lit_purify.functional.audit import Row, least_samples
 from lit_purify.metrics.records import identity_sha256, write_whole
 from lit_purify.tasks.audit_checks import LEVEL, TOLERANCE, Audit
 from lit_purify.tasks.gradcheck import CheckingTrainer
@@ -74,11 +74,16 @@ class AuditingTrainer(CheckingTrainer):
                     said = f"{shown}  {defense:14}  {row.check:18}  {row.figure:8.2g}  {limit:6}  {row.reason}"
                     print(said, flush=True)
         failed = [row for row in rows if row.verdict == "fail"]
-        self.passed = not failed
+        compared = max(sum(row.limit == TOLERANCE for row in rows if row.defense == name) for name in model.defenses)
+        least = least_samples(compared, LEVEL)
+        # Only gross overstatement by some comparisons can show, and none by too few samples.
+        undecided = not failed and len(chosen) < least
+        self.passed = not failed and not undecided
         if self.is_global_zero:
             content = {
                 "schema": 1,
                 "passed": self.passed,
+                "undecided": undecided,
                 "attack": name,
                 "dataset": datamodule.name,
                 "split": datamodule.evaluate_on,
@@ -94,4 +99,8 @@ class AuditingTrainer(CheckingTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "audit.json", json.dumps(content, indent=1) + "\n")
         blamed = ", ".join(dict.fromkeys(f"{row.defense} ({row.check})" for row in failed))
-        print(f"audit: {'passed' if self.passed else 'FAILED: not to be believed: ' + blamed}")
+        if undecided:
+            few = f"{len(chosen)} samples are too few to find even an attack that takes half of them"
+            print(f"audit: UNDECIDED: {few}: use --samples {least} or more")
+        else:
+            print(f"audit: {'passed' if self.passed else 'FAILED: not to be believed: ' + blamed}")

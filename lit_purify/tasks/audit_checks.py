@@ -36,8 +36,12 @@ LEVEL, TOLERANCE, SAME_LIMIT = 0.05, 0.05, 1e-5
 """Chance to fail a sound defense by its comparisons; what an attack may overstate; largest relative difference."""
 _STEPS, _EOT, _RESTARTS = 20, 16, 2
 """What a thorough attack has at least; else twice the configured."""
+_SOFT = 5.0
+"""Deviation of logits up to which a softmax over them is not saturated."""
 _CHECKED = 4
 """Samples whose gradients are checked."""
+_DRAWS, _UNSEEN = list(range(8)), 2**31
+"""Draws that are looked at one by one, and the first of those that no attack reaches."""
 _AVERAGE, _WORST, _MAJORITY = range(3)
 _RULES = ("average accuracy", "worst-of-N accuracy", "accuracy of the vote")
 
@@ -111,7 +115,9 @@ class Audit:
                 raise
             yield Row(name, "attackable", 0.0, 1.0, "fail", f"no attack can follow this gradient: {error}")
             return
-        self.reference = self.survival(self.attack, replace(self.view, model=self._spying(self.view.model)))
+        spied = replace(self.view, model=self._spying(self.view.model))
+        self.adversarial = self.attack(spied, self.image, self.label, self._noise(ATTACK), self.chunk)
+        self.reference = self._outcomes(self.adversarial)
         for values in self._facts():
             yield Row(name, *values)
         compared = list(self._comparisons())
@@ -123,9 +129,11 @@ class Audit:
         adversarial = attack(model, self.image, self.label, noise or self._noise(ATTACK), self.chunk)
         return self._outcomes(adversarial)
 
-    def _outcomes(self, image: Tensor, defended: LogitsFunction | None = None, noise: Noise | None = None) -> Tensor:
-        noise = noise or self._noise(EVALUATION)
-        logits = logits_in_chunks(defended or self.defended, image, noise, list(range(self.runs)), self.chunk)
+    def _outcomes(
+        self, image: Tensor, defended: LogitsFunction | None = None, noise: Noise | None = None, first: int = 0
+    ) -> Tensor:
+        runs = list(range(first, first + self.runs))
+        logits = logits_in_chunks(defended or self.defended, image, noise or self._noise(EVALUATION), runs, self.chunk)
         return outcomes(logits.argmax(dim=2), self.label)
 
     def _noise(self, stream: int) -> KeyedNoise:
@@ -137,15 +145,15 @@ class Audit:
         return Samples.moved(self.image[rows], self.label[rows], self._noise(ATTACK).rows(rows))
 
     def _probe(self) -> None:
-        """Logits (B, 2, classes) for two draws: what the attack sees when it differentiates, and the defense."""
+        """Logits (B, n, classes) for some draws: what the attack sees when it differentiates, and the defense."""
         noise = self._noise(ATTACK)
         # Off the samples: there symmetries can hide what differs between two draws.
         image = RandomNoise(self.attack.norm, self.attack.eps)(self.view, self.image, self.label, noise)
-        seen = draws_in_chunks(self.view, margin_loss, image, self.label, noise, [0, 1], self.chunk)
+        seen = draws_in_chunks(self.view, margin_loss, image, self.label, noise, _DRAWS, self.chunk)
         self.attacked = seen.logits
-        self.defending = logits_in_chunks(self.defended, image, noise, [0, 1], self.chunk)
-        evaluated = logits_in_chunks(self.defended, image, self._noise(EVALUATION), [0, 1], self.chunk)
-        self.randomized = not torch.equal(evaluated[:, 0], evaluated[:, 1])
+        self.defending = logits_in_chunks(self.defended, image, noise, _DRAWS, self.chunk)
+        self.evaluated = logits_in_chunks(self.defended, image, self._noise(EVALUATION), _DRAWS, self.chunk)
+        self.randomized = _different(self.evaluated) > 1
 
     def _spying(self, model: LogitsFunction) -> LogitsFunction:
         """The model, noting which draws it is asked for."""
@@ -163,6 +171,8 @@ class Audit:
         self.robust, self.clean = float(self.reference[:, _AVERAGE].mean()), float(clean[:, _AVERAGE].mean())
         yield "reference", self.robust, None, "note", f"{_percent(self.robust)} robust, {_percent(self.clean)} clean"
         yield self._same_model()
+        if self.exact:
+            yield self._same_gradient()
         if self.randomized:
             yield self._fresh_draws()
             yield self._frozen()
@@ -180,11 +190,29 @@ class Audit:
             return "same_model", figure, SAME_LIMIT, how, said + ("" if self.exact else f"; said to be {view.gradient}")
         return "same_model", figure, SAME_LIMIT, "fail", said + ": another model is attacked than is defended"
 
+    def _same_gradient(self) -> tuple[str, float, float, Verdict, str]:
+        """A view with the defense's outputs may still hand out another gradient."""
+        kind, samples = self.view.mask_gradient, self._moved()
+        sound = Exact("frozen" if kind == "none" else kind).attacked(self.defended)
+        given, own = samples.gradient(self.view), samples.gradient(sound)
+        figure = float((given - own).abs().max()) / (float(own.abs().max()) or 1.0)
+        said = "relative difference of the attack's gradient and the defense's"
+        if figure <= SAME_LIMIT:
+            return "same_gradient", figure, SAME_LIMIT, "pass", said
+        # The comparison with the exact gradient is made as well.
+        self.exact = False
+        if kind in ("straight_through", "soft"):
+            return "same_gradient", figure, SAME_LIMIT, "note", f"{said}: the mask may be relaxed in another way"
+        return "same_gradient", figure, SAME_LIMIT, "fail", f"{said}: said to be exact, and is not"
+
     def _fresh_draws(self) -> tuple[str, float, float, Verdict, str]:
-        queries = self.attack.queries.forward
-        drawn = 1 if torch.equal(self.attacked[:, 0], self.attacked[:, 1]) else len(self._seen)
-        said = f"draws of noise in {queries} queries of the attack"
-        if drawn < min(2, queries):
+        queries, outputs = self.attack.queries.forward, (_different(self.attacked), _different(self.evaluated))
+        drawn = 1 if outputs[0] == 1 else len(self._seen)
+        said = (
+            f"draws of noise in {queries} queries of the attack; {len(_DRAWS)} draws have {outputs[0]} outputs for it, "
+            f"{outputs[1]} for the evaluation"
+        )
+        if drawn < min(2, queries) or outputs[0] <= outputs[1] / 2:
             return "fresh_draws", drawn, 2.0, "fail", f"{said}: it sees frozen noise, the evaluation draws anew"
         return "fresh_draws", drawn, min(2.0, queries), "pass", said
 
@@ -243,6 +271,11 @@ class Audit:
             left = self.survival(enlarged(attack, wider), view)
             excess, said = (left - self.reference)[:, _AVERAGE], f"eps in place of {wider:g} eps"
             yield Comparison("wider", excess, _AVERAGE, said, "the gradient misleads")
+        if self.randomized:
+            # Draws that the attack has not seen, of the noise that it saw.
+            left = self._outcomes(self.adversarial, noise=self._noise(ATTACK), first=_UNSEEN)
+            excess, said = (self.reference - left)[:, _AVERAGE], "the same images under the attack's noise"
+            yield Comparison("same_noise", excess, _AVERAGE, said, "the defense tells attack from evaluation")
         said, masked = "random noise of equal norm", "the gradient is masked, or the attack weak"
         yield than("noise", RandomNoise(attack.norm, attack.eps), view, said, masked)
         steps = max(2 * attack.steps, _STEPS)
@@ -290,20 +323,24 @@ class Audit:
                     said = f"the {kind} gradient of the mask"
                     yield than(f"mask_{kind}", attack, Exact(kind).attacked(defended), said, hidden)
             shift = MaskShift(attack.norm, attack.eps, attack.steps, self._step, eot=attack.eot, loss="margin")
-            yield than("mask_shift", shift, view, f"an attack that moves the mask, {shift.shift_steps} steps", hidden)
+            view, said = Exact("straight_through").attacked(defended), "an attack that first moves the mask"
+            yield than("mask_shift", shift, view, said, hidden)
 
     def _aggregates(self, than: Any) -> Iterator[Comparison]:  # noqa: ANN401
         """Attacks on the vote of N runs, and on the worst of them, each judged by what it is for."""
         attack = self.attack
         if not self.randomized or self.runs == 1:
             return
+        # A softmax that saturates leaves no weights to tell draws apart by.
+        scale = max(1.0, float(self.attacked.std(dim=2).mean()) / _SOFT)
+        view = replace(self.view, model=lambda x, n: self.view(x, n) / scale)
         for kind, rule in (("vote", _MAJORITY), ("worst", _WORST)):
             if getattr(attack, "aggregate", None) != kind:
                 eot = max(attack.eot, self.runs)
                 # It is told apart from the configured attack by its aim: the loss that this aim is written in.
                 aimed = PGD(attack.norm, attack.eps, attack.steps, self._step, eot, "ce", aggregate=kind)  # type: ignore[arg-type]
                 meaning = f"the {_RULES[rule]} says little: it was not aimed at"
-                yield than(kind, aimed, self.view, f"an attack on the {kind}", meaning, rule)
+                yield than(kind, aimed, view, f"an attack on the {kind}", meaning, rule)
 
     @property
     def _step(self) -> float:
@@ -334,6 +371,11 @@ def varied(attack: Attack, **changes: Any) -> Attack:  # noqa: ANN401
 def enlarged(attack: Attack, factor: float) -> Attack:
     """The same attack in a ball ``factor`` times as large, with steps as much longer."""
     return varied(attack, eps=factor * attack.eps, step_size=factor * getattr(attack, "step_size", 0.0))
+
+
+def _different(logits: Tensor) -> int:
+    """How many different outputs the draws (B, n, classes) of a sample have, of the sample with the most."""
+    return max(len(draws.unique(dim=0)) for draws in logits)
 
 
 def _percent(share: float) -> str:
