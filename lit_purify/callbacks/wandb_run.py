@@ -28,9 +28,9 @@ _REFUSED = re.compile(r'"level":"ERROR[^"]*","msg":"((?:filestream|file transfer
 class WandbRun(WandbLogger):
     """Logs to one W&B run for each run folder: what was interrupted goes on in it.
 
-    No server can cost an evaluation: where it cannot be reached or refuses the key, the run is logged offline; what is
-    not uploaded ``patience`` seconds after the end stays in the folder; and either is said, with the command that
-    uploads it.
+    No server can cost an evaluation: where it cannot be reached or refuses the key, the run is logged offline, or goes
+    on so; what is not uploaded ``patience`` seconds after the end stays in the folder; and either is said, with the
+    command that uploads it.
 
     Args:
         project: The W&B project; in a sweep it is the sweep's.
@@ -142,12 +142,9 @@ class WandbRun(WandbLogger):
     def _init(self, mode: str) -> Any:  # noqa: ANN401
         known = {key: value for key, value in self._wandb_init.items() if key != "anonymous"}
         known |= {"mode": mode, "entity": self.entity, "name": known["name"] or Path(known["dir"]).name}
-        given = wandb.setup().settings
-        if given.sweep_id:
-            # The sweep says which run of which project this is.
-            known |= {"id": None, "project": None, "entity": None}
-        elif mode != "disabled":
-            known["id"] = known["id"] or given.run_id or self._kept_id()
+        if mode != "disabled":
+            # In a sweep W&B gives the id, and takes no other; nor another project.
+            known["id"] = known["id"] or wandb.setup().settings.run_id or self._kept_id()
         settings = wandb.Settings(finish_timeout=self.patience, finish_timeout_raises=True, silent=True)
         run = wandb.init(**known, settings=settings)
         # As Lightning does.
