@@ -327,7 +327,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
         enable_model_summary=False,
         enable_progress_bar=False,
         # Pictures before records: a sample whose record is there is not shown again.
-        callbacks=[Gallery(), RecordWriter(), Progress(), Report(), WandbReport()]
+        callbacks=[Stopping(), Gallery(), RecordWriter(), Progress(), Report(), WandbReport()]
         if command == "test"
         else [Progress()],
     )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -32,9 +30,8 @@ class RecordWriter(Callback, EvaluationListener):
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merges what the last run left, and tells task and data what is done."""
         assert isinstance(pl_module, RobustnessTask)
-        # Lightning notes the signal and goes on, in a test. Every record is on the disk: ending at once loses nothing.
-        signal.signal(signal.SIGTERM, _end)
         if trainer.received_sigterm:
+            # Before Stopping heeded it; Lightning notes it and goes on, in a test.
             raise KeyboardInterrupt
         folder = RunFolder(Path(trainer.default_root_dir))
         # Rank zero reads for all: another node may not see yet what it has merged.
@@ -84,8 +81,3 @@ class RecordWriter(Callback, EvaluationListener):
     def _close(self) -> None:
         if self.stream is not None:
             self.stream.close()
-
-
-def _end(signum: int, frame: FrameType | None) -> NoReturn:
-    # As Ctrl-C, upon which Lightning ends the processes that it has started as well.
-    raise KeyboardInterrupt

@@ -20,8 +20,8 @@ class Stopping(Callback):
     An evaluation ends at once: every record is on the disk. A training finishes its step, saves
     ``checkpoints/last.ckpt``, and ends; from there it takes the very steps that it would have taken.
 
-    Lightning's own handlers talk to the other processes, and save, wherever the signal finds them. To be put after all
-    callbacks that change weights.
+    Lightning's own handlers talk to the other processes, and save, wherever the signal finds them. In a training to
+    be put after all callbacks that change weights.
     """
 
     stopped = False
