@@ -14,6 +14,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import wandb
 import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint
 from PIL import Image
@@ -329,6 +330,8 @@ def config(tmp_path_factory):
 def run(config):
     folder = config.parent / "run"
     train(["fit", "--config", str(config), "--run", str(folder)])
+    # The client's process may still be writing.
+    wandb.teardown()
     return folder
 
 

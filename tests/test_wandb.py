@@ -39,6 +39,8 @@ def run(tmp_path_factory):
             "--data.init_args.subset.init_args.n=4",
         ]
     )
+    # The client's process may still be writing.
+    wandb.teardown()
     return folder
 
 

@@ -255,6 +255,8 @@ def test_training_of_two_processes(server, environment, training, tmp_path):
 
 def given_commands(text, environment, folder):
     """Runs the commands that a run has printed."""
+    # The client's process may still be writing.
+    wandb.teardown()
     path = f"{Path(sys.executable).parent}:{environment['PATH']}"
     for command in re.findall(r"upload .* with: (.*)", text):
         subprocess.run(command, shell=True, env={**environment, "PATH": path}, cwd=folder, check=True, timeout=400)
