@@ -16,6 +16,7 @@ from lit_purify.callbacks.html import write_report
 from lit_purify.cli import evaluate
 from lit_purify.functional.statistics import outcomes
 from lit_purify.metrics import RobustAccuracy, read_records
+from lit_purify.run_folder import path_sha256
 from lit_purify.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -231,3 +232,16 @@ def test_processes_do_not_change_the_result(config, finished, tmp_path):
     for one, other in zip(ours, theirs, strict=True):
         assert {**one, "seconds": 0} == {**other, "seconds": 0}
     assert not list(run.glob("records.rank*"))
+
+
+def test_a_folder_is_known_by_all_its_files(tmp_path):
+    """Also by images, such as adversarial ones that an attack shows."""
+    folder = tmp_path / "images"
+    (folder / "0").mkdir(parents=True)
+    hashes = [path_sha256(folder)]
+    for name, content in (("0/a.png", b"1"), ("0/a.png", b"2"), ("b.npy", b"2")):
+        (folder / name).write_bytes(content)
+        hashes.append(path_sha256(folder))
+    (folder / "b.npy").rename(folder / "0" / "b.npy")
+    hashes.append(path_sha256(folder))
+    assert len(set(hashes)) == 5
