@@ -16,8 +16,7 @@ from lit_purify.callbacks.html import write_report
 from lit_purify.cli import evaluate
 from lit_purify.functional.statistics import outcomes
 from lit_purify.metrics import RobustAccuracy, read_records
-from lit_purify.run_folder import path_sha256
-from lit_purify.run_folder import RunFolder
+from lit_purify.run_folder import RunFolder, path_sha256
 
 ROOT = Path(__file__).parent.parent
 
