@@ -7,9 +7,9 @@ thread (OMP_NUM_THREADS=1) and no GPU. FOLDER must be new. README's figures, wit
 data.init_args:
 
 FOLDER --D.subset.init_args.n 100 --A.attacks.pgd.init_args.steps 10
-FOLDER --D.subset.init_args.n 24 --D.batch_size 10 --A.runs 3 --A.chunk 16 --A.attacks '{"apgd": {"class_path": "APGD",
-    "init_args": {"norm": "l2", "eps": 1.0, "steps": 8}}, "square": {"class_path": "Square", "init_args": {"norm": "linf",
-    "eps": 0.15, "steps": 10}}}'
+FOLDER --D.subset.init_args.n 24 --D.batch_size 10 --A.runs 3 --A.chunk 16 --A.attacks
+    '{"apgd": {"class_path": "APGD", "init_args": {"norm": "l2", "eps": 1.0, "steps": 8}},
+    "square": {"class_path": "Square", "init_args": {"norm": "linf", "eps": 0.15, "steps": 10}}}'
 FOLDER frontier --D.subset.init_args.n 10 --A.runs 2 --A.attacks.pgd.init_args.{steps 4,eot 2}
 """
 
