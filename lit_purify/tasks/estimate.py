@@ -79,10 +79,11 @@ class EstimatingTrainer(L.Trainer):
         model.to(device).eval()
         evaluated, size = datamodule.evaluated, datamodule.batch_size
         done = {record.key for record in self.records}
+        todo = [i for i in evaluated.positions.tolist() if any((*pair, i) not in done for pair in model.pairs)]
         # The first process has as many samples as any.
-        mine = evaluated.positions[:: self.world_size].tolist()
+        mine = todo[:: self.world_size]
         batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-        rows = [evaluated[k] for k in range(len(batches[0]))]
+        rows = [evaluated[k] for k in range(min(size, len(evaluated)))]
         first = {key: torch.stack([torch.as_tensor(row[key]) for row in rows]).to(device) for key in rows[0]}
         expected, memory = {}, 0
         wanted = {(*pair, int(i)) for pair in model.pairs for i in evaluated.positions}
