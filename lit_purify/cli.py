@@ -168,6 +168,8 @@ class _EvaluationCLI(_CLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
         """Also turns the families of a frontier into the defenses that they stand for."""
         super().parse_arguments(parser, args)
+        if self._settings.get("ckpt_path"):
+            raise InputError("ckpt_path: an evaluation has its networks from classifier and denoiser: name files there")
         if families := self._settings.model.init_args.get("families"):
             settings = self.config.as_dict()
             settings[self.config.subcommand]["model"]["init_args"]["points"] = expand(families)
@@ -282,6 +284,8 @@ class _TrainingCLI(_CLI):
 
         def start(trainer: L.Trainer, task: L.LightningModule) -> None:
             assert self.folder is not None
+            if trainer.is_global_zero:
+                self.folder.lock()
             self.folder.write_config(self.resolved, write=trainer.is_global_zero)
             self.running = True
 

@@ -158,7 +158,14 @@ class RunFolder:
         if write:
             self.lock()
         identity = identify(yaml.safe_load(text))
-        before = json.loads(self.identity.read_text()) if self.identity.exists() else identity
+        before = self._identity_before()
+        if before is None:
+            if self.collect(write=False):
+                raise InputError(
+                    f"{self.path} holds records, but no {self.identity.name} that says of which settings: choose "
+                    "another folder with --run, or remove that one"
+                )
+            before = identity
         differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
         # Without records there is nothing that other settings could mix with.
         if differing and self.collect(write=False):
@@ -170,6 +177,17 @@ class RunFolder:
         if write:
             self.write_config(text, write)
             write_whole(self.identity, json.dumps(identity, indent=1))
+
+    def _identity_before(self) -> dict[str, Any] | None:
+        if not self.identity.exists():
+            return None
+        try:
+            found = json.loads(self.identity.read_text())
+            if not isinstance(found, dict):
+                raise ValueError("no settings in it")
+        except ValueError as error:
+            raise InputError(f"{self.identity}: damaged ({error}): choose another folder with --run") from error
+        return found
 
 
 def _taken(path: Path) -> str:
@@ -188,6 +206,9 @@ def identify(settings: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in _flatten(settings, "")
         if key in _RELEVANT or not any(key == name or key.startswith(name + ".") for name in _IRRELEVANT)
     }
+    if flat.get("model.init_args.skip_lost"):
+        # Which attack comes first decides what is left to the others.
+        flat["order of the attacks"] = list(settings["model"]["init_args"]["attacks"])
     for key, value in list(flat.items()):
         if key.rpartition(".")[2] in _FILE_KEYS and isinstance(value, str) and (path := locate(value)).exists():
             flat[f"{key} (sha256)"] = path_sha256(path)

@@ -16,7 +16,7 @@ from lit_purify.callbacks.html import write_report
 from lit_purify.cli import evaluate
 from lit_purify.functional.statistics import outcomes
 from lit_purify.metrics import RobustAccuracy, read_records
-from lit_purify.run_folder import RunFolder, path_sha256
+from lit_purify.run_folder import RunFolder, identify, path_sha256
 
 ROOT = Path(__file__).parent.parent
 
@@ -244,3 +244,59 @@ def test_a_folder_is_known_by_all_its_files(tmp_path):
     (folder / "b.npy").rename(folder / "0" / "b.npy")
     hashes.append(path_sha256(folder))
     assert len(set(hashes)) == 5
+
+
+@pytest.fixture
+def left(tiny):
+    """A finished evaluation in small: its arguments and its folder."""
+    arguments = tiny({"none": {"class_path": "NoPurifier"}})
+    evaluate(arguments)
+    return arguments, RunFolder(tiny.run)
+
+
+def refused(arguments, capsys):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(arguments)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_records_without_their_settings_are_refused(left, capsys):
+    arguments, folder = left
+    folder.identity.write_text("[]")
+    assert "identity.json: damaged" in refused(arguments, capsys)
+    folder.identity.unlink()
+    assert "holds records, but no identity.json" in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize("line", ["[]", '{"adversarial": ["1", "1"]', '{"adversarial": [1]'])
+def test_lines_that_are_no_records_are_refused(line, left, capsys):
+    arguments, folder = left
+    first, *others = folder.records.read_text().splitlines(keepends=True)
+    changed = line if line == "[]" else json.dumps({**json.loads(first), **json.loads(line + "}")})
+    folder.records.write_text("".join([changed + "\n", *others]))
+    assert "records.jsonl: line 1 is not a record" in refused(arguments, capsys)
+
+
+def test_weights_come_from_the_configuration_alone(left, tmp_path, capsys):
+    arguments, _ = left
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    assert "ckpt_path: an evaluation has" in refused([*arguments, f"--ckpt_path={tmp_path}/other.ckpt"], capsys)
+
+
+def test_samples_that_were_left_out_are_missed(tiny, capsys):
+    arguments = [*tiny({"none": {"class_path": "NoPurifier"}}), "--data.init_args.batch_size=1"]
+    said = refused([*arguments, "--trainer.limit_test_batches=2"], capsys)
+    assert "1 of 3 records are missing" in said
+    evaluate(arguments)
+    assert json.loads((tiny.run / "summary.json").read_text())["samples"] == 3
+
+
+def test_the_order_of_attacks_counts_where_earlier_ones_spare_later_ones():
+    for skip in (False, True):
+        orders = [
+            {"model": {"init_args": {"skip_lost": skip, "attacks": {name: {"a": 1} for name in names}}}}
+            for names in ("xy", "yx")
+        ]
+        assert (identify(orders[0]) != identify(orders[1])) == skip

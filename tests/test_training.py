@@ -18,6 +18,7 @@ from lit_purify.defense import TopFraction
 from lit_purify.errors import InputError
 from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import ResNetClassifier, UNet, load_classifier, load_denoiser
+from lit_purify.run_folder import RunFolder
 from lit_purify.tasks import ClassifierTask, DenoiserTask
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +151,17 @@ def test_learning_rate_warms_up_then_falls_as_a_cosine():
     assert rates[9] == rates[10] == pytest.approx(0.01)
     assert rates[35] == pytest.approx(0.01 * (1 + math.cos(math.pi / 4)) / 2)
     assert rates[110] == pytest.approx(0.0)
+
+
+def test_two_trainings_at_once_do_not_share_a_folder(config, tmp_path, capsys):
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    with pytest.raises(SystemExit) as exit_:
+        train(["fit", "--config", str(config), "--run", str(folder.path)])
+    folder.release()
+    assert exit_.value.code == 2
+    assert "another run is writing there" in capsys.readouterr().err
+    assert not folder.config.exists()
 
 
 def test_a_second_training_does_not_overwrite_the_first(config, tmp_path, capsys):

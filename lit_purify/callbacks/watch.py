@@ -24,7 +24,7 @@ from lit_purify.tasks import RobustnessTask
 _GRACE = 15.0
 """Seconds that a process which failed is given to say so itself, and launchers to end the run their way."""
 _FOREVER = timedelta(days=365)
-_GONE = "by peer|remote process exited|Connection reset|Connection refused|Broken pipe"
+_GONE = "by peer|remote process exited|Connection reset|Connection refused|Broken pipe|Failed to recv|remote server"
 _VERDICT = "verdict: "
 
 

@@ -81,7 +81,11 @@ def read_records(path: Path) -> list[Record]:
             if values.keys() - _OPTIONAL != _FIELDS:
                 raise ValueError("other fields than a record has")
             record = Record(**values)
-        except (ValueError, TypeError) as error:
+            if not all(isinstance(p, int) for p in (record.label, *record.clean, *record.adversarial)):
+                raise ValueError("predictions that are no classes")
+            if len(record.clean) != len(record.adversarial):
+                raise ValueError("other numbers of clean and adversarial runs")
+        except (ValueError, TypeError, AttributeError) as error:
             if number == len(lines):
                 # Without its newline: the writer died in the middle of it.
                 continue
