@@ -409,6 +409,7 @@ def test_connection_lost_in_the_middle(server, environment, evaluation, tmp_path
     check_evaluation(Stored(server, folder), folder)
 
 
+@pytest.mark.slow
 def test_training_outlives_a_lost_connection(server, environment, training, tmp_path, monkeypatch, capsys):
     """The client asks the server about every table, so a chart would end it."""
     line, folder = Line(server), tmp_path / "run"
