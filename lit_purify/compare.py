@@ -28,6 +28,9 @@ def compare(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the page (default: %(default)s)")
     given = parser.parse_args(argv)
     comparison = Comparison(given.runs)
+    page = given.output
+    if page.exists() and (page.name == "report.html" or not page.read_bytes().lower().startswith(b"<!doctype html")):
+        raise InputError(f"{page}: is there already, and no page of a comparison; choose another file with --output")
     try:
         write_whole(given.output, comparison.page())
     except OSError as error:

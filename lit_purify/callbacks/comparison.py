@@ -148,6 +148,8 @@ def _pairing(first: FinishedRun, run: FinishedRun) -> str:
             return f"another {key}: {run.summary[key]}, not {first.summary[key]}"
     if _classifier(first) != _classifier(run):
         return "the classifier has other settings or another file"
+    if _data(first) != _data(run):
+        return "the data have other settings, and samples of one number may be other images"
     before, after = (
         {record.index: record.label for records in each.pairs.values() for record in records} for each in (first, run)
     )
@@ -157,6 +159,15 @@ def _pairing(first: FinishedRun, run: FinishedRun) -> str:
     if any(before[index] != after[index] for index in shared):
         return "samples of one number have other labels, so the data are not the same"
     return ""
+
+
+def _data(run: FinishedRun) -> dict[str, Any]:
+    """Where the images come from, but for which of them were chosen."""
+    return {
+        key: value
+        for key, value in run.identity.items()
+        if key.startswith("data.") and not key.startswith("data.init_args.subset")
+    }
 
 
 def _classifier(run: FinishedRun) -> dict[str, Any]:

@@ -248,7 +248,8 @@ class PurifyingTrainer(L.Trainer):
         settings_sha256 = self._identity(model, name, runs)
         jobs, left_out = _plan(folder, output)
         table = output / "predictions.csv"
-        todo = _check_existing(jobs, table if classify else None, existing, settings_sha256)
+        finally_written = [output / "config.yaml", *([table] if classify else [])]
+        todo = _check_existing(jobs, finally_written, existing, settings_sha256)
         if 0 < len(todo) < self.world_size:
             raise InputError(f"{len(todo)} images are fewer than {self.world_size} processes: use fewer devices")
         if self.is_global_zero:
@@ -310,8 +311,13 @@ def _plan(folder: Path, output: Path) -> tuple[list[Job], list[Path]]:
     names = [file.relative_to(root) for file in images]
     jobs = [Job(str(name), file, (output / name).with_suffix(".png")) for name, file in zip(names, images, strict=True)]
     owner: dict[Path, Job] = {}
+    sources = {job.source.resolve() for job in jobs}
     for job in jobs:
         for path in (job.target, job.mask, job.overlay):
+            if path.resolve() in sources:
+                raise InputError(
+                    f"--output {output}: {path} is an image of the input, which is not touched; name another"
+                )
             if (first := owner.setdefault(path, job)) is not job:
                 raise InputError(f"{first.source} and {job.source} would both be written to {path}; rename one of them")
         # What cannot be read is refused before anything is written; the pixels are read when it is their turn.
@@ -319,16 +325,18 @@ def _plan(folder: Path, output: Path) -> tuple[list[Job], list[Path]]:
     return jobs, [file for file in files if file not in set(images)]
 
 
-def _check_existing(jobs: Sequence[Job], table: Path | None, existing: Existing, settings_sha256: str) -> list[Job]:
-    """The jobs that are to be done."""
+def _check_existing(jobs: Sequence[Job], others: Sequence[Path], existing: Existing, settings_sha256: str) -> list[Job]:
+    """The jobs that are to be done; ``others`` are files that are written when all are."""
     if existing == "refuse":
-        outputs = [path for job in jobs for path in (job.target, job.mask, job.overlay)] + ([table] if table else [])
+        outputs = [path for job in jobs for path in (job.target, job.mask, job.overlay)] + list(others)
         found = next((path for path in outputs if path.exists()), None)
         if found is not None:
             raise InputError(f"{found}: is there already; --existing skip goes on, --existing replace writes anew")
     if existing != "skip":
         return list(jobs)
     there = [job for job in jobs if job.target.exists()]
+    if not there and (strange := next((path for path in others if path.exists()), None)):
+        raise InputError(f"{strange}: is there already, and none of the images: name another --output")
     for job in there:
         said = job.done()
         if (said.get("settings_sha256"), said.get("sha256")) != (settings_sha256, job.sha256()):
