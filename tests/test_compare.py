@@ -68,6 +68,7 @@ def test_a_defense_without_counterpart_is_compared_to_the_baseline(pair, tmp_pat
     [
         ({"samples": range(40, 50)}, "no sample is shared"),
         ({"model.init_args.classifier.path (sha256)": "2"}, "the classifier has other settings or another file"),
+        ({"data.init_args.root": "elsewhere"}, "the data have other settings"),
         ({"summary": ('"split": "test"', '"split": "val"')}, "another split: val, not test"),
         ({"records": ('"label": 1', '"label": 2')}, "samples of one number have other labels"),
     ],
@@ -121,3 +122,13 @@ def test_wrong_comparisons_are_refused(pair, capsys, argv, said):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_records_are_not_written_over(pair, capsys):
+    records = pair[0] / "records.jsonl"
+    before = records.read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(["compare", *map(str, pair), "--output", str(records)])
+    assert exit_.value.code == 2
+    assert "is there already, and no page of a comparison" in capsys.readouterr().err
+    assert records.read_bytes() == before

@@ -236,6 +236,24 @@ def test_refused_before_anything_is_written(make, images, tmp_path, change, opti
     assert not (tmp_path / "out").exists()
 
 
+def test_a_photo_is_not_written_over(make, images, tmp_path):
+    photo = next(path for path in sorted(images.rglob("*.png")))
+    before = photo.read_bytes()
+    trainer, task = make()
+    with pytest.raises(InputError, match="is an image of the input"):
+        trainer.purify(task, Digits(), photo, photo.parent, existing="replace")
+    assert photo.read_bytes() == before
+
+
+@pytest.mark.parametrize(("existing", "said"), [("refuse", "is there already"), ("skip", "none of the images")])
+def test_a_configuration_of_somebody_else_stays(existing, said, make, images, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text("mine")
+    trainer, task = make()
+    with pytest.raises(InputError, match=f"config.yaml: {said}|config.yaml: is there already, and {said}"):
+        trainer.purify(task, Digits(), images, tmp_path / "out", existing=existing)
+
+
 def test_more_processes_than_images_are_refused(make, images, tmp_path, monkeypatch):
     trainer, task = make()
     monkeypatch.setattr(PurifyingTrainer, "world_size", 5)
