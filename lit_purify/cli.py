@@ -40,6 +40,7 @@ _DEFAULT_EVALUATION = "configs/eval/digits.yaml"
 _DEFAULT_FRONTIER = "configs/eval/digits_frontier.yaml"
 _COMMANDS = ("test", "frontier", "gradcheck", "audit", "purify", "predict")
 # Noise, levels and masks are drawn and computed in 32 bits.
+_OF_ONE_COMMAND = ("ckpt_path", "verbose", "weights_only")
 _PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -58,6 +59,8 @@ class _CLI(LightningCLI):
     """One run folder for everything that a run writes."""
 
     subcommand: str
+    resolved: str
+    """The configuration with all defaults, YAML."""
     folder: RunFolder | None = None
 
     def __init__(
@@ -129,6 +132,10 @@ class _CLI(LightningCLI):
                 # Every combination of a sweep is a run of its own.
                 settings.run = str(Path("runs", f"sweep-{sweep}", os.environ["WANDB_RUN_ID"]))
         self.folder = RunFolder(Path(settings.run))
+        # Before places in this folder are filled in, which are none of a run that repeats this one in another.
+        stated = yaml.safe_load(str(self._parser(self.subcommand).dump(settings, skip_none=False)))
+        # What only one command knows would keep the others from reading it.
+        self.resolved = yaml.safe_dump({k: v for k, v in stated.items() if k not in _OF_ONE_COMMAND}, sort_keys=False)
         settings.trainer.default_root_dir = settings.run
         for callback in settings.trainer.callbacks or []:
             if callback.class_path.endswith(".ModelCheckpoint") and callback.init_args.get("dirpath") is None:
@@ -153,11 +160,6 @@ class _CLI(LightningCLI):
             raise InputError(
                 f"{cause} ({type(cause).__name__} in {Path(frame.filename).name}:{frame.lineno})"
             ) from error
-
-    @property
-    def resolved(self) -> str:
-        """The configuration with all defaults, YAML."""
-        return str(self._parser(self.subcommand).dump(self._settings, skip_none=False))
 
 
 class _EvaluationTrainer(AuditingTrainer, EstimatingTrainer, PurifyingTrainer):

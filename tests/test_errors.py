@@ -611,7 +611,7 @@ def test_no_space_left_for_the_network(refused_training, run):
     partial = run / "model.safetensors.partial"
     partial.symlink_to("/dev/full")
     assert refused_training(written=True) == f"{run}: no space left; choose another folder with --run"
-    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml"]
 
 
 def test_records_of_other_settings(refused_evaluation, evaluate, run):
@@ -633,7 +633,7 @@ def test_other_settings_without_records(run):
     folder = RunFolder(run)
     folder.claim("a: 1", write=True)
     folder.claim("a: 2", write=True)
-    folder.records.write_text(json.dumps(dict.fromkeys(RECORD)) + "\n")
+    folder.records.write_text(json.dumps({**dict.fromkeys(RECORD), "label": 0, "clean": [], "adversarial": []}) + "\n")
     with pytest.raises(InputError, match=r"a: 2 there, 3 here"):
         folder.claim("a: 3", write=True)
 

@@ -300,3 +300,15 @@ def test_the_order_of_attacks_counts_where_earlier_ones_spare_later_ones():
             for names in ("xy", "yx")
         ]
         assert (identify(orders[0]) != identify(orders[1])) == skip
+
+
+@pytest.mark.parametrize("command", [["test"], ["gradcheck", "--samples=1"]])
+def test_what_a_run_leaves_repeats_it_elsewhere(command, left, tmp_path):
+    """With every command; what is written lies in the folder of the repetition."""
+    _, folder = left
+    other = tmp_path / "other"
+    before = sorted(path.name for path in folder.path.iterdir())
+    evaluate([*command, "--config", str(folder.config), "--run", str(other)])
+    assert (other / ("gradcheck.json" if len(command) > 1 else "summary.json")).exists()
+    assert sorted(path.name for path in folder.path.iterdir()) == before
+    assert "save_dir: null" in folder.config.read_text() or "save_dir" not in folder.config.read_text()
