@@ -23,7 +23,6 @@ from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stoppi
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.html import write_report
-from lit_purify.callbacks.summary import check_attack_names
 from lit_purify.compare import compare
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
@@ -39,8 +38,9 @@ from lit_purify.tasks.own_images import PurifyingTrainer
 _DEFAULT_EVALUATION = "configs/eval/digits.yaml"
 _DEFAULT_FRONTIER = "configs/eval/digits_frontier.yaml"
 _COMMANDS = ("test", "frontier", "gradcheck", "audit", "purify", "predict")
+# What a configuration that is written leaves out: the other commands could not read it.
+_OF_ONE_COMMAND = ("ckpt_path", "verbose", "weights_only", "samples", "runs", "proposals")
 # Noise, levels and masks are drawn and computed in 32 bits.
-_OF_ONE_COMMAND = ("ckpt_path", "verbose", "weights_only")
 _PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -134,7 +134,6 @@ class _CLI(LightningCLI):
         self.folder = RunFolder(Path(settings.run))
         # Before places in this folder are filled in, which are none of a run that repeats this one in another.
         stated = yaml.safe_load(str(self._parser(self.subcommand).dump(settings, skip_none=False)))
-        # What only one command knows would keep the others from reading it.
         self.resolved = yaml.safe_dump({k: v for k, v in stated.items() if k not in _OF_ONE_COMMAND}, sort_keys=False)
         settings.trainer.default_root_dir = settings.run
         for callback in settings.trainer.callbacks or []:
@@ -198,7 +197,6 @@ class _EvaluationCLI(_CLI):
             # The data may have to be fetched; the other processes look in their setup.
             self.datamodule.prepare_data()
             self.model.check(self.datamodule)
-        check_attack_names(self.model.attacks)
         self.folder.claim(self.resolved, write=first)
         self.running = True
 
@@ -206,11 +204,8 @@ class _EvaluationCLI(_CLI):
         """Its verdict is about the records beside it: with records of other settings the folder is refused."""
         assert self.folder is not None
         assert isinstance(self.trainer, AuditingTrainer)
-        settings = yaml.safe_load(self.resolved)
-        for option in ("samples", "runs", "proposals"):
-            settings.pop(option, None)
-        self.folder.claim(yaml.safe_dump(settings), write=False)
-        self.trainer.settings = identify(settings)
+        self.folder.claim(self.resolved, write=False)
+        self.trainer.settings = identify(yaml.safe_load(self.resolved))
 
     def after_gradcheck(self) -> None:
         """The report shows the verdict, if there is one already. Exit status 1 when a check has failed."""
@@ -335,7 +330,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
         # Pictures before records: a sample whose record is there is not shown again.
         callbacks=[Stopping(), Gallery(), RecordWriter(), Progress(), Report(), WandbReport()]
         if command == "test"
-        else [Progress()],
+        else [Stopping(), Progress()],
     )
 
 

@@ -28,11 +28,17 @@ def compare(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="the page (default: %(default)s)")
     given = parser.parse_args(argv)
     comparison = Comparison(given.runs)
-    page = given.output
-    if page.exists() and (page.name == "report.html" or not page.read_bytes().lower().startswith(b"<!doctype html")):
-        raise InputError(f"{page}: is there already, and no page of a comparison; choose another file with --output")
     try:
+        if given.output.is_file() and not _is_page(given.output):
+            raise InputError(
+                f"{given.output}: is there already, and no page of a comparison; choose another file with --output"
+            )
         write_whole(given.output, comparison.page())
     except OSError as error:
         raise InputError(f"{given.output}: {str(error.strerror).lower()}; choose another file with --output") from error
     print(f"{comparison.table()}\n\nPage: {given.output}")
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file may be written over: a run's report and records are not made again so easily."""
+    return path.name != "report.html" and path.read_bytes().lower().startswith(b"<!doctype html")

@@ -113,6 +113,7 @@ def test_compare_command(pair, tmp_path, capsys):
         ([], "the following arguments are required: RUN"),
         (["{0}", "{1}", "--out", "x"], "unrecognized arguments: --out x"),
         (["{0}", "{1}", "--output", "{0}/summary.json/page.html"], "choose another file with --output"),
+        (["{0}", "{1}", "--output", "{0}/overlays"], "choose another file with --output"),
     ],
 )
 def test_wrong_comparisons_are_refused(pair, capsys, argv, said):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GaussianDenoiser
 
-from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, Square, Transfer
+from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, MaskShift, Square, Transfer
 from lit_purify.data import Digits, First
 from lit_purify.defense import HeterogeneousPurifier, NoPurifier, Surrogate, TopFraction, UniformPurifier
 from lit_purify.metrics import Record
@@ -28,6 +28,7 @@ ATTACKS = {
     "square": Square("linf", 0.1, steps=4, eot=2),
     "transfer": Transfer(APGD("linf", 0.1, steps=4)),
 }
+SHIFT = MaskShift("linf", 0.1, steps=3, step_size=0.05, shift_steps=2, eot=3)
 
 
 @pytest.fixture
@@ -71,6 +72,17 @@ def test_expected_is_what_it_takes(setting, attack):
     clock["now"] = 0.0
     trainer.test(task, data, verbose=False)
     assert expected == pytest.approx(clock["now"], rel=0.02)
+
+
+def test_an_attack_on_masks_is_measured_through_its_view(setting, monkeypatch):
+    """Its steps on the mask call the classifier alone; they are not counted as queries, only timed with the others."""
+    make, clock = setting
+    monkeypatch.setitem(ATTACKS, "shift", SHIFT)
+    task, trainer, data = make("shift")
+    expected = sum(trainer.estimate(task, data).values())
+    clock["now"] = 0.0
+    trainer.test(task, data, verbose=False)
+    assert expected == pytest.approx(clock["now"], rel=0.2)
 
 
 def test_what_is_there_costs_nothing_more(setting, capsys):

@@ -109,6 +109,17 @@ def test_a_file_alone_under_another_name_is_the_same(make, images, tmp_path):
     assert not torch.equal(*(read_image(tmp_path / run / "other.png", 1) for run in ("one", "seed")))
 
 
+def test_a_defense_is_told_from_one_whose_name_begins_alike(make):
+    trainer, task = make(("uniform",))
+    settings = {f"model.init_args.defenses.uniform{n}.init_args.level": 200 for n in ("", "2")}
+    trainer.settings = settings
+    before = trainer._identity(task, "uniform", 3)
+    trainer.settings = {**settings, "model.init_args.defenses.uniform2.init_args.level": 300}
+    assert trainer._identity(task, "uniform", 3) == before
+    trainer.settings = {**settings, "model.init_args.defenses.uniform.init_args.level": 300}
+    assert trainer._identity(task, "uniform", 3) != before
+
+
 def test_predictions_are_those_of_the_defense(make, images, tmp_path):
     # Images, runs and chunks that do not divide each other.
     trainer, task = make(runs=5)
@@ -245,12 +256,14 @@ def test_a_photo_is_not_written_over(make, images, tmp_path):
     assert photo.read_bytes() == before
 
 
-@pytest.mark.parametrize(("existing", "said"), [("refuse", "is there already"), ("skip", "none of the images")])
+@pytest.mark.parametrize(
+    ("existing", "said"), [("refuse", "there already;"), ("skip", "there already, and none of the")]
+)
 def test_a_configuration_of_somebody_else_stays(existing, said, make, images, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").write_text("mine")
     trainer, task = make()
-    with pytest.raises(InputError, match=f"config.yaml: {said}|config.yaml: is there already, and {said}"):
+    with pytest.raises(InputError, match=f"config.yaml: is {said}"):
         trainer.purify(task, Digits(), images, tmp_path / "out", existing=existing)
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from lit_purify.callbacks.summary import attack_line, check_attack_names, ensembles, summarize, table
+from lit_purify.callbacks.summary import attack_line, ensembles, summarize, table
 from lit_purify.errors import InputError
 from lit_purify.metrics import Record
+from lit_purify.tasks.robustness import check_attack_names
 
 
 def described(defense, attack, **changes):

@@ -23,7 +23,8 @@ class Verdict:
 
     Attributes:
         command: ``audit`` or ``gradcheck``.
-        state: ``missing`` where the command was not given, ``unreadable`` where its file is damaged.
+        state: ``missing`` where the command was not given, ``unreadable`` where its file is damaged; of an audit also
+            ``undecided``, on too few samples.
         stale: It is about other settings than those of the evaluation.
         content: Of its file.
     """

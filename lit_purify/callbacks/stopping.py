@@ -17,8 +17,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class Stopping(Callback):
     """On SIGTERM or SIGUSR1 (preemption, the end of the time granted) to any process, all of them end.
 
-    An evaluation ends at once: every record is on the disk. A training finishes its step, saves
-    ``checkpoints/last.ckpt``, and ends; from there it takes the very steps that it would have taken.
+    An evaluation, or a purification of images, ends at once: all that is done is on the disk. A training finishes its
+    step, saves ``checkpoints/last.ckpt``, and ends; from there it takes the very steps that it would have taken.
 
     Lightning's own handlers talk to the other processes, and save, wherever the signal finds them. In a training to
     be put after all callbacks that change weights.
@@ -30,6 +30,8 @@ class Stopping(Callback):
         """Ends at once."""
         for signum in _SIGNALS:
             signal.signal(signum, _end)
+
+    on_predict_start = on_test_start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Waits for the end of a step."""

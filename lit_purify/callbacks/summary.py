@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_purify.errors import InputError
 from lit_purify.functional.statistics import (
     Interval,
     accuracies,
@@ -23,9 +22,9 @@ from lit_purify.functional.statistics import (
     vote,
 )
 from lit_purify.metrics import Record
+from lit_purify.tasks.robustness import ENSEMBLE
 
 RULES = ("average", "worst", "majority")
-ENSEMBLE = "ensemble"
 _GRADIENTS = ("exact", "bpda", "surrogate", "none")
 
 
@@ -99,13 +98,6 @@ def summarize(
         "undefended_clean_accuracy": undefended[0] if undefended else None,
         "results": results,
     }
-
-
-def check_attack_names(names: Iterable[str]) -> None:
-    """Raises an ``InputError`` when an attack has the name of what is computed from several."""
-    for name in names:
-        if name == ENSEMBLE or name.startswith(f"{ENSEMBLE}-"):
-            raise InputError(f"attacks: {name!r} is what the worst case over all attacks is called; use another name")
 
 
 def ensembles(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

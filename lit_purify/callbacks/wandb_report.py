@@ -15,9 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from lit_purify.callbacks.summary import RULES
-from lit_purify.callbacks.wandb_run import log_settings, peak_memory, wandb_run
+from lit_purify.callbacks.wandb_run import log_settings, wandb_run
+from lit_purify.functional.rendering import spans
 from lit_purify.metrics import Record
 from lit_purify.run_folder import RunFolder
+from lit_purify.tasks.estimate import peak_memory
 from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
 
 _PANELS = ("original", "adversarial", "mask", "noised", "purified")
@@ -66,7 +68,7 @@ class WandbReport(Callback, EvaluationListener):
                 f"running/robust/{defense}/{attack}": task.running(defense, attack),
                 f"running/clean/{defense}": task.running(defense),
                 "running/images_per_second": speed,
-                "cost/peak_memory_gib": peak_memory(task.device),
+                "cost/peak_memory_gib": peak_memory(task.device) / 2**30,
             }
         )
 
@@ -155,11 +157,9 @@ def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def _cut(path: Path) -> list[Image.Image]:
-    """The panels of a picture of the gallery, which stand side by side with gaps of 4 pixels."""
+    """The panels of a picture of the gallery."""
     with Image.open(path) as strip:
-        width = (strip.width + 4) // len(_PANELS) - 4
-        lefts = [k * (width + 4) for k in range(len(_PANELS))]
-        return [strip.crop((left, 0, left + width, strip.height)) for left in lefts]
+        return [strip.crop((left, 0, right, strip.height)) for left, right in spans(strip.width, len(_PANELS))]
 
 
 def _masked(image: Image.Image, path: Path, caption: str) -> wandb.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 import wandb
 import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -180,11 +178,3 @@ def log_settings(logger: WandbRun, folder: RunFolder, facts: Mapping[str, Any]) 
     settings = yaml.safe_load(folder.config.read_text())
     hashes = {key: value for key, value in identify(settings).items() if key.endswith(" (sha256)")}
     logger.experiment.config.update({**settings, "sha256": hashes, **facts}, allow_val_change=True)
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory that this process has taken, in GiB: of the GPU where there is one, else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    # Linux counts in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

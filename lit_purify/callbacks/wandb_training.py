@@ -13,9 +13,10 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 
 from lit_purify.callbacks.export import Export
-from lit_purify.callbacks.wandb_run import log_settings, peak_memory, wandb_run
+from lit_purify.callbacks.wandb_run import log_settings, wandb_run
 from lit_purify.run_folder import RunFolder, path_sha256
 from lit_purify.tasks import TrainingTask
+from lit_purify.tasks.estimate import peak_memory
 
 
 class WandbTraining(Callback):
@@ -48,7 +49,7 @@ class WandbTraining(Callback):
         self.images += len(batch["image"]) * trainer.world_size
         if trainer.global_step >= self.logged + trainer.log_every_n_steps:  # type: ignore[attr-defined]
             speed = self.images / (time.perf_counter() - self.since)
-            values = {"cost/images_per_second": speed, "cost/peak_memory_gib": peak_memory(pl_module.device)}
+            values = {"cost/images_per_second": speed, "cost/peak_memory_gib": peak_memory(pl_module.device) / 2**30}
             logger.log_metrics(values, step=_step(trainer))
             self._restart(trainer)
 

@@ -122,8 +122,8 @@ def held_out(right: Tensor) -> Tensor:
 
     Every run is left out once; of equally good attacks the first is chosen, so that attacks after one that left nothing
     change nothing. The runs that choose do not judge, so this is the accuracy, without bias, under an attacker who
-    chooses by N - 1 runs. That choice can miss the best attack: the
-    accuracy under the truly best attack of each sample lies between the two expectations.
+    chooses by N - 1 runs. That choice can miss the best attack: the accuracy under the truly best attack of each sample
+    lies between the two expectations.
 
     Args:
         right: (K, B, N) whether the prediction was right; N at least 2.

@@ -31,7 +31,9 @@ class AuditingTrainer(CheckingTrainer):
     ) -> None:
         """Asks of each defense whether its robust accuracy under the first attack that follows a gradient holds up.
 
-        Prints a line for each check and a verdict; ``audit.json`` in the run's folder holds the same.
+        Prints a line for each check and a verdict; ``audit.json`` in the run's folder holds the same. The verdict is
+        undecided, and not passed, where no check fails, but an attack that takes half of the samples would not be
+        significant on so few.
 
         Args:
             model: An evaluation.
@@ -74,7 +76,7 @@ class AuditingTrainer(CheckingTrainer):
                     said = f"{shown}  {defense:14}  {row.check:18}  {row.figure:8.2g}  {limit:6}  {row.reason}"
                     print(said, flush=True)
         failed = [row for row in rows if row.verdict == "fail"]
-        compared = max(sum(row.limit == TOLERANCE for row in rows if row.defense == name) for name in model.defenses)
+        compared = max(sum(row.limit == TOLERANCE for row in rows if row.defense == each) for each in model.defenses)
         least = least_samples(compared, LEVEL)
         # Only gross overstatement by some comparisons can show, and none by too few samples.
         undecided = not failed and len(chosen) < least

@@ -323,8 +323,8 @@ class Audit:
                     said = f"the {kind} gradient of the mask"
                     yield than(f"mask_{kind}", attack, Exact(kind).attacked(defended), said, hidden)
             shift = MaskShift(attack.norm, attack.eps, attack.steps, self._step, eot=attack.eot, loss="margin")
-            view, said = Exact("straight_through").attacked(defended), "an attack that first moves the mask"
-            yield than("mask_shift", shift, view, said, hidden)
+            through, said = Exact("straight_through").attacked(defended), "an attack that first moves the mask"
+            yield than("mask_shift", shift, through, said, hidden)
 
     def _aggregates(self, than: Any) -> Iterator[Comparison]:  # noqa: ANN401
         """Attacks on the vote of N runs, and on the worst of them, each judged by what it is for."""

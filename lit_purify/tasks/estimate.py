@@ -164,11 +164,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _measure(model: RobustnessTask, defense: str, name: str, batch: Batch) -> Measured:
-    attack, view, defended = model.attacks[name], model.views[defense, name].model, model._defended(defense)
+    attack, view = model.attacks[name], model.views[defense, name]
     device, runs, chunk = batch["image"].device, list(range(model.runs)), model.chunk
     image, index = (batch[key][: max(1, chunk // len(runs))] for key in ("image", "index"))
     noise = KeyedNoise(model.seed, index, torch.zeros_like(index), EVALUATION)
-    once = partial(logits_in_chunks, defended, image, noise, runs, chunk)
+    once = partial(logits_in_chunks, view.defended, image, noise, runs, chunk)
     # What is called for the first time takes longer.
     _seconds(once, device)
     times = [_seconds(once, device)]

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -122,10 +121,6 @@ class Purification(L.LightningModule):
         taker = self.defended.classifier
         sources = _Sources(self.mine, taker.channels, taker.size)
         return DataLoader(sources, batch_size=max(1, self.chunk // self.runs), num_workers=self.num_workers)
-
-    def on_predict_start(self) -> None:
-        """Lightning notes SIGTERM and goes on. What is written is whole: ending at once loses nothing."""
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Purifies and writes a batch; returns how many images it has."""
@@ -276,7 +271,7 @@ class PurifyingTrainer(L.Trainer):
 
     def _identity(self, model: RobustnessTask, defense: str, runs: int | None) -> str:
         """Hash of all that a purified image, or its predictions, depend on beside the image."""
-        own = tuple(f"model.init_args.{part}" for part in ("classifier", "denoiser", f"defenses.{defense}"))
+        own = tuple(f"model.init_args.{part}." for part in ("classifier", "denoiser", f"defenses.{defense}"))
         others = {"chunk": model.chunk, "seed": model.seed, "runs": runs, "precision": self.precision}
         relevant = {key: value for key, value in self.settings.items() if key.startswith(own)}
         return identity_sha256({**relevant, **others})

@@ -26,6 +26,8 @@ from lit_purify.metrics import Record, RobustAccuracy
 from lit_purify.metrics.records import Key
 from lit_purify.models import Classifier, Denoiser
 
+ENSEMBLE = "ensemble"
+"""What the worst case over several attacks is called, or begins with."""
 _SKIPPING = "; leaves out samples that an earlier attack left wrong in all runs"
 
 
@@ -99,6 +101,7 @@ class RobustnessTask(L.LightningModule):
             for name in named:
                 if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                     raise InputError(f"{kind}: the name {name!r} may hold letters, digits, '-' and '_' only")
+        check_attack_names(attacks)
         self.baseline = next(iter(defenses)) if baseline is None else baseline
         if self.baseline not in defenses:
             raise InputError(f"baseline = {baseline!r} is not among the defenses {', '.join(defenses)}")
@@ -355,3 +358,10 @@ class RobustnessTask(L.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ImageDataModule)
         return data
+
+
+def check_attack_names(names: Iterable[str]) -> None:
+    """Raises an ``InputError`` when an attack has the name of what is computed from several."""
+    for name in names:
+        if name == ENSEMBLE or name.startswith(f"{ENSEMBLE}-"):
+            raise InputError(f"attacks: {name!r} is what the worst case over all attacks is called; use another name")
