@@ -1,7 +1,7 @@
 """Purifiers, the masks that steer them, and the classifier behind them."""
 
 from lit_purify.defense.defended import DefendedClassifier
-from lit_purify.defense.gradients import BPDA, Attacked, BareClassifier, Exact, Gradient, Surrogate
+from lit_purify.defense.gradients import BPDA, Attacked, BareClassifier, Exact, Gradient, OtherPurifier, Surrogate
 from lit_purify.defense.heterogeneous import HeterogeneousPurifier, VariableIntensityPurifier
 from lit_purify.defense.masks import (
     Inverse,
@@ -9,16 +9,19 @@ from lit_purify.defense.masks import (
     MinMaxThreshold,
     Ones,
     RandomArea,
+    Renormalized,
     SoftmaxThreshold,
     TopFraction,
     Zeros,
 )
 from lit_purify.defense.purifiers import (
+    GradualPurifier,
     NoPurifier,
     Purifier,
     Trace,
     UniformPurifier,
 )
+from lit_purify.defense.resized import ResizedPurifier
 
 __all__ = [
     "BPDA",
@@ -27,14 +30,18 @@ __all__ = [
     "DefendedClassifier",
     "Exact",
     "Gradient",
+    "GradualPurifier",
     "HeterogeneousPurifier",
     "Inverse",
     "Mask",
     "MinMaxThreshold",
     "NoPurifier",
     "Ones",
+    "OtherPurifier",
     "Purifier",
     "RandomArea",
+    "Renormalized",
+    "ResizedPurifier",
     "SoftmaxThreshold",
     "Surrogate",
     "TopFraction",

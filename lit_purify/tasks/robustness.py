@@ -197,7 +197,8 @@ class RobustnessTask(L.LightningModule):
         evaluated = data.evaluated
         first = evaluated[0]["image"][None]
         self.classifier.check_image(first)
-        self.denoiser.check_image(first)
+        for defense in self.defenses:
+            self._defended(defense).purifier.check_image(first)
         self.classifier.check_classes(data.classes)
         for attack in self.attacks.values():
             attack.prepare(evaluated.positions.tolist())
