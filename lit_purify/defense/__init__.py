@@ -15,6 +15,7 @@ from lit_purify.defense.masks import (
 )
 from lit_purify.defense.purifiers import (
     NoPurifier,
+    OtherClassifier,
     Purifier,
     Trace,
     UniformPurifier,
@@ -33,6 +34,7 @@ __all__ = [
     "MinMaxThreshold",
     "NoPurifier",
     "Ones",
+    "OtherClassifier",
     "Purifier",
     "RandomArea",
     "SoftmaxThreshold",

@@ -138,6 +138,19 @@ class NoPurifier(Purifier):
         return self
 
 
+class OtherClassifier(NoPurifier):
+    """Another classifier in place of the defended one, such as one trained adversarially: a defense to compare with.
+
+    Args:
+        denoiser: Not used.
+        classifier: Not used.
+        network: The other classifier.
+    """
+
+    def __init__(self, denoiser: Denoiser, classifier: Classifier, network: Classifier) -> None:
+        super().__init__(denoiser, network)
+
+
 class UniformPurifier(Purifier):
     """The same noise everywhere, removed in ``steps`` steps (Nie et al., "DiffPure", ICML 2022).
 

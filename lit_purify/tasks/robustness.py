@@ -107,11 +107,10 @@ class RobustnessTask(L.LightningModule):
             raise InputError(f"baseline = {baseline!r} is not among the defenses {', '.join(defenses)}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
-        self.classifier = classifier.requires_grad_(False)
-        self.denoiser = denoiser.requires_grad_(False)
-        self.defenses = nn.ModuleDict(
-            {name: DefendedClassifier(make(denoiser, classifier), classifier) for name, make in defenses.items()}
-        )
+        self.classifier, self.denoiser = classifier, denoiser
+        purifiers = {name: make(denoiser, classifier) for name, make in defenses.items()}
+        self.defenses = nn.ModuleDict({name: DefendedClassifier(p, p.classifier) for name, p in purifiers.items()})
+        self.requires_grad_(False)
         self.attacks = dict(attacks)
         self.views = self._views(gradients or {})
         self.runs, self.chunk, self.seed, self.gallery, self.skip_lost = runs, chunk, seed, gallery, skip_lost
@@ -196,9 +195,10 @@ class RobustnessTask(L.LightningModule):
         """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
         evaluated = data.evaluated
         first = evaluated[0]["image"][None]
-        self.classifier.check_image(first)
         self.denoiser.check_image(first)
-        self.classifier.check_classes(data.classes)
+        for classifier in {self.classifier, *(self._defended(name).classifier for name in self.defenses)}:
+            classifier.check_image(first)
+            classifier.check_classes(data.classes)
         for attack in self.attacks.values():
             attack.prepare(evaluated.positions.tolist())
 
