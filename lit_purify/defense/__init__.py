@@ -1,6 +1,7 @@
 """Purifiers, the masks that steer them, and the classifier behind them."""
 
 from lit_purify.defense.defended import DefendedClassifier
+from lit_purify.defense.graded import OtherAttention, Proportional, Votes
 from lit_purify.defense.gradients import BPDA, Attacked, BareClassifier, Exact, Gradient, Surrogate
 from lit_purify.defense.heterogeneous import HeterogeneousPurifier, VariableIntensityPurifier
 from lit_purify.defense.masks import (
@@ -34,7 +35,9 @@ __all__ = [
     "MinMaxThreshold",
     "NoPurifier",
     "Ones",
+    "OtherAttention",
     "OtherClassifier",
+    "Proportional",
     "Purifier",
     "RandomArea",
     "SoftmaxThreshold",
@@ -43,5 +46,6 @@ __all__ = [
     "Trace",
     "UniformPurifier",
     "VariableIntensityPurifier",
+    "Votes",
     "Zeros",
 ]

@@ -21,13 +21,15 @@ class Mask(ABC):
 
     Attributes:
         relaxable: Whether ``relaxed`` depends on the image; the others are constants to an attacker.
+        grades: L, where a mask is in {0, 1/L, .., 1}: what lies between is noised with a strength between.
     """
 
     relaxable: bool = False
+    grades: int = 1
 
     @torch.no_grad()
     def __call__(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """(B, 1, H, W) in {0, 1}: 1 where the noise is strong.
+        """(B, 1, H, W) in {0, 1}, or of more grades: 1 where the noise is strong.
 
         Args:
             classifier: Whose attention counts.
@@ -142,6 +144,8 @@ class Zeros(Mask):
 class RandomArea(Mask):
     """As many pixels as another rule chooses, drawn at random: the control for whether the place matters.
 
+    Of a rule of several grades, as many as amount to the same mean.
+
     Args:
         area_of: The rule whose area is matched, image by image.
     """
@@ -163,7 +167,7 @@ class Inverse(Mask):
     """
 
     def __init__(self, of: Mask) -> None:
-        self.of, self.relaxable = of, of.relaxable
+        self.of, self.relaxable, self.grades = of, of.relaxable, of.grades
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
@@ -188,6 +192,7 @@ class Relaxed(Mask):
 
     def __init__(self, of: Mask, soft: bool, temperature: float) -> None:
         self.of, self.soft, self.temperature = of, soft, temperature
+        self.grades = of.grades
 
     def __call__(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """(B, 1, H, W), differentiable."""

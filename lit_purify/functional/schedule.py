@@ -99,7 +99,7 @@ def grid(start: int, end: int, steps: int) -> list[int]:
         InputError: There are not so many whole levels between the two.
     """
     levels = [(start * (steps - k) + end * k) / steps for k in range(steps + 1)] if steps else [float(start)]
-    rounded = [_round_half_up(level) for level in levels]
+    rounded = [round_half_up(level) for level in levels]
     if len(set(rounded)) != len(rounded):
         raise InputError(f"steps = {steps} is more than the {start - end} whole levels from {start} down to {end}")
     return rounded
@@ -114,5 +114,6 @@ def _products(beta: Tensor) -> Tensor:
     return torch.cat((beta.new_ones(1), torch.cumprod(1.0 - beta, dim=0)))
 
 
-def _round_half_up(value: float) -> int:
+def round_half_up(value: float) -> int:
+    """The nearest whole number, of two the larger."""
     return int(value + 0.5)

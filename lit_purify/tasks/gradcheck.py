@@ -133,7 +133,10 @@ def _finite_differences(name: str, model: DefendedClassifier, samples: Samples) 
     purifier, frozen = model.purifier, ""
     if purifier.mask is not None:
         mask = purifier.mask(model.classifier, samples.image, samples.noise).detach()
-        model, frozen = DefendedClassifier(purifier.with_mask(_Frozen(mask)), model.classifier), ", mask frozen"
+        model, frozen = (
+            DefendedClassifier(purifier.with_mask(_Frozen(mask, purifier.mask.grades)), model.classifier),
+            ", mask frozen",
+        )
     gradient = samples.gradient(model)
     best = []
     for k in range(_DIRECTIONS):
@@ -147,8 +150,8 @@ def _finite_differences(name: str, model: DefendedClassifier, samples: Samples) 
 class _Frozen(Mask):
     """A mask that does not move with the image."""
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
+    def __init__(self, mask: Tensor, grades: int) -> None:
+        self.mask, self.grades = mask, grades
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         return self.mask
