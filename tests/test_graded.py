@@ -1,5 +1,7 @@
 """Masks of several grades, and what a sampler makes of them."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import GaussianDenoiser, randomized
@@ -61,7 +63,7 @@ def test_every_pixel_walks_down_from_its_own_level(name, classifier, images):
     maps = [(start * (steps - k) / steps + 0.5).floor().long() for k in range(steps + 1)]
     x = noised(u, at(maps[0]), keyed(6).normal(0, u))
     assert torch.allclose(trace.noised, to_image(x), atol=1e-6)
-    for t, s in zip(maps, maps[1:], strict=False):
+    for t, s in itertools.pairwise(maps):
         x = step_back(x, denoiser(x, t), at(t), at(s))
     assert torch.allclose(trace.purified, to_image(x), atol=1e-5)
     assert purifier.start == sorted(set(maps[0].unique().tolist()) | set(purifier.start), reverse=True)
