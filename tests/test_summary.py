@@ -97,6 +97,9 @@ def test_each_of_several_threat_models_has_its_ensemble():
     facts = [described("d", name, eps=eps, stopping="") for name, eps in radii]
     assert [each["attack"] for each in ensembles(facts)] == ["ensemble-linf-0.1", "ensemble-linf-0.2"]
     assert ensembles(facts[:1]) == []
+    for fact in facts:
+        fact["eps"] = 0.1 if fact["eps"] == 0.1 else 0.10000001
+    assert [each["attack"] for each in ensembles(facts)] == ["ensemble-linf-0.1", "ensemble-linf-0.10000001"]
 
 
 def test_no_attack_is_called_ensemble():

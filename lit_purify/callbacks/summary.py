@@ -109,11 +109,14 @@ def ensembles(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for result in described:
         groups.setdefault((result["norm"], result["eps"], result["defense"]), []).append(result)
     several = {key: group for key, group in groups.items() if len(group) > 1}
-    one = len({(norm, eps) for norm, eps, _ in several}) == 1
-    return [
-        _combined(ENSEMBLE if one else f"{ENSEMBLE}-{norm}-{eps:.4g}", group)
-        for (norm, eps, _), group in several.items()
-    ]
+    models = {(norm, eps) for norm, eps, _ in several}
+
+    def named(norm: str, eps: float, digits: int) -> str:
+        return ENSEMBLE if len(models) == 1 else f"{ENSEMBLE}-{norm}-{eps:.{digits}g}"
+
+    # As few digits as tell the radii apart; 17 tell all.
+    digits = next(d for d in range(4, 18) if len({named(*model, d) for model in models}) == len(models))
+    return [_combined(named(norm, eps, digits), group) for (norm, eps, _), group in several.items()]
 
 
 def _combined(name: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -191,6 +191,8 @@ class Relaxed(Mask):
     relaxable = True
 
     def __init__(self, of: Mask, soft: bool, temperature: float) -> None:
+        if not temperature > 0.0:
+            raise InputError(f"temperature = {temperature}: use a number above 0")
         self.of, self.soft, self.temperature = of, soft, temperature
         self.grades = of.grades
 
