@@ -56,7 +56,7 @@ class TrainingTask(L.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """A network that was read from a file is in evaluation mode, in which Lightning would leave it."""
         # Channels last: convolutions are faster so, on tensor cores and on CPUs.
-        self.network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.train().to(memory_format=torch.channels_last)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps how many samples made a batch of all processes, and how many such batches a step."""
