@@ -144,6 +144,14 @@ class _CLI(LightningCLI):
             if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
                 logger.init_args.save_dir = settings.run
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:  # noqa: ANN401
+        """Also makes its processes watch each other, if it has several."""
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Watch):
+                callback.attend(trainer)
+        return trainer
+
     def instantiate_classes(self) -> None:
         """Constructors see nothing but the configuration: whatever they raise is about it."""
         try:

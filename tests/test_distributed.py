@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import Launch, finish, recorded, result, tiny
+from processes import finish, launch, recorded, result, tiny
 
 from lit_purify.data.claims import Claims
 from lit_purify.errors import InputError
@@ -66,18 +66,14 @@ def test_kills(tmp_path):
 def test_what_lives_on_of_a_killed_run_does_not_disturb_the_next(tmp_path):
     """Rank zero is killed; rank one writes on, into a file that the next run has taken away."""
     config, run = tiny(tmp_path / "tiny.yaml", samples=30), tmp_path / "run"
-    first = Launch(config, run, 2, [BATCH, "1"])
+    first = launch(config, run, 2, [BATCH, "1"])
     part = RunFolder(run).part(1)
-    while not (part.exists() and read_records(part)):
-        assert first.processes[0].exitcode is None, first.said
-        time.sleep(0.005)
+    first.until(lambda: part.exists() and read_records(part))
     first.kill(signal.SIGSTOP, ranks={1})
     first.kill(ranks={0})
     before = recorded(run)
-    second = Launch(config, run, 2, [BATCH, "1"])
-    while "goes on after" not in second.said:
-        assert second.processes[0].exitcode is None, second.said
-        time.sleep(0.005)
+    second = launch(config, run, 2, [BATCH, "1"])
+    second.until(lambda: "goes on after" in second.said)
     first.kill(signal.SIGCONT, ranks={1})
     assert second.wait() == [0, 0], second.said
     assert first.wait()[1] not in (0, -signal.SIGKILL), "it has noticed"
@@ -88,12 +84,11 @@ def test_what_lives_on_of_a_killed_run_does_not_disturb_the_next(tmp_path):
 def test_a_second_launch_with_other_settings_changes_nothing(config, tmp_path):
     """Also before the first record, when no settings hold the folder yet."""
     run = tmp_path / "run"
-    first = Launch(config, run)
-    while not (run / "identity.json").exists():
-        time.sleep(0.005)
+    first = launch(config, run)
+    first.until((run / "identity.json").exists)
     first.kill(signal.SIGSTOP)
     held = {path: path.read_bytes() for path in run.iterdir()}
-    second = Launch(config, run, flags=["--model.init_args.runs", "2"])
+    second = launch(config, run, flags=["--model.init_args.runs", "2"])
     assert second.wait() == [2]
     assert second.said == f"eval.py: error: {run}: another run is writing there; wait for it, or give another --run\n"
     assert {path: path.read_bytes() for path in run.iterdir()} == held
@@ -182,10 +177,10 @@ def test_records_of_other_images_are_refused(config, whole, tmp_path):
     shutil.copytree(whole, run)
     first, *others = read_records(run / "records.jsonl")
     write_records(run / "records.jsonl", [replace(first, label=first.label + 1), *others])
-    launch = Launch(config, run)
-    assert launch.wait() == [2]
-    assert f"sample {first.index} with label {first.label + 1}, which these images do not have" in launch.said
-    assert launch.said.count("\n") == 1
+    launched = launch(config, run)
+    assert launched.wait() == [2]
+    assert f"sample {first.index} with label {first.label + 1}, which these images do not have" in launched.said
+    assert launched.said.count("\n") == 1
 
 
 # Dealing out.

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 import yaml
-from launching import ends, launch
+from processes import Launch
 from safetensors.torch import load_file
 
 from lit_purify.cli import train
@@ -65,8 +65,8 @@ def two(config, tmp_path_factory):
     """The run of two processes with 16 images each."""
     folder = tmp_path_factory.mktemp("two")
     argv = ["fit", f"--config={config}", f"--run={folder / 'run'}"]
-    processes = launch("train", argv, 2, folder / "log")
-    assert ends(processes) == [0, 0], [(folder / f"log.{rank}").read_text()[-2000:] for rank in (0, 1)]
+    launched = Launch("train", argv, folder / "log", 2)
+    assert launched.wait() == [0, 0], launched.said
     return folder / "run"
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ends, launch, until
+from processes import Launch
 
 from lit_purify import cli
-from lit_purify.callbacks.watch import Roll, Sign
+from lit_purify.callbacks.roll import Roll, Sign
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.functional.chunks import fitting
 from lit_purify.metrics import read_records
@@ -38,7 +38,7 @@ def sign(beat=0, done=0, state="works", host="b", process=7):
 
 
 def roll(*signs):
-    found = Roll(silence=60, stall=600)
+    found = Roll(range(len(signs)), silence=60, stall=600, start=100)
     for rank, each in enumerate(signs):
         found.hear(rank, each)
     return found
@@ -84,14 +84,13 @@ def test_a_failure_is_passed_on_after_a_while_and_a_verdict_at_once():
 def test_a_rank_that_hangs_ends_the_evaluation_and_the_same_command_goes_on(tmp_path, capsys):
     run = tmp_path / "run"
     argv = [*EVALUATION, f"--run={run}", "--trainer.logger=false"]
-    processes = launch("evaluate", [*argv, "--watch.silence=4"], 2, tmp_path / "log")
-    until(lambda: any(path.stat().st_size for path in run.glob("records*")))
-    os.kill(processes[1].pid, signal.SIGSTOP)
-    processes[0].join(400)
-    os.kill(processes[1].pid, signal.SIGKILL)
-    assert ends(processes) == [INTERRUPTED, -signal.SIGKILL]
-    said = (tmp_path / "log.0").read_text()
-    assert f"error: no sign of life for 4 s from rank 1 ({socket.gethostname()}, process {processes[1].pid})" in said
+    launched = Launch("evaluate", [*argv, "--watch.silence=4"], tmp_path / "log", 2)
+    launched.until(lambda: any(path.stat().st_size for path in run.glob("records*")))
+    launched.kill(signal.SIGSTOP, {1})
+    launched.processes[0].join(100)
+    assert launched.wait(0) == [INTERRUPTED, -signal.SIGKILL]
+    said = launched.said
+    assert f"error: no sign of life for 4 s from rank 1 ({socket.gethostname()}, process {launched.processes[1].pid})" in said
     assert "the same command goes on from here" in said
     cli.evaluate(argv)
     assert "goes on after" in capsys.readouterr().out
@@ -147,8 +146,8 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_chunks_and_s
 def test_two_processes_make_one_run_of_wandb_with_the_overlays_of_both(tmp_path):
     run = tmp_path / "run"
     few = ["--data.init_args.subset.init_args.n=8", "--data.init_args.batch_size=2", "--model.init_args.gallery=4"]
-    processes = launch("evaluate", [*EVALUATION, f"--run={run}", *few], 2, tmp_path / "log")
-    assert ends(processes) == [0, 0], [(tmp_path / f"log.{rank}").read_text()[-2000:] for rank in (0, 1)]
+    launched = Launch("evaluate", [*EVALUATION, f"--run={run}", *few], tmp_path / "log", 2)
+    assert launched.wait() == [0, 0], launched.said
     assert len(list(tmp_path.rglob("offline-run-*"))) == 1
     (table,) = (json.loads(path.read_text()) for path in run.rglob("files/media/table/samples*.json"))
     shown = {row[table["columns"].index("index")] for row in table["data"]}
