@@ -241,8 +241,11 @@ class _EvaluationCLI(_CLI):
         self.running = True
 
     def after_purify(self) -> None:
-        """The configuration lies beside the images."""
+        """The configuration lies beside the images. Exit status 1 when some of them could not be read."""
+        assert isinstance(self.trainer, PurifyingTrainer)
         RunFolder(Path(self._settings.output).expanduser()).write_config(self.resolved, write=_rank() == 0)
+        if self.trainer.unreadable:
+            sys.exit(1)
 
     before_predict, after_predict = before_purify, after_purify
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -33,7 +33,7 @@ class ImageFolder(ImageDataModule):
     - ``train`` and ``val``: the test reads ``val``.
 
     Labels count the class folders of all splits together, sorted by name. Images may lie deeper inside a class folder;
-    hidden files and folders are ignored.
+    hidden files and folders are ignored. Photos are turned upright as their EXIF says, what is transparent shows white.
 
     Args:
         root: The folder.
@@ -146,14 +146,20 @@ def _read_item(files: Sequence[Path], channels: int, size: int | None, item: int
 
 
 def read_image(path: Path, channels: int, size: int | None = None) -> Tensor:
-    """An image (C, H, W) in [0, 1]; with a ``size``, its shorter side is resized to that and its center cropped.
+    """An image (C, H, W) in [0, 1], turned upright as its EXIF says, what is transparent on white.
+
+    With a ``size``, its shorter side is resized to that and its center cropped.
 
     Raises:
         InputError: The file is not an image, is damaged, or has more than 8 bits.
     """
     with open_image(path) as file:
         try:
-            pixels = np.array(file.convert("RGB" if channels == 3 else "L"))
+            upright = ImageOps.exif_transpose(file)
+            if upright.has_transparency_data:
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright.convert("RGBA"))
+            pixels = np.array(upright.convert("RGB" if channels == 3 else "L"))
         except _UNREADABLE as error:
             raise _unreadable(path) from error
     image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).movedim(-1, 0).float().div(255.0)
