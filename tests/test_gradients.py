@@ -294,7 +294,7 @@ class Rounding(UniformPurifier):
     """A sampler whose grid rounds the level it starts from: the trap of int(n * strength)."""
 
     def with_steps(self, steps):
-        return Rounding(self.denoiser, self.classifier, self.grid[0] // (100 // steps) * (100 // steps), steps)
+        return Rounding(self.denoiser, self.classifier, self.start[0] // (100 // steps) * (100 // steps), steps)
 
 
 def test_a_surrogate_that_starts_elsewhere_is_warned_of(unet, classifier, capsys):

@@ -1,7 +1,6 @@
 """What becomes of a run when a process dies or hangs, or memory runs out."""
 
 import json
-import os
 import signal
 import socket
 from pathlib import Path
@@ -90,7 +89,10 @@ def test_a_rank_that_hangs_ends_the_evaluation_and_the_same_command_goes_on(tmp_
     launched.processes[0].join(100)
     assert launched.wait(0) == [INTERRUPTED, -signal.SIGKILL]
     said = launched.said
-    assert f"error: no sign of life for 4 s from rank 1 ({socket.gethostname()}, process {launched.processes[1].pid})" in said
+    assert (
+        f"error: no sign of life for 4 s from rank 1 ({socket.gethostname()}, process {launched.processes[1].pid})"
+        in said
+    )
     assert "the same command goes on from here" in said
     cli.evaluate(argv)
     assert "goes on after" in capsys.readouterr().out

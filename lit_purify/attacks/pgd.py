@@ -45,6 +45,8 @@ class PGD(Attack):
         random_start: Start at a uniform point of the ball instead of at the image.
         restarts: How often to start; the restart whose result has the highest averaged loss counts.
         aggregate: What the draws of a sample count: ``mean``, ``worst`` or ``vote``.
+        sign: L2 steps follow the sign of the gradient too, ``step_size`` for each pixel, as in the released code of Lee
+            & Kim (2023) and of Pei et al. (2025). Such a step is not the steepest.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class PGD(Attack):
         random_start: bool = True,
         restarts: int = 1,
         aggregate: Aggregate = "mean",
+        sign: bool = False,
     ) -> None:
         super().__init__(norm, eps)
         check_counts(steps=steps, eot=eot, restarts=restarts)
@@ -68,6 +71,7 @@ class PGD(Attack):
         self.step_size = pixels("step_size", step_size)
         self.loss_name, self.loss = loss, named_loss(loss)
         self.select, self.random_start, self.aggregate = select, random_start, aggregate
+        self.step_norm: Norm = "linf" if sign else norm
 
     @property
     def title(self) -> str:
@@ -75,8 +79,9 @@ class PGD(Attack):
         start = "a random point" if self.random_start else "the image"
         restarts = f", {self.restarts} restarts" if self.restarts > 1 else ""
         weights = {"mean": "", "worst": ", draws weighted by success", "vote": ", draws weighted by failure"}
+        signs = ", signs as steps" if self.step_norm != self.norm else ""
         return (
-            f"PGD on the {self.loss_name} loss from {start}, step {self.step_size:.4g}, {self.select} "
+            f"PGD on the {self.loss_name} loss from {start}, step {self.step_size:.4g}{signs}, {self.select} "
             f"iterate{restarts}{weights[self.aggregate]}"
         )
 
@@ -101,7 +106,7 @@ class PGD(Attack):
                 seen = draws_in_chunks(model, self.loss, adversarial, label, noise, runs[k], chunk)
                 if self.select == "best":
                     best.offer(adversarial, self._score(seen.logits, seen.loss, label))
-                adversarial = adversarial + self.step_size * steepest(self._gradient(seen, label), self.norm)
+                adversarial = adversarial + self.step_size * steepest(self._gradient(seen, label), self.step_norm)
                 adversarial = project(adversarial, image, self.norm, self.eps)
             if self._returns_last:
                 return adversarial

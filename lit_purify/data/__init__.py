@@ -5,7 +5,7 @@ from lit_purify.data.cifar10 import CIFAR10
 from lit_purify.data.digits import Digits
 from lit_purify.data.folder import ImageFolder
 from lit_purify.data.imagenet import ImageNet
-from lit_purify.data.subset import Balanced, First, IndexFile, RandomChoice, Subset
+from lit_purify.data.subset import Balanced, First, IndexFile, RandomChoice, RandomDraws, Subset
 from lit_purify.data.svhn import SVHN
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "ImageNet",
     "IndexFile",
     "RandomChoice",
+    "RandomDraws",
     "Subset",
 ]

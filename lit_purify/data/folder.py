@@ -39,6 +39,8 @@ class ImageFolder(ImageDataModule):
         root: The folder.
         size: Height and width: the shorter side is resized, the center cropped. ``None`` keeps images as they are; they
             must then have one size.
+        resize: What the shorter side is resized to before the center is cropped, at least ``size``; ``None`` is
+            ``size``. Classifiers of ImageNet are mostly tested with ``size: 224, resize: 256``.
         channels: 3 for color, 1 for gray.
         val_fraction: Part of the images cut off for validation where no folder gives it.
         test_fraction: Part of the images cut off for the test where no folder gives it; 1 (with val_fraction 0) tests
@@ -55,6 +57,7 @@ class ImageFolder(ImageDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         split_seed: int = 0,
+        resize: int | None = None,
         **loading: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(**loading)
@@ -64,7 +67,11 @@ class ImageFolder(ImageDataModule):
             raise InputError(
                 f"val_fraction = {val_fraction}, test_fraction = {test_fraction}: use parts of 1 that add to at most 1"
             )
-        self.root, self.size, self.channels = Path(root).expanduser(), size, channels
+        if resize is not None and (size is None or resize < size):
+            raise InputError(
+                f"resize = {resize}, size = {size}: the center of size is cropped: give size, at most resize"
+            )
+        self.root, self.size, self.channels, self.resize = Path(root).expanduser(), size, channels, resize
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
 
     @property
@@ -125,7 +132,7 @@ class ImageFolder(ImageDataModule):
             kinds = ", ".join(IMG_EXTENSIONS)
             raise InputError(f"{folder}: no images in it; it needs one subfolder a class, with {kinds}")
         files, labels = zip(*found, strict=True)
-        return ImageDataset.whole(partial(_read_item, files, self.channels, self.size), labels, classes)
+        return ImageDataset.whole(partial(_read_item, files, self.channels, self.size, self.resize), labels, classes)
 
 
 def _is_class(entry: Path) -> bool:
@@ -141,14 +148,14 @@ def find_files(folder: Path, extensions: tuple[str, ...] = ("",)) -> list[Path]:
     return sorted(found)
 
 
-def _read_item(files: Sequence[Path], channels: int, size: int | None, item: int) -> Tensor:
-    return read_image(files[item], channels, size)
+def _read_item(files: Sequence[Path], channels: int, size: int | None, shorter: int | None, item: int) -> Tensor:
+    return read_image(files[item], channels, size, shorter)
 
 
-def read_image(path: Path, channels: int, size: int | None = None) -> Tensor:
+def read_image(path: Path, channels: int, size: int | None = None, shorter: int | None = None) -> Tensor:
     """An image (C, H, W) in [0, 1], turned upright as its EXIF says, what is transparent on white.
 
-    With a ``size``, its shorter side is resized to that and its center cropped.
+    With a ``size``, resized to that (``functional.images.resize``).
 
     Raises:
         InputError: The file is not an image, is damaged, or has more than 8 bits.
@@ -163,7 +170,7 @@ def read_image(path: Path, channels: int, size: int | None = None) -> Tensor:
         except _UNREADABLE as error:
             raise _unreadable(path) from error
     image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).movedim(-1, 0).float().div(255.0)
-    return image if size is None else resize(image[None], size)[0]
+    return image if size is None else resize(image[None], size, shorter)[0]
 
 
 def open_image(path: Path) -> Image.Image:

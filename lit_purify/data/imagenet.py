@@ -12,7 +12,9 @@ class ImageNet(ImageFolder):
     """ImageNet-1k in the layout of ``ImageFolder``, or any part of it, with folders named by WordNet id.
 
     A label is the position of the id among all 1,000, also when only some classes are there. All else is as in
-    ``ImageFolder``.
+    ``ImageFolder``: a folder that holds ``val`` alone is enough for an evaluation; ``size: 224, resize: 256`` is how
+    classifiers are mostly tested, ``size: 256`` what 256x256 diffusion networks take. Between the two stands
+    ``ResizedPurifier``.
     """
 
     def known_classes(self) -> Sequence[str]:

@@ -2,7 +2,7 @@
 
 from lit_purify.defense.defended import DefendedClassifier
 from lit_purify.defense.graded import OtherAttention, Proportional, Votes
-from lit_purify.defense.gradients import BPDA, Attacked, BareClassifier, Exact, Gradient, Surrogate
+from lit_purify.defense.gradients import BPDA, Attacked, BareClassifier, Exact, Gradient, OtherPurifier, Surrogate
 from lit_purify.defense.heterogeneous import HeterogeneousPurifier, VariableIntensityPurifier
 from lit_purify.defense.masks import (
     Inverse,
@@ -10,17 +10,20 @@ from lit_purify.defense.masks import (
     MinMaxThreshold,
     Ones,
     RandomArea,
+    Renormalized,
     SoftmaxThreshold,
     TopFraction,
     Zeros,
 )
 from lit_purify.defense.purifiers import (
+    GradualPurifier,
     NoPurifier,
     OtherClassifier,
     Purifier,
     Trace,
     UniformPurifier,
 )
+from lit_purify.defense.resized import ResizedPurifier
 
 __all__ = [
     "BPDA",
@@ -29,6 +32,7 @@ __all__ = [
     "DefendedClassifier",
     "Exact",
     "Gradient",
+    "GradualPurifier",
     "HeterogeneousPurifier",
     "Inverse",
     "Mask",
@@ -37,9 +41,12 @@ __all__ = [
     "Ones",
     "OtherAttention",
     "OtherClassifier",
+    "OtherPurifier",
     "Proportional",
     "Purifier",
     "RandomArea",
+    "Renormalized",
+    "ResizedPurifier",
     "SoftmaxThreshold",
     "Surrogate",
     "TopFraction",

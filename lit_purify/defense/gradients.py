@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from lit_purify.defense.defended import DefendedClassifier
 from lit_purify.defense.masks import Relaxed
+from lit_purify.defense.purifiers import Purifier
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import LogitsFunction
 from lit_purify.functional.noise import Noise
+from lit_purify.models import Classifier, Denoiser
 
 MaskGradient = Literal["frozen", "straight_through", "soft"]
 
@@ -122,6 +125,30 @@ class Surrogate(Gradient):
             # Rounding to another grid can change what is attacked.
             remark = f"the surrogate of {self.steps} steps noises to {theirs.start}, the defense to {ours.start}"
         return replace(view, defended=defended, gradient="surrogate", remark=remark)
+
+
+class OtherPurifier(Gradient):
+    """Another purifier of the same networks, cheaper as a rule, in place of the defense.
+
+    Args:
+        purifier: What is attacked.
+        mask: See ``Exact``.
+        temperature: See ``Exact``.
+    """
+
+    def __init__(
+        self,
+        purifier: Callable[[Denoiser, Classifier], Purifier],
+        mask: MaskGradient = "frozen",
+        temperature: float = 0.1,
+    ) -> None:
+        self.purifier, self.exact = purifier, Exact(mask, temperature)
+
+    def attacked(self, defended: DefendedClassifier) -> Attacked:
+        """See ``Gradient``."""
+        theirs = self.purifier(defended.purifier.denoiser, defended.classifier)
+        view = self.exact.attacked(DefendedClassifier(theirs, defended.classifier))
+        return replace(view, defended=defended, gradient="surrogate")
 
 
 class BPDA(Gradient):

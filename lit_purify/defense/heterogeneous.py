@@ -41,10 +41,11 @@ class HeterogeneousPurifier(Purifier):
         mask: Rule that gives the mask.
         high: t_l, level on the mask, in noising steps.
         low: t_s, level elsewhere; below ``high``.
-        steps: Grid steps from ``high`` to 0; ``low`` is on the grid.
+        steps: Grid steps from ``high`` to ``end``; ``low`` is on the grid.
         resampling: How seams are mended.
         jump: U, in noising steps.
         resampling_steps: Small steps of ``multi``, at most ``jump``.
+        end: Level at which the walk ends; 1 in the released code, whose last image keeps the noise of one step.
         recompute: See ``Purifier``.
     """
 
@@ -61,24 +62,25 @@ class HeterogeneousPurifier(Purifier):
         resampling: Resampling = "single",
         jump: int = 10,
         resampling_steps: int = 10,
+        end: int = 0,
         recompute: bool = True,
     ) -> None:
         super().__init__(denoiser, classifier, recompute)
         _check_order(denoiser, high, low)
-        if not 1 <= low < high:
-            raise InputError(f"low = {low} (t_s): this sampler needs 1 <= low < high = {high}")
+        if not 0 <= end < low < high:
+            raise InputError(f"low = {low} (t_s): this sampler needs 0 <= end = {end} < low < high = {high}")
         if mask.grades != 1:
             raise InputError("mask: this sampler knows strong and weak noise alone; use VariableIntensityPurifier")
         if positive("steps", steps) < 2:
             raise InputError(f"steps = {steps}: use at least 2, one above low and one below")
-        self.mask, self.high, self.low, self.resampling = mask, high, low, resampling
+        self.mask, self.high, self.low, self.end, self.resampling = mask, high, low, end, resampling
         self.jump = 0 if resampling == "none" else positive("jump", jump)
         denoiser.schedule.check("high + jump", high + self.jump)
         self.resampling_steps = positive("resampling_steps", resampling_steps) if resampling == "multi" else 1
         self._back(high)
-        above = min(steps - 1, max(1, round(steps * (high - low) / high)))
+        above = min(steps - 1, max(1, round(steps * (high - low) / (high - end))))
         self.upper = grid(high, low, above)
-        self.lower = grid(low, 0, steps - above)
+        self.lower = grid(low, end, steps - above)
 
     def trace(self, image: Tensor, noise: Noise) -> Trace:
         """Walks from ``high`` to ``low`` on the mask, then from ``low`` to 0 everywhere."""
@@ -128,6 +130,7 @@ class HeterogeneousPurifier(Purifier):
             self.resampling,
             self.jump,
             self.resampling_steps,
+            self.end,
             self.recompute,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -176,6 +177,53 @@ class Inverse(Mask):
     def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
         """See ``Mask``."""
         return 1.0 - self.of.relaxed(classifier, image, noise, temperature)
+
+
+class Renormalized(Mask):
+    """Another rule, to which the classifier is shown (image - mean) / std in place of the image.
+
+    The released code of Pei et al. (2025) makes its masks from u = 2 image - 1, normalized by ImageNet's mean m and
+    standard deviation s for whatever classifier: ``mean`` (1 + m) / 2, ``std`` s / 2.
+
+    Args:
+        of: The other rule.
+        mean: Subtracted from each channel of the [0, 1] image.
+        std: What each channel is divided by; the classifier's own normalization comes on top.
+    """
+
+    def __init__(self, of: Mask, mean: Sequence[float], std: Sequence[float]) -> None:
+        if not all(value > 0.0 for value in std):
+            raise InputError(f"std = {list(std)}: use numbers above 0")
+        self.of, self.mean, self.std = of, list(mean), list(std)
+        self.relaxable, self.grades = of.relaxable, of.grades
+
+    def _shown(self, image: Tensor) -> Tensor:
+        mean, std = (image.new_tensor(values).reshape(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (image - mean) / std
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return self.of.build(classifier, self._shown(image), noise)
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``."""
+        return self.of.relaxed(classifier, self._shown(image), noise, temperature)
+
+
+class Given(Mask):
+    """A mask that is there already, and does not move with the image.
+
+    Args:
+        mask: (B, 1, H, W).
+        grades: See ``Mask``.
+    """
+
+    def __init__(self, mask: Tensor, grades: int = 1) -> None:
+        self.mask, self.grades = mask, grades
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return self.mask
 
 
 class Relaxed(Mask):

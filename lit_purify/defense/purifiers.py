@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -13,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_purify.defense.masks import Mask
 from lit_purify.errors import InputError
-from lit_purify.functional.diffusion import noised, step_back, to_diffusion, to_image
+from lit_purify.functional.diffusion import euler_back, noised, step_back, to_diffusion, to_image
 from lit_purify.functional.noise import Noise
 from lit_purify.functional.schedule import grid
 from lit_purify.models import Classifier, Denoiser
+
+Sampler = Literal["ddim", "ddpm", "sde"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,10 @@ class Purifier(nn.Module, ABC):
         vars(other).update(attributes)
         return other
 
+    def check_image(self, image: Tensor) -> None:
+        """Raises an ``InputError`` when an image batch does not fit."""
+        self.denoiser.check_image(image)
+
     def predict(self, x: Tensor, t: Tensor | int) -> Tensor:
         """Noise predicted in ``x`` at one level or at a map of levels."""
         level = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
@@ -137,6 +145,9 @@ class NoPurifier(Purifier):
         """Itself: there are no steps."""
         return self
 
+    def check_image(self, image: Tensor) -> None:
+        """The denoiser, which is not called, may take others."""
+
 
 class OtherClassifier(NoPurifier):
     """Another classifier in place of the defended one, such as one trained adversarially: a defense to compare with.
@@ -151,7 +162,79 @@ class OtherClassifier(NoPurifier):
         super().__init__(denoiser, network)
 
 
-class UniformPurifier(Purifier):
+class GradualPurifier(Purifier):
+    """Uniform noise in several rounds (Lee & Kim, "Robust evaluation of diffusion-based purification", ICCV 2023).
+
+    Each round noises what the one before has left, without clipping in between, and denoises it to 0.
+
+    Args:
+        denoiser: Predicts noise.
+        classifier: Not looked at.
+        level: t of each round, how strongly is noised, in noising steps.
+        steps: Network calls of each round.
+        sampler: ``ddim`` is deterministic after the first noise of a round; ``ddpm`` draws anew at every step, and so
+            does ``sde``, Euler-Maruyama steps of the reverse SDE.
+        recompute: See ``Purifier``.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        classifier: Classifier,
+        level: Sequence[int],
+        steps: Sequence[int],
+        sampler: Sampler = "ddim",
+        recompute: bool = True,
+    ) -> None:
+        super().__init__(denoiser, classifier, recompute)
+        if not level or len(level) != len(steps):
+            raise InputError(f"level has {len(level)} rounds, steps {len(steps)}: give each round its level and steps")
+        self.grids = [
+            grid(denoiser.schedule.check("level", t, low=1), 0, positive("steps", n))
+            for t, n in zip(level, steps, strict=True)
+        ]
+        self.sampler = sampler
+
+    def trace(self, image: Tensor, noise: Noise) -> Trace:
+        """Noises to each round's level, and walks its grid down to 0; what is shown as noised is the last round's."""
+        at = self.denoiser.schedule.at
+        x = start = to_diffusion(image)
+        numbers = itertools.count()
+        for grid_ in self.grids:
+            x = start = noised(x, at(grid_[0]), noise.normal(next(numbers), x))
+            for t, s in itertools.pairwise(grid_):
+                eps, drawn = self.predict(x, t), next(numbers)
+                if self.sampler == "ddim":
+                    x = step_back(x, eps, at(t), at(s))
+                elif self.sampler == "ddpm":
+                    x = step_back(x, eps, at(t), at(s), eta=1.0, noise=noise.normal(drawn, x))
+                else:
+                    x = euler_back(x, eps, at(t), at(s), noise.normal(drawn, x))
+        return Trace(to_image(x), to_image(start))
+
+    def with_steps(self, steps: int) -> GradualPurifier:
+        """See ``Purifier``; so many in each round."""
+        level = [grid_[0] for grid_ in self.grids]
+        counts = [steps] * len(level)
+        return GradualPurifier(self.denoiser, self.classifier, level, counts, self.sampler, self.recompute)
+
+    @property
+    def levels(self) -> list[int]:
+        """The grids without their ends, round by round."""
+        return [t for grid_ in self.grids for t in grid_[:-1]]
+
+    @property
+    def start(self) -> list[int]:
+        """Those of the rounds, strongest first."""
+        return sorted({grid_[0] for grid_ in self.grids}, reverse=True)
+
+    @property
+    def nfe(self) -> int:
+        """One call a step."""
+        return len(self.levels)
+
+
+class UniformPurifier(GradualPurifier):
     """The same noise everywhere, removed in ``steps`` steps (Nie et al., "DiffPure", ICML 2022).
 
     Args:
@@ -159,7 +242,8 @@ class UniformPurifier(Purifier):
         classifier: Not looked at.
         level: t, how strongly is noised, in noising steps.
         steps: Network calls.
-        sampler: ``ddim`` is deterministic after the first noise; ``ddpm`` draws anew at every step.
+        sampler: ``ddim`` is deterministic after the first noise; ``ddpm`` draws anew at every step, and so does
+            ``sde``, Euler-Maruyama steps of the reverse SDE (DiffPure's own).
         recompute: See ``Purifier``.
     """
 
@@ -169,39 +253,14 @@ class UniformPurifier(Purifier):
         classifier: Classifier,
         level: int,
         steps: int,
-        sampler: Literal["ddim", "ddpm"] = "ddim",
+        sampler: Sampler = "ddim",
         recompute: bool = True,
     ) -> None:
-        super().__init__(denoiser, classifier, recompute)
-        denoiser.schedule.check("level", level, low=1)
-        self.grid, self.sampler = grid(level, 0, positive("steps", steps)), sampler
-
-    def trace(self, image: Tensor, noise: Noise) -> Trace:
-        """Noises to the level, then walks the grid down to 0."""
-        at = self.denoiser.schedule.at
-        u = to_diffusion(image)
-        x = start = noised(u, at(self.grid[0]), noise.normal(0, u))
-        for k, (t, s) in enumerate(zip(self.grid, self.grid[1:], strict=False), start=1):
-            if self.sampler == "ddpm":
-                x = step_back(x, self.predict(x, t), at(t), at(s), eta=1.0, noise=noise.normal(k, u))
-            else:
-                x = self.ddim(x, t, s)
-        return Trace(to_image(x), to_image(start))
+        super().__init__(denoiser, classifier, [level], [steps], sampler, recompute)
 
     def with_steps(self, steps: int) -> UniformPurifier:
         """See ``Purifier``."""
-        level = self.grid[0]
-        return type(self)(self.denoiser, self.classifier, level, steps, self.sampler, self.recompute)
-
-    @property
-    def levels(self) -> list[int]:
-        """The grid without its end."""
-        return self.grid[:-1]
-
-    @property
-    def nfe(self) -> int:
-        """One call a step."""
-        return len(self.levels)
+        return type(self)(self.denoiser, self.classifier, self.start[0], steps, self.sampler, self.recompute)
 
 
 def positive(name: str, value: int) -> int:

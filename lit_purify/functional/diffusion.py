@@ -31,6 +31,24 @@ def renoised(x: Tensor, abar_from: Tensor, abar_to: Tensor, eps: Tensor) -> Tens
     return ratio.sqrt().to(x.dtype) * x + (1.0 - ratio).sqrt().to(x.dtype) * eps
 
 
+def euler_back(x: Tensor, eps: Tensor, abar_from: Tensor, abar_to: Tensor, noise: Tensor) -> Tensor:
+    """One Euler-Maruyama step of the reverse VP SDE (Song et al., "Score-based", ICLR 2021, eq. 6 and 11).
+
+    With b the integral of beta over the step, -ln(abar_from / abar_to), and the score -eps / sqrt(1 - abar_from):
+    x + b (x / 2 - eps / sqrt(1 - abar_from)) + sqrt(b) noise.
+
+    Args:
+        x: Sample at the stronger level, (B, C, H, W) in diffusion space.
+        eps: Noise that the denoiser predicts in ``x``, same shape.
+        abar_from: abar of the stronger level.
+        abar_to: abar of the weaker level.
+        noise: Standard normal, same shape.
+    """
+    b = (abar_to / abar_from).log()
+    score = b / (1.0 - abar_from).sqrt()
+    return (1.0 + b / 2.0).to(x.dtype) * x - score.to(x.dtype) * eps + b.sqrt().to(x.dtype) * noise
+
+
 def step_back(
     x: Tensor, eps: Tensor, abar_from: Tensor, abar_to: Tensor, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:

@@ -9,24 +9,25 @@ from torch.nn.functional import interpolate, pad
 from lit_purify.errors import InputError
 
 
-def resize(image: Tensor, size: int) -> Tensor:
-    """Images with their shorter side resized to ``size`` (bilinear, antialiased) and their center cropped.
+def resize(image: Tensor, size: int, shorter: int | None = None) -> Tensor:
+    """Images with their shorter side resized (bilinear, antialiased) and their center cropped.
 
     Args:
         image: (B, C, H, W) in [0, 1].
         size: Height and width of the result, in pixels.
+        shorter: What the shorter side is resized to, at least ``size``; ``None`` is ``size``.
 
     Raises:
         InputError: ``size`` is not positive.
     """
     if size < 1:
         raise InputError(f"size = {size}: use at least 1 pixel")
+    shorter = size if shorter is None else shorter
     height, width = image.shape[-2:]
-    if (height, width) == (size, size):
-        return image
-    scale = size / min(height, width)
-    target = (max(size, round(height * scale)), max(size, round(width * scale)))
-    image = interpolate(image, size=target, mode="bilinear", align_corners=False, antialias=True).clamp(0.0, 1.0)
+    scale = shorter / min(height, width)
+    target = (max(shorter, round(height * scale)), max(shorter, round(width * scale)))
+    if target != (height, width):
+        image = interpolate(image, size=target, mode="bilinear", align_corners=False, antialias=True).clamp(0.0, 1.0)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2
     return image[..., top : top + size, left : left + size]
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn.functional import relu, silu
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
@@ -18,7 +17,7 @@ from lit_purify.models.weights import load_into, read_state_dict
 Activation = Literal["relu", "silu"]
 Padding = Literal["symmetric", "same"]
 
-_ACTIVATIONS = {"relu": relu, "silu": silu}
+_ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 _ROBUSTBENCH = "block1.layer.0.bn1.weight"
 # A name that every file of a layout has, and what makes RobustBench's names of those of the layout, one after another.
 _LAYOUTS = {
@@ -64,13 +63,14 @@ class Block(nn.Module):
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
         changes = width_in != width_out
         self.convShortcut = nn.Conv2d(width_in, width_out, 1, stride, bias=False) if changes else None
-        self.activation = _ACTIVATIONS[activation]
+        # Modules of their own, which a mask may look at.
+        self.relu1, self.relu2 = _ACTIVATIONS[activation](), _ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) to (B, width_out, H / stride, W / stride)."""
-        h = self.activation(self.bn1(x))
+        h = self.relu1(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(h)
-        return shortcut + self.conv2(self.activation(self.bn2(self.conv1(h))))
+        return shortcut + self.conv2(self.relu2(self.bn2(self.conv1(h))))
 
 
 class WideResNet(nn.Module):
@@ -96,12 +96,12 @@ class WideResNet(nn.Module):
         self.block3 = group(32 * width, 64 * width, 2)
         self.bn1 = nn.BatchNorm2d(64 * width)
         self.fc = nn.Linear(64 * width, num_classes)
-        self.activation = _ACTIVATIONS[activation]
+        self.relu = _ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of normalized images (B, C, H, H)."""
         h = self.block3(self.block2(self.block1(self.conv1(x))))
-        return self.fc(self.activation(self.bn1(h)).mean(dim=(2, 3)))
+        return self.fc(self.relu(self.bn1(h)).mean(dim=(2, 3)))
 
 
 class WideResNetClassifier(Classifier):

@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from lit_purify.data import ImageDataModule
-from lit_purify.defense import DefendedClassifier, Mask
+from lit_purify.defense import DefendedClassifier
+from lit_purify.defense.masks import Given
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import LogitsFunction
 from lit_purify.functional.losses import margin_loss
-from lit_purify.functional.noise import ATTACK, START_STEP, KeyedNoise, Noise
+from lit_purify.functional.noise import ATTACK, START_STEP, KeyedNoise
 from lit_purify.functional.threat import linf_norm
 from lit_purify.metrics.records import identity_sha256, write_whole
-from lit_purify.models import Classifier, Denoiser
+from lit_purify.models import Denoiser
 from lit_purify.tasks.robustness import RobustnessTask
 
 RECOMPUTED_LIMIT, FINITE_LIMIT, ZERO_LIMIT = 1e-5, 1e-4, 0.9
@@ -133,10 +134,8 @@ def _finite_differences(name: str, model: DefendedClassifier, samples: Samples) 
     purifier, frozen = model.purifier, ""
     if purifier.mask is not None:
         mask = purifier.mask(model.classifier, samples.image, samples.noise).detach()
-        model, frozen = (
-            DefendedClassifier(purifier.with_mask(_Frozen(mask, purifier.mask.grades)), model.classifier),
-            ", mask frozen",
-        )
+        given = purifier.with_mask(Given(mask, purifier.mask.grades))
+        model, frozen = DefendedClassifier(given, model.classifier), ", mask frozen"
     gradient = samples.gradient(model)
     best = []
     for k in range(_DIRECTIONS):
@@ -145,16 +144,6 @@ def _finite_differences(name: str, model: DefendedClassifier, samples: Samples) 
         best.append(torch.stack([_error(model, samples, direction, step, derivative) for step in _STEPS]).amin(dim=0))
     detail = f"relative error of directional derivatives, float64, best step{frozen}"
     return Finding(name, "finite_differences", float(torch.stack(best).max()), FINITE_LIMIT, detail)
-
-
-class _Frozen(Mask):
-    """A mask that does not move with the image."""
-
-    def __init__(self, mask: Tensor, grades: int) -> None:
-        self.mask, self.grades = mask, grades
-
-    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        return self.mask
 
 
 def _error(model: DefendedClassifier, samples: Samples, direction: Tensor, step: float, derivative: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ class PurifyingTrainer(L.Trainer):
         name = _choose(model, defense)
         defended = model.defenses[name]
         assert isinstance(defended, DefendedClassifier)
-        model.denoiser.check_image(torch.empty(1, model.classifier.channels, *2 * [model.classifier.size]))
+        defended.purifier.check_image(torch.empty(1, model.classifier.channels, *2 * [model.classifier.size]))
         runs = model.runs if classify else None
         settings_sha256 = self._identity(model, name, runs)
         jobs, left_out = plan(folder, output)

@@ -195,10 +195,11 @@ class RobustnessTask(L.LightningModule):
         """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
         evaluated = data.evaluated
         first = evaluated[0]["image"][None]
-        self.denoiser.check_image(first)
-        for classifier in {self.classifier, *(self._defended(name).classifier for name in self.defenses)}:
-            classifier.check_image(first)
-            classifier.check_classes(data.classes)
+        for name in self.defenses:
+            defended = self._defended(name)
+            defended.classifier.check_image(first)
+            defended.classifier.check_classes(data.classes)
+            defended.purifier.check_image(first)
         for attack in self.attacks.values():
             attack.prepare(evaluated.positions.tolist())
 
