@@ -63,7 +63,9 @@ class Watch(Callback):
             if trainer.world_size > 1:
                 self._begin(trainer, strategy)
             connect()
-            self.state = "waits"
+            if self.threads:
+                # Each has given a sign before anything else can go wrong.
+                self._publish("waits", self.start)
 
         strategy.setup_environment = watched
 
@@ -139,18 +141,17 @@ class Watch(Callback):
 
     def _leave(self, state: str) -> None:
         if self.threads:
-            self._publish(state)
+            self._publish(state, 2.0 * self.interval if self.roll.signs else 0.0)
             self.ended.set()
             self.news.set()
             self.threads = []
 
-    def _publish(self, state: str) -> None:
+    def _publish(self, state: str, seconds: float) -> None:
         """Makes sure that the others can know."""
         self.state = state
         self.published.clear()
         self.news.set()
-        if self.roll.signs:
-            self.published.wait(2.0 * self.interval)
+        self.published.wait(seconds)
 
     def _sign(self, beat: int) -> str:
         return json.dumps(Sign(beat, self.done, self.state, socket.gethostname(), os.getpid(), _place()))
@@ -195,9 +196,13 @@ class Watch(Callback):
     def _end(self, verdict: str, status: int) -> NoReturn:
         """Ends this process, whose main thread may wait in a collective for ever."""
         if self.rank == 0 or self.children or 0 not in self.roll.signs or "from rank 0 " in verdict:
-            print(f"error: {verdict}; the run ends, the same command goes on from here", file=sys.stderr, flush=True)
+            print(
+                f"{Path(sys.argv[0]).name}: error: {verdict}; the run ends, the same command goes on from here",
+                file=sys.stderr,
+                flush=True,
+            )
         if self.rank == 0:
-            self._publish(VERDICT + verdict)
+            self._publish(VERDICT + verdict, 2.0 * self.interval)
             # The others ask as often as this one.
             self.ended.wait(2.0 * self.interval)
         for child in self.children:
