@@ -102,6 +102,20 @@ def test_two_processes_with_half_a_batch_each_train_as_one_with_the_whole(config
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
+def test_batch_normalization_sees_the_images_of_all_processes(config, tmp_path):
+    """Weights and running statistics."""
+    settings = yaml.safe_load(config.read_text())
+    resnet = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
+    task = {"classifier": {"class_path": "ResNetClassifier", "init_args": resnet}, "shift_pixels": 1, "warmup": 2}
+    settings["model"] = {"class_path": "ClassifierTask", "init_args": task}
+    settings["trainer"] |= {"max_epochs": 1, "callbacks": [{"class_path": "Export"}]}
+    path = tmp_path / "classifier.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    launched = Launch("train", ["fit", f"--config={path}", f"--run={tmp_path / 'two'}"], tmp_path / "log", 2)
+    assert launched.wait() == [0, 0], launched.said
+    assert_equal_networks(tmp_path / "two", alone(path, tmp_path / "run"))
+
+
 def test_one_process_writes(two):
     assert {path.name for path in (two / "checkpoints").iterdir()} == {"epoch=0.ckpt", "epoch=1.ckpt"}
     assert "Exported" in (two.parent / "log.0").read_text()
