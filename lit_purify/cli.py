@@ -28,7 +28,7 @@ from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.help import EVALUATE, TRAIN
 from lit_purify.messages import check_checkpoint, check_configs, essence, explanation
-from lit_purify.run_folder import RunFolder, identify
+from lit_purify.run_folder import RunFolder, comparable, identify
 from lit_purify.tasks import FrontierTask, RobustnessTask, TrainingTask
 from lit_purify.tasks.audit import AuditingTrainer
 from lit_purify.tasks.estimate import EstimatingTrainer
@@ -205,7 +205,7 @@ class _EvaluationCLI(_CLI):
             # The data may have to be fetched; the other processes look in their setup.
             self.datamodule.prepare_data()
             self.model.check(self.datamodule)
-        self.folder.claim(self.resolved, write=first)
+        self.folder.claim(self.resolved, write=first, data=self.datamodule.content_sha256 if first else None)
         self.running = True
 
     def before_gradcheck(self) -> None:
@@ -213,7 +213,7 @@ class _EvaluationCLI(_CLI):
         assert self.folder is not None
         assert isinstance(self.trainer, AuditingTrainer)
         self.folder.claim(self.resolved, write=False)
-        self.trainer.settings = identify(yaml.safe_load(self.resolved))
+        self.trainer.settings = comparable(identify(yaml.safe_load(self.resolved)))
 
     def after_gradcheck(self) -> None:
         """The report shows the verdict, if there is one already. Exit status 1 when a check has failed."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from processes import finish, launch, recorded, result, tiny
 
+from lit_purify.data import ImageFolder
 from lit_purify.data.claims import Claims
 from lit_purify.errors import InputError
 from lit_purify.metrics import Record, read_records
@@ -130,6 +131,56 @@ def test_all_differing_settings_are_named_in_one_line(tmp_path):
     assert "\n" not in said
     assert len(said) < 500
     folder.claim(settings(), write=True)
+
+
+def test_what_changes_no_record_is_not_refused(tmp_path):
+    """Nor a folder of an earlier version, which took down more, and did not look at the data."""
+
+    def settings(**changes):
+        values = {"seed_everything": 0, "trainer": {"precision": None}, "data": {"init_args": {"val_subset": None}}}
+        return json.dumps(values | {"model": {"init_args": {"checkpoint": str(tmp_path / "a.pt")}}} | changes)
+
+    folder = RunFolder(tmp_path / "run")
+    for name in "ab":
+        (tmp_path / f"{name}.pt").write_text("weights")
+    subset = {"val_subset": {"class_path": "First", "init_args": {"n": 7}}}
+    same = (
+        {"seed_everything": 5},
+        {"trainer": {"precision": "32-true"}},
+        {"data": {"init_args": subset}},
+        {"model": {"init_args": {"checkpoint": str(tmp_path / "b.pt")}}},
+    )
+    folder.claim(settings(), write=True)
+    folder.records.write_text(record(0).line())
+    earlier = json.loads(folder.identity.read_text()) | {"seed_everything": 3, "data.init_args.val_subset": None}
+    folder.identity.write_text(json.dumps(earlier))
+    for changes in same:
+        folder.claim(settings(**changes), write=True, data="0a")
+    for changes, data in (
+        ({"trainer": {"precision": "bf16-mixed"}}, "0a"),
+        ({"model": {"init_args": {"checkpoint": str(tmp_path / "c.pt")}}}, "0a"),
+        ({}, "0b"),
+    ):
+        with pytest.raises(InputError, match=r"\(1 differ; |names and sizes|\(2 differ"):
+            folder.claim(settings(**changes), write=True, data=data)
+    (tmp_path / "a.pt").write_text("others")
+    with pytest.raises(InputError, match=r"1 differ; .*sha256"):
+        folder.claim(settings(), write=True, data="0a")
+
+
+def test_a_folder_of_images_is_known_by_names_and_sizes_of_the_evaluated_split(tmp_path):
+    for split in ("train", "val"):
+        place = tmp_path / split / "cat"
+        place.mkdir(parents=True)
+        (place / "1.png").write_bytes(b"12345")
+    before = ImageFolder(tmp_path).content_sha256
+    (tmp_path / "train" / "cat" / "2.png").write_bytes(b"1")
+    assert ImageFolder(tmp_path).content_sha256 == before
+    assert ImageFolder(tmp_path, evaluate_on="train").content_sha256 != before
+    (place / "1.png").write_bytes(b"123456")
+    after = ImageFolder(tmp_path).content_sha256
+    (place / "1.png").rename(place / "0.png")
+    assert len({before, after, ImageFolder(tmp_path).content_sha256}) == 3
 
 
 def record(index):
