@@ -23,6 +23,7 @@ from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stoppi
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.html import write_report
+from lit_purify.callbacks.watch import leave
 from lit_purify.compare import compare
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
@@ -91,7 +92,9 @@ class _CLI(LightningCLI):
             )
         except SystemExit as stopped:
             # Lightning's for an interrupted run is that of a traceback.
-            sys.exit(INTERRUPTED if isinstance(stopped.__context__, KeyboardInterrupt) else stopped.code)
+            if isinstance(stopped.__context__, KeyboardInterrupt):
+                leave(INTERRUPTED)
+            raise
         except Exception as error:
             message = explanation(error, self.folder)
             if message is None:
@@ -147,9 +150,7 @@ class _CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:  # noqa: ANN401
         """Also makes its processes watch each other, if it has several."""
         trainer = super().instantiate_trainer(**kwargs)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Watch):
-                callback.attend(trainer)
+        self._get(self.config_init, "watch").attend(trainer)
         return trainer
 
     def instantiate_classes(self) -> None:

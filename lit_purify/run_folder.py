@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,6 +83,12 @@ class RunFolder:
     def overlays(self) -> Path:
         """Images of the gallery."""
         return self.path / "overlays"
+
+    def pictured(self, records: Iterable[Record]) -> Iterator[tuple[Record, Path]]:
+        """The records that have a picture, with it; there may be very many that have none."""
+        there = {path.name: path for path in self.overlays.glob("*.png")}
+        named = ((record, f"{record.defense}.{record.attack}.{record.index:06d}.png") for record in records)
+        return ((record, there[name]) for record, name in named if name in there)
 
     def hashes(self) -> dict[str, str]:
         """sha256 of the files that the run depends on, by their path."""
