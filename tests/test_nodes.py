@@ -110,7 +110,7 @@ def test_who_does_not_come_ends_the_run(tmp_path):
     launches = [Launch("evaluate", argv, tmp_path / f"{rank}", 2, ranks=[rank]) for rank in (0, 1)]
     assert [launched.wait() for launched in launches] == [[INTERRUPTED], [INTERRUPTED]]
     for launched, came, missing in zip(launches, ("1 of 2 processes came", "nobody answered"), (1, 0), strict=True):
-        assert f"eval.py: error: {came} within 2 s, rank {missing} did not: see what it printed" in launched.said
+        assert f"error: {came} within 2 s, rank {missing} did not: see what it printed" in launched.said
         assert launched.said.count("\n") == 1
 
 

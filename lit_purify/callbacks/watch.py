@@ -199,7 +199,7 @@ class Watch(Callback):
         """Ends this process, whose main thread may wait in a collective for ever."""
         if self.rank == 0 or self.children or 0 not in self.roll.signs or "from rank 0 " in verdict:
             print(
-                f"{Path(sys.argv[0]).name}: error: {verdict}; the run ends, the same command goes on from here",
+                f"error: {verdict}; the run ends, the same command goes on from here",
                 file=sys.stderr,
                 flush=True,
             )
