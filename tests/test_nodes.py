@@ -1,24 +1,33 @@
 """What becomes of a run when a process dies or hangs, or memory runs out."""
 
+import copy
 import json
 import os
 import signal
 import socket
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
-from processes import Launch, tiny
+from processes import Launch, finish, tiny
+from torch.distributed import PrefixStore, TCPStore
 
 from lit_purify import cli
+from lit_purify.attacks import FGSM
+from lit_purify.callbacks import Watch
 from lit_purify.callbacks.roll import Roll, Sign
+from lit_purify.defense import NoPurifier
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.functional.chunks import fitting
 from lit_purify.metrics import read_records
 from lit_purify.models import ResNetClassifier
+from lit_purify.tasks import RobustnessTask
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {name: ROOT / "checkpoints" / f"digits_{name}.safetensors" for name in ("classifier", "denoiser")}
@@ -167,7 +176,7 @@ class Stuck(L.Callback):
 )
 def test_a_rank_that_goes_no_further_ends_the_run_wherever_it_is(tmp_path, command, where, stopped):
     if command == "test":
-        argv = ["--config", str(tiny(tmp_path / "tiny.yaml", samples=2))]
+        argv = ["--config", str(tiny(tmp_path / "tiny.yaml", samples=3))]
     else:
         argv = [
             command,
@@ -179,10 +188,13 @@ def test_a_rank_that_goes_no_further_ends_the_run_wherever_it_is(tmp_path, comma
     argv += ["--watch.silence=4"] if stopped else ["--watch.silence=20", "--watch.stall=5"]
     argv += ["--trainer.callbacks+=test_nodes.Stuck", f"--trainer.callbacks.where={where}"]
     argv += [f"--trainer.callbacks.stopped={stopped}"]
-    launched = Launch("evaluate" if command == "test" else "train", argv, tmp_path / "log", 2)
-    launched.processes[0].join(60)
-    launched.processes[1].join(0 if stopped else 60)
-    assert launched.wait(0) == [INTERRUPTED, -signal.SIGKILL if stopped else INTERRUPTED], launched.said
+    # The third learns of it from rank zero.
+    launched = Launch("evaluate" if command == "test" else "train", argv, tmp_path / "log", 3 if stopped else 2)
+    for rank, process in enumerate(launched.processes):
+        process.join(0 if stopped and rank == 1 else 60)
+    ended = [INTERRUPTED, -signal.SIGKILL if stopped else INTERRUPTED, INTERRUPTED]
+    assert launched.wait(0) == ended[: len(launched.processes)], launched.said
+    assert launched.said.count("error: ") == 1
     who = f"rank 1 ({socket.gethostname()}, process {launched.processes[1].pid}"
     said = (
         f"no sign of life for 4 s from {who})" if stopped else f"nothing done for 5 s by {who}, in hang (test_nodes.py"
@@ -190,23 +202,63 @@ def test_a_rank_that_goes_no_further_ends_the_run_wherever_it_is(tmp_path, comma
     assert f"error: {said}" in launched.said
 
 
-def test_a_rank_that_hangs_ends_the_evaluation_and_the_same_command_goes_on(tmp_path, capsys):
-    run = tmp_path / "run"
-    argv = [*EVALUATION, f"--run={run}", "--trainer.logger=false"]
+def test_network_calls_and_batches_are_progress(unet, classifier, images):
+    task = RobustnessTask(*map(copy.deepcopy, (classifier, unet)), {"none": NoPurifier}, {"fgsm": FGSM("linf", 0.1)})
+    watch = Watch()
+    watch.threads = [threading.current_thread()]
+    watch.on_test_start(None, task)
+    assert watch.state == "works"
+    task.classifier(images)
+    task.denoiser(images, torch.full((len(images),), 3))
+    assert watch.done == 2
+    for hook in (watch.on_train_batch_start, watch.on_validation_batch_start, watch.on_predict_batch_start):
+        before = watch.done
+        hook(None, None, None, 0)
+        assert watch.done == before + 1
+
+
+def test_when_rank_zero_dies_the_others_end_and_say_so(tmp_path):
+    """With it goes the store that holds signs of life, and the counter of batches."""
+    config, run = tiny(tmp_path / "tiny.yaml", samples=60), tmp_path / "run"
+    argv = ["--config", str(config), f"--run={run}", "--data.init_args.batch_size=1", "--watch.silence=3"]
+    launched = Launch("evaluate", argv, tmp_path / "log", 2)
+    launched.until(lambda: len([path for path in run.glob("records*") if path.stat().st_size]) == 2)
+    launched.kill(ranks={0})
+    assert launched.wait() == [-signal.SIGKILL, INTERRUPTED], launched.said
+    assert "no sign of life for 3 s from rank 0" in launched.said
+    assert "Traceback" not in launched.said
+
+
+def test_a_rank_that_hangs_ends_the_evaluation_and_the_same_command_goes_on(tmp_path):
+    config, run = tiny(tmp_path / "tiny.yaml", samples=60), tmp_path / "run"
+    argv = ["--config", str(config), f"--run={run}", "--data.init_args.batch_size=1"]
     launched = Launch("evaluate", [*argv, "--watch.silence=4"], tmp_path / "log", 2)
     launched.until(lambda: any(path.stat().st_size for path in run.glob("records*")))
     launched.kill(signal.SIGSTOP, {1})
-    launched.processes[0].join(100)
-    assert launched.wait(0) == [INTERRUPTED, -signal.SIGKILL]
-    said = launched.said
-    assert (
-        f"error: no sign of life for 4 s from rank 1 ({socket.gethostname()}, process {launched.processes[1].pid})"
-        in said
-    )
+    launched.processes[0].join(60)
+    assert launched.wait(0) == [INTERRUPTED, -signal.SIGKILL], launched.said
+    said, process = launched.said, launched.processes[1].pid
+    assert f"error: no sign of life for 4 s from rank 1 ({socket.gethostname()}, process {process})" in said
     assert "the same command goes on from here" in said
-    cli.evaluate(argv)
-    assert "goes on after" in capsys.readouterr().out
-    assert json.loads((run / "summary.json").read_text())["samples"] == 24
+    assert "goes on after" in finish(config, run)
+    assert json.loads((run / "summary.json").read_text())["samples"] == 60
+
+
+def test_collectives_wait_as_long_as_they_must_and_who_is_connected_has_said_so():
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    timeouts = []
+    strategy = SimpleNamespace(
+        setup_environment=lambda: timeouts.append(strategy._timeout),
+        launcher=None,
+        cluster_environment=SimpleNamespace(main_address="127.0.0.1", main_port=server.port),
+    )
+    watch = Watch()
+    watch.attend(SimpleNamespace(strategy=strategy, world_size=2, global_rank=1))
+    strategy.setup_environment()
+    assert timeouts[0] > timedelta(days=100)
+    said = Sign(*json.loads(PrefixStore("lit_purify/watch", server).get("1")))
+    assert (said.state, said.process) == ("waits", os.getpid())
+    watch.teardown(None, None, "test")
 
 
 def test_a_chunk_that_fits_is_found_and_another_error_is_none_of_memory():
