@@ -146,6 +146,8 @@ class Watch(Callback):
             self._publish(state, 2.0 * self.interval if self.roll.signs else 0.0)
             self.ended.set()
             self.news.set()
+            # Not amid a question to a store that goes away with this process.
+            self.threads[0].join(1.0)
             self.threads = []
 
     def _publish(self, state: str, seconds: float) -> None:
