@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lit_purify.callbacks.summary import Pairs, by_pair
 from lit_purify.errors import InputError
 from lit_purify.metrics.records import identity_sha256
-from lit_purify.run_folder import RunFolder
+from lit_purify.run_folder import RunFolder, comparable
 
 Threat = tuple[str, float]
 """Norm and radius."""
@@ -125,8 +125,9 @@ class FinishedRun:
                 _check(path, check, _CHECK, f"checks.{k}", command)
         except InputError as error:
             return Verdict(command, "unreadable", False, {}, str(error))
-        settings = identity_sha256(self.identity)
-        stale = content.get("settings_sha256") != settings
+        # The first as earlier versions took it.
+        current = [identity_sha256(settings) for settings in (self.identity, comparable(self.identity))]
+        stale = content.get("settings_sha256") not in current
         state: Literal["passed", "failed", "undecided"] = "passed" if content.get("passed") else "failed"
         return Verdict(command, "undecided" if content.get("undecided") else state, stale, content)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -78,6 +79,15 @@ class ImageFolder(ImageDataModule):
     def name(self) -> str:  # type: ignore[override]
         """With the name of the folder."""
         return f"{type(self).__name__}({self.root.resolve().name})"
+
+    @property
+    def content_sha256(self) -> str:
+        """Of names and sizes of the images that the evaluated split is read from; pixels are not looked at."""
+        folder = self._first([*_FOLDERS[self.evaluate_on], *(_FOLDERS["val"] if self.evaluate_on == "test" else [])])
+        root = folder or self.root
+        files = find_files(root, IMG_EXTENSIONS)
+        listing = "".join(f"{file.relative_to(root)} {file.stat().st_size}\n" for file in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
 
     def known_classes(self) -> Sequence[str] | None:
         """Classes in the order of labels where the dataset fixes them; ``None`` takes the folders, sorted by name."""

@@ -286,11 +286,11 @@ class RobustnessTask(L.LightningModule):
         ]
         shown_rows = [k for k, record in enumerate(records) if record.index in self._shown]
         views = []
-        if shown_rows:
-            rows = torch.tensor(shown_rows, device=self.device)
+        for first in range(0, len(shown_rows), chunk):
+            rows = torch.tensor(shown_rows[first : first + chunk], device=self.device)
             with torch.no_grad():
                 trace = model.purifier.trace(adversarial[rows], noise.rows(rows))
-            for k, row in enumerate(shown_rows):
+            for k, row in enumerate(rows.tolist()):
                 mask = None if trace.mask is None else trace.mask[k].cpu()
                 original, shown = image[row].cpu(), adversarial[row].cpu()
                 views.append(View(records[row], original, shown, trace.noised[k].cpu(), trace.purified[k].cpu(), mask))

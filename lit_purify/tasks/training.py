@@ -17,6 +17,7 @@ from lit_purify.errors import InputError
 from lit_purify.functional.images import flip, shift
 from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import Classifier, Denoiser
+from lit_purify.tasks.batch_norm import synchronize_batch_norm
 
 
 class TrainingTask(L.LightningModule, ABC):
@@ -57,6 +58,8 @@ class TrainingTask(L.LightningModule, ABC):
         """A network that was read from a file is in evaluation mode, in which Lightning would leave it."""
         # Channels last: convolutions are faster so, on tensor cores and on CPUs.
         self.network.train().to(memory_format=torch.channels_last)
+        if self.trainer.world_size > 1:
+            synchronize_batch_norm(self.network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps how many samples made a batch of all processes, and how many such batches a step."""
