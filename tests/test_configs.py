@@ -12,7 +12,10 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweep")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+# Those of protocols run in test_protocols.py.
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.parent.name != "protocols"], ids=lambda p: f"{p.parent.name}-{p.stem}"
+)
 def test_config_is_valid(path, capsys):
     run, command = (train, ["fit"]) if path.parent.name == "train" else (evaluate, [])
     with pytest.raises(SystemExit) as exit_:
@@ -37,6 +40,7 @@ STATED = {
     "APGD": {"norm", "eps", "steps", "eot", "loss", "targets", "select"},
     "Square": {"norm", "eps", "steps", "eot", "p"},
     "UniformPurifier": {"level", "steps", "sampler"},
+    "GradualPurifier": {"level", "steps", "sampler"},
     "HeterogeneousPurifier": {"mask", "high", "low", "steps", "resampling", "jump"},
     "VariableIntensityPurifier": {"mask", "high", "low", "steps"},
     "TopFraction": {"fraction"},

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lit_purify.errors import InputError
+from lit_purify.models.public import remedy
 from lit_purify.models.sources import locate
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "params")
@@ -25,7 +26,7 @@ def check_file(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; load_diffusers reads those of diffusers, for others name a file in it")
     if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path")
+        raise InputError(f"{path}: no such file; {remedy(path)}")
     with path.open("rb") as stream:
         head = stream.read(512)
     if not head:

@@ -1,0 +1,202 @@
+"""Published protocols: each configuration runs with small networks in the layouts that it names, and refuses without."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import yaml
+from conftest import GaussianDenoiser
+from PIL import Image
+from reference_files import CASES
+from test_data import CIFAR10_CLASSES, write_svhn
+from test_wide_resnet import weights
+from torch import nn
+
+from lit_purify import defense
+from lit_purify.cli import evaluate
+from lit_purify.models import WideResNetClassifier
+from lit_purify.models.public import remedy
+
+FOLDER = Path(__file__).parent.parent / "configs" / "eval" / "protocols"
+PROTOCOLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
+LAYOUTS = {"Standard.pt": "robustbench", "svhn_wrn28_10.pt": "authors", "wresnet-70-16.pt": "deepmind"}
+LAYOUTS["wrn-70-16-dropout.pt"] = "robustbench"
+DIALECTS = {"checkpoint_8.pth": "DDPM++", "256x256_diffusion_uncond.pt": "guided", "svhn_ddpm.pt": "ddpm, list"}
+
+
+class Small(nn.Sequential):
+    """In place of a ResNet-50."""
+
+    def __init__(self):
+        super().__init__()
+        for k, width in enumerate((3, 4, 4, 4)):
+            self.add_module(f"layer{k + 1}", nn.Conv2d(width, 4, 3, stride=2, padding=1))
+        self.add_module("pool", nn.AdaptiveAvgPool2d(1))
+        self.add_module("flat", nn.Flatten())
+        self.add_module("fc", nn.Linear(4, 1000))
+
+
+def nodes(node):
+    """Every class with its arguments, at any depth."""
+    if isinstance(node, dict):
+        if "class_path" in node:
+            yield node
+        for value in node.values():
+            yield from nodes(value)
+
+
+def named_files(settings):
+    """What reads each file of weights."""
+    found = {}
+    for node in nodes(settings):
+        for key in ("path", "checkpoint"):
+            if key in node.get("init_args", {}):
+                found[Path(node["init_args"][key]).name] = node["class_path"].rpartition(".")[2]
+    return found
+
+
+def shrunk(settings, folder):
+    """The same protocol with networks, images and numbers of everything made small."""
+    settings = copy.deepcopy(settings)
+    task, data = settings["model"]["init_args"], settings["data"]["init_args"]
+    for node in list(nodes(settings)):
+        kind, args = node["class_path"].rpartition(".")[2], node.get("init_args", {})
+        for key, value in args.items():
+            if key in ("size", "resize"):
+                args[key] = {224: 28, 256: 32}.get(value, value)
+            elif key == "steps" and not kind.startswith("load_"):
+                most = 1 if "eot" in args else 2 if kind == "Surrogate" else 3
+                args[key] = [1] * len(value) if isinstance(value, list) else min(value, most)
+            elif key in ("eot", "n", "draws", "targets"):
+                args[key] = min(value, 2)
+            elif key in ("path", "checkpoint"):
+                args[key] = str(write_weights(Path(value).name, folder))
+        if kind == "WideResNetClassifier":
+            args["width"] = 1
+        elif kind == "resnet50":
+            node["class_path"] = "test_protocols.Small"
+        elif kind == "TimmClassifier":
+            args |= {"name": "test_vit", "options": {"img_size": args["size"], "patch_size": 14}}
+            del args["checkpoint"]
+    task |= {"runs": 2, "chunk": 4, "gallery": 1}
+    data["root"] = str(folder / "data")
+    data.pop("download", None)
+    settings["trainer"] = {"logger": False, "accelerator": "cpu"}
+    return settings
+
+
+def write_weights(name, folder):
+    """A small network's file, in the layout of the public one of that name."""
+    path = folder / name
+    if name in DIALECTS:
+        CASES[DIALECTS[name]].file(folder).rename(path)
+    elif name in LAYOUTS:
+        torch.save(weights(LAYOUTS[name], 70 if "70" in name else 28, 1), path)
+    else:
+        torch.save(Small().state_dict(), path)
+    return path
+
+
+def write_images(kind, folder):
+    """A few images in a layout of the dataset."""
+    if kind == "SVHN":
+        return write_svhn(folder)
+    classes = {"CIFAR10": [f"test/{name}" for name in CIFAR10_CLASSES], "ImageNet": ["val/n01440764", "val/n01530575"]}
+    draw = np.random.RandomState(0)
+    for name in classes[kind]:
+        (folder / name).mkdir(parents=True)
+        for k in range(2):
+            image = Image.fromarray(draw.randint(0, 256, (40, 52, 3), dtype=np.uint8))
+            image.save(folder / name / f"{k}.png")
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_protocol_runs_in_the_small(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.svhn, "check_integrity", lambda path, md5=None: Path(path).is_file())
+    settings = shrunk(PROTOCOLS[name], tmp_path)
+    write_images(settings["data"]["class_path"], tmp_path / "data")
+    config = tmp_path / "small.yaml"
+    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+    evaluate(["--config", str(config), "--run", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    task = PROTOCOLS[name]["model"]["init_args"]
+    rows = [row for row in summary["results"] if "attacks" not in row]
+    assert [(row["defense"], row["attack"]) for row in rows] == [
+        (defense, attack) for defense in task["defenses"] for attack in task["attacks"]
+    ]
+    for row in rows:
+        assert (row["gradient"] == "surrogate") == (row["nfe_attack"] < row["nfe_defense"] and row["attack"] != "bpda")
+
+
+@pytest.mark.parametrize("name", ["lee_kim_cifar10", "pei_svhn", "diffpure_imagenet"])
+def test_missing_weights_are_named_before_images_are_fetched(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(["--config", str(FOLDER / f"{name}.yaml")])
+    assert exit_.value.code == 2
+    line = capsys.readouterr().err
+    file, reader = next(iter(named_files(PROTOCOLS[name]).items()))
+    assert line.count("\n") == 1
+    assert f"checkpoints/{file}: no such file; it is " in line
+    assert f"{reader} reads it as it is" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_file_of_weights_is_explained(name):
+    found = named_files(PROTOCOLS[name])
+    assert len(found) == 2
+    for file, reader in found.items():
+        assert f" {reader} reads it" in remedy(Path("checkpoints", file)), file
+
+
+def made(node):
+    """What a configuration's class builds, given a denoiser and a classifier."""
+    if not isinstance(node, dict) or "class_path" not in node:
+        return node
+    args = {key: made(value) for key, value in node.get("init_args", {}).items()}
+    kind = getattr(defense, node["class_path"])
+    if issubclass(kind, defense.Purifier):
+        return lambda denoiser, classifier: kind(denoiser, classifier, **args)
+    return kind(**args)
+
+
+def release(steps, strength):
+    """The levels that the code of Pei et al. walks: its indices count from 0."""
+    return (np.arange(0, 999, 1000 // steps)[: int(steps * strength) + 1][::-1] + 1).tolist()
+
+
+LEE_KIM = {"cifar10": (470, 125), "svhn": (380, 80), "imagenet": (620, 200)}
+COSTS = {
+    **{
+        f"lee_kim_{data}": ("pgd", nfe, 7, [30, 50, *range(last, 0, -last // 5)])
+        for data, (nfe, last) in LEE_KIM.items()
+    },
+    "pei_cifar10": ("pgd", 150, 3, [200, 100]),
+    "pei_imagenet": ("pgd", 300, 6, [400, 300, 200, 100]),
+    "pei_cifar10_compat": ("pgd", 100, 2, release(10, 0.2)[:-1]),
+    "pei_imagenet_compat": ("pgd", 200, 4, release(10, 0.4)[:-1]),
+    "diffpure_cifar10": ("aa_ce", 100, 100, list(range(100, 0, -1))),
+    "diffbreak_imagenet": ("apgd", 150, 150, list(range(150, 0, -1))),
+    "diffhammer_cifar10": ("apgd_ce", 10, 10, list(range(100, 0, -10))),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_calls_and_levels_are_the_published_ones(name):
+    attack, nfe_defense, nfe_attack, levels = COSTS[name]
+    task = PROTOCOLS[name]["model"]["init_args"]
+    (purifier,) = (made(node) for node in task["defenses"].values())
+    networks = GaussianDenoiser(), WideResNetClassifier(10, 1)
+    defended = defense.DefendedClassifier(purifier(*networks), networks[1])
+    gradient = made(task.get("gradients", {}).get(attack, {"class_path": "Exact"}))
+    view = gradient.attacked(defended)
+    assert (defended.purifier.nfe, view.nfe) == (nfe_defense, nfe_attack)
+    assert view.levels == levels
+    if name.endswith("compat"):
+        walked = release(500, 0.2 if "cifar" in name else 0.4)
+        assert [*defended.purifier.levels, defended.purifier.end] == walked
