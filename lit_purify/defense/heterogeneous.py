@@ -111,7 +111,7 @@ class HeterogeneousPurifier(Purifier):
             if self.resampling != "none":
                 x = mend(x, self.low)
         for t, s in zip(self.lower, self.lower[1:], strict=False):
-            x = self.ddim(x, t, s)
+            x = self.calling(last=s == self.lower[-1]).ddim(x, t, s)
         return Trace(to_image(x), to_image(start), mask)
 
     def with_steps(self, steps: int) -> HeterogeneousPurifier:
@@ -201,7 +201,8 @@ class VariableIntensityPurifier(Purifier):
 
         x = start = blend(noised(u, at(self.high), draw), noised(u, at(self.low), draw))
         for (t, s), (t_low, s_low) in zip(itertools.pairwise(self.grid), itertools.pairwise(self.weak), strict=True):
-            eps = self.predict(x, two_level(mask.detach(), t, t_low))
+            purifier = self.calling(last=s == self.grid[-1])
+            eps = purifier.predict(x, two_level(mask.detach(), t, t_low))
             x = blend(step_back(x, eps, at(t), at(s)), step_back(x, eps, at(t_low), at(s_low)))
         return Trace(to_image(x), to_image(start), mask)
 

@@ -21,9 +21,12 @@ class Mask(ABC):
 
     Attributes:
         relaxable: Whether ``relaxed`` depends on the image; the others are constants to an attacker.
+        of_image: Whether the mask depends on the image alone, and not on the noise: it is then computed once for all
+            draws of an image.
     """
 
     relaxable: bool = False
+    of_image: bool = False
 
     @torch.no_grad()
     def __call__(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
@@ -62,7 +65,7 @@ class SoftmaxThreshold(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = True
+    relaxable = of_image = True
 
     def __init__(self, tau: float, power: float = 2.0) -> None:
         self.tau, self.power = _fraction("tau", tau), power
@@ -85,7 +88,7 @@ class MinMaxThreshold(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = True
+    relaxable = of_image = True
 
     def __init__(self, tau: float = 0.9, power: float = 2.0) -> None:
         self.tau, self.power = _fraction("tau", tau), power
@@ -108,7 +111,7 @@ class TopFraction(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = True
+    relaxable = of_image = True
 
     def __init__(self, fraction: float = 0.15, power: float = 2.0) -> None:
         self.fraction, self.power = _fraction("fraction", fraction), power
@@ -126,6 +129,8 @@ class TopFraction(Mask):
 class Ones(Mask):
     """Strong noise everywhere."""
 
+    of_image = True
+
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return torch.ones_like(image[:, :1])
@@ -133,6 +138,8 @@ class Ones(Mask):
 
 class Zeros(Mask):
     """Weak noise everywhere."""
+
+    of_image = True
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
@@ -163,7 +170,7 @@ class Inverse(Mask):
     """
 
     def __init__(self, of: Mask) -> None:
-        self.of, self.relaxable = of, of.relaxable
+        self.of, self.relaxable, self.of_image = of, of.relaxable, of.of_image
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
@@ -172,6 +179,27 @@ class Inverse(Mask):
     def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
         """See ``Mask``."""
         return 1.0 - self.of.relaxed(classifier, image, noise, temperature)
+
+
+class Seen(Mask):
+    """Another rule whose masks of some images are known; of other images it is asked.
+
+    Args:
+        of: The other rule, ``of_image``.
+        image: (B, C, H, W).
+        mask: Its masks, (B, 1, H, W).
+    """
+
+    def __init__(self, of: Mask, image: Tensor, mask: Tensor) -> None:
+        self.of, self.relaxable, self.image, self.mask = of, of.relaxable, image, mask
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return self.mask if torch.equal(image, self.image) else self.of.build(classifier, image, noise)
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``."""
+        return self.of.relaxed(classifier, image, noise, temperature)
 
 
 class Relaxed(Mask):

@@ -38,13 +38,15 @@ class Purifier(nn.Module, ABC):
         denoiser: Predicts noise; its schedule gives levels their meaning.
         classifier: Whose attention steers the noise, for purifiers with a mask.
         recompute: Keep no activations of the denoiser for the backward pass, but compute them anew (Chen et al. 2016).
-            With keyed noise the gradient has the same bits; each step then keeps its input and nothing else.
+            With keyed noise the gradient has the same bits; each step but the last then keeps its input alone.
 
     Attributes:
         mask: The rule that steers the noise, ``None`` without one.
+        deterministic: Whether the noise changes nothing.
     """
 
     mask: Mask | None = None
+    deterministic: bool = False
 
     def __init__(self, denoiser: Denoiser, classifier: Classifier, recompute: bool = True) -> None:
         super().__init__()
@@ -102,6 +104,13 @@ class Purifier(nn.Module, ABC):
         vars(other).update(attributes)
         return other
 
+    def calling(self, last: bool) -> Self:
+        """Itself, for a call of the denoiser; for the last one with its activations kept.
+
+        The backward pass begins with that call: to compute its activations anew would save no memory.
+        """
+        return self.without_recomputation() if last and self.recompute else self
+
     def predict(self, x: Tensor, t: Tensor | int) -> Tensor:
         """Noise predicted in ``x`` at one level or at a map of levels."""
         level = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
@@ -118,6 +127,8 @@ class Purifier(nn.Module, ABC):
 
 class NoPurifier(Purifier):
     """The classifier alone: what the defenses are compared with."""
+
+    deterministic = True
 
     def trace(self, image: Tensor, noise: Noise) -> Trace:
         """The image itself."""
@@ -169,10 +180,11 @@ class UniformPurifier(Purifier):
         u = to_diffusion(image)
         x = start = noised(u, at(self.grid[0]), noise.normal(0, u))
         for k, (t, s) in enumerate(zip(self.grid, self.grid[1:], strict=False), start=1):
+            purifier = self.calling(last=s == self.grid[-1])
             if self.sampler == "ddpm":
-                x = step_back(x, self.predict(x, t), at(t), at(s), eta=1.0, noise=noise.normal(k, u))
+                x = step_back(x, purifier.predict(x, t), at(t), at(s), eta=1.0, noise=noise.normal(k, u))
             else:
-                x = self.ddim(x, t, s)
+                x = purifier.ddim(x, t, s)
         return Trace(to_image(x), to_image(start))
 
     def with_steps(self, steps: int) -> UniformPurifier:

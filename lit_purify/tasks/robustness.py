@@ -121,6 +121,7 @@ class RobustnessTask(L.LightningModule):
         self._done: set[Key] = set()
         self._clean_counted: set[tuple[str, int]] = set()
         self._lost: dict[Key, Record] = {}
+        self._clean: dict[tuple[str, int, int | None], list[int]] = {}
         self._shown: set[int] = set()
 
     @property
@@ -163,6 +164,8 @@ class RobustnessTask(L.LightningModule):
                     "stopping": how.stopping + (_SKIPPING if self.skip_lost else ""),
                     "nfe_defense": purifier.nfe,
                     "nfe_attack": view.nfe,
+                    # Images that are classified in N runs: clean ones once for all attacks.
+                    "evaluations": 2 if attack == next(iter(self.attacks)) else 1,
                     "levels": purifier.levels,
                     "attack_levels": view.levels,
                 }
@@ -271,14 +274,20 @@ class RobustnessTask(L.LightningModule):
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
         attacked = self.views[defense, attack]
         adversarial = self.attacks[attack](attacked, image, label, attack_noise, chunk)
-        runs = list(range(self.runs))
-        clean, broken = (
-            logits_in_chunks(model, shown, noise, runs, chunk).argmax(dim=2).tolist() for shown in (image, adversarial)
-        )
+        smaller = None if chunk == self.chunk else chunk
+
+        def classified(images: Tensor, noise: KeyedNoise) -> list[list[int]]:
+            return logits_in_chunks(model, images, noise, list(range(self.runs)), chunk).argmax(dim=2).tolist()
+
+        # Clean runs are the same under every attack.
+        keys = [(defense, int(i), smaller) for i in index]
+        if new := [k for k, key in enumerate(keys) if key not in self._clean]:
+            rows = torch.tensor(new, device=self.device)
+            self._clean.update(zip([keys[k] for k in new], classified(image[rows], noise.rows(rows)), strict=True))
+        clean, broken = [self._clean[key] for key in keys], classified(adversarial, noise)
         delta = adversarial - image
         linf, l2 = linf_norm(delta).tolist(), l2_norm(delta).tolist()
         seconds = (time.perf_counter() - started) / len(image)
-        smaller = None if chunk == self.chunk else chunk
         records = [
             Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds, chunk=smaller)
             for k, (i, y) in enumerate(zip(index, label, strict=True))
@@ -308,6 +317,7 @@ class RobustnessTask(L.LightningModule):
 
     def _note(self, record: Record) -> None:
         self._done.add(record.key)
+        self._clean[record.defense, record.index, record.chunk] = record.clean
         if record.label not in record.adversarial:
             self._lost[record.key] = record
 
