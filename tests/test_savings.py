@@ -6,7 +6,7 @@ from conftest import Curved, randomized
 from flattering import Shaken
 from test_purifiers import every, keyed
 
-from lit_purify.attacks import FGSM, PGD
+from lit_purify.attacks import FGSM, PGD, Transfer
 from lit_purify.data import Digits, First
 from lit_purify.defense import (
     DefendedClassifier,
@@ -136,11 +136,14 @@ def evaluated():
     """Evaluates three digits: the records without their times, and how many rows the denoiser was called with."""
     denoiser, classifier = randomized(Curved()), randomized(ResNetClassifier(8, 8, 10, 1, 4))
     attacks = {"pgd": PGD("linf", 0.1, 2, 0.1, eot=2), "fgsm": FGSM("linf", 0.2), "l2": FGSM("l2", 0.5)}
-    defenses = {"none": NoPurifier, "uniform": lambda d, c: UniformPurifier(d, c, 200, 2)}
+    attacks["transfer"] = Transfer(PGD("linf", 0.1, 3, 0.1))
+    every = {"none": NoPurifier, "uniform": lambda d, c: UniformPurifier(d, c, 200, 2)}
+    every["map"] = lambda d, c: VariableIntensityPurifier(d, c, TopFraction(0.3), 300, 150, 2)
     off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
 
-    def evaluate(*names):
+    def evaluate(*names, defenses=("none", "uniform")):
         rows, made = [0], []
+        defenses = {name: every[name] for name in defenses}
         task = RobustnessTask(classifier, denoiser, defenses, {n: attacks[n] for n in names}, runs=4, chunk=16)
         note = task._note
         task._note = lambda record: (made.append({**vars(record), "seconds": 0.0}), note(record))
@@ -161,3 +164,13 @@ def test_clean_runs_are_made_once_for_all_attacks(evaluated):
     assert sorted(together, key=key) == sorted(apart, key=key)
     # Of uniform: a chunk for the 12 clean runs, in 2 steps, under two of three attacks.
     assert sum(rows for _, rows in alone) - few == 2 * 2 * 16
+
+
+def test_an_attack_on_the_bare_classifier_is_made_once_for_all_defenses(evaluated, monkeypatch):
+    asked, perturb = [], Transfer.perturb
+    monkeypatch.setattr(Transfer, "perturb", lambda *args: asked.append(len(args[2])) or perturb(*args))
+    names = ("none", "uniform", "map")
+    together, _ = evaluated("transfer", defenses=names)
+    assert asked == [3]
+    assert together == [record for name in names for record in evaluated("transfer", defenses=[name])[0]]
+    assert asked == 4 * [3]

@@ -54,12 +54,12 @@ class Picture:
 def pictures(run: FinishedRun) -> list[Picture]:
     """Of all samples that were drawn, in order, with defenses and attacks in the order of the summary."""
     found = []
-    classes, drawn = run.classes, {path.name for path in run.folder.overlays.glob("*.png")}
+    classes = run.classes
     for result in run.summary["results"]:
         for record in [] if "attacks" in result else run.pairs[result["defense"], result["attack"]]:
-            name = f"{record.defense}.{record.attack}.{record.index:06d}.png"
-            if name in drawn:
-                found.append(_picture(record, run.folder.overlays / name, classes))
+            path = run.folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png"
+            if path.is_file():
+                found.append(_picture(record, path, classes))
     return sorted(found, key=lambda picture: picture.record.index)
 
 

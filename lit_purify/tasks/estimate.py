@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import resource
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -117,6 +117,9 @@ class EstimatingTrainer(L.Trainer):
                     torch.cuda.reset_peak_memory_stats(device)
                 with torch.no_grad(), self.precision_plugin.forward_context():
                     measured = _measure(model, *pair, first)
+                if model.attacks[pair[1]].target == "classifier" and pair[0] != next(iter(model.defenses)):
+                    # Made once for all defenses.
+                    measured = replace(measured, attack=0.0)
                 images = described["evaluations"]
                 seconds = sum(measured.seconds(count, eot, runs, model.chunk, images) for count in left)
                 # A whole batch keeps the gradients of all its draws, twice when they are joined.

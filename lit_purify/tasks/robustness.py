@@ -122,6 +122,7 @@ class RobustnessTask(L.LightningModule):
         self._clean_counted: set[tuple[str, int]] = set()
         self._lost: dict[Key, Record] = {}
         self._clean: dict[tuple[str, int, int | None], list[int]] = {}
+        self._transferred: dict[tuple[str, int, int], Tensor] = {}
         self._shown: set[int] = set()
 
     @property
@@ -216,6 +217,7 @@ class RobustnessTask(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluates what is not yet recorded of a batch, and tells the listeners after each pair."""
         self.classifier.check_image(batch["image"])
+        self._transferred.clear()
         for defense, attack in self.pairs:
             todo = [i for i, index in enumerate(batch["index"].tolist()) if (defense, attack, index) not in self._done]
             if not todo:
@@ -270,10 +272,8 @@ class RobustnessTask(L.LightningModule):
     ) -> tuple[list[Record], list[View]]:
         started = time.perf_counter()
         model, image, label, index = self._defended(defense), batch["image"], batch["label"], batch["index"]
-        attack_noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
-        attacked = self.views[defense, attack]
-        adversarial = self.attacks[attack](attacked, image, label, attack_noise, chunk)
+        adversarial = self._perturbed(defense, attack, batch, chunk)
         smaller = None if chunk == self.chunk else chunk
 
         def classified(images: Tensor, noise: KeyedNoise) -> list[list[int]]:
@@ -303,6 +303,18 @@ class RobustnessTask(L.LightningModule):
                 original, shown = image[row].cpu(), adversarial[row].cpu()
                 views.append(View(records[row], original, shown, trace.noised[k].cpu(), trace.purified[k].cpu(), mask))
         return records, views
+
+    def _perturbed(self, defense: str, attack: str, batch: Batch, chunk: int) -> Tensor:
+        """Adversarial images; those of an attack on the bare classifier are the same for all defenses."""
+        how, image, index = self.attacks[attack], batch["image"], batch["index"]
+        noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
+        keys = [(attack, int(i), chunk) for i in index]
+        if how.target == "defense" or any(key not in self._transferred for key in keys):
+            adversarial = how(self.views[defense, attack], image, batch["label"], noise, chunk)
+            if how.target == "defense":
+                return adversarial
+            self._transferred.update(zip(keys, adversarial, strict=True))
+        return torch.stack([self._transferred[key] for key in keys])
 
     def _lost_before(self, defense: str, attack: str, index: int) -> Record | None:
         """What stands for a sample that needs no further attack."""

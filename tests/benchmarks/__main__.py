@@ -22,13 +22,14 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import calls
+import cost
 import records
 import startup
 import torch
 import training
 from measuring import machine
 
-PARTS = ("calls", "training", "records", "startup")
+PARTS = ("calls", "training", "cost", "records", "startup")
 
 
 def main():
@@ -52,6 +53,8 @@ def main():
         for part, module in (("calls", calls), ("training", training)):
             if part in given.only:
                 measures.append((f"{name}: ", partial(module.measure, name, given.device, batch, given.pairs)))
+    if "cost" in given.only:
+        measures.append(("", partial(cost.measure, "small", given.device)))
     for part, module in (("records", records), ("startup", startup)):
         if part in given.only:
             measures.append(("", partial(module.measure, given.pairs)))

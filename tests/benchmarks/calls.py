@@ -27,11 +27,11 @@ EOT = 4
 SIZES = {"small": "configs/train/cifar10_denoiser.yaml", "full": "configs/train/cifar10_denoiser_gpu.yaml"}
 
 
-def networks(size, device):
+def networks(size, device, pixels=32):
     """The UNet of a configuration with random weights, none of them zero, and the classifier beside it."""
     torch.manual_seed(0)
     settings = yaml.safe_load((ROOT / SIZES[size]).read_text())["model"]["init_args"]["denoiser"]["init_args"]
-    denoiser, classifier = UNet(**settings), ResNetClassifier(20, 32, 10)
+    denoiser, classifier = UNet(**settings | {"size": pixels}), ResNetClassifier(20, pixels, 10)
     for weight in denoiser.parameters():
         if weight.ndim > 1 and not weight.any():
             torch.nn.init.normal_(weight, std=0.02)
