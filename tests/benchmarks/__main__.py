@@ -29,7 +29,7 @@ import torch
 import training
 from measuring import machine
 
-PARTS = ("calls", "training", "cost", "records", "startup")
+PARTS = ("calls", "evaluations", "training", "cost", "records", "startup")
 
 
 def main():
@@ -50,9 +50,10 @@ def main():
     print(f"{'':70} {'seconds':>10} {'bound':>10} {'ratio':>7} {'quartiles':>15} {'limit':>6}")
     measures = []
     for name in ("small", "full")[: 1 + gpu]:
-        for part, module in (("calls", calls), ("training", training)):
+        both = {"calls": calls.measure, "evaluations": calls.measure_evaluations, "training": training.measure}
+        for part, measure in both.items():
             if part in given.only:
-                measures.append((f"{name}: ", partial(module.measure, name, given.device, batch, given.pairs)))
+                measures.append((f"{name}: ", partial(measure, name, given.device, batch, given.pairs)))
     if "cost" in given.only:
         measures.append(("", partial(cost.measure, "small", given.device)))
     for part, module in (("records", records), ("startup", startup)):
