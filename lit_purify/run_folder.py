@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from lit_purify.errors import InputError
-from lit_purify.metrics.records import Record, read_records, write_records, write_whole
+from lit_purify.metrics.records import Record, read_records, uncollected, write_records, write_whole
 from lit_purify.models.sources import locate
 
 _IRRELEVANT = (
@@ -114,6 +114,7 @@ class RunFolder:
         except FileExistsError as error:
             raise InputError(_taken(self.part(rank))) from error
 
+    @uncollected()
     def collect(self, write: bool) -> list[Record]:
         """All records of all processes, sorted; on request merged into ``records.jsonl``, which mends a torn line."""
         parts = [self.records, *sorted(self.path.glob("records.rank*.jsonl"))]

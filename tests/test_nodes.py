@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import signal
 import socket
 import sys

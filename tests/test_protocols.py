@@ -1,4 +1,4 @@
-"""Published protocols: each configuration runs with small networks in the layouts that it names, and refuses without."""
+"""Published protocols: each configuration runs with small networks in the layouts it names, and refuses without."""
 
 import copy
 import json

@@ -185,7 +185,8 @@ def test_memory_does_not_hold_activations(unet, classifier, images):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             purifier(images.clone().requires_grad_(), keyed(len(images)))
         kept[recompute] = total
-    assert kept[True] < kept[False] / 10
+    # The last of eight calls alone.
+    assert kept[True] < 1.1 * kept[False] / 8
 
 
 def test_defended_classifier_without_a_key_is_randomized(unet, classifier, images):

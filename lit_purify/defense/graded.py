@@ -31,6 +31,7 @@ class Votes(Mask):
             raise InputError("rules: a rule of several grades cannot vote; list its parts instead")
         self.rules, self.grades = list(rules), len(rules)
         self.relaxable = any(rule.relaxable for rule in rules)
+        self.of_image = all(rule.of_image for rule in rules)
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
@@ -49,7 +50,7 @@ class Proportional(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = True
+    relaxable = of_image = True
 
     def __init__(self, grades: int, power: float = 2.0) -> None:
         _check_grades(grades)
@@ -76,7 +77,7 @@ class OtherAttention(Mask):
 
     def __init__(self, of: Mask, network: Classifier) -> None:
         self.of, self.network = of, network.requires_grad_(False)
-        self.grades, self.relaxable = of.grades, of.relaxable
+        self.grades, self.relaxable, self.of_image = of.grades, of.relaxable, of.of_image
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""

@@ -115,7 +115,7 @@ class HeterogeneousPurifier(Purifier):
             if self.resampling != "none":
                 x = mend(x, self.low)
         for t, s in zip(self.lower, self.lower[1:], strict=False):
-            x = self.ddim(x, t, s)
+            x = self.calling(last=s == self.lower[-1]).ddim(x, t, s)
         return Trace(to_image(x), to_image(start), mask)
 
     def with_steps(self, steps: int) -> HeterogeneousPurifier:
@@ -221,7 +221,7 @@ class VariableIntensityPurifier(Purifier):
         x = start = blend([noised(u, at(walk[0]), draw) for walk in walks])
         for k in range(self.steps):
             levels = torch.tensor([walk[k] for walk in walks], device=image.device)[nearest]
-            eps = self.predict(x, levels)
+            eps = self.calling(last=k == self.steps - 1).predict(x, levels)
             x = blend([step_back(x, eps, at(walk[k]), at(walk[k + 1])) for walk in walks])
         return Trace(to_image(x), to_image(start), mask)
 

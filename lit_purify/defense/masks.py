@@ -23,10 +23,13 @@ class Mask(ABC):
     Attributes:
         relaxable: Whether ``relaxed`` depends on the image; the others are constants to an attacker.
         grades: L, where a mask is in {0, 1/L, .., 1}: what lies between is noised with a strength between.
+        of_image: Whether the mask depends on the image alone, and not on the noise: it is then computed once for all
+            draws of an image.
     """
 
     relaxable: bool = False
     grades: int = 1
+    of_image: bool = False
 
     @torch.no_grad()
     def __call__(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
@@ -65,7 +68,7 @@ class SoftmaxThreshold(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = True
+    relaxable = of_image = True
 
     def __init__(self, tau: float, power: float = 2.0) -> None:
         self.tau, self.power = _fraction("tau", tau), power
@@ -88,7 +91,7 @@ class MinMaxThreshold(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = True
+    relaxable = of_image = True
 
     def __init__(self, tau: float = 0.9, power: float = 2.0) -> None:
         self.tau, self.power = _fraction("tau", tau), power
@@ -111,7 +114,7 @@ class TopFraction(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = True
+    relaxable = of_image = True
 
     def __init__(self, fraction: float = 0.15, power: float = 2.0) -> None:
         self.fraction, self.power = _fraction("fraction", fraction), power
@@ -129,6 +132,8 @@ class TopFraction(Mask):
 class Ones(Mask):
     """Strong noise everywhere."""
 
+    of_image = True
+
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return torch.ones_like(image[:, :1])
@@ -136,6 +141,8 @@ class Ones(Mask):
 
 class Zeros(Mask):
     """Weak noise everywhere."""
+
+    of_image = True
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
@@ -168,7 +175,8 @@ class Inverse(Mask):
     """
 
     def __init__(self, of: Mask) -> None:
-        self.of, self.relaxable, self.grades = of, of.relaxable, of.grades
+        self.of, self.grades = of, of.grades
+        self.relaxable, self.of_image = of.relaxable, of.of_image
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
@@ -195,7 +203,7 @@ class Renormalized(Mask):
         if not all(value > 0.0 for value in std):
             raise InputError(f"std = {list(std)}: use numbers above 0")
         self.of, self.mean, self.std = of, list(mean), list(std)
-        self.relaxable, self.grades = of.relaxable, of.grades
+        self.relaxable, self.grades, self.of_image = of.relaxable, of.grades, of.of_image
 
     def _shown(self, image: Tensor) -> Tensor:
         mean, std = (image.new_tensor(values).reshape(1, -1, 1, 1) for values in (self.mean, self.std))
@@ -224,6 +232,28 @@ class Given(Mask):
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return self.mask
+
+
+class Seen(Mask):
+    """Another rule whose masks of some images are known; of other images it is asked.
+
+    Args:
+        of: The other rule, ``of_image``.
+        image: (B, C, H, W).
+        mask: Its masks, (B, 1, H, W).
+    """
+
+    def __init__(self, of: Mask, image: Tensor, mask: Tensor) -> None:
+        self.of, self.relaxable, self.grades = of, of.relaxable, of.grades
+        self.image, self.mask = image, mask
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return self.mask if torch.equal(image, self.image) else self.of.build(classifier, image, noise)
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``."""
+        return self.of.relaxed(classifier, image, noise, temperature)
 
 
 class Relaxed(Mask):

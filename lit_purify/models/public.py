@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 _DIFFPURE = "linked in the README of NVlabs/DiffPure"
-_LEE_KIM = "of the authors of ml-postech/robust-evaluation-of-diffusion-based-purification (no public address; ask them)"
+_LEE_KIM = (
+    "of the authors of ml-postech/robust-evaluation-of-diffusion-based-purification (no public address; ask them)"
+)
 _TORCHVISION = "ResNet-50 of torchvision, weights {}, at download.pytorch.org/models under this name"
 
 _ORIGINS = {

@@ -22,13 +22,14 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import calls
+import cost
 import records
 import startup
 import torch
 import training
 from measuring import machine
 
-PARTS = ("calls", "training", "records", "startup")
+PARTS = ("calls", "evaluations", "training", "cost", "records", "startup")
 
 
 def main():
@@ -49,9 +50,12 @@ def main():
     print(f"{'':70} {'seconds':>10} {'bound':>10} {'ratio':>7} {'quartiles':>15} {'limit':>6}")
     measures = []
     for name in ("small", "full")[: 1 + gpu]:
-        for part, module in (("calls", calls), ("training", training)):
+        both = {"calls": calls.measure, "evaluations": calls.measure_evaluations, "training": training.measure}
+        for part, measure in both.items():
             if part in given.only:
-                measures.append((f"{name}: ", partial(module.measure, name, given.device, batch, given.pairs)))
+                measures.append((f"{name}: ", partial(measure, name, given.device, batch, given.pairs)))
+    if "cost" in given.only:
+        measures.append(("", partial(cost.measure, "small", given.device)))
     for part, module in (("records", records), ("startup", startup)):
         if part in given.only:
             measures.append(("", partial(module.measure, given.pairs)))

@@ -23,15 +23,15 @@ from lit_purify.functional.levels import two_level
 from lit_purify.functional.noise import KeyedNoise
 from lit_purify.models import ResNetClassifier, UNet
 
-EOT = 4
+EOT, RUNS = 4, 8
 SIZES = {"small": "configs/train/cifar10_denoiser.yaml", "full": "configs/train/cifar10_denoiser_gpu.yaml"}
 
 
-def networks(size, device):
+def networks(size, device, pixels=32):
     """The UNet of a configuration with random weights, none of them zero, and the classifier beside it."""
     torch.manual_seed(0)
     settings = yaml.safe_load((ROOT / SIZES[size]).read_text())["model"]["init_args"]["denoiser"]["init_args"]
-    denoiser, classifier = UNet(**settings), ResNetClassifier(20, 32, 10)
+    denoiser, classifier = UNet(**settings | {"size": pixels}), ResNetClassifier(20, pixels, 10)
     for weight in denoiser.parameters():
         if weight.ndim > 1 and not weight.any():
             torch.nn.init.normal_(weight, std=0.02)
@@ -46,6 +46,11 @@ def defenses(denoiser, classifier):
         "heterogeneous": HeterogeneousPurifier(denoiser, classifier, MinMaxThreshold(0.9), 200, 100, 4),
         "variable": VariableIntensityPurifier(denoiser, classifier, TopFraction(0.25), 200, 100, 4),
     }
+
+
+def images(count, device):
+    """Noise."""
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def fastest_products(device, now):
@@ -71,7 +76,7 @@ def measure(size, device, batch, pairs):
     """Rows of one network."""
     now = clock(device)
     denoiser, classifier = networks(size, device)
-    image = torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    image = images(batch, device)
     index = torch.arange(batch, device=device)
     noise = KeyedNoise(0, index, torch.zeros_like(index))
     one = torch.full((batch,), 150, device=device)
@@ -83,12 +88,6 @@ def measure(size, device, batch, pairs):
         with torch.no_grad():
             for _ in range(calls):
                 denoiser(image, level)
-
-    def differentiated(level, calls):
-        for _ in range(calls):
-            forward(level)
-            leaf = image.clone().requires_grad_()
-            torch.autograd.grad(denoiser(leaf, level).sum(), leaf)
 
     with FlopCounterMode(display=False) as counter:
         forward(one)
@@ -122,16 +121,38 @@ def measure(size, device, batch, pairs):
 
         bare = partial(forward, levels[name], purifier.nfe)
         yield against(f"purification {name} / network calls", purified, bare, limit=1.05, nfe=purifier.nfe)
-    for name, purifier in made.items():
-        # EOT draws of each image fill the chunk; the label does not matter.
-        few, view = slice(batch // EOT), Exact().attacked(DefendedClassifier(purifier, classifier))
+
+
+def measure_evaluations(size, device, batch, pairs):
+    """Rows of what an evaluation consists of: as many images as configs/eval/cifar10.yaml, half of a network call's."""
+    against = partial(compare, now=clock(device), pairs=pairs)
+    denoiser, classifier = networks(size, device)
+    rows = images(batch, device)
+    index = torch.arange(batch // 2, device=device)
+    noise = KeyedNoise(0, index, torch.zeros_like(index))
+    mask = TopFraction(0.25)(classifier, rows, noise)
+    one = torch.full((batch,), 150, device=device)
+    for name, purifier in defenses(denoiser, classifier).items():
+        defended, level = (
+            DefendedClassifier(purifier, classifier),
+            two_level(mask, 150, 75) if name == "variable" else one,
+        )
         step = PGD("linf", "8/255", 1, "2/255", EOT, "margin")
-        attacked = partial(step, view, image[few], index[few] % 10, noise.rows(index[few]), batch)
-        bare = partial(differentiated, levels[name], purifier.nfe)
-        yield against(f"attack step {name} / network calls", attacked, bare, limit=1.10, nfe=purifier.nfe)
-    for name, purifier in made.items():
-        few, model = slice(batch // 8), DefendedClassifier(purifier, classifier)
-        rows = noise.rows(index[few])
-        evaluated = partial(logits_in_chunks, model, image[few], rows, list(range(8)), batch)
-        bare = partial(forward, levels[name], purifier.nfe)
-        yield against(f"8 runs classified {name} / network calls", evaluated, bare, nfe=purifier.nfe)
+
+        def differentiated(level=level, calls=purifier.nfe * EOT // 2):
+            for _ in range(calls):
+                leaf = rows.clone().requires_grad_()
+                with torch.no_grad():
+                    denoiser(rows, level)
+                torch.autograd.grad(denoiser(leaf, level).sum(), leaf)
+
+        def forward(level=level, calls=purifier.nfe * RUNS // 2):
+            with torch.no_grad():
+                for _ in range(calls):
+                    denoiser(rows, level)
+
+        # The label does not matter.
+        attacked = partial(step, Exact().attacked(defended), rows[index], index % 10, noise, batch)
+        yield against(f"attack step {name} / network calls", attacked, differentiated, limit=1.10, nfe=purifier.nfe)
+        classified = partial(logits_in_chunks, defended, rows[index], noise, list(range(RUNS)), batch)
+        yield against(f"{RUNS} runs classified {name} / network calls", classified, forward, nfe=purifier.nfe)
