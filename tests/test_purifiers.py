@@ -19,7 +19,7 @@ from lit_purify.defense import (
 )
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import noised, to_diffusion
-from lit_purify.functional.noise import KeyedNoise
+from lit_purify.functional.noise import ATTACK, KeyedNoise
 from lit_purify.functional.schedule import grid
 from lit_purify.models import ResNetClassifier
 from lit_purify.tasks import RobustnessTask
@@ -225,9 +225,10 @@ def test_another_classifier_is_attacked_as_itself(unet, classifier, images):
     pgd = PGD("linf", 0.1, steps=3, step_size=0.05)
     make = {"none": NoPurifier, "other": lambda d, c: OtherClassifier(d, c, other)}
     task = RobustnessTask(classifier, unet, make, {"pgd": pgd, "transfer": Transfer(pgd)}, runs=1)
-    label, noise = torch.arange(6), keyed(6)
+    label, noise = torch.arange(6), KeyedNoise(0, torch.arange(6), torch.zeros(6, dtype=torch.int64), ATTACK)
+    batch = {"image": images, "label": label, "index": torch.arange(6)}
     for attack in ("pgd", "transfer"):
-        found = [task.attacks[attack](task.views[name, attack], images, label, noise, 6) for name in task.defenses]
+        found = [task._perturbed(name, attack, batch, 6) for name in task.defenses]
         assert not torch.equal(*found)
         assert torch.equal(found[1], pgd(lambda x, _: other(x), images, label, noise, 6))
     assert torch.equal(task.defenses["other"](images, noise), other(images))

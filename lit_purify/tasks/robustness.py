@@ -121,7 +121,7 @@ class RobustnessTask(L.LightningModule):
         self._clean_counted: set[tuple[str, int]] = set()
         self._lost: dict[Key, Record] = {}
         self._clean: dict[tuple[str, int, int | None], list[int]] = {}
-        self._transferred: dict[tuple[str, int, int], Tensor] = {}
+        self._transferred: dict[tuple[str, Classifier, int, int], Tensor] = {}
         self._shown: set[int] = set()
 
     @property
@@ -306,10 +306,10 @@ class RobustnessTask(L.LightningModule):
         return records, views
 
     def _perturbed(self, defense: str, attack: str, batch: Batch, chunk: int) -> Tensor:
-        """Adversarial images; those of an attack on the bare classifier are the same for all defenses."""
+        """Adversarial images; those of an attack on a bare classifier are the same for all its defenses."""
         how, image, index = self.attacks[attack], batch["image"], batch["index"]
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
-        keys = [(attack, int(i), chunk) for i in index]
+        keys = [(attack, self._defended(defense).classifier, int(i), chunk) for i in index]
         if how.target == "defense" or any(key not in self._transferred for key in keys):
             adversarial = how(self.views[defense, attack], image, batch["label"], noise, chunk)
             if how.target == "defense":
