@@ -251,6 +251,19 @@ def test_apgd_returns_a_misclassified_point_once_it_met_one():
     assert float((APGD("linf", 0.1, 5, select="last")(model, image, label, keyed(3)) - image).abs().min()) > 0.01
 
 
+@pytest.mark.parametrize(("sign", "expected"), [(False, [0.06, 0.08]), (True, [0.1, 0.1])])
+def test_l2_steps_are_the_steepest_or_signs(sign, expected):
+    def model(x, noise):
+        x = x[:, 0, 0]
+        return torch.stack([torch.zeros_like(x[:, 0]), 3 * x[:, 0] + 4 * x[:, 1]], dim=1)
+
+    image = torch.full((1, 1, 1, 2), 0.5)
+    attack = PGD("l2", 1.0, 1, 0.1, random_start=False, sign=sign)
+    moved = attack(model, image, torch.zeros(1, dtype=torch.long), keyed(1)) - image
+    assert moved.flatten().tolist() == pytest.approx(expected)
+    assert ("signs" in attack.title) == sign
+
+
 @pytest.mark.parametrize(("norm", "size"), [("linf", linf_norm), ("l2", l2_norm)])
 def test_apgd_starts_on_the_border_of_the_ball(norm, size):
     image = torch.full((50, 1, 4, 4), 0.5)

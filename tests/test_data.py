@@ -25,6 +25,7 @@ from lit_purify.data import (
     ImageNet,
     IndexFile,
     RandomChoice,
+    RandomDraws,
 )
 from lit_purify.data.torchvision_files import train_or_val
 from lit_purify.errors import InputError
@@ -450,6 +451,10 @@ def test_images_are_resized_and_cropped(tmp_path):
     image = next(iter(ImageFolder(tmp_path, size=4).test_dataloader()))["image"]
     assert image.shape == (2, 3, 4, 4)
     assert image[1, 0].tolist() == [[0, 0, 1, 1]] * 4
+    image = next(iter(ImageFolder(tmp_path, size=2, resize=4).test_dataloader()))["image"]
+    assert image[1, 0].tolist() == [[0, 1]] * 2
+    with pytest.raises(InputError, match="resize = 3, size = 4"):
+        ImageFolder(tmp_path, size=4, resize=3)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -508,6 +513,12 @@ def test_random_choice_is_numpys():
     expected = np.random.RandomState(0).choice(10_000, 512, replace=False)
     assert RandomChoice(512).indices(np.zeros(10_000, np.int64)).tolist() == expected.tolist()
     assert RandomChoice(3, seed=1).indices(LABELS).tolist() != RandomChoice(3, seed=2).indices(LABELS).tolist()
+
+
+def test_random_draws_are_a_union_in_order():
+    drawn = [i for seed in range(8) for i in np.random.RandomState(seed).choice(10_000, 64, replace=False).tolist()]
+    assert len(set(drawn)) < len(drawn)
+    assert RandomDraws(64, 8).indices(np.zeros(10_000, np.int64)).tolist() == list(dict.fromkeys(drawn))
 
 
 @pytest.mark.parametrize("n", [3, 7, 70, 73])

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lit_purify.errors import InputError
-from lit_purify.functional.diffusion import noised, renoised, step_back, to_diffusion, to_image
+from lit_purify.functional.diffusion import euler_back, noised, renoised, step_back, to_diffusion, to_image
 from lit_purify.functional.levels import MAX_DISTINCT, decompose, two_level
 from lit_purify.functional.mask import random_shapes
 from lit_purify.functional.schedule import Schedule, fraction_of, grid
@@ -44,6 +44,16 @@ def test_ddpm_step_is_the_gaussian_posterior():
     torch.testing.assert_close(step_back(x, eps, t, s, 1.0, zero), mean, rtol=1e-9, atol=1e-12)
     spread = step_back(x, eps, t, s, 1.0, one) - step_back(x, eps, t, s, 1.0, zero)
     torch.testing.assert_close(spread**2, ((1 - s) / (1 - t) * beta).expand(5), rtol=1e-9, atol=1e-12)
+
+
+def test_euler_step_is_that_of_the_reverse_sde():
+    """With the VP SDE's drift and diffusion and the integral of beta (t) = 0.1 + 19.9 t over the step."""
+    schedule, t, s = Schedule.continuous(), 0.4, 0.39
+    x, eps, z = torch.randn(3, 5, dtype=torch.float64)
+    score = -eps / (1 - schedule.at(400)).sqrt()
+    beta = (0.1 + 19.9 * (t + s) / 2) * (t - s)
+    expected = x + beta * (0.5 * x + score) + beta**0.5 * z
+    torch.testing.assert_close(euler_back(x, eps, schedule.at(400), schedule.at(390), z), expected)
 
 
 def test_a_clean_pixel_stays_clean():

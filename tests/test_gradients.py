@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -17,12 +18,14 @@ from lit_purify.defense import (
     BPDA,
     DefendedClassifier,
     Exact,
+    GradualPurifier,
     HeterogeneousPurifier,
     Inverse,
     Mask,
     MinMaxThreshold,
     NoPurifier,
     Ones,
+    OtherPurifier,
     RandomArea,
     SoftmaxThreshold,
     Surrogate,
@@ -267,6 +270,23 @@ def test_bpda_is_exact_forward_and_the_identity_backward(unet, classifier, image
     (found,) = torch.autograd.grad(out.square().sum(), leaf)
     purified = defended.purifier(images, keyed(6))
     assert torch.equal(found, gradient(lambda image: classifier(image).square(), purified))
+
+
+def test_bpda_may_go_forward_through_fewer_steps(unet, classifier, images):
+    view = BPDA(steps=1).attacked(DefendedClassifier(UniformPurifier(unet, classifier, 300, 3), classifier))
+    cheap = DefendedClassifier(UniformPurifier(unet, classifier, 300, 1), classifier)
+    assert (view.gradient, view.nfe) == ("bpda", 1)
+    assert torch.equal(view(images, keyed(6)), cheap(images, keyed(6)))
+
+
+def test_another_purifier_may_stand_in_for_the_defense(unet, classifier, images):
+    defended = DefendedClassifier(GradualPurifier(unet, classifier, [30, 50], [3, 5], "ddpm"), classifier)
+    other = partial(UniformPurifier, level=50, steps=1)
+    view = OtherPurifier(other).attacked(defended)
+    assert (view.gradient, view.nfe, view.levels, view.defended) == ("surrogate", 1, [50], defended)
+    assert torch.equal(
+        view(images, keyed(6)), DefendedClassifier(other(unet, classifier), classifier)(images, keyed(6))
+    )
 
 
 def test_surrogate_is_the_same_purifier_with_fewer_steps(unet, classifier, images):

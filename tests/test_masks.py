@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from lit_purify.defense import Inverse, MinMaxThreshold, Ones, RandomArea, SoftmaxThreshold, TopFraction, Zeros
+from lit_purify.defense import (
+    Inverse,
+    MinMaxThreshold,
+    Ones,
+    RandomArea,
+    Renormalized,
+    SoftmaxThreshold,
+    TopFraction,
+    Zeros,
+)
 from lit_purify.defense.masks import Relaxed
 from lit_purify.errors import InputError
 from lit_purify.functional import mask as F
@@ -29,6 +38,15 @@ def test_normalizations():
     assert torch.equal(scaled.amin(dim=(2, 3)), torch.zeros(2, 3))
     assert torch.equal(scaled.amax(dim=(2, 3)), torch.ones(2, 3))
     assert torch.equal(F.minmax_normalize(torch.ones(1, 1, 2, 2)), torch.zeros(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize("build", ["build", "relaxed"])
+def test_renormalized_shows_the_classifier_another_image(build, classifier, images):
+    rule, width = MinMaxThreshold(0.5), [0.1] * (build == "relaxed")
+    found = getattr(Renormalized(rule, [0.7], [0.1]), build)(classifier, images, noise(6), *width)
+    assert torch.equal(found, getattr(rule, build)(classifier, (images - 0.7) / 0.1, noise(6), *width))
+    with pytest.raises(InputError, match="std"):
+        Renormalized(rule, [0.7], [0.0])
 
 
 def test_union_of_blocks():

@@ -8,10 +8,12 @@ from lit_purify.attacks import PGD, Transfer
 from lit_purify.data import Digits, First
 from lit_purify.defense import (
     DefendedClassifier,
+    GradualPurifier,
     HeterogeneousPurifier,
     NoPurifier,
     Ones,
     OtherClassifier,
+    ResizedPurifier,
     TopFraction,
     UniformPurifier,
     VariableIntensityPurifier,
@@ -42,12 +44,18 @@ def every(denoiser, classifier, **options):
         "none": NoPurifier(denoiser, classifier, **options),
         "ddim": UniformPurifier(denoiser, classifier, 200, 4, "ddim", **options),
         "ddpm": UniformPurifier(denoiser, classifier, 200, 4, "ddpm", **options),
+        "sde": UniformPurifier(denoiser, classifier, 200, 4, "sde", **options),
+        "gradual": GradualPurifier(denoiser, classifier, [50, 200], [1, 4], "ddpm", **options),
         "variable": VariableIntensityPurifier(denoiser, classifier, TOP, 400, 200, 4, **options),
+        "resized": ResizedPurifier(
+            denoiser, classifier, lambda d, c: VariableIntensityPurifier(d, c, TOP, 400, 200, 4), **options
+        ),
         **resampled,
     }
 
 
-NAMES = ["none", "ddim", "ddpm", "variable"] + [f"heterogeneous-{k}" for k in ("none", "single", "release", "multi")]
+NAMES = ["none", "ddim", "ddpm", "sde", "gradual", "variable", "resized"]
+NAMES += [f"heterogeneous-{k}" for k in ("none", "single", "release", "multi")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -239,3 +247,49 @@ def test_another_classifier_is_attacked_as_itself(unet, classifier, images):
         RobustnessTask(classifier, unet, {"other": lambda d, c: OtherClassifier(d, c, wrong)}, {"pgd": pgd}).check(
             Digits(subset=First(1))
         )
+
+
+def test_rounds_go_on_from_what_the_round_before_has_left(unet, classifier, images, fixed):
+    x = to_diffusion(images)
+    for level in (40, 300):
+        x = noised(x, unet.schedule.at(level), fixed.normal(0, x))
+        x = UniformPurifier(unet, classifier, level, 1).ddim(x, level, 0)
+    purified = GradualPurifier(unet, classifier, [40, 300], [1, 1])(images, fixed)
+    torch.testing.assert_close(purified, (x / 2 + 0.5).clamp(0, 1))
+    with pytest.raises(InputError, match="2 rounds, steps 1"):
+        GradualPurifier(unet, classifier, [40, 300], [1])
+
+
+def test_rounds_draw_noise_of_their_own(classifier, images):
+    """A denoiser that takes nothing away: what is left of two rounds has the variance of both."""
+    denoiser = GaussianDenoiser(size=8)
+    denoiser.forward = lambda x, t: torch.zeros_like(x)
+    twice = GradualPurifier(denoiser, classifier, [1, 1], [1, 1]).trace(images, keyed(6))
+    once = GradualPurifier(denoiser, classifier, [1], [1]).trace(images, keyed(6))
+    spread = [(trace.purified - images)[images.sub(0.5).abs() < 0.4].square().mean() for trace in (once, twice)]
+    assert float(spread[1] / spread[0]) == pytest.approx(2.0, rel=0.35)
+
+
+def test_resized_purifies_at_the_size_of_the_denoiser(classifier, images):
+    denoiser = GaussianDenoiser(size=16)
+    purifier = ResizedPurifier(denoiser, classifier, lambda d, c: VariableIntensityPurifier(d, c, TOP, 2, 1, 1))
+    purifier.check_image(images)
+    trace = purifier.trace(images, keyed(6))
+    # The rule sees the small image; enlarged, its mask is what was purified by.
+    assert torch.equal(trace.mask, TOP(classifier, images, keyed(6)))
+    assert {t.shape[-1] for t in denoiser.calls} == {16}
+    assert torch.equal(denoiser.calls[0][:, :, ::2, ::2] == 2, trace.mask > 0.5)
+    assert trace.purified.shape == trace.noised.shape == images.shape
+    other = purifier.with_mask(Ones()).without_recomputation().with_steps(2)
+    assert other.mask.__class__ is Ones
+    assert (other.nfe, other.purifier.recompute, purifier.nfe) == (2, False, 1)
+    with pytest.raises(InputError, match=r"\(1, 16, 16\), the data has \(3, 16, 16\)"):
+        purifier.check_image(images.expand(-1, 3, -1, -1))
+
+
+def test_the_walk_may_end_above_0(unet, classifier):
+    purifier = HeterogeneousPurifier(unet, classifier, TOP, 201, 101, 4, "release", 3, end=1)
+    assert (purifier.levels, purifier.lower[-1]) == ([201, 151, 101, 51], 1)
+    assert purifier.with_steps(2).lower == [101, 1]
+    with pytest.raises(InputError, match="end = 101 < low < high = 201"):
+        HeterogeneousPurifier(unet, classifier, TOP, 201, 101, 4, end=101)

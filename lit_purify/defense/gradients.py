@@ -169,11 +169,17 @@ class BPDA(Gradient):
     """Forward the defense itself, backward the identity through its purifier (Athalye et al., ICML 2018, section 4.1).
 
     Needs the memory of one classifier, whatever the purifier does.
+
+    Args:
+        steps: Of the purifier in the forward pass; ``None`` for the defense itself.
     """
+
+    def __init__(self, steps: int | None = None) -> None:
+        self.steps = steps
 
     def attacked(self, defended: DefendedClassifier) -> Attacked:
         """See ``Gradient``."""
-        purifier = defended.purifier
+        purifier = defended.purifier if self.steps is None else defended.purifier.with_steps(self.steps)
 
         def logits(image: Tensor, noise: Noise) -> Tensor:
             with torch.no_grad():

@@ -64,7 +64,7 @@ def network() -> UNet:
 
 
 def measure(steps: int, differentiate: bool, blocks: bool) -> dict[str, float]:
-    """Seconds of one call of the defense, or of one step of an attack on it, and peak memory in GB."""
+    """Seconds of CPU time and on the wall of one call of the defense or one step of an attack; peak memory in GB."""
     torch.manual_seed(0)
     denoiser = network()
     denoiser.gradient_checkpointing = blocks
