@@ -33,6 +33,9 @@ class TrainingTask(L.LightningModule, ABC):
         shift_pixels: Augmentation: move images by up to so many pixels.
         mirror: Augmentation: mirror half of the images.
         seed: Of noise and augmentation.
+
+    Attributes:
+        facts: What an exported file states about the training.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class TrainingTask(L.LightningModule, ABC):
             raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.shift_pixels, self.mirror, self.seed = shift_pixels, mirror, seed
+        self.facts: dict[str, Any] = {}
 
     @property
     @abstractmethod
