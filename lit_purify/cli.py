@@ -23,12 +23,13 @@ from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stoppi
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.html import write_report
+from lit_purify.callbacks.watch import leave
 from lit_purify.compare import compare
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.help import EVALUATE, TRAIN
 from lit_purify.messages import check_checkpoint, check_configs, essence, explanation
-from lit_purify.run_folder import RunFolder, identify
+from lit_purify.run_folder import RunFolder, comparable, identify
 from lit_purify.tasks import FrontierTask, RobustnessTask, TrainingTask
 from lit_purify.tasks.audit import AuditingTrainer
 from lit_purify.tasks.estimate import EstimatingTrainer
@@ -91,7 +92,9 @@ class _CLI(LightningCLI):
             )
         except SystemExit as stopped:
             # Lightning's for an interrupted run is that of a traceback.
-            sys.exit(INTERRUPTED if isinstance(stopped.__context__, KeyboardInterrupt) else stopped.code)
+            if isinstance(stopped.__context__, KeyboardInterrupt):
+                leave(INTERRUPTED)
+            raise
         except Exception as error:
             message = explanation(error, self.folder)
             if message is None:
@@ -143,6 +146,12 @@ class _CLI(LightningCLI):
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if hasattr(logger, "init_args") and logger.init_args.get("save_dir") in (None, "."):
                 logger.init_args.save_dir = settings.run
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:  # noqa: ANN401
+        """Also makes its processes watch each other, if it has several."""
+        trainer = super().instantiate_trainer(**kwargs)
+        self._get(self.config_init, "watch").attend(trainer)
+        return trainer
 
     def instantiate_classes(self) -> None:
         """Constructors see nothing but the configuration: whatever they raise is about it."""
@@ -197,7 +206,7 @@ class _EvaluationCLI(_CLI):
             # The data may have to be fetched; the other processes look in their setup.
             self.datamodule.prepare_data()
             self.model.check(self.datamodule)
-        self.folder.claim(self.resolved, write=first)
+        self.folder.claim(self.resolved, write=first, data=self.datamodule.content_sha256 if first else None)
         self.running = True
 
     def before_gradcheck(self) -> None:
@@ -205,7 +214,7 @@ class _EvaluationCLI(_CLI):
         assert self.folder is not None
         assert isinstance(self.trainer, AuditingTrainer)
         self.folder.claim(self.resolved, write=False)
-        self.trainer.settings = identify(yaml.safe_load(self.resolved))
+        self.trainer.settings = comparable(identify(yaml.safe_load(self.resolved)))
 
     def after_gradcheck(self) -> None:
         """The report shows the verdict, if there is one already. Exit status 1 when a check has failed."""
@@ -233,8 +242,11 @@ class _EvaluationCLI(_CLI):
         self.running = True
 
     def after_purify(self) -> None:
-        """The configuration lies beside the images."""
+        """The configuration lies beside the images. Exit status 1 when some of them could not be read."""
+        assert isinstance(self.trainer, PurifyingTrainer)
         RunFolder(Path(self._settings.output).expanduser()).write_config(self.resolved, write=_rank() == 0)
+        if self.trainer.unreadable:
+            sys.exit(1)
 
     before_predict, after_predict = before_purify, after_purify
 

@@ -7,19 +7,20 @@ import hashlib
 import json
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
 
 from lit_purify.errors import InputError
-from lit_purify.metrics.records import Record, read_records, write_records, write_whole
+from lit_purify.metrics.records import Record, read_records, uncollected, write_records, write_whole
 from lit_purify.models.sources import locate
 
 _IRRELEVANT = (
     "config",
     "run",
+    "seed_everything",
     "trainer",
     "verbose",
     "watch",
@@ -29,12 +30,17 @@ _IRRELEVANT = (
     "data.init_args.num_workers",
     "data.init_args.download",
     "data.init_args.seed",
+    "data.init_args.val_subset",
     "model.init_args.gallery",
 )
 """Keys that do not change a record,"""
 _RELEVANT = ("trainer.precision", "trainer.plugins")
 """but for these."""
+_NOT_EVALUATED = "data.init_args.val_subset."
+"""What earlier versions took down as well."""
 _FILE_KEYS = ("path", "checkpoint")
+_SHA256 = " (sha256)"
+_DATA = "data (names and sizes)"
 
 
 class RunFolder:
@@ -78,11 +84,17 @@ class RunFolder:
         """Images of the gallery."""
         return self.path / "overlays"
 
+    def pictured(self, records: Iterable[Record]) -> Iterator[tuple[Record, Path]]:
+        """The records that have a picture, with it; there may be very many that have none."""
+        there = {path.name: path for path in self.overlays.glob("*.png")}
+        named = ((record, f"{record.defense}.{record.attack}.{record.index:06d}.png") for record in records)
+        return ((record, there[name]) for record, name in named if name in there)
+
     def hashes(self) -> dict[str, str]:
         """sha256 of the files that the run depends on, by their path."""
         settings = json.loads(self.identity.read_text())
-        suffix = " (sha256)"
-        return {settings[key.removesuffix(suffix)]: value for key, value in settings.items() if key.endswith(suffix)}
+        hashes = {key.removesuffix(_SHA256): value for key, value in settings.items() if key.endswith(_SHA256)}
+        return {settings[key]: value for key, value in hashes.items()}
 
     def part(self, rank: int) -> Path:
         """Where a process other than rank zero appends its records: every file has one writer."""
@@ -102,6 +114,7 @@ class RunFolder:
         except FileExistsError as error:
             raise InputError(_taken(self.part(rank))) from error
 
+    @uncollected()
     def collect(self, write: bool) -> list[Record]:
         """All records of all processes, sorted; on request merged into ``records.jsonl``, which mends a torn line."""
         parts = [self.records, *sorted(self.path.glob("records.rank*.jsonl"))]
@@ -145,19 +158,20 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(self.config, text)
 
-    def claim(self, text: str, write: bool) -> None:
+    def claim(self, text: str, write: bool, data: str | None = None) -> None:
         """Makes the folder this run's own; a process that writes locks it before it looks at anything.
 
         Args:
             text: The resolved configuration, YAML.
             write: Whether this process writes.
+            data: Hash of the content of the data, where it is known.
 
         Raises:
             InputError: The folder holds records of a run with other settings, or another run is writing there.
         """
         if write:
             self.lock()
-        identity = identify(yaml.safe_load(text))
+        identity = identify(yaml.safe_load(text)) | ({_DATA: data} if data else {})
         before = self._identity_before()
         if before is None:
             if self.collect(write=False):
@@ -166,7 +180,10 @@ class RunFolder:
                     "another folder with --run, or remove that one"
                 )
             before = identity
-        differing = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+        there, here = comparable(before), comparable(identity)
+        differing = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+        if _DATA in before and data not in (None, before[_DATA]):
+            differing.append(_DATA)
         # Without records there is nothing that other settings could mix with.
         if differing and self.collect(write=False):
             shown = "; ".join(f"{key}: {_short(before, key)} there, {_short(identity, key)} here" for key in differing)
@@ -211,8 +228,20 @@ def identify(settings: Mapping[str, Any]) -> dict[str, Any]:
         flat["order of the attacks"] = list(settings["model"]["init_args"]["attacks"])
     for key, value in list(flat.items()):
         if key.rpartition(".")[2] in _FILE_KEYS and isinstance(value, str) and (path := locate(value)).exists():
-            flat[f"{key} (sha256)"] = path_sha256(path)
+            flat[key + _SHA256] = path_sha256(path)
     return flat
+
+
+def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity such that those of runs with equal records are equal: a file is its content, wherever it lies."""
+    kept = {
+        key: value
+        for key, value in identity.items()
+        if key + _SHA256 not in identity and key not in (*_IRRELEVANT, _DATA) and not key.startswith(_NOT_EVALUATED)
+    }
+    if str(kept.get("trainer.precision")) in ("None", "32"):
+        kept["trainer.precision"] = "32-true"
+    return kept
 
 
 def path_sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Evaluations in processes that can be killed, each forked from one that has imported everything."""
+"""Runs in processes that a test can lay hands on, each forked from one that has imported everything."""
 
 import contextlib
 import json
@@ -18,8 +18,6 @@ from lit_purify.metrics import read_records
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["lit_purify.cli", "sklearn.datasets", "torchvision.utils"])
-
-
 SAMPLES = 13
 
 
@@ -57,34 +55,31 @@ def tiny(path, samples=SAMPLES, **attack):
 
 
 class Launch:
-    """An evaluation on some processes, which know each other as under torchrun.
+    """The processes of a command, started one by one as a launcher on each host would.
 
     Args:
-        config: What to evaluate.
-        run: Where to.
-        world: Processes.
-        flags: Further arguments.
-        die: (rank, k): that process kills itself at its k-th change of the run's folder.
-        room: Bytes that a file may have once records are written; what is beyond fails as on a full disk.
+        command: ``evaluate`` or ``train``.
+        argv: Its arguments.
+        log: What the processes print goes to ``LOG.RANK``.
+        world: Processes; with one it is none of several.
+        spoil: Called in each process, with its rank, before anything else.
+        ranks: Those that are started; all if none are given.
     """
 
-    def __init__(self, config, run, world=1, flags=(), die=None, room=None):
-        argv = ["--config", str(config), "--run", str(run), *flags]
-        environment = {}
+    def __init__(self, command, argv, log, world=1, spoil=None, ranks=None):
+        place = {}
         if world > 1:
-            argv += ["--trainer.devices", str(world), "--trainer.strategy", "ddp"]
+            argv = [*argv, "--trainer.devices", str(world), "--trainer.strategy", "ddp"]
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        logs = run.with_name(f"{run.name}.logs")
-        logs.mkdir(exist_ok=True)
-        self.logs, self.processes = [], []
-        for rank in range(world):
-            own = {**environment, "LOCAL_RANK": str(rank), "RANK": str(rank)} if world > 1 else {}
-            self.logs.append(logs / f"{time.monotonic_ns()}.rank{rank}")
-            changes = die[1] if die and die[0] == rank else None
+                port = free.getsockname()[1]
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        self.logs = [Path(f"{log}.{rank}") for rank in range(world)]
+        self.processes = []
+        for rank in range(world) if ranks is None else ranks:
+            own = {**place, "LOCAL_RANK": str(rank), "RANK": str(rank)} if world > 1 else {}
             self.processes.append(
-                CONTEXT.Process(target=_evaluate, args=(argv, own, self.logs[-1], run, changes, room))
+                CONTEXT.Process(target=_run, args=(command, list(argv), own, self.logs[rank], spoil, rank))
             )
             self.processes[-1].start()
 
@@ -107,17 +102,33 @@ class Launch:
             for process in self.processes:
                 process.join()
 
+    def until(self, condition, seconds=120):
+        """Waits for something that happens while all of them live."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert all(process.exitcode is None for process in self.processes), self.said
+            assert time.monotonic() < end, self.said
+            time.sleep(0.005)
+
     @property
     def said(self):
         """What all have printed."""
         return "".join(log.read_text() for log in self.logs if log.exists())
 
 
+def launch(config, run, world=1, flags=(), spoil=None):
+    """An evaluation."""
+    logs = run.with_name(f"{run.name}.logs")
+    logs.mkdir(exist_ok=True)
+    argv = ["--config", str(config), "--run", str(run), *flags]
+    return Launch("evaluate", argv, logs / str(time.monotonic_ns()), world, spoil)
+
+
 def finish(config, run, world=1, flags=()):
     """An evaluation to its end."""
-    launch = Launch(config, run, world, flags)
-    assert launch.wait() == [0] * world, launch.said
-    return launch.said
+    launched = launch(config, run, world, flags)
+    assert launched.wait() == [0] * world, launched.said
+    return launched.said
 
 
 def result(run):
@@ -143,36 +154,47 @@ def recorded(run):
     return found
 
 
-def _evaluate(argv, environment, log, run, changes, room):
+def _run(command, argv, environment, log, spoil, rank):
     os.environ.update(environment)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    sys.argv = ["eval.py"]
-    if room is not None:
-
-        def limit(event, args):
-            if event == "open" and Path(str(args[0])).match("records*.jsonl") and set(str(args[1])) & {*"ax"}:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-
-        sys.addaudithook(limit)
-    if changes is not None:
-        sys.addaudithook(_Killer(str(run), changes))
+    sys.argv = ["eval.py" if command == "evaluate" else "train.py"]
+    if spoil is not None:
+        spoil(rank)
     import torch
 
-    from lit_purify.cli import evaluate
+    from lit_purify import cli
 
     torch.set_num_threads(1)
-    evaluate(argv)
+    getattr(cli, command)(argv)
 
 
-class _Killer:
-    """Ends the process with SIGKILL just before its k-th change of a folder."""
+class Room:
+    """Lets the files of records grow to so many bytes once they are written; what is beyond fails as on a full disk."""
 
-    def __init__(self, folder, changes):
-        self.folder, self.left = folder, changes
+    def __init__(self, size):
+        self.size = size
 
-    def __call__(self, event, args):
+    def __call__(self, rank):
+        sys.addaudithook(self.limit)
+
+    def limit(self, event, args):
+        if event == "open" and Path(str(args[0])).match("records*.jsonl") and set(str(args[1])) & {*"ax"}:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
+
+
+class Killer:
+    """Lets one process kill itself with SIGKILL just before its k-th change of a folder."""
+
+    def __init__(self, folder, rank, changes):
+        self.folder, self.rank, self.left = str(folder), rank, changes
+
+    def __call__(self, rank):
+        if rank == self.rank:
+            sys.addaudithook(self.count)
+
+    def count(self, event, args):
         if event == "open":
             changes = isinstance(args[1], str) and set(args[1]) & set("wax")
         else:

@@ -52,6 +52,19 @@ def test_a_run_differs_from_its_copy_by_nothing(pair, tmp_path):
     assert rows[3].remarks == "20 shared samples"
 
 
+@pytest.mark.parametrize(("attack", "differ"), [("square", [0]), ("far", [1]), ("other", [2])])
+def test_another_attack_is_one_that_differs_in_itself_or_in_an_ensemble(pair, tmp_path, attack, differ):
+    """Of pgd and square an ensemble states the sum of their steps, and their names."""
+    copy = finished_run(tmp_path / "copy")
+    summary = json.loads((copy / "summary.json").read_text())
+    for result in summary["results"]:
+        if result["attack"] == attack:
+            result["attack_title"] = "with half the step"
+    (copy / "summary.json").write_text(json.dumps(summary))
+    remarks = [rows[3].remarks for rows in Comparison([pair[0], copy]).rows.values()]
+    assert [k for k, remark in enumerate(remarks) if remark.startswith("another attack")] == differ
+
+
 def test_a_defense_without_counterpart_is_compared_to_the_baseline(pair, tmp_path):
     copy = finished_run(tmp_path / "copy")
     for name in ("summary.json", "records.jsonl"):

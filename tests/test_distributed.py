@@ -1,5 +1,6 @@
 """Evaluations over several processes, interrupted and taken up again: the same records, each once."""
 
+import io
 import json
 import os
 import resource
@@ -9,18 +10,24 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from processes import Launch, finish, recorded, result, tiny
+import torch.distributed as dist
+from processes import finish, launch, recorded, result, tiny
+from torch.distributed import HashStore
 
+from lit_purify.callbacks import RecordWriter
+from lit_purify.data import ImageFolder, claims
 from lit_purify.data.claims import Claims
 from lit_purify.errors import InputError
 from lit_purify.metrics import Record, read_records
 from lit_purify.metrics.records import append_records, write_records
 from lit_purify.run_folder import RunFolder
+from lit_purify.tasks import RobustnessTask
 
 sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
 
@@ -66,18 +73,14 @@ def test_kills(tmp_path):
 def test_what_lives_on_of_a_killed_run_does_not_disturb_the_next(tmp_path):
     """Rank zero is killed; rank one writes on, into a file that the next run has taken away."""
     config, run = tiny(tmp_path / "tiny.yaml", samples=30), tmp_path / "run"
-    first = Launch(config, run, 2, [BATCH, "1"])
+    first = launch(config, run, 2, [BATCH, "1"])
     part = RunFolder(run).part(1)
-    while not (part.exists() and read_records(part)):
-        assert first.processes[0].exitcode is None, first.said
-        time.sleep(0.005)
+    first.until(lambda: part.exists() and read_records(part))
     first.kill(signal.SIGSTOP, ranks={1})
     first.kill(ranks={0})
     before = recorded(run)
-    second = Launch(config, run, 2, [BATCH, "1"])
-    while "goes on after" not in second.said:
-        assert second.processes[0].exitcode is None, second.said
-        time.sleep(0.005)
+    second = launch(config, run, 2, [BATCH, "1"])
+    second.until(lambda: "goes on after" in second.said)
     first.kill(signal.SIGCONT, ranks={1})
     assert second.wait() == [0, 0], second.said
     assert first.wait()[1] not in (0, -signal.SIGKILL), "it has noticed"
@@ -88,12 +91,11 @@ def test_what_lives_on_of_a_killed_run_does_not_disturb_the_next(tmp_path):
 def test_a_second_launch_with_other_settings_changes_nothing(config, tmp_path):
     """Also before the first record, when no settings hold the folder yet."""
     run = tmp_path / "run"
-    first = Launch(config, run)
-    while not (run / "identity.json").exists():
-        time.sleep(0.005)
+    first = launch(config, run)
+    first.until((run / "identity.json").exists)
     first.kill(signal.SIGSTOP)
     held = {path: path.read_bytes() for path in run.iterdir()}
-    second = Launch(config, run, flags=["--model.init_args.runs", "2"])
+    second = launch(config, run, flags=["--model.init_args.runs", "2"])
     assert second.wait() == [2]
     assert second.said == f"eval.py: error: {run}: another run is writing there; wait for it, or give another --run\n"
     assert {path: path.read_bytes() for path in run.iterdir()} == held
@@ -137,6 +139,56 @@ def test_all_differing_settings_are_named_in_one_line(tmp_path):
     folder.claim(settings(), write=True)
 
 
+def test_what_changes_no_record_is_not_refused(tmp_path):
+    """Nor a folder of an earlier version, which took down more, and did not look at the data."""
+
+    def settings(**changes):
+        values = {"seed_everything": 0, "trainer": {"precision": None}, "data": {"init_args": {"val_subset": None}}}
+        return json.dumps(values | {"model": {"init_args": {"checkpoint": str(tmp_path / "a.pt")}}} | changes)
+
+    folder = RunFolder(tmp_path / "run")
+    for name in "ab":
+        (tmp_path / f"{name}.pt").write_text("weights")
+    subset = {"val_subset": {"class_path": "First", "init_args": {"n": 7}}}
+    same = (
+        {"seed_everything": 5},
+        {"trainer": {"precision": "32-true"}},
+        {"data": {"init_args": subset}},
+        {"model": {"init_args": {"checkpoint": str(tmp_path / "b.pt")}}},
+    )
+    folder.claim(settings(), write=True)
+    folder.records.write_text(record(0).line())
+    earlier = json.loads(folder.identity.read_text()) | {"seed_everything": 3, "data.init_args.val_subset": None}
+    folder.identity.write_text(json.dumps(earlier))
+    for changes in same:
+        folder.claim(settings(**changes), write=True, data="0a")
+    for changes, data in (
+        ({"trainer": {"precision": "bf16-mixed"}}, "0a"),
+        ({"model": {"init_args": {"checkpoint": str(tmp_path / "c.pt")}}}, "0a"),
+        ({}, "0b"),
+    ):
+        with pytest.raises(InputError, match=r"\(1 differ; |names and sizes|\(2 differ"):
+            folder.claim(settings(**changes), write=True, data=data)
+    (tmp_path / "a.pt").write_text("others")
+    with pytest.raises(InputError, match=r"1 differ; .*sha256"):
+        folder.claim(settings(), write=True, data="0a")
+
+
+def test_a_folder_of_images_is_known_by_names_and_sizes_of_the_evaluated_split(tmp_path):
+    for split in ("train", "val"):
+        place = tmp_path / split / "cat"
+        place.mkdir(parents=True)
+        (place / "1.png").write_bytes(b"12345")
+    before = ImageFolder(tmp_path).content_sha256
+    (tmp_path / "train" / "cat" / "2.png").write_bytes(b"1")
+    assert ImageFolder(tmp_path).content_sha256 == before
+    assert ImageFolder(tmp_path, evaluate_on="train").content_sha256 != before
+    (place / "1.png").write_bytes(b"123456")
+    after = ImageFolder(tmp_path).content_sha256
+    (place / "1.png").rename(place / "0.png")
+    assert len({before, after, ImageFolder(tmp_path).content_sha256}) == 3
+
+
 def record(index):
     return Record("uniform", "pgd", index, 1, [1], [2], 0.1, 0.2, 0.5)
 
@@ -157,6 +209,76 @@ def test_a_write_that_fails_leaves_whole_lines(tmp_path):
         assert path.read_text() == record(0).line()
         append_records(stream, [record(1)])
     assert [found.index for found in read_records(path)] == [0, 1]
+
+
+def test_a_signal_amid_a_write_leaves_whole_lines(tmp_path):
+    """It ends the process by an exception that is no ``Exception``."""
+
+    class Interrupted(io.FileIO):
+        def write(self, content):
+            super().write(content[: len(content) // 2])
+            raise KeyboardInterrupt
+
+    path = tmp_path / "records.jsonl"
+    path.write_text(record(0).line())
+    with Interrupted(path, "a") as stream, pytest.raises(KeyboardInterrupt):
+        append_records(stream, [record(1)])
+    assert path.read_text() == record(0).line()
+
+
+def test_who_writes_into_a_file_that_is_gone_learns_so(tmp_path):
+    """What lives on of a killed run, when another has taken its part of the records away."""
+    writer, folder = RecordWriter(), RunFolder(tmp_path)
+    writer.stream = folder.open_part(1)
+    writer.on_evaluated(None, None, [record(0)], [])
+    folder.collect(write=True)
+    with pytest.raises(InputError, match=r"records\.rank1\.jsonl: removed while it was written"):
+        writer.on_evaluated(None, None, [record(1)], [])
+    writer._close()
+    assert [found.index for found in folder.collect(write=False)] == [0]
+
+
+class Resumed(RobustnessTask):
+    """Notes what it is told."""
+
+    pairs = (("uniform", "pgd"),)
+
+    def __init__(self):
+        pass
+
+    def resume(self, records, count):
+        self.__dict__["told"] = len(records), count
+
+
+def resuming(folder, rank, signaled=False):
+    """A trainer in whose folder one record lies."""
+    folder.path.mkdir(exist_ok=True)
+    folder.records.write_text(record(0).line())
+    evaluated = SimpleNamespace(positions=np.array([0]), labels=np.array([record(0).label]))
+    return SimpleNamespace(
+        received_sigterm=signaled,
+        default_root_dir=folder.path,
+        is_global_zero=rank == 0,
+        global_rank=rank,
+        datamodule=SimpleNamespace(evaluated=evaluated),
+        strategy=SimpleNamespace(broadcast=lambda _: read_records(folder.records)),
+    )
+
+
+def test_what_is_recorded_counts_once_over_all_processes(tmp_path):
+    told = {}
+    for rank in (0, 1):
+        trainer, task, writer = resuming(RunFolder(tmp_path), rank), Resumed(), RecordWriter()
+        writer.on_test_start(trainer, task)
+        writer._close()
+        told[rank] = task.told
+        assert trainer.datamodule.finished == [0]
+    assert told == {0: (1, True), 1: (1, False)}
+
+
+def test_a_signal_before_the_evaluation_began_ends_it_as_well(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        RecordWriter().on_test_start(resuming(RunFolder(tmp_path), 0, signaled=True), Resumed())
 
 
 def test_a_merge_that_was_killed_leaves_each_record_once(tmp_path):
@@ -182,10 +304,10 @@ def test_records_of_other_images_are_refused(config, whole, tmp_path):
     shutil.copytree(whole, run)
     first, *others = read_records(run / "records.jsonl")
     write_records(run / "records.jsonl", [replace(first, label=first.label + 1), *others])
-    launch = Launch(config, run)
-    assert launch.wait() == [2]
-    assert f"sample {first.index} with label {first.label + 1}, which these images do not have" in launch.said
-    assert launch.said.count("\n") == 1
+    launched = launch(config, run)
+    assert launched.wait() == [2]
+    assert f"sample {first.index} with label {first.label + 1}, which these images do not have" in launched.said
+    assert launched.said.count("\n") == 1
 
 
 # Dealing out.
@@ -208,6 +330,19 @@ def test_claims_in_any_order_give_every_item_once(monkeypatch, world, items):
     assert sorted(item for batch in found for item in batch) == list(range(items))
     assert all(1 <= len(batch) <= 3 for batch in found)
     assert len(found) == len(Claims(lambda: np.arange(items), 3, world, 0))
+
+
+def test_whichever_process_is_free_takes_the_next_batch(monkeypatch):
+    """By a counter that they share, a new one in every pass."""
+    store = HashStore()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    for number in range(2):
+        # Both in this process, which would count them as two passes.
+        monkeypatch.setattr(claims, "_PASSES", repeat(number))
+        first, second = (iter(Claims(lambda: np.arange(8), 1, 2, rank)) for rank in (0, 1))
+        taken = [next(each) for each in (first, first, first, second, first, second)]
+        assert taken == [[0], [1], [2], [3], [4], [5]]
 
 
 def test_equal_samples_are_shared_out_equally():

@@ -2,16 +2,19 @@
 
 import os
 import signal
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from launching import ends, launch
+from processes import Launch
 from safetensors.torch import load_file
 
+from lit_purify.callbacks import Stopping
 from lit_purify.cli import train
-from lit_purify.errors import INTERRUPTED
-from lit_purify.tasks import DenoiserTask
+from lit_purify.errors import INTERRUPTED, InputError
+from lit_purify.tasks import DenoiserTask, TrainingTask
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +68,8 @@ def two(config, tmp_path_factory):
     """The run of two processes with 16 images each."""
     folder = tmp_path_factory.mktemp("two")
     argv = ["fit", f"--config={config}", f"--run={folder / 'run'}"]
-    processes = launch("train", argv, 2, folder / "log")
-    assert ends(processes) == [0, 0], [(folder / f"log.{rank}").read_text()[-2000:] for rank in (0, 1)]
+    launched = Launch("train", argv, folder / "log", 2)
+    assert launched.wait() == [0, 0], launched.said
     return folder / "run"
 
 
@@ -102,6 +105,20 @@ def test_two_processes_with_half_a_batch_each_train_as_one_with_the_whole(config
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
+def test_batch_normalization_sees_the_images_of_all_processes(config, tmp_path):
+    """Weights and running statistics."""
+    settings = yaml.safe_load(config.read_text())
+    resnet = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
+    task = {"classifier": {"class_path": "ResNetClassifier", "init_args": resnet}, "shift_pixels": 1, "warmup": 2}
+    settings["model"] = {"class_path": "ClassifierTask", "init_args": task}
+    settings["trainer"] |= {"max_epochs": 1, "callbacks": [{"class_path": "Export"}]}
+    path = tmp_path / "classifier.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    launched = Launch("train", ["fit", f"--config={path}", f"--run={tmp_path / 'two'}"], tmp_path / "log", 2)
+    assert launched.wait() == [0, 0], launched.said
+    assert_equal_networks(tmp_path / "two", alone(path, tmp_path / "run"))
+
+
 def test_one_process_writes(two):
     assert {path.name for path in (two / "checkpoints").iterdir()} == {"epoch=0.ckpt", "epoch=1.ckpt"}
     assert "Exported" in (two.parent / "log.0").read_text()
@@ -126,6 +143,51 @@ def test_another_number_of_samples_a_step_is_refused(config, two, tmp_path, caps
     said = capsys.readouterr().err
     assert "trained with 32 samples a batch" in said
     assert "set data.init_args.batch_size to 32 for 1 processes" in said
+
+
+@pytest.mark.parametrize(("within", "refused"), [(True, True), (False, False)])
+def test_within_an_epoch_batches_must_be_as_large_as_they_were(within, refused):
+    """As many samples a step, in twice as many batches: the place in the epoch is counted in batches."""
+    trainer = SimpleNamespace(training=True, world_size=1)
+    task = SimpleNamespace(trainer=trainer, _batch=lambda: (16, 2))
+    progress = {"epoch_loop.batch_progress": {"is_last_batch": not within}}
+    with pytest.raises(InputError, match="trained with 32 samples a batch") if refused else nullcontext():
+        TrainingTask.on_load_checkpoint(task, {"batch": (32, 1), "loops": {"fit_loop": progress}})
+
+
+def test_each_process_and_batch_has_a_dropout_of_its_own():
+    def draw(rank, step, batch):
+        TrainingTask.on_train_batch_start(SimpleNamespace(seed=3, global_rank=rank, global_step=step), None, batch)
+        return torch.rand(()).item()
+
+    places = [(rank, step, batch) for rank in (0, 1) for step in (5, 6) for batch in (10, 11)]
+    assert len({draw(*place) for place in places}) == len(places)
+    assert draw(1, 5, 10) == draw(1, 5, 10)
+
+
+@pytest.mark.parametrize("decision", [True, False])
+def test_all_processes_stop_after_the_same_step(tmp_path, decision):
+    """Also those that got no signal; who got one waits for the decision."""
+    asked, saved = [], []
+
+    def agree(stopped, all):
+        asked.append((stopped, all))
+        return decision
+
+    trainer = SimpleNamespace(
+        fit_loop=SimpleNamespace(_should_accumulate=lambda: False),
+        strategy=SimpleNamespace(reduce_boolean_decision=agree),
+        default_root_dir=tmp_path,
+        checkpoint_callbacks=[],
+        save_checkpoint=saved.append,
+        is_global_zero=False,
+    )
+    stopping = Stopping()
+    stopping.stopped = not decision
+    with pytest.raises(KeyboardInterrupt) if decision else nullcontext():
+        stopping.on_train_batch_end(trainer, None, None, None, 0)
+    assert asked == [(not decision, False)]
+    assert saved == [tmp_path / "checkpoints" / "last.ckpt"] * decision
 
 
 def test_a_signal_ends_a_training_after_its_step_and_the_same_command_goes_on(config, tmp_path, monkeypatch, capsys):

@@ -122,12 +122,14 @@ def test_processes_share_the_samples(setting, monkeypatch):
 
 @pytest.mark.parametrize("attack", ["last", "best", "square"])
 def test_network_calls_are_those_that_are_made(setting, attack):
-    """One sample, one row a chunk: nothing is padded. What is differentiated is called twice."""
+    """One sample, one row a chunk: nothing is padded. What is differentiated is called twice, but for the last step."""
     make, clock = setting
     task, trainer, data = make(attack, chunk=1, n=1)
-    said = [network_calls(described, task.runs) for described in task.describe()]
+    described = task.describe()
+    said = [network_calls(each, task.runs) for each in described]
+    kept = sum(each["queries"]["backward"] for each in described if each["nfe_attack"])
     trainer.test(task, data, verbose=False)
-    assert clock["rows"] == sum(forward + backward for forward, backward in said)
+    assert clock["rows"] == sum(forward + backward for forward, backward in said) - kept
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.cli import train
 from lit_purify.data import Digits
 from lit_purify.data.subset import Balanced
-from lit_purify.defense import TopFraction, UniformPurifier, VariableIntensityPurifier
+from lit_purify.defense import HeterogeneousPurifier, TopFraction, UniformPurifier, VariableIntensityPurifier
 from lit_purify.errors import InputError
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.models import Classifier, ResNetClassifier, UNet, load_classifier, load_denoiser
@@ -461,6 +461,7 @@ def test_export_writes_the_average_of_a_checkpoint(run, tmp_path, capsys):
         assert torch.equal(value, state["state_dict"][f"denoiser.{name}"]), name
     assert not torch.equal(exported["stem.weight"], state["current_model_state"]["denoiser.stem.weight"])
     loaded = load_denoiser(str(tmp_path / "model.safetensors"))
+    assert load_denoiser(str(run / "model.safetensors")).schedule.trained == loaded.schedule.trained == 700
     assert loaded.config["width"] == 8
     assert torch.equal(loaded.stem.weight, exported["stem.weight"])
     train([*command, str(tmp_path / "half.safetensors"), "--half", "true"])
@@ -486,6 +487,8 @@ def test_export_without_a_checkpoint_converts_what_is_configured(config, tmp_pat
     )
     expected, converted = load_denoiser(WEIGHTS["denoiser"]), load_denoiser(str(path))
     assert converted.config == expected.config
+    # The configured training has not taken place.
+    assert converted.schedule.trained is None
     for name, value in expected.state_dict().items():
         assert torch.equal(converted.state_dict()[name], value), name
 
@@ -553,6 +556,24 @@ def test_a_recipe_builds(path, tmp_path):
 
 
 # What is refused
+
+
+def test_levels_beyond_the_training_are_refused():
+    denoiser, classifier = load_denoiser(WEIGHTS["denoiser"]), load_classifier(WEIGHTS["classifier"])
+    UniformPurifier(denoiser, classifier, level=700, steps=2)
+    for name, make in {
+        "level = 701": partial(UniformPurifier, level=701, steps=2),
+        "high = 900": partial(VariableIntensityPurifier, mask=TopFraction(0.3), high=900, low=200, steps=2),
+        r"high \+ jump = 701": partial(
+            HeterogeneousPurifier, mask=TopFraction(0.3), high=691, low=200, steps=4, resampling="single", jump=10
+        ),
+    }.items():
+        with pytest.raises(InputError, match=f"{name} is above 700, the strongest level that the denoiser was trained"):
+            make(denoiser, classifier)
+    # Training anew, to other levels.
+    with pytest.raises(InputError, match="high = 400 is above 300"):
+        task(denoiser, max_level=300)
+    assert task(denoiser, max_level=1000).denoiser.schedule.trained == 1000
 
 
 @pytest.fixture

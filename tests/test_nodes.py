@@ -1,21 +1,33 @@
 """What becomes of a run when a process dies or hangs, or memory runs out."""
 
+import copy
 import json
 import os
 import signal
 import socket
+import sys
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
-from launching import ends, launch, until
+from processes import Launch, finish, tiny
+from torch.distributed import PrefixStore, TCPStore
 
 from lit_purify import cli
-from lit_purify.callbacks.watch import Roll, Sign
+from lit_purify.attacks import FGSM
+from lit_purify.callbacks import Watch
+from lit_purify.callbacks.roll import Roll, Sign
+from lit_purify.defense import NoPurifier
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.functional.chunks import fitting
 from lit_purify.metrics import read_records
 from lit_purify.models import ResNetClassifier
+from lit_purify.tasks import RobustnessTask
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {name: ROOT / "checkpoints" / f"digits_{name}.safetensors" for name in ("classifier", "denoiser")}
@@ -33,12 +45,12 @@ EVALUATION = [
 ]
 
 
-def sign(beat=0, done=0, state="works", host="b", process=7):
-    return Sign(beat, done, state, host, process)
+def sign(beat=0, done=0, state="works", place=""):
+    return Sign(beat, done, state, "b", 7, place)
 
 
 def roll(*signs):
-    found = Roll(silence=60, stall=600)
+    found = Roll(range(len(signs)), silence=60, stall=600, start=100)
     for rank, each in enumerate(signs):
         found.hear(rank, each)
     return found
@@ -81,21 +93,172 @@ def test_a_failure_is_passed_on_after_a_while_and_a_verdict_at_once():
     assert roll(sign(state="verdict: rank 5 is lost")).age(5) == "rank 5 is lost"
 
 
-def test_a_rank_that_hangs_ends_the_evaluation_and_the_same_command_goes_on(tmp_path, capsys):
-    run = tmp_path / "run"
-    argv = [*EVALUATION, f"--run={run}", "--trainer.logger=false"]
-    processes = launch("evaluate", [*argv, "--watch.silence=4"], 2, tmp_path / "log")
-    until(lambda: any(path.stat().st_size for path in run.glob("records*")))
-    os.kill(processes[1].pid, signal.SIGSTOP)
-    processes[0].join(400)
-    os.kill(processes[1].pid, signal.SIGKILL)
-    assert ends(processes) == [INTERRUPTED, -signal.SIGKILL]
-    said = (tmp_path / "log.0").read_text()
-    assert f"error: no sign of life for 4 s from rank 1 ({socket.gethostname()}, process {processes[1].pid})" in said
+def test_when_all_wait_for_hours_the_one_that_does_not_wait_for_others_hangs():
+    heard = roll(sign(state="waits"), sign(state="waits", place="read (nfs.py:7)"), sign(state="waits"))
+    for beat in range(1, 200):
+        said = heard.age(5)
+        for rank, place in enumerate(("", "read (nfs.py:7)", "")):
+            heard.hear(rank, sign(beat, state="waits", place=place))
+        if said is not None:
+            break
+    assert (said, beat) == ("nothing done for 600 s by rank 1 (b, process 7, in read (nfs.py:7))", 121)
+
+
+def test_connections_that_do_not_stand_in_time_are_reported():
+    heard = roll(sign(state="waits"), sign(state="connects"))
+    heard.silence = 999
+    assert heard.age(100) is None
+    said = heard.age(1)
+    assert said.startswith("all 2 processes came, but within 100 s no connections stood between rank 1 (b, process 7)")
+
+
+def test_who_does_not_come_ends_the_run(tmp_path):
+    """Nobody waits for torch's half an hour, whoever it is that is missing."""
+    config = tiny(tmp_path / "tiny.yaml")
+    argv = ["--config", str(config), f"--run={tmp_path / 'run'}", "--watch.start=2"]
+    launches = [Launch("evaluate", argv, tmp_path / f"{rank}", 2, ranks=[rank]) for rank in (0, 1)]
+    assert [launched.wait() for launched in launches] == [[INTERRUPTED], [INTERRUPTED]]
+    for launched, came, missing in zip(launches, ("1 of 2 processes came", "nobody answered"), (1, 0), strict=True):
+        assert f"error: {came} within 2 s, rank {missing} did not: see what it printed" in launched.said
+        assert launched.said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            "rank 1 ({host}, process {process}) was killed by SIGKILL; the run ends",
+        ),
+        ("import time; time.sleep(600)", "1 of 2 processes came within 3 s, rank 1 did not"),
+    ],
+)
+def test_processes_that_lightning_starts_are_missed_as_well(tmp_path, script, said):
+    """What a process says that ended is not cut off by Lightning, which kills all."""
+    child = tmp_path / "child.py"
+    child.write_text(f"import os; print(os.getpid(), flush=True); {script}")
+    argv = ["--config", str(tiny(tmp_path / "tiny.yaml")), f"--run={tmp_path / 'run'}", "--watch.start=3"]
+    argv += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    launched = Launch("evaluate", argv, tmp_path / "log", spoil=Starts(child))
+    assert launched.wait() == [INTERRUPTED], launched.said
+    process, line = launched.said.splitlines()
+    assert said.format(host=socket.gethostname(), process=process) in line
+    state = Path(f"/proc/{process}/cmdline")
+    assert not (state.exists() and state.read_bytes()), "it is left over"
+
+
+class Starts:
+    """Lets Lightning start processes that execute another script."""
+
+    def __init__(self, script):
+        self.script = script
+
+    def __call__(self, rank):
+        sys.argv = [str(self.script)]
+
+
+class Stuck(L.Callback):
+    """Rank one goes no further from a place of the run on."""
+
+    def __init__(self, where: str, stopped: bool = False) -> None:
+        def hang(trainer, *_, **__):
+            if trainer.global_rank == 1:
+                if stopped:
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(600)
+
+        setattr(self, where, hang)
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "stopped"),
+    [("test", "setup", True), ("test", "on_test_epoch_end", False), ("validate", "on_validation_batch_end", False)],
+)
+def test_a_rank_that_goes_no_further_ends_the_run_wherever_it_is(tmp_path, command, where, stopped):
+    if command == "test":
+        argv = ["--config", str(tiny(tmp_path / "tiny.yaml", samples=3))]
+    else:
+        argv = [
+            command,
+            f"--config={ROOT / 'configs/train/digits_denoiser.yaml'}",
+            "--trainer.logger=false",
+            "--data.init_args.batch_size=4",
+        ]
+    argv += ["--trainer.accelerator=cpu", f"--run={tmp_path / 'run'}"]
+    argv += ["--watch.silence=4"] if stopped else ["--watch.silence=20", "--watch.stall=5"]
+    argv += ["--trainer.callbacks+=test_nodes.Stuck", f"--trainer.callbacks.where={where}"]
+    argv += [f"--trainer.callbacks.stopped={stopped}"]
+    # The third learns of it from rank zero.
+    launched = Launch("evaluate" if command == "test" else "train", argv, tmp_path / "log", 3 if stopped else 2)
+    for rank, process in enumerate(launched.processes):
+        process.join(0 if stopped and rank == 1 else 60)
+    ended = [INTERRUPTED, -signal.SIGKILL if stopped else INTERRUPTED, INTERRUPTED]
+    assert launched.wait(0) == ended[: len(launched.processes)], launched.said
+    assert launched.said.count("error: ") == 1
+    who = f"rank 1 ({socket.gethostname()}, process {launched.processes[1].pid}"
+    said = (
+        f"no sign of life for 4 s from {who})" if stopped else f"nothing done for 5 s by {who}, in hang (test_nodes.py"
+    )
+    assert f"error: {said}" in launched.said
+
+
+def test_network_calls_and_batches_are_progress(unet, classifier, images):
+    task = RobustnessTask(*map(copy.deepcopy, (classifier, unet)), {"none": NoPurifier}, {"fgsm": FGSM("linf", 0.1)})
+    watch = Watch()
+    watch.threads = [threading.current_thread()]
+    watch.on_test_start(None, task)
+    assert watch.state == "works"
+    task.classifier(images)
+    task.denoiser(images, torch.full((len(images),), 3))
+    assert watch.done == 2
+    for hook in (watch.on_train_batch_start, watch.on_validation_batch_start, watch.on_predict_batch_start):
+        before = watch.done
+        hook(None, None, None, 0)
+        assert watch.done == before + 1
+
+
+def test_when_rank_zero_dies_the_others_end_and_say_so(tmp_path):
+    """With it goes the store that holds signs of life, and the counter of batches."""
+    config, run = tiny(tmp_path / "tiny.yaml", samples=60), tmp_path / "run"
+    argv = ["--config", str(config), f"--run={run}", "--data.init_args.batch_size=1", "--watch.silence=3"]
+    launched = Launch("evaluate", argv, tmp_path / "log", 2)
+    launched.until(lambda: len([path for path in run.glob("records*") if path.stat().st_size]) == 2)
+    launched.kill(ranks={0})
+    assert launched.wait() == [-signal.SIGKILL, INTERRUPTED], launched.said
+    assert "no sign of life for 3 s from rank 0" in launched.said
+    assert "Traceback" not in launched.said
+
+
+def test_a_rank_that_hangs_ends_the_evaluation_and_the_same_command_goes_on(tmp_path):
+    config, run = tiny(tmp_path / "tiny.yaml", samples=60), tmp_path / "run"
+    argv = ["--config", str(config), f"--run={run}", "--data.init_args.batch_size=1"]
+    launched = Launch("evaluate", [*argv, "--watch.silence=4"], tmp_path / "log", 2)
+    launched.until(lambda: any(path.stat().st_size for path in run.glob("records*")))
+    launched.kill(signal.SIGSTOP, {1})
+    launched.processes[0].join(60)
+    assert launched.wait(0) == [INTERRUPTED, -signal.SIGKILL], launched.said
+    said, process = launched.said, launched.processes[1].pid
+    assert f"error: no sign of life for 4 s from rank 1 ({socket.gethostname()}, process {process})" in said
     assert "the same command goes on from here" in said
-    cli.evaluate(argv)
-    assert "goes on after" in capsys.readouterr().out
-    assert json.loads((run / "summary.json").read_text())["samples"] == 24
+    assert "goes on after" in finish(config, run)
+    assert json.loads((run / "summary.json").read_text())["samples"] == 60
+
+
+def test_collectives_wait_as_long_as_they_must_and_who_is_connected_has_said_so():
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    timeouts = []
+    strategy = SimpleNamespace(
+        setup_environment=lambda: timeouts.append(strategy._timeout),
+        launcher=None,
+        cluster_environment=SimpleNamespace(main_address="127.0.0.1", main_port=server.port),
+    )
+    watch = Watch()
+    watch.attend(SimpleNamespace(strategy=strategy, world_size=2, global_rank=1))
+    strategy.setup_environment()
+    assert timeouts[0] > timedelta(days=100)
+    said = Sign(*json.loads(PrefixStore("lit_purify/watch", server).get("1")))
+    assert (said.state, said.process) == ("waits", os.getpid())
+    watch.teardown(None, None, "test")
 
 
 def test_a_chunk_that_fits_is_found_and_another_error_is_none_of_memory():
@@ -147,8 +310,8 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_chunks_and_s
 def test_two_processes_make_one_run_of_wandb_with_the_overlays_of_both(tmp_path):
     run = tmp_path / "run"
     few = ["--data.init_args.subset.init_args.n=8", "--data.init_args.batch_size=2", "--model.init_args.gallery=4"]
-    processes = launch("evaluate", [*EVALUATION, f"--run={run}", *few], 2, tmp_path / "log")
-    assert ends(processes) == [0, 0], [(tmp_path / f"log.{rank}").read_text()[-2000:] for rank in (0, 1)]
+    launched = Launch("evaluate", [*EVALUATION, f"--run={run}", *few], tmp_path / "log", 2)
+    assert launched.wait() == [0, 0], launched.said
     assert len(list(tmp_path.rglob("offline-run-*"))) == 1
     (table,) = (json.loads(path.read_text()) for path in run.rglob("files/media/table/samples*.json"))
     shown = {row[table["columns"].index("index")] for row in table["data"]}

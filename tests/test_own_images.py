@@ -36,6 +36,8 @@ def images(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.randint(0, 256, shape).astype(np.uint8)).save(folder / name)
     (folder / "notes.txt").write_text("no image")
+    # Pillow opens files that end so, if they are its own.
+    (folder / "film.mpg").write_text("no image")
     (folder / ".hidden.png").write_text("no image")
     return folder
 
@@ -78,8 +80,8 @@ def test_files_keep_their_names_and_are_what_the_defense_makes_of_them(make, ima
     said = capsys.readouterr().out
     # The first with a mask, and the files that are not hidden.
     assert "4 images" in said
-    assert "1 other files left out, such as" in said
-    assert "notes.txt" in said
+    assert "2 other files left out, such as" in said
+    assert "film.mpg" in said
     assert "defense paper (of uniform, paper)" in said
     for source, stem in (("a.png", "a"), ("sub/b.c.jpg", "sub/b.c")):
         file = images / source
@@ -184,7 +186,7 @@ def test_an_interruption_leaves_whole_files(make, images, tmp_path, monkeypatch,
 
     calls = []
 
-    def save(image, path, said=None, saved=own_images._save):
+    def save(image, path, said, saved=own_images._save):
         calls.append(path)
         if len(calls) == 5:
             raise KeyboardInterrupt
@@ -203,12 +205,67 @@ def test_an_interruption_leaves_whole_files(make, images, tmp_path, monkeypatch,
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def broken(folder):
-    (folder / "x.png").write_bytes(b"no image")
+@pytest.mark.parametrize("kind", ["mask", "overlay"])
+def test_a_mask_of_somebody_else_stays(kind, make, images, tmp_path):
+    """Beside an image that is not there yet, as an interruption leaves it."""
+    trainer, task = make()
+    trainer.purify(task, Digits(), images, tmp_path / "out")
+    (tmp_path / "out/a.png").unlink()
+    file = tmp_path / f"out/a.{kind}.png"
+    Image.new("L", (8, 8)).save(file)
+    before = content(tmp_path / "out")
+    with pytest.raises(InputError, match=rf"a\.{kind}\.png: was made from another image"):
+        trainer.purify(task, Digits(), images, tmp_path / "out", existing="skip")
+    assert content(tmp_path / "out") == before
 
 
-def deep(folder):
-    Image.fromarray(np.zeros((8, 8), np.uint16)).save(folder / "x.png")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photos_are_turned_upright_and_what_is_transparent_is_white(channels, tmp_path):
+    dark, bright = (10, 10, 10), (200, 200, 200)
+    lying = Image.new("RGB", (2, 1), dark)
+    lying.putpixel((1, 0), bright)
+    exif = Image.Exif()
+    # The camera was turned: the first row is the right-hand side.
+    exif[0x0112] = 6
+    lying.save(tmp_path / "photo.png", exif=exif)
+    upright = read_image(tmp_path / "photo.png", channels)
+    assert upright.shape == (channels, 2, 1)
+    assert (255 * upright[0, :, 0]).tolist() == pytest.approx([10, 200])
+    clear = Image.new("RGBA", (3, 1), (*dark, 0))
+    clear.putpixel((1, 0), (*dark, 255))
+    clear.putpixel((2, 0), (*dark, 128))
+    clear.save(tmp_path / "clear.png")
+    seen = 255 * read_image(tmp_path / "clear.png", channels)[0, 0]
+    assert seen.tolist() == pytest.approx([255, 10, (128 * 10 + 127 * 255) / 255], abs=1)
+    indexed = Image.new("P", (1, 1))
+    indexed.save(tmp_path / "indexed.png", transparency=0)
+    assert read_image(tmp_path / "indexed.png", channels).min() == 1
+
+
+def test_what_cannot_be_read_stops_no_other(make, images, tmp_path, capsys):
+    def run(output, **options):
+        trainer, task = make(chunk=1)
+        trainer.predict(task, Digits(), images, tmp_path / output, **options)
+        return trainer.unreadable
+
+    assert not run("good")
+    data = (images / "a.png").read_bytes()
+    (images / "b.png").write_bytes(data[: len(data) // 2])
+    (images / "f.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(images / "sub/g.png")
+    unreadable = run("out")
+    assert [line[len(str(images)) + 1 :].split(";")[0] for line in unreadable] == [
+        "b.png: cannot be read as an image",
+        "f.png: cannot be read as an image",
+        "sub/g.png: gray with more than 8 bits, which would be clipped",
+    ]
+    assert capsys.readouterr().out.endswith("\n".join(["Not made, 3 of 7:", *unreadable, ""]))
+    assert content(tmp_path / "out") == content(tmp_path / "good")
+    # Mended.
+    for name in ("b.png", "f.png", "sub/g.png"):
+        shutil.copy(images / "a.png", images / name)
+    assert not run("out", existing="skip")
+    assert len(rows(tmp_path / "out/predictions.csv")) == 7
 
 
 def twice(folder):
@@ -222,8 +279,6 @@ def mask_of_another(folder):
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [
-        (broken, {}, r"x\.png: cannot be read as an image"),
-        (deep, {}, r"x\.png: gray with more than 8 bits"),
         (twice, {}, r"a\.bmp and .*a\.png would both be written to .*a\.png"),
         (mask_of_another, {}, r"would both be written to .*a\.mask\.png"),
         (shutil.rmtree, {}, "--input .*images: no such folder or file"),
@@ -283,7 +338,7 @@ def test_a_folder_without_images_is_refused(make, tmp_path):
 
 
 def test_the_commands(images, tmp_path, capsys, monkeypatch):
-    """With the configuration and the weights that ship; a truncated image is found when it is its turn."""
+    """With the configuration and the weights that ship."""
     from pathlib import Path
 
     monkeypatch.chdir(Path(__file__).parent.parent)
@@ -295,12 +350,13 @@ def test_the_commands(images, tmp_path, capsys, monkeypatch):
     before, after = content(tmp_path / "out"), content(tmp_path / "again")
     before.pop("config.yaml"), after.pop("config.yaml")
     assert after == before
-    data = (images / "a.png").read_bytes()
-    (images / "sub/z.png").write_bytes(data[: len(data) // 2])
+    (images / "sub/z.png").write_text("no image")
+    (tmp_path / "out/config.yaml").unlink()
     with pytest.raises(SystemExit) as exit_:
         evaluate(["purify", *command, "--existing", "replace"])
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("z.png: cannot be read as an image; remove or replace it")
+    assert exit_.value.code == 1
+    assert capsys.readouterr().out.endswith("z.png: cannot be read as an image; remove or replace it\n")
+    assert (tmp_path / "out/config.yaml").exists()
     with pytest.raises(SystemExit):
         evaluate(["purify"])
     assert "no input and no output given: say --input FOLDER --output FOLDER" in capsys.readouterr().err

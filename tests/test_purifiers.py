@@ -2,14 +2,17 @@ import itertools
 
 import pytest
 import torch
-from conftest import FixedNoise, GaussianDenoiser
+from conftest import FixedNoise, GaussianDenoiser, randomized
 
+from lit_purify.attacks import PGD, Transfer
+from lit_purify.data import Digits, First
 from lit_purify.defense import (
     DefendedClassifier,
     GradualPurifier,
     HeterogeneousPurifier,
     NoPurifier,
     Ones,
+    OtherClassifier,
     ResizedPurifier,
     TopFraction,
     UniformPurifier,
@@ -18,8 +21,10 @@ from lit_purify.defense import (
 )
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import noised, to_diffusion
-from lit_purify.functional.noise import KeyedNoise
+from lit_purify.functional.noise import ATTACK, KeyedNoise
 from lit_purify.functional.schedule import grid
+from lit_purify.models import ResNetClassifier
+from lit_purify.tasks import RobustnessTask
 
 TOP = TopFraction(0.3)
 
@@ -188,7 +193,8 @@ def test_memory_does_not_hold_activations(unet, classifier, images):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             purifier(images.clone().requires_grad_(), keyed(len(images)))
         kept[recompute] = total
-    assert kept[True] < kept[False] / 10
+    # The last of eight calls alone.
+    assert kept[True] < 1.1 * kept[False] / 8
 
 
 def test_defended_classifier_without_a_key_is_randomized(unet, classifier, images):
@@ -218,6 +224,29 @@ def test_defended_classifier_without_a_key_is_randomized(unet, classifier, image
 def test_impossible_settings_are_refused(make, message, unet, classifier):
     with pytest.raises(InputError, match=message):
         make(unet, classifier)
+
+
+def test_another_classifier_is_attacked_as_itself(unet, classifier, images):
+    """Also by attacks on bare classifiers; and it is checked and frozen like the first."""
+    other = randomized(ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4), seed=1)
+    other.requires_grad_(True)
+    pgd = PGD("linf", 0.1, steps=3, step_size=0.05)
+    make = {"none": NoPurifier, "other": lambda d, c: OtherClassifier(d, c, other)}
+    task = RobustnessTask(classifier, unet, make, {"pgd": pgd, "transfer": Transfer(pgd)}, runs=1)
+    label, noise = torch.arange(6), KeyedNoise(0, torch.arange(6), torch.zeros(6, dtype=torch.int64), ATTACK)
+    batch = {"image": images, "label": label, "index": torch.arange(6)}
+    for attack in ("pgd", "transfer"):
+        found = [task._perturbed(name, attack, batch, 6) for name in task.defenses]
+        assert not torch.equal(*found)
+        assert torch.equal(found[1], pgd(lambda x, _: other(x), images, label, noise, 6))
+    assert torch.equal(task.defenses["other"](images, noise), other(images))
+    assert not any(p.requires_grad for p in task.parameters())
+    task.check(Digits(subset=First(1)))
+    wrong = randomized(ResNetClassifier(depth=8, size=8, num_classes=9, channels=1, width=4))
+    with pytest.raises(InputError, match="the classifier 9"):
+        RobustnessTask(classifier, unet, {"other": lambda d, c: OtherClassifier(d, c, wrong)}, {"pgd": pgd}).check(
+            Digits(subset=First(1))
+        )
 
 
 def test_rounds_go_on_from_what_the_round_before_has_left(unet, classifier, images, fixed):

@@ -188,8 +188,28 @@ def test_verdicts_are_shown_whenever_they_came(run, text, tmp_path):
     shown = page(FinishedRun.read(path))
     assert badges(shown) == ["stale: passed for other settings", "passed"]
     assert "made for other settings" in shown
-    (path / "gradcheck.json").write_text("{")
-    assert badges(page(FinishedRun.read(path)))[1] == "unreadable"
+    verdict = json.loads((path / "gradcheck.json").read_text())
+    for damaged, said in (
+        ("{", "cannot be read as JSON"),
+        ("[]", "its content is not what eval.py writes there"),
+        (json.dumps({**verdict, "checks": None}), "checks is missing"),
+        (json.dumps({**verdict, "checks": [{"check": "zeros"}]}), "checks.0.defense is missing"),
+    ):
+        (path / "gradcheck.json").write_text(damaged)
+        shown = page(FinishedRun.read(path))
+        assert badges(shown)[1] == "unreadable"
+        assert re.search(rf"gradcheck\.json: {said}.*; give the eval.py gradcheck command again", shown)
+    # The least that is needed.
+    (path / "gradcheck.json").write_text(json.dumps({**verdict, "checks": [{"check": "zeros", "defense": "paper"}]}))
+    assert badges(page(FinishedRun.read(path)))[1] == "passed"
+
+
+def test_commands_name_the_folder_as_it_was_given(run, monkeypatch):
+    monkeypatch.chdir(run.parent.parent)
+    path = run.relative_to(run.parent.parent)
+    text = page(FinishedRun.read(path))
+    assert f"python eval.py gradcheck --config {path}/config.yaml --run {path}</code>" in text
+    assert f"python eval.py --config {path}/config.yaml --run {path}-again</code>" in text
 
 
 def test_the_configuration_can_be_saved_from_the_page(run, text):
@@ -223,6 +243,23 @@ def test_unfinished_folders_are_refused(tmp_path):
     ):
         (path / "summary.json").write_text(bad)
         assert words in said(path)
+    for keys, value, words in (
+        (["runs"], None, "runs is missing"),
+        (["runs"], "8", "runs is not what eval.py writes there"),
+        (["results", 1, "eot"], None, "results.1.eot is missing"),
+        (["results", 0, "clean", "worst"], [0.5, 0.4], "results.0.clean.worst is not what"),
+        (["results", 2, "robust", "average", 1], "low", "results.2.robust.average.1 is not what"),
+        (["results", 1], None, "results.1 is missing"),
+        (["results", 1, "attack"], "far", "results has none of none under far"),
+    ):
+        summary = json.loads(content)
+        place = summary
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        (path / "summary.json").write_text(json.dumps(summary))
+        assert said(path).startswith(f"{path / 'summary.json'}: {words}")
+        assert said(path).endswith("; give the eval.py command again")
     (path / "summary.json").unlink()
     assert "the same eval.py command finishes it" in said(path)
     (path / "summary.json").write_text(content)

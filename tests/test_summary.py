@@ -1,8 +1,10 @@
 """From records to figures: fewer runs than were made, and several attacks as one."""
 
+from dataclasses import replace
+
 import pytest
 
-from lit_purify.callbacks.summary import attack_line, ensembles, summarize, table
+from lit_purify.callbacks.summary import ensembles, summarize, table
 from lit_purify.errors import InputError
 from lit_purify.metrics import Record
 from lit_purify.tasks.robustness import check_attack_names
@@ -60,13 +62,21 @@ def test_ensemble_of_each_threat_model(summary):
     # Against the ensemble of the other defense: a loses its second sample in every run.
     assert found["robust_difference"]["average"][0] == pytest.approx(0.375 - 0.5)
     assert found["clean"] == summary["results"][3]["clean"]
-    assert "ensemble: linf <= 0.1, 15 steps" in table(summary)
+    # Steps, draws and masks are those of its attacks, whose lines stand above.
+    assert "\nensemble: linf <= 0.1\nfor each sample the best of a, b\n" in table(summary)
 
 
-def test_masks_of_an_ensemble_are_named_once():
-    facts = [described("d", name, mask_gradient=mask) for name, mask in (("a", "soft"), ("b", "frozen"), ("c", "soft"))]
-    (found,) = ensembles([{"stopping": "", **each} for each in facts])
-    assert "exact gradient, soft mask; for each sample" in attack_line([found])
+def test_rows_that_repeat_an_earlier_attack_are_marked():
+    """As with skip_lost: the second sample is lost to a."""
+    records = [replace(r, lost_to="a") if (r.attack, r.index) == ("b", 1) else r for r in RECORDS]
+    found = summarize(records, DESCRIBED, FACTS, "first")
+    assert [(r["attack"], r.get("repeated")) for r in found["results"][3:6]] == [("a", None), ("b", 1), ("l2", None)]
+    assert not any("repeated" in r for r in found["results"][6:])
+    printed = table(found)
+    rows = [line for line in printed.splitlines() if line.startswith("second")]
+    assert [row.split()[1] == "*" for row in rows] == [False, True, False, False]
+    assert "*: what an earlier attack left wrong in all runs was not attacked again" in printed
+    assert max(map(len, printed.splitlines())) <= 100
 
 
 def test_average_of_an_ensemble_is_bracketed(summary):
@@ -97,6 +107,9 @@ def test_each_of_several_threat_models_has_its_ensemble():
     facts = [described("d", name, eps=eps, stopping="") for name, eps in radii]
     assert [each["attack"] for each in ensembles(facts)] == ["ensemble-linf-0.1", "ensemble-linf-0.2"]
     assert ensembles(facts[:1]) == []
+    for fact in facts:
+        fact["eps"] = 0.1 if fact["eps"] == 0.1 else 0.10000001
+    assert [each["attack"] for each in ensembles(facts)] == ["ensemble-linf-0.1", "ensemble-linf-0.10000001"]
 
 
 def test_no_attack_is_called_ensemble():

@@ -100,6 +100,7 @@ def evaluation(samples, done=0):
     torch.nn.Module.__init__(task)
     described = [
         {"defense": d, "attack": "pgd", "queries": {"forward": 10, "backward": 10}, "nfe_attack": n, "nfe_defense": n}
+        | {"evaluations": 2}
         for d, n in (("none", 0), ("purify", 8))
     ]
     task.runs, task._done = 0, set(range(done))

@@ -124,6 +124,10 @@ def test_levels_beyond_the_strongest_do_not_exist():
     assert Schedule.linear().abar[strongest] >= own.schedule.abar[-1] > Schedule.linear().abar[strongest + 1]
     with pytest.raises(InputError, match=f"outside 1 .. {strongest}"):
         matched.schedule.check("level", strongest + 1, low=1)
+    # Nor does, here, what was not trained there.
+    own.schedule = own.schedule.trained_to(300)
+    trained = MatchedSchedule(own).schedule.trained
+    assert Schedule.linear().abar[trained] >= own.schedule.abar[300] > Schedule.linear().abar[trained + 1]
 
 
 def test_matching_twice_is_matching_once_and_fractions_are_interpolated():

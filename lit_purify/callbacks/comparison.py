@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from lit_purify.callbacks import plots
-from lit_purify.callbacks.finished import FinishedRun, Threat, radius, threat_name
+from lit_purify.callbacks.finished import FinishedRun, Threat, attacks_of, radius, threat_name
 from lit_purify.callbacks.html import render
 from lit_purify.callbacks.summary import clean_outcomes, groups_of, percent, robust_outcomes, signed
 from lit_purify.errors import InputError
 from lit_purify.functional.statistics import Interval, paired_difference, unpaired_difference
 
-_HOW = ("attack_title", "attack_steps", "eot", "gradient", "mask_gradient", "attacks")
-"""What makes two attacks of one threat model alike."""
+_HOW = ("attack_title", "attack_steps", "eot", "gradient", "mask_gradient")
+"""What makes two attacks of one threat model alike, under whatever names."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Comparison:
         other = known.get(result["defense"], known.get(first.summary["baseline"]))
         if name == self.first or other is None:
             return Row(name, result)
-        remarks = [] if all(other.get(key) == result.get(key) for key in _HOW) else ["another attack"]
+        remarks = [] if _how(first, other) == _how(run, result) else ["another attack"]
         if first.summary["runs"] != run.summary["runs"]:
             remarks.append(f"{run.summary['runs']} runs for {first.summary['runs']}")
         if self.pairing[name]:
@@ -174,6 +174,12 @@ def _classifier(run: FinishedRun) -> dict[str, Any]:
     """Its settings, with the content of files in place of their paths."""
     settings = {key: value for key, value in run.identity.items() if key.startswith("model.init_args.classifier.")}
     return {key: value for key, value in settings.items() if f"{key} (sha256)" not in settings}
+
+
+def _how(run: FinishedRun, result: Mapping[str, Any]) -> list[list[Any]]:
+    """Of every attack behind a result."""
+    attacks = {each["attack"]: each for each in run.summary["results"] if each["defense"] == result["defense"]}
+    return sorted(([attacks[name].get(key) for key in _HOW] for name in attacks_of(result)), key=str)
 
 
 def _averages(run: FinishedRun, result: Mapping[str, Any]) -> dict[int, Tensor]:

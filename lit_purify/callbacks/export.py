@@ -45,7 +45,7 @@ class Export(Callback):
             _take_up(pl_module, trainer.ckpt_path)
         figures = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
         path = self.path or Path(trainer.default_root_dir) / "model.safetensors"
-        info = {"origin": pl_module.network.origin, "step": trainer.global_step, "metrics": figures}
+        info = {"origin": pl_module.network.origin, "step": trainer.global_step, "metrics": figures, **pl_module.facts}
         write_network(pl_module.network, path, self.half, info)
 
 
@@ -77,7 +77,7 @@ class ExportingTrainer(L.Trainer):
         check_export(model.network, output)
         info: dict[str, Any] = {"origin": model.network.origin}
         if ckpt_path is not None:
-            info["step"] = _take_up(model, ckpt_path)
+            info |= {"step": _take_up(model, ckpt_path), **model.facts}
         if self.is_global_zero:
             write_network(model.network, output or Path(self.default_root_dir) / "model.safetensors", half, info)
 

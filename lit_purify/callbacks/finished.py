@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 from lit_purify.callbacks.summary import Pairs, by_pair
 from lit_purify.errors import InputError
 from lit_purify.metrics.records import identity_sha256
-from lit_purify.run_folder import RunFolder
+from lit_purify.run_folder import RunFolder, comparable
 
 Threat = tuple[str, float]
 """Norm and radius."""
+
+_INTERVAL = [Real, Real, Real]
+_ACCURACIES = {"average": _INTERVAL, "worst": _INTERVAL, "majority": _INTERVAL}
+_TEXTS = ("dataset", "split", "subset_sha256", "classifier", "denoiser", "baseline")
+_SUMMARY: dict[str, Any] = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(("samples", "runs", "chunk", "seed"), int)}
+_SUMMARY |= {"versions": dict, "files": dict}
+_RESULT: dict[str, Any] = dict.fromkeys(("defense", "attack", "attack_title", "norm", "gradient", "stopping"), str)
+_RESULT |= dict.fromkeys(("attack_steps", "eot", "nfe_defense", "nfe_attack"), int) | dict.fromkeys(
+    ("eps", "seconds"), Real
+)
+_RESULT |= {"levels": list, "linf": Real, "l2": Real, "clean": _ACCURACIES, "robust": _ACCURACIES}
+_VERDICT = {"passed": bool, "samples": list, "checks": list}
+_CHECK = {"defense": str, "check": str}
+"""What pages are made of; what else these files hold may be missing, as in those of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +43,14 @@ class Verdict:
             ``undecided``, on too few samples.
         stale: It is about other settings than those of the evaluation.
         content: Of its file.
+        damage: Why it is unreadable, and what mends it.
     """
 
     command: str
     state: Literal["passed", "failed", "undecided", "missing", "unreadable"]
     stale: bool
     content: Mapping[str, Any]
+    damage: str = ""
 
     @property
     def blamed(self) -> list[str]:
@@ -71,9 +89,13 @@ class FinishedRun:
             unfinished = folder.records.exists()
             remedy = "the same eval.py command finishes it" if unfinished else "give a folder that eval.py has written"
             raise InputError(f"{folder.path}: no finished evaluation, summary.json is missing; {remedy}")
-        summary, identity = _read_json(folder.summary), _read_json(folder.identity)
+        summary, identity = read_json(folder.summary), read_json(folder.identity)
         if summary.get("schema") != 1 or not summary.get("results"):
             raise InputError(f"{folder.summary}: not a summary that this version reads; give the eval.py command again")
+        _check(folder.summary, summary, _SUMMARY)
+        for k, result in enumerate(summary["results"]):
+            _check(folder.summary, result, _RESULT, f"results.{k}")
+        _check_pairs(folder.summary, summary["results"])
         wanted = {(r["defense"], attack) for r in summary["results"] for attack in r.get("attacks", [r["attack"]])}
         pairs = {pair: rs for pair, rs in by_pair(folder.collect(write=False)).items() if pair in wanted}
         for defense, attack in sorted(wanted):
@@ -97,11 +119,15 @@ class FinishedRun:
         if not path.is_file():
             return Verdict(command, "missing", False, {})
         try:
-            content = _read_json(path)
-        except InputError:
-            return Verdict(command, "unreadable", False, {})
-        settings = identity_sha256(self.identity)
-        stale = content.get("settings_sha256") != settings
+            content = read_json(path, command)
+            _check(path, content, _VERDICT, command=command)
+            for k, check in enumerate(content["checks"]):
+                _check(path, check, _CHECK, f"checks.{k}", command)
+        except InputError as error:
+            return Verdict(command, "unreadable", False, {}, str(error))
+        # The first as earlier versions took it.
+        current = [identity_sha256(settings) for settings in (self.identity, comparable(self.identity))]
+        stale = content.get("settings_sha256") not in current
         state: Literal["passed", "failed", "undecided"] = "passed" if content.get("passed") else "failed"
         return Verdict(command, "undecided" if content.get("undecided") else state, stale, content)
 
@@ -140,11 +166,41 @@ def radius(threat: Threat) -> str:
     return f"{eps:.4g}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, command: str = "") -> dict[str, Any]:
+    """Content of a file that ``eval.py`` writes.
+
+    Raises:
+        InputError: It is missing or damaged.
+    """
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); give the eval.py command again") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: not what eval.py writes there; give the eval.py command again")
+        raise InputError(f"{path}: cannot be read as JSON ({error}); {_again(command)}") from error
+    _check(path, found, {}, command=command)
     return found
+
+
+def _check(path: Path, found: Any, wanted: Any, key: str = "", command: str = "") -> None:  # noqa: ANN401
+    """Raises an ``InputError`` that names the first key whose value is missing or of another kind than is wanted."""
+    kind = type(wanted) if isinstance(wanted, (dict, list)) else wanted
+    if not isinstance(found, kind) or (kind is list and wanted is not list and len(found) != len(wanted)):
+        fault = f"{key} is missing" if found is None else f"{key or 'its content'} is not what eval.py writes there"
+        raise InputError(f"{path}: {fault}; {_again(command)}")
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name, inner in wanted.items():
+            _check(path, found.get(name), inner, f"{key}.{name}".lstrip("."), command)
+    elif isinstance(wanted, list):
+        for k, (each, inner) in enumerate(zip(found, wanted, strict=True)):
+            _check(path, each, inner, f"{key}.{k}", command)
+
+
+def _check_pairs(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Tables have a row for every defense and a column for every attack."""
+    found = [(result["defense"], result["attack"]) for result in results]
+    for defense, attack in itertools.product(*map(dict.fromkeys, zip(*found, strict=True))):
+        if (defense, attack) not in found:
+            raise InputError(f"{path}: results has none of {defense} under {attack}; {_again()}")
+
+
+def _again(command: str = "") -> str:
+    return f"give the eval.py {command + ' ' if command else ''}command again"

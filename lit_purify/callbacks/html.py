@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lit_purify.callbacks import plots
-from lit_purify.callbacks.finished import FinishedRun, Threat, attacks_of, radius, threat_name
+from lit_purify.callbacks.finished import FinishedRun, Threat, attacks_of, radius, read_json, threat_name
 from lit_purify.callbacks.pictures import OUTCOMES, pictures
 from lit_purify.callbacks.summary import RULES, attack_line, chunk_line, groups_of
 from lit_purify.metrics.records import write_whole
@@ -37,7 +37,7 @@ def page(run: FinishedRun) -> str:
     """The report of one run. It depends on nothing but the folder."""
     summary = run.summary
     families = any(key.startswith("model.init_args.families.") for key in run.identity)
-    found = json.loads((run.folder.path / "frontier.json").read_text()) if families else None
+    found = read_json(run.folder.path / "frontier.json", "frontier") if families else None
     attacks: dict[str, list[Mapping[str, Any]]] = {}
     for result in summary["results"]:
         attacks.setdefault(result["attack"], []).append(result)
@@ -58,6 +58,9 @@ def page(run: FinishedRun) -> str:
         pictures=pictures(run),
         outcomes=OUTCOMES,
         config=config,
+        config_path=shlex.quote(str(run.folder.config)),
+        path=shlex.quote(str(run.folder.path)),
+        path_again=shlex.quote(f"{run.folder.path}-again"),
         config_address="data:text/yaml;base64," + base64.b64encode(config.encode()).decode(),
     )
 

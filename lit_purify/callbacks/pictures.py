@@ -53,13 +53,10 @@ class Picture:
 
 def pictures(run: FinishedRun) -> list[Picture]:
     """Of all samples that were drawn, in order, with defenses and attacks in the order of the summary."""
-    found = []
     classes = run.classes
-    for result in run.summary["results"]:
-        for record in [] if "attacks" in result else run.pairs[result["defense"], result["attack"]]:
-            path = run.folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png"
-            if path.is_file():
-                found.append(_picture(record, path, classes))
+    attacked = [result for result in run.summary["results"] if "attacks" not in result]
+    records = [record for result in attacked for record in run.pairs[result["defense"], result["attack"]]]
+    found = [_picture(record, path, classes) for record, path in run.folder.pictured(records)]
     return sorted(found, key=lambda picture: picture.record.index)
 
 

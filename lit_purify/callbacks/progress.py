@@ -68,8 +68,8 @@ class Progress(Callback, EvaluationListener):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts images."""
-        if self.bar is not None and isinstance(batch, dict):
-            count = len(batch["image"]) * trainer.world_size
+        if self.bar is not None and isinstance(outputs, int):
+            count = outputs * trainer.world_size
             self._advance(count, count, "", trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_purify.errors import InputError
 from lit_purify.metrics import Record
-from lit_purify.metrics.records import append_records
+from lit_purify.metrics.records import append_records, uncollected
 from lit_purify.run_folder import RunFolder
 from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
 
@@ -27,6 +27,7 @@ class RecordWriter(Callback, EvaluationListener):
 
     stream: BinaryIO | None = None
 
+    @uncollected()
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merges what the last run left, and tells task and data what is done."""
         assert isinstance(pl_module, RobustnessTask)

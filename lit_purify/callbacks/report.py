@@ -16,7 +16,7 @@ from lit_purify.callbacks import frontier
 from lit_purify.callbacks.html import write_report
 from lit_purify.callbacks.summary import RULES, summarize, table
 from lit_purify.errors import InputError
-from lit_purify.metrics.records import write_whole
+from lit_purify.metrics.records import uncollected, write_whole
 from lit_purify.run_folder import RunFolder
 from lit_purify.tasks import FrontierTask, RobustnessTask
 
@@ -32,6 +32,7 @@ class Report(Callback):
             name, reason = next(iter(pl_module.refused.items()))
             print(f"{len(pl_module.refused)} combinations left out, which their purifier refuses; {name}: {reason}")
 
+    @uncollected()
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rank zero writes, once all processes are done."""
         trainer.strategy.barrier("report")

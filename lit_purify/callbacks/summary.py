@@ -89,6 +89,8 @@ def summarize(
             }
         entry["linf"], entry["l2"] = (max(getattr(r, norm) for g in groups for r in g) for norm in ("linf", "l2"))
         entry["seconds"] = sum(r.seconds for g in groups for r in g)
+        if len(groups) == 1 and (repeated := sum(r.lost_to is not None for r in groups[0])):
+            entry["repeated"] = repeated
         results.append(entry)
     undefended = [entry["clean"]["average"][0] for entry in results if entry["nfe_defense"] == 0]
     return {
@@ -109,11 +111,14 @@ def ensembles(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for result in described:
         groups.setdefault((result["norm"], result["eps"], result["defense"]), []).append(result)
     several = {key: group for key, group in groups.items() if len(group) > 1}
-    one = len({(norm, eps) for norm, eps, _ in several}) == 1
-    return [
-        _combined(ENSEMBLE if one else f"{ENSEMBLE}-{norm}-{eps:.4g}", group)
-        for (norm, eps, _), group in several.items()
-    ]
+    models = {(norm, eps) for norm, eps, _ in several}
+
+    def named(norm: str, eps: float, digits: int) -> str:
+        return ENSEMBLE if len(models) == 1 else f"{ENSEMBLE}-{norm}-{eps:.{digits}g}"
+
+    # As few digits as tell the radii apart; 17 tell all.
+    digits = next(d for d in range(4, 18) if len({named(*model, d) for model in models}) == len(models))
+    return [_combined(named(norm, eps, digits), group) for (norm, eps, _), group in several.items()]
 
 
 def _combined(name: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -175,10 +180,11 @@ def headline(summary: Mapping[str, Any]) -> str:
 def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
     """What an attack is, in a line; its results may differ in the gradient that it took of each defense."""
     result = results[0]
+    if "attacks" in result:
+        # Each has a line of its own; their steps do not add up to those of an attack.
+        return f"{result['attack']}: {result['norm']} <= {result['eps']:.4g}; {result['attack_title']}"
     kinds = ["no" if r["gradient"] == "none" else r["gradient"] for r in results]
     masks = [r.get("mask_gradient", "none") for r in results]
-    # Of an ensemble a list, where its attacks differ.
-    masks = [mask for each in masks for mask in ([each] if isinstance(each, str) else each)]
     return (
         f"{result['attack']}: {result['norm']} <= {result['eps']:.4g}, {result['attack_steps']} steps, "
         f"EOT {result['eot']}, {' or '.join(dict.fromkeys(kinds))} gradient"
@@ -207,10 +213,14 @@ def signed(value: Sequence[float]) -> str:
     return f"{100 * estimate.value:+.1f} [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
 
 
+def _row(result: Mapping[str, Any]) -> str:
+    return result["defense"] + (" *" if "repeated" in result else "")
+
+
 def table(summary: Mapping[str, Any]) -> str:
     """What ``eval.py`` prints: at most 100 columns for names of up to 14 letters."""
     results = summary["results"]
-    width = max(10, *(len(result["defense"]) for result in results))
+    width = max(10, *(len(_row(result)) for result in results))
     lines = ["", headline(summary)]
     for attack in dict.fromkeys(result["attack"] for result in results):
         group = [result for result in results if result["attack"] == attack]
@@ -227,11 +237,15 @@ def table(summary: Mapping[str, Any]) -> str:
             rest = [f"{100 * robust[rule][0]:6.1f}" for rule in RULES[1:]]
             difference = signed(result["robust_difference"]["average"]) if "robust_difference" in result else ""
             lines.append(
-                f"{result['defense']:{width}}  {result['nfe_defense']:5d}  {' '.join(points)}  "
+                f"{_row(result):{width}}  {result['nfe_defense']:5d}  {' '.join(points)}  "
                 f"{percent(robust['average']):>19} {' '.join(rest)}  {difference:>19}"
             )
         lines.append("")
     lines.append("avg: mean over runs. worst: right in every run. vote: majority of the runs, a tie counts as wrong.")
+    if any("repeated" in result for result in results):
+        lines.append(
+            "*: what an earlier attack left wrong in all runs was not attacked again; as of all attacks so far."
+        )
     if summary.get("smaller_chunks"):
         lines.append(f"rows of a network call: {chunk_line(summary)}.")
     if any("attacks" in result for result in results):

@@ -116,10 +116,7 @@ def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
     rows: list[list[Any]] = []
     overlays: list[wandb.Image] = []
     strips: list[wandb.Image] = []
-    for record in folder.collect(write=False):
-        strip = folder.overlays / f"{record.defense}.{record.attack}.{record.index:06d}.png"
-        if not strip.exists():
-            continue
+    for record, strip in folder.pictured(folder.collect(write=False)):
         images = dict(zip(_PANELS, _cut(strip), strict=True))
         mask = strip.with_suffix(".mask.png")
         caption = f"{record.defense}, {record.attack}, sample {record.index}"

@@ -2,144 +2,95 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import math
 import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+import traceback
 from datetime import timedelta
-from typing import NamedTuple, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from lit_purify.callbacks.roll import GRACE, VERDICT, Roll, Sign
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.tasks import RobustnessTask
 
-_GRACE = 15.0
-"""Seconds that a process which failed is given to say so itself, and launchers to end the run their way."""
 _FOREVER = timedelta(days=365)
 _GONE = "by peer|remote process exited|Connection reset|Connection refused|Broken pipe|Failed to recv|remote server"
-_VERDICT = "verdict: "
-
-
-class Sign(NamedTuple):
-    """A sign of life.
-
-    Attributes:
-        beat: Another number in every sign.
-        done: Network calls or steps so far.
-        state: ``works``, ``waits`` (for others, or for what cannot be counted), ``ended``, the verdict of rank zero, or
-            why the process fails.
-        host: Where it runs.
-        process: Its number there.
-    """
-
-    beat: int
-    done: int
-    state: str
-    host: str
-    process: int
-
-
-class Roll:
-    """Who has given which sign of life when.
-
-    Time is what ``age`` is told, in steps of this process's own clock: when a job is suspended as a whole and goes on
-    hours later, nobody is older for it.
-
-    Args:
-        silence: Seconds after which a process without a new sign is lost.
-        stall: Seconds after which a process that works, but gets nothing done, hangs.
-    """
-
-    def __init__(self, silence: float, stall: float) -> None:
-        self.silence, self.stall = silence, stall
-        self.signs: dict[int, Sign] = {}
-        self.silent: dict[int, float] = {}
-        self.idle: dict[int, float] = {}
-
-    def hear(self, rank: int, sign: Sign) -> None:
-        """Takes down the latest sign of a process."""
-        before = self.signs.get(rank)
-        if before is None or sign.beat != before.beat:
-            self.silent[rank] = 0.0
-        if before is None or (sign.done, sign.state) != (before.done, before.state):
-            self.idle[rank] = 0.0
-        self.signs[rank] = sign
-
-    def age(self, seconds: float) -> str | None:
-        """Lets time pass; returns what is wrong, if something is."""
-        # Of what has ended, nothing more is expected.
-        signs = {rank: sign for rank, sign in dict(self.signs).items() if sign.state != "ended"}
-        for rank in signs:
-            self.silent[rank] += seconds
-            self.idle[rank] += seconds
-        if lost := [rank for rank in signs if self.silent[rank] > self.silence]:
-            return f"no sign of life for {self.silence:.0f} s from {self._named(lost)}"
-        for rank, sign in signs.items():
-            if sign.state.startswith(_VERDICT):
-                return sign.state.removeprefix(_VERDICT)
-            if sign.state not in ("works", "waits") and self.idle[rank] > _GRACE:
-                return f"{self._named([rank])} {sign.state}"
-        working = [rank for rank, sign in signs.items() if sign.state == "works"]
-        if any(self.idle[rank] > self.stall for rank in working):
-            # In a training all stand still, and those who wait for the others are ahead by a step.
-            standing = [rank for rank in working if self.idle[rank] > 0.9 * self.stall]
-            least = min(signs[rank].done for rank in standing)
-            behind = [rank for rank in standing if signs[rank].done == least]
-            return f"nothing done for {self.stall:.0f} s by {self._named(behind)}"
-        return None
-
-    def _named(self, ranks: Iterable[int]) -> str:
-        names = [f"rank {rank} ({self.signs[rank].host}, process {self.signs[rank].process})" for rank in ranks]
-        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 class Watch(Callback):
-    """Each process gives signs of life through the store of the process group; rank zero heeds all, all heed rank zero.
+    """Each process gives signs of life through a store; rank zero heeds all, all heed rank zero.
 
     Collectives may then wait for as long as they must: the processes of an evaluation may finish hours apart.
 
     Args:
         silence: Seconds without a sign of life after which a process is lost (dead, stopped, unreachable).
-        stall: Seconds after which a process hangs that is alive, but finishes no network call (evaluation) or step.
+        stall: Seconds after which a process hangs that is alive, but finishes no network call (evaluation) or step;
+            or all hang, wherever they are.
+        start: Seconds that all processes have to come and to connect; meanwhile rank zero may fetch the data.
     """
 
-    def __init__(self, silence: float = 60.0, stall: float = 1800.0) -> None:
-        for name, value in (("silence", silence), ("stall", stall)):
+    def __init__(self, silence: float = 60.0, stall: float = 1800.0, start: float = 600.0) -> None:
+        for name, value in (("silence", silence), ("stall", stall), ("start", start)):
             if value <= 0:
                 raise InputError(f"watch.{name} = {value}: use more than 0 seconds")
-        self.silence, self.stall = silence, stall
+        self.silence, self.stall, self.start = silence, stall, start
         # Often enough that one sign which comes late is no silence.
-        self.interval = min(5.0, silence / 10.0)
-        self.done, self.state = 0, "waits"
-        self.roll = Roll(silence, stall)
-        self.ended = threading.Event()
+        self.interval = min(5.0, silence / 10.0, start / 4.0)
+        self.done, self.state = 0, "connects"
         self.threads: list[threading.Thread] = []
+        self.children: list[subprocess.Popen[bytes]] = []
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Starts to give and to heed signs of life."""
-        if trainer.world_size == 1 or not dist.is_initialized():
-            return
-        self.trainer, self.rank = trainer, trainer.global_rank
-        self.done, self.state, self.roll = 0, "waits", Roll(self.silence, self.stall)
-        self.ended = threading.Event()
-        self.news, self.published = threading.Event(), threading.Event()
-        # A connection of its own: one that waits in a collective must not silence it.
-        store = PrefixStore("lit_purify/watch", _get_default_store().clone())
-        store.set(str(self.rank), self._sign(0))
-        trainer.strategy.barrier("watch")
-        dist.set_timeout(_FOREVER)
+    def attend(self, trainer: L.Trainer) -> None:
+        """Watches the runs of a trainer, from when their processes begin to look for each other.
+
+        Callbacks are told of a run only when all processes are connected.
+        """
+        strategy: Any = trainer.strategy
+        connect = strategy.setup_environment
+
+        def watched() -> None:
+            if trainer.world_size > 1:
+                self._begin(trainer, strategy)
+            connect()
+            if self.threads:
+                # Each has given a sign before anything else can go wrong.
+                self._publish("waits", self.start)
+
+        strategy.setup_environment = watched
+
+    def _begin(self, trainer: L.Trainer, strategy: Any) -> None:  # noqa: ANN401
+        self.rank, self.done, self.state = trainer.global_rank, 0, "connects"
+        self.heeded = range(trainer.world_size) if self.rank == 0 else range(1)
+        # Rank zero judges who stands still: it alone knows of all.
+        self.roll = Roll(self.heeded, self.silence, self.stall if self.rank == 0 else math.inf, self.start)
+        self.ended, self.news, self.published = threading.Event(), threading.Event(), threading.Event()
+        # Who waits too long is ended from here, with more to say.
+        strategy._timeout = _FOREVER
+        if started := getattr(strategy.launcher, "procs", None):
+            # Lightning's observer would kill this process as soon as one of them has failed, and nobody would say why.
+            self.children = strategy.launcher.procs = [*started]
+            started.clear()
+        environment = strategy.cluster_environment
         # Two threads, because a store on a host that is gone lets who asks it wait.
         self.threads = [
             threading.Thread(target=work, args=arguments, daemon=True)
-            for work, arguments in ((self._exchange, (store,)), (self._judge, ()))
+            for work, arguments in (
+                (self._exchange, (environment.main_address, environment.main_port)),
+                (self._judge, ()),
+            )
         ]
         for thread in self.threads:
             thread.start()
@@ -151,34 +102,28 @@ class Watch(Callback):
             for network in (pl_module.classifier, pl_module.denoiser):
                 network.register_forward_pre_hook(self._tick)
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From now on it waits for the others."""
-        self.state = "waits"
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Counts batches."""
         self.state = "works"
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
+    on_validation_start = on_predict_start = on_train_start
+
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """A batch."""
         self.done += 1
 
-    def on_validation_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """A batch."""
-        self.done += 1
+    on_validation_batch_start = on_predict_batch_start = on_train_batch_start
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What comes now is rank zero's."""
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From now on it waits for the others, or for rank zero."""
         self.state = "waits"
+
+    on_train_end = on_predict_end = on_test_epoch_end
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Likewise, unless the training goes on."""
+        if trainer.state.fn == "validate":
+            self.state = "waits"
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Takes leave of the others."""
@@ -188,7 +133,7 @@ class Watch(Callback):
         """Tells the others why; one that lost its connection waits to learn who is to blame."""
         if self.threads and lost_connection(exception):
             # Ended by the verdict, unless there is none.
-            self.threads[1].join(self.silence + _GRACE + 3.0 * self.interval)
+            self.threads[1].join(self.silence + GRACE + 3.0 * self.interval)
         stopped = isinstance(exception, KeyboardInterrupt)
         reason = "" if stopped else f": {type(exception).__name__}: {' '.join(str(exception).split())[:300]}"
         self._leave("was stopped" if stopped else f"failed{reason}")
@@ -198,57 +143,98 @@ class Watch(Callback):
 
     def _leave(self, state: str) -> None:
         if self.threads:
-            self._publish(state)
+            self._publish(state, 2.0 * self.interval if self.roll.signs else 0.0)
             self.ended.set()
             self.news.set()
+            # Not amid a question to a store that goes away with this process.
+            self.threads[0].join(1.0)
             self.threads = []
 
-    def _publish(self, state: str) -> None:
+    def _publish(self, state: str, seconds: float) -> None:
         """Makes sure that the others can know."""
         self.state = state
         self.published.clear()
         self.news.set()
-        self.published.wait(2.0 * self.interval)
+        self.published.wait(seconds)
 
     def _sign(self, beat: int) -> str:
-        return json.dumps(Sign(beat, self.done, self.state, socket.gethostname(), os.getpid()))
+        return json.dumps(Sign(beat, self.done, self.state, socket.gethostname(), os.getpid(), _place()))
 
-    def _exchange(self, store: Store) -> None:
-        heeded = [rank for rank in range(self.trainer.world_size) if rank != self.rank] if self.rank == 0 else [0]
+    def _exchange(self, host: str, port: int) -> None:
         beat = 0
-        while not self.ended.is_set():
-            beat += 1
-            sign = self._sign(beat)
-            try:
+        try:
+            # A connection of its own: one that waits in a collective must not silence it.
+            server = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_FOREVER)
+            store = PrefixStore("lit_purify/watch", server)
+            while not self.ended.is_set():
+                beat += 1
+                sign = self._sign(beat)
                 store.set(str(self.rank), sign)
-                found = store.multi_get([str(rank) for rank in heeded])
-            except (RuntimeError, ValueError):
-                # Who cannot be asked any more falls silent.
-                return
-            for rank, said in zip(heeded, found, strict=True):
-                self.roll.hear(rank, Sign(*json.loads(said)))
-            if Sign(*json.loads(sign)).state == self.state:
-                self.published.set()
-            self.news.wait(self.interval)
-            self.news.clear()
+                came = [rank for rank in self.heeded if rank in self.roll.signs or store.check([str(rank)])]
+                for rank, said in zip(came, store.multi_get([str(rank) for rank in came]), strict=True):
+                    self.roll.hear(rank, Sign(*json.loads(said)))
+                if Sign(*json.loads(sign)).state == self.state:
+                    self.published.set()
+                self.news.wait(self.interval)
+                self.news.clear()
+        except (RuntimeError, ValueError):
+            # Who cannot be asked any more falls silent.
+            return
 
     def _judge(self) -> None:
+        fallen: set[int] = set()
         while not self.ended.wait(self.interval):
+            for local, child in enumerate(self.children, 1):
+                if child.poll() and child.pid in fallen:
+                    status = child.returncode
+                    killed = status < 0
+                    how = f"was killed by {signal.Signals(-status).name}" if killed else f"ended with status {status}"
+                    who = f"rank {self.rank + local} ({socket.gethostname()}, process {child.pid})"
+                    self._end(f"{who} {how}", INTERRUPTED if killed else status)
+                if child.returncode:
+                    # This process may be about to fail alike, and to say so better.
+                    fallen.add(child.pid)
             if verdict := self.roll.age(self.interval):
-                self._end(verdict)
+                self._end(verdict, INTERRUPTED)
 
-    def _end(self, verdict: str) -> NoReturn:
+    def _end(self, verdict: str, status: int) -> NoReturn:
         """Ends this process, whose main thread may wait in a collective for ever."""
-        if self.rank == 0 or "from rank 0 " in verdict:
-            print(f"error: {verdict}; the run ends, the same command goes on from here", file=sys.stderr, flush=True)
+        if self.rank == 0 or self.children or 0 not in self.roll.signs or "from rank 0 " in verdict:
+            print(
+                f"error: {verdict}; the run ends, the same command goes on from here",
+                file=sys.stderr,
+                flush=True,
+            )
         if self.rank == 0:
-            self._publish(_VERDICT + verdict)
+            self._publish(VERDICT + verdict, 2.0 * self.interval)
             # The others ask as often as this one.
             self.ended.wait(2.0 * self.interval)
-            if self.trainer.strategy.launcher is not None:
-                self.trainer.strategy.launcher.kill(signal.SIGKILL)
+        for child in self.children:
+            child.kill()
         sys.stdout.flush()
-        os._exit(INTERRUPTED)
+        os._exit(status)
+
+
+def _place() -> str:
+    """What the main thread executes; empty while it waits for other processes."""
+    stack = list(traceback.walk_stack(sys._current_frames()[threading.main_thread().ident or 0]))
+    if any(str(frame.f_globals.get("__name__")).startswith("torch.distributed") for frame, _ in stack):
+        return ""
+    code = stack[0][0].f_code
+    return f"{code.co_name} ({Path(code.co_filename).name}:{stack[0][1]})"
+
+
+def leave(status: int) -> NoReturn:
+    """As ``sys.exit``, except that the interpreter does not take apart what threads of a process group still use.
+
+    That ends in a segmentation fault now and then.
+    """
+    if dist.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def lost_connection(error: BaseException) -> bool:

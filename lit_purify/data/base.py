@@ -150,6 +150,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return split if self.subset is None else split.choose(self.subset)
 
     @property
+    def content_sha256(self) -> str | None:
+        """Hash by which an evaluation that goes on finds its images changed; ``None`` where nobody changes them."""
+        return None
+
+    @property
     def subset_sha256(self) -> str:
         """Hash of the evaluated positions."""
         return subset_sha256(self.evaluated.positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -33,7 +34,7 @@ class ImageFolder(ImageDataModule):
     - ``train`` and ``val``: the test reads ``val``.
 
     Labels count the class folders of all splits together, sorted by name. Images may lie deeper inside a class folder;
-    hidden files and folders are ignored.
+    hidden files and folders are ignored. Photos are turned upright as their EXIF says, what is transparent shows white.
 
     Args:
         root: The folder.
@@ -78,6 +79,15 @@ class ImageFolder(ImageDataModule):
     def name(self) -> str:  # type: ignore[override]
         """With the name of the folder."""
         return f"{type(self).__name__}({self.root.resolve().name})"
+
+    @property
+    def content_sha256(self) -> str:
+        """Of names and sizes of the images that the evaluated split is read from; pixels are not looked at."""
+        folder = self._first([*_FOLDERS[self.evaluate_on], *(_FOLDERS["val"] if self.evaluate_on == "test" else [])])
+        root = folder or self.root
+        files = find_files(root, IMG_EXTENSIONS)
+        listing = "".join(f"{file.relative_to(root)} {file.stat().st_size}\n" for file in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
 
     def known_classes(self) -> Sequence[str] | None:
         """Classes in the order of labels where the dataset fixes them; ``None`` takes the folders, sorted by name."""
@@ -153,14 +163,20 @@ def _read_item(files: Sequence[Path], channels: int, size: int | None, shorter: 
 
 
 def read_image(path: Path, channels: int, size: int | None = None, shorter: int | None = None) -> Tensor:
-    """An image (C, H, W) in [0, 1]; with a ``size``, resized to that (``functional.images.resize``).
+    """An image (C, H, W) in [0, 1], turned upright as its EXIF says, what is transparent on white.
+
+    With a ``size``, resized to that (``functional.images.resize``).
 
     Raises:
         InputError: The file is not an image, is damaged, or has more than 8 bits.
     """
     with open_image(path) as file:
         try:
-            pixels = np.array(file.convert("RGB" if channels == 3 else "L"))
+            upright = ImageOps.exif_transpose(file)
+            if upright.has_transparency_data:
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright.convert("RGBA"))
+            pixels = np.array(upright.convert("RGB" if channels == 3 else "L"))
         except _UNREADABLE as error:
             raise _unreadable(path) from error
     image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).movedim(-1, 0).float().div(255.0)

@@ -1,6 +1,7 @@
 """Purifiers, the masks that steer them, and the classifier behind them."""
 
 from lit_purify.defense.defended import DefendedClassifier
+from lit_purify.defense.graded import OtherAttention, Proportional, Votes
 from lit_purify.defense.gradients import BPDA, Attacked, BareClassifier, Exact, Gradient, OtherPurifier, Surrogate
 from lit_purify.defense.heterogeneous import HeterogeneousPurifier, VariableIntensityPurifier
 from lit_purify.defense.masks import (
@@ -17,6 +18,7 @@ from lit_purify.defense.masks import (
 from lit_purify.defense.purifiers import (
     GradualPurifier,
     NoPurifier,
+    OtherClassifier,
     Purifier,
     Trace,
     UniformPurifier,
@@ -37,7 +39,10 @@ __all__ = [
     "MinMaxThreshold",
     "NoPurifier",
     "Ones",
+    "OtherAttention",
+    "OtherClassifier",
     "OtherPurifier",
+    "Proportional",
     "Purifier",
     "RandomArea",
     "Renormalized",
@@ -48,5 +53,6 @@ __all__ = [
     "Trace",
     "UniformPurifier",
     "VariableIntensityPurifier",
+    "Votes",
     "Zeros",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lit_purify.defense.masks import Seen
 from lit_purify.defense.purifiers import Purifier
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
 from lit_purify.models import Classifier
@@ -35,6 +36,21 @@ class DefendedClassifier(nn.Module):
             index = torch.arange(len(image), device=image.device)
             noise = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION)
         return self.classifier(self.purifier(image, noise))
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the purifier says that noise changes nothing."""
+        return self.purifier.deterministic
+
+    def look(self, image: Tensor, noise: Noise) -> Tensor | None:
+        """Masks (B, 1, H, W) of images, where they are the same for all noise; ``None`` elsewhere."""
+        rule = self.purifier.mask
+        return rule(self.classifier, image, noise) if rule is not None and rule.of_image else None
+
+    def seen(self, image: Tensor, mask: Tensor) -> DefendedClassifier:
+        """The same defense, which need not ``look`` at these images again."""
+        assert self.purifier.mask is not None
+        return DefendedClassifier(self.purifier.with_mask(Seen(self.purifier.mask, image, mask)), self.classifier)
 
     def attention(self, image: Tensor, noise: Noise, temperature: float = 0.1) -> Tensor | None:
         """The mask as an attack on it may see it: ``Mask.relaxed``, (B, 1, H, W) in [0, 1], differentiable.

@@ -48,6 +48,20 @@ class Attacked:
         """Logits (B, classes)."""
         return self.model(image, noise)
 
+    @property
+    def deterministic(self) -> bool:
+        """See ``DefendedClassifier``."""
+        return self.defended.deterministic
+
+    def look(self, image: Tensor, noise: Noise) -> Tensor | None:
+        """See ``DefendedClassifier``; ``None`` where something else is attacked."""
+        return self.model.look(image, noise) if isinstance(self.model, DefendedClassifier) else None
+
+    def seen(self, image: Tensor, mask: Tensor) -> LogitsFunction:
+        """See ``DefendedClassifier``."""
+        assert isinstance(self.model, DefendedClassifier)
+        return self.model.seen(image, mask)
+
     def attention(self, image: Tensor, noise: Noise) -> Tensor | None:
         """The defense's mask, relaxed, for attacks on the mask itself: see ``DefendedClassifier.attention``."""
         return self.defended.attention(image, noise)

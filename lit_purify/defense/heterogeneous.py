@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,9 +13,8 @@ from lit_purify.defense.masks import Mask
 from lit_purify.defense.purifiers import Purifier, Trace, positive
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import noised, renoised, step_back, to_diffusion, to_image
-from lit_purify.functional.levels import two_level
 from lit_purify.functional.noise import Noise
-from lit_purify.functional.schedule import fraction_of, grid
+from lit_purify.functional.schedule import fraction_of, grid, round_half_up
 from lit_purify.models import Classifier, Denoiser
 
 Resampling = Literal["none", "single", "release", "multi"]
@@ -69,6 +69,8 @@ class HeterogeneousPurifier(Purifier):
         _check_order(denoiser, high, low)
         if not 0 <= end < low < high:
             raise InputError(f"low = {low} (t_s): this sampler needs 0 <= end = {end} < low < high = {high}")
+        if mask.grades != 1:
+            raise InputError("mask: this sampler knows strong and weak noise alone; use VariableIntensityPurifier")
         if positive("steps", steps) < 2:
             raise InputError(f"steps = {steps}: use at least 2, one above low and one below")
         self.mask, self.high, self.low, self.end, self.resampling = mask, high, low, end, resampling
@@ -113,7 +115,7 @@ class HeterogeneousPurifier(Purifier):
             if self.resampling != "none":
                 x = mend(x, self.low)
         for t, s in zip(self.lower, self.lower[1:], strict=False):
-            x = self.ddim(x, t, s)
+            x = self.calling(last=s == self.lower[-1]).ddim(x, t, s)
         return Trace(to_image(x), to_image(start), mask)
 
     def with_steps(self, steps: int) -> HeterogeneousPurifier:
@@ -157,11 +159,11 @@ class VariableIntensityPurifier(Purifier):
     """Strong noise on the mask, weak noise elsewhere, removed by a denoiser that reads a map of levels.
 
     Every pixel's level falls to 0 in proportion, t_k(pixel) = t(pixel) (1 - k / K), so that nothing is merged and
-    nothing mended. With a constant map it is DDIM.
+    nothing mended. With a constant map it is DDIM. A mask of L grades gives levels low + (high - low) g / L.
 
-    The two levels' noised images and steps are blended, M x(high) + (1 - M) x(low), which for a hard mask picks one of
-    them bit for bit, and through which a relaxed mask has a gradient. The map that the denoiser is told is that of
-    M > 1/2, and held: no gradient goes through it.
+    The noised images and steps of the grades are blended, for one grade M x(high) + (1 - M) x(low), which for a hard
+    mask picks one of them bit for bit, and through which a relaxed mask has a gradient. The map that the denoiser is
+    told is that of the nearest grade, and held: no gradient goes through it.
 
     Args:
         denoiser: Predicts noise, given a level map; trained on such maps.
@@ -190,22 +192,37 @@ class VariableIntensityPurifier(Purifier):
         self.mask, self.high, self.low = mask, high, low
         # Also refuses more steps than there are levels.
         self.grid = grid(high, 0, positive("steps", steps))
-        self.weak = [int(fraction_of(torch.tensor(low), k, steps)) for k in range(steps + 1)]
+        self.steps = steps
+
+    def walks(self, grades: int) -> list[list[int]]:
+        """The K + 1 levels walked by each grade, from that of ``low`` to that of ``high``."""
+        starts = [self.low + (self.high - self.low) * grade / grades for grade in range(grades + 1)]
+        return [
+            [int(fraction_of(torch.tensor(round_half_up(start)), k, self.steps)) for k in range(self.steps + 1)]
+            for start in starts
+        ]
 
     def trace(self, image: Tensor, noise: Noise) -> Trace:
         """Noises by the map, then lets the whole map fall to 0."""
         at = self.denoiser.schedule.at
-        mask = self.mask(self.classifier, image, noise)
+        mask, grades = self.mask(self.classifier, image, noise), self.mask.grades
         u = to_diffusion(image)
         draw = noise.normal(0, u)
+        # Between the grades below and above; at a grade of its own (up to rounding) it is that grade alone.
+        below = (mask.detach() * grades + 1e-4).long().clamp(max=grades - 1)
+        above = mask * grades - below
+        shares = [(below == grade) * (1.0 - above) + (below + 1 == grade) * above for grade in range(grades + 1)]
+        nearest = (mask.detach() * grades).round().long()
 
-        def blend(high: Tensor, low: Tensor) -> Tensor:
-            return high * mask + low * (1.0 - mask)
+        def blend(of_grades: Sequence[Tensor]) -> Tensor:
+            return torch.stack([share * x for share, x in zip(shares, of_grades, strict=True)]).sum(dim=0)
 
-        x = start = blend(noised(u, at(self.high), draw), noised(u, at(self.low), draw))
-        for (t, s), (t_low, s_low) in zip(itertools.pairwise(self.grid), itertools.pairwise(self.weak), strict=True):
-            eps = self.predict(x, two_level(mask.detach(), t, t_low))
-            x = blend(step_back(x, eps, at(t), at(s)), step_back(x, eps, at(t_low), at(s_low)))
+        walks = self.walks(grades)
+        x = start = blend([noised(u, at(walk[0]), draw) for walk in walks])
+        for k in range(self.steps):
+            levels = torch.tensor([walk[k] for walk in walks], device=image.device)[nearest]
+            eps = self.calling(last=k == self.steps - 1).predict(x, levels)
+            x = blend([step_back(x, eps, at(walk[k]), at(walk[k + 1])) for walk in walks])
         return Trace(to_image(x), to_image(start), mask)
 
     def with_steps(self, steps: int) -> VariableIntensityPurifier:
@@ -214,8 +231,8 @@ class VariableIntensityPurifier(Purifier):
 
     @property
     def start(self) -> list[int]:
-        """On the mask and elsewhere."""
-        return [self.grid[0], self.weak[0]]
+        """Of every grade."""
+        return [walk[0] for walk in reversed(self.walks(self.mask.grades))]
 
     @property
     def levels(self) -> list[int]:

@@ -22,13 +22,18 @@ class Mask(ABC):
 
     Attributes:
         relaxable: Whether ``relaxed`` depends on the image; the others are constants to an attacker.
+        grades: L, where a mask is in {0, 1/L, .., 1}: what lies between is noised with a strength between.
+        of_image: Whether the mask depends on the image alone, and not on the noise: it is then computed once for all
+            draws of an image.
     """
 
     relaxable: bool = False
+    grades: int = 1
+    of_image: bool = False
 
     @torch.no_grad()
     def __call__(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """(B, 1, H, W) in {0, 1}: 1 where the noise is strong.
+        """(B, 1, H, W) in {0, 1}, or of more grades: 1 where the noise is strong.
 
         Args:
             classifier: Whose attention counts.
@@ -63,7 +68,7 @@ class SoftmaxThreshold(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = True
+    relaxable = of_image = True
 
     def __init__(self, tau: float, power: float = 2.0) -> None:
         self.tau, self.power = _fraction("tau", tau), power
@@ -86,7 +91,7 @@ class MinMaxThreshold(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = True
+    relaxable = of_image = True
 
     def __init__(self, tau: float = 0.9, power: float = 2.0) -> None:
         self.tau, self.power = _fraction("tau", tau), power
@@ -109,7 +114,7 @@ class TopFraction(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = True
+    relaxable = of_image = True
 
     def __init__(self, fraction: float = 0.15, power: float = 2.0) -> None:
         self.fraction, self.power = _fraction("fraction", fraction), power
@@ -127,6 +132,8 @@ class TopFraction(Mask):
 class Ones(Mask):
     """Strong noise everywhere."""
 
+    of_image = True
+
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return torch.ones_like(image[:, :1])
@@ -135,6 +142,8 @@ class Ones(Mask):
 class Zeros(Mask):
     """Weak noise everywhere."""
 
+    of_image = True
+
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return torch.zeros_like(image[:, :1])
@@ -142,6 +151,8 @@ class Zeros(Mask):
 
 class RandomArea(Mask):
     """As many pixels as another rule chooses, drawn at random: the control for whether the place matters.
+
+    Of a rule of several grades, as many as amount to the same mean.
 
     Args:
         area_of: The rule whose area is matched, image by image.
@@ -164,7 +175,8 @@ class Inverse(Mask):
     """
 
     def __init__(self, of: Mask) -> None:
-        self.of, self.relaxable = of, of.relaxable
+        self.of, self.grades = of, of.grades
+        self.relaxable, self.of_image = of.relaxable, of.of_image
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
@@ -190,7 +202,8 @@ class Renormalized(Mask):
     def __init__(self, of: Mask, mean: Sequence[float], std: Sequence[float]) -> None:
         if not all(value > 0.0 for value in std):
             raise InputError(f"std = {list(std)}: use numbers above 0")
-        self.of, self.mean, self.std, self.relaxable = of, list(mean), list(std), of.relaxable
+        self.of, self.mean, self.std = of, list(mean), list(std)
+        self.relaxable, self.grades, self.of_image = of.relaxable, of.grades, of.of_image
 
     def _shown(self, image: Tensor) -> Tensor:
         mean, std = (image.new_tensor(values).reshape(1, -1, 1, 1) for values in (self.mean, self.std))
@@ -210,14 +223,37 @@ class Given(Mask):
 
     Args:
         mask: (B, 1, H, W).
+        grades: See ``Mask``.
     """
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
+    def __init__(self, mask: Tensor, grades: int = 1) -> None:
+        self.mask, self.grades = mask, grades
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return self.mask
+
+
+class Seen(Mask):
+    """Another rule whose masks of some images are known; of other images it is asked.
+
+    Args:
+        of: The other rule, ``of_image``.
+        image: (B, C, H, W).
+        mask: Its masks, (B, 1, H, W).
+    """
+
+    def __init__(self, of: Mask, image: Tensor, mask: Tensor) -> None:
+        self.of, self.relaxable, self.grades = of, of.relaxable, of.grades
+        self.image, self.mask = image, mask
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return self.mask if torch.equal(image, self.image) else self.of.build(classifier, image, noise)
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``."""
+        return self.of.relaxed(classifier, image, noise, temperature)
 
 
 class Relaxed(Mask):
@@ -233,7 +269,10 @@ class Relaxed(Mask):
     relaxable = True
 
     def __init__(self, of: Mask, soft: bool, temperature: float) -> None:
+        if not temperature > 0.0:
+            raise InputError(f"temperature = {temperature}: use a number above 0")
         self.of, self.soft, self.temperature = of, soft, temperature
+        self.grades = of.grades
 
     def __call__(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """(B, 1, H, W), differentiable."""

@@ -42,13 +42,15 @@ class Purifier(nn.Module, ABC):
         denoiser: Predicts noise; its schedule gives levels their meaning.
         classifier: Whose attention steers the noise, for purifiers with a mask.
         recompute: Keep no activations of the denoiser for the backward pass, but compute them anew (Chen et al. 2016).
-            With keyed noise the gradient has the same bits; each step then keeps its input and nothing else.
+            With keyed noise the gradient has the same bits; each step but the last then keeps its input alone.
 
     Attributes:
         mask: The rule that steers the noise, ``None`` without one.
+        deterministic: Whether the noise changes nothing.
     """
 
     mask: Mask | None = None
+    deterministic: bool = False
 
     def __init__(self, denoiser: Denoiser, classifier: Classifier, recompute: bool = True) -> None:
         super().__init__()
@@ -110,6 +112,13 @@ class Purifier(nn.Module, ABC):
         """Raises an ``InputError`` when an image batch does not fit."""
         self.denoiser.check_image(image)
 
+    def calling(self, last: bool) -> Self:
+        """Itself, for a call of the denoiser; for the last one with its activations kept.
+
+        The backward pass begins with that call: to compute its activations anew would save no memory.
+        """
+        return self.without_recomputation() if last and self.recompute else self
+
     def predict(self, x: Tensor, t: Tensor | int) -> Tensor:
         """Noise predicted in ``x`` at one level or at a map of levels."""
         level = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
@@ -126,6 +135,8 @@ class Purifier(nn.Module, ABC):
 
 class NoPurifier(Purifier):
     """The classifier alone: what the defenses are compared with."""
+
+    deterministic = True
 
     def trace(self, image: Tensor, noise: Noise) -> Trace:
         """The image itself."""
@@ -144,6 +155,22 @@ class NoPurifier(Purifier):
     def with_steps(self, steps: int) -> NoPurifier:
         """Itself: there are no steps."""
         return self
+
+    def check_image(self, image: Tensor) -> None:
+        """The denoiser, which is not called, may take others."""
+
+
+class OtherClassifier(NoPurifier):
+    """Another classifier in place of the defended one, such as one trained adversarially: a defense to compare with.
+
+    Args:
+        denoiser: Not used.
+        classifier: Not used.
+        network: The other classifier.
+    """
+
+    def __init__(self, denoiser: Denoiser, classifier: Classifier, network: Classifier) -> None:
+        super().__init__(denoiser, network)
 
 
 class GradualPurifier(Purifier):
@@ -184,10 +211,11 @@ class GradualPurifier(Purifier):
         at = self.denoiser.schedule.at
         x = start = to_diffusion(image)
         numbers = itertools.count()
-        for grid_ in self.grids:
+        for n, grid_ in enumerate(self.grids, start=1):
             x = start = noised(x, at(grid_[0]), noise.normal(next(numbers), x))
             for t, s in itertools.pairwise(grid_):
-                eps, drawn = self.predict(x, t), next(numbers)
+                last = n == len(self.grids) and s == grid_[-1]
+                eps, drawn = self.calling(last).predict(x, t), next(numbers)
                 if self.sampler == "ddim":
                     x = step_back(x, eps, at(t), at(s))
                 elif self.sampler == "ddpm":

@@ -44,7 +44,7 @@ class ResizedPurifier(Purifier):
         mask, inner = None, self.purifier
         if self.mask is not None:
             mask = self.mask(self.classifier, image, noise)
-            inner = inner.with_mask(Given(interpolate(mask, size=self.denoiser.size)))
+            inner = inner.with_mask(Given(interpolate(mask, size=self.denoiser.size), self.mask.grades))
         trace = inner.trace(_bilinear(image, self.denoiser.size), noise)
         purified, noised = (_bilinear(x, image.shape[-1]) for x in (trace.purified, trace.noised))
         return Trace(purified, noised, mask)

@@ -7,7 +7,7 @@ the end, a row's result does not depend on the rows beside it nor on how many th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,29 @@ LogitsFunction = Callable[[Tensor, Noise], Tensor]
 """(image (B, C, H, W) in [0, 1], noise) -> logits (B, classes)."""
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, classes), label (B, ...)) -> loss of each sample (B,), which the attacker raises."""
+
+
+@runtime_checkable
+class Defense(Protocol):
+    """A model of which something does not depend on the noise.
+
+    Attributes:
+        deterministic: Whether it says that nothing does.
+    """
+
+    deterministic: bool
+
+    def __call__(self, image: Tensor, noise: Noise) -> Tensor:
+        """Logits (B, classes) of images (B, C, H, W) in [0, 1]."""
+        ...
+
+    def look(self, image: Tensor, noise: Noise) -> Tensor | None:
+        """What depends on the images alone, (B, ...); ``None`` if nothing does."""
+        ...
+
+    def seen(self, image: Tensor, found: Tensor) -> LogitsFunction:
+        """The same model, which need not ``look`` at these images again."""
+        ...
 
 
 def chunks(count: int, size: int, device: torch.device) -> Iterator[tuple[Tensor, int]]:
@@ -56,12 +79,48 @@ def _out_of_memory(error: Exception) -> bool:
 
 def logits_in_chunks(model: LogitsFunction, image: Tensor, noise: Noise, runs: list[int], size: int) -> Tensor:
     """Logits of every image in every run, (B, len(runs), classes), without a gradient."""
-    noise = noise.runs(runs)
-    parts = []
-    with torch.no_grad():
-        for rows, real in chunks(len(image) * len(runs), size, image.device):
-            parts.append(_finite("output", model(image[rows // len(runs)], noise.rows(rows))[:real]))
-    return torch.cat(parts).reshape(len(image), len(runs), -1)
+
+    def call(called: LogitsFunction, which: Tensor, noise: Noise) -> tuple[Tensor]:
+        with torch.no_grad():
+            return (_finite("output", called(image[which], noise)),)
+
+    return _in_chunks(call, model, image, noise, runs, size)[0]
+
+
+def _in_chunks(
+    call: Callable[[LogitsFunction, Tensor, Noise], tuple[Tensor, ...]],
+    model: LogitsFunction,
+    image: Tensor,
+    noise: Noise,
+    runs: list[int],
+    size: int,
+) -> list[Tensor]:
+    """What ``call(model, rows of the images, noise)`` says of every image in every run, (B, len(runs), ...) each.
+
+    What is the same in all runs is not computed for each: a defense that says it is deterministic, and answers alike in
+    two runs, is not asked again; one that can look at images apart from the noise does so once.
+    """
+    n, keyed, parts = len(runs), noise.runs(runs), []
+    if n > 2 and isinstance(model, Defense) and model.deterministic:
+        pair = _in_chunks(call, model, image, noise, runs[:2], size)
+        if all(part[:, 0].equal(part[:, 1]) for part in pair):
+            return [part[:, :1].expand(-1, n, *part.shape[2:]) for part in pair]
+    found = _looked(model, image, noise, size) if n > 1 and len(image) * n > size else None
+    for rows, real in chunks(len(image) * n, size, image.device):
+        which, called = rows // n, model
+        if found is not None and isinstance(model, Defense):
+            called = model.seen(image[which], found[which])
+        parts.append([values[:real] for values in call(called, which, keyed.rows(rows))])
+    return [torch.cat(part).reshape(len(image), n, *part[0].shape[1:]) for part in zip(*parts, strict=True)]
+
+
+def _looked(model: LogitsFunction, image: Tensor, noise: Noise, size: int) -> Tensor | None:
+    """What the model sees in the images apart from the noise, if it can tell."""
+    if not isinstance(model, Defense):
+        return None
+    found = [model.look(image[rows], noise.rows(rows)) for rows, _ in chunks(len(image), size, image.device)]
+    told = [part for part in found if part is not None]
+    return torch.cat(told) if told else None
 
 
 def _finite(what: str, values: Tensor) -> Tensor:
@@ -112,17 +171,16 @@ def draws_in_chunks(
     Raises:
         RuntimeError: An output or a gradient is NaN or infinite.
     """
-    n, noise = len(runs), noise.runs(runs)
-    parts = []
-    for rows, real in chunks(len(image) * n, size, image.device):
+
+    def call(called: LogitsFunction, which: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
-            leaf = image[rows // n].detach().requires_grad_()
-            logits = model(leaf, noise.rows(rows))
-            values = loss(logits, label[rows // n])
+            leaf = image[which].detach().requires_grad_()
+            logits = called(leaf, noise)
+            values = loss(logits, label[which])
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        logits, gradient = _finite("output", logits.detach()[:real]), _finite("gradient", gradient[:real])
-        parts.append((logits, values.detach()[:real], gradient))
-    return Draws(*(torch.cat(part).reshape(len(image), n, *part[0].shape[1:]) for part in zip(*parts, strict=True)))
+        return _finite("output", logits.detach()), values.detach(), _finite("gradient", gradient)
+
+    return Draws(*_in_chunks(call, model, image, noise, runs, size))
 
 
 def gradient_in_chunks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,9 +19,11 @@ class Schedule:
     Args:
         abar: (T + 1,) float64, abar[0] = 1 and strictly falling. Position t counts noising steps: 0 is a clean image.
             On the CPU, also where networks are built on the meta device.
+        trained: The strongest level that the denoiser was trained on; ``None`` where all are, or nobody knows.
     """
 
     abar: Tensor
+    trained: int | None = None
 
     def __post_init__(self) -> None:
         falls = bool((self.abar[1:] < self.abar[:-1]).all()) and float(self.abar[-1]) > 0.0
@@ -74,6 +76,10 @@ class Schedule:
         level = torch.where(level > self.steps + 1e-6, torch.nan, level)
         return torch.where(other.abar == 1.0, 0.0, level)
 
+    def trained_to(self, level: int | None) -> Schedule:
+        """The same schedule of a denoiser that was trained up to a level."""
+        return replace(self, trained=level)
+
     @property
     def steps(self) -> int:
         """T, the number of noising steps."""
@@ -86,9 +92,14 @@ class Schedule:
         return self.abar.to(t.device)[t.long()]
 
     def check(self, name: str, t: int, low: int = 0) -> int:
-        """``t`` itself when it lies in ``low`` .. T; an ``InputError`` that names it otherwise."""
+        """``t`` itself when it lies in ``low`` .. T, and was trained; an ``InputError`` that names it otherwise."""
         if not low <= t <= self.steps:
             raise InputError(f"{name} = {t} is outside {low} .. {self.steps}: give it in noising steps of the schedule")
+        if self.trained is not None and t > self.trained:
+            raise InputError(
+                f"{name} = {t} is above {self.trained}, the strongest level that the denoiser was trained on: choose a "
+                "lower one, or train with a higher max_level"
+            )
         return t
 
 
@@ -99,7 +110,7 @@ def grid(start: int, end: int, steps: int) -> list[int]:
         InputError: There are not so many whole levels between the two.
     """
     levels = [(start * (steps - k) + end * k) / steps for k in range(steps + 1)] if steps else [float(start)]
-    rounded = [_round_half_up(level) for level in levels]
+    rounded = [round_half_up(level) for level in levels]
     if len(set(rounded)) != len(rounded):
         raise InputError(f"steps = {steps} is more than the {start - end} whole levels from {start} down to {end}")
     return rounded
@@ -114,5 +125,6 @@ def _products(beta: Tensor) -> Tensor:
     return torch.cat((beta.new_ones(1), torch.cumprod(1.0 - beta, dim=0)))
 
 
-def _round_half_up(value: float) -> int:
+def round_half_up(value: float) -> int:
+    """The nearest whole number, of two the larger."""
     return int(value + 0.5)

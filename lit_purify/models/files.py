@@ -30,7 +30,8 @@ def save_network(
     Args:
         network: A denoiser or classifier whose ``config`` holds the arguments that build it.
         path: A ``.safetensors`` file.
-        info: What else to remember (recipe, commit, figures), JSON values.
+        info: What else to remember (recipe, commit, figures), JSON values; ``max_level`` of a denoiser is the strongest
+            level that it was trained on, and stronger ones are refused.
         dtype: How floats are stored; they are read as float32.
 
     Raises:
@@ -115,6 +116,8 @@ def _load(path: Path, kind: type[Network]) -> Network:
     except TypeError as error:
         raise InputError(f"{path}: was written by another version of {name} ({error})") from error
     load_into(network.network if isinstance(network, Classifier) else network, state, str(path))
+    if isinstance(network, Denoiser):
+        network.schedule = network.schedule.trained_to(header.get("info", {}).get("max_level"))
     network.origin = path.name
     network.eval()
     return network

@@ -48,6 +48,8 @@ class MatchedSchedule(Denoiser):
             raise InputError(f"schedule = {schedule}: all its levels are stronger than the strongest of the denoiser's")
         self.denoiser: Denoiser = denoiser
         self.schedule = Schedule(wanted.abar[:reachable])
+        if denoiser.schedule.trained is not None:
+            self.schedule = self.schedule.trained_to(int((levels <= denoiser.schedule.trained).sum()) - 1)
         self.channels, self.size, self.origin = denoiser.channels, denoiser.size, denoiser.origin
         # Like the schedule's abar: neither part of the state_dict, nor rounded when the network is.
         self.levels = levels[:reachable]

@@ -105,8 +105,12 @@ class DenoiserTask(TrainingTask):
             raise InputError(f"attention = {attention} needs a classifier and a mask: give both, or set attention to 0")
         if not val_levels:
             raise InputError("val_levels is empty: give at least one level")
+        # What it was trained on before is no limit now.
+        denoiser.schedule = denoiser.schedule.trained_to(None)
         for level in (max_level, *val_levels):
             denoiser.schedule.check("max_level" if level == max_level else "val_levels", level, low=1)
+        denoiser.schedule = denoiser.schedule.trained_to(max_level)
+        self.facts = {"max_level": max_level}
         self.denoiser, self.constant, self.attention, self.max_level = denoiser, constant, attention, max_level
         self.mask, self.val_levels = mask, tuple(val_levels)
         denoiser.gradient_checkpointing = gradient_checkpointing

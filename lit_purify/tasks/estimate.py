@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import resource
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -45,13 +45,16 @@ class Measured:
     attack: float
     evaluation: float
 
-    def seconds(self, count: int, eot: int, runs: int, chunk: int) -> float:
-        """Of a batch of ``count`` samples: what is called in chunks is paid in chunks."""
+    def seconds(self, count: int, eot: int, runs: int, chunk: int, images: int) -> float:
+        """Of a batch of ``count`` samples, of each of which so many images are classified.
+
+        What is called in chunks is paid in chunks.
+        """
 
         def attacked(samples: int) -> int:
             return -(-samples * eot // chunk) if eot else samples
 
-        evaluations = 2 * -(-count * runs // chunk)
+        evaluations = images * -(-count * runs // chunk)
         return self.attack * attacked(count) / attacked(self.samples) + self.evaluation * evaluations
 
 
@@ -103,7 +106,10 @@ class EstimatingTrainer(L.Trainer):
         say("defense", "attack", " forward", "backward", " s/sample", "        time")
         for described in model.describe():
             pair = described["defense"], described["attack"]
-            eot = model.attacks[pair[1]].eot
+            eot, runs = model.attacks[pair[1]].eot, model.runs
+            if model.views[pair].deterministic:
+                # Two draws show that all are alike.
+                eot, runs = min(eot, 2), min(runs, 2)
             left = [count for batch in batches if (count := sum((*pair, i) not in done for i in batch))]
             seconds = 0.0
             if left:
@@ -111,7 +117,11 @@ class EstimatingTrainer(L.Trainer):
                     torch.cuda.reset_peak_memory_stats(device)
                 with torch.no_grad(), self.precision_plugin.forward_context():
                     measured = _measure(model, *pair, first)
-                seconds = sum(measured.seconds(count, eot, model.runs, model.chunk) for count in left)
+                if model.attacks[pair[1]].target == "classifier" and pair[0] != next(iter(model.defenses)):
+                    # Made once for all defenses.
+                    measured = replace(measured, attack=0.0)
+                images = described["evaluations"]
+                seconds = sum(measured.seconds(count, eot, runs, model.chunk, images) for count in left)
                 # A whole batch keeps the gradients of all its draws, twice when they are joined.
                 draws = eot if described["queries"]["backward"] else 0
                 kept = 2 * max(0, max(left) - measured.samples) * draws * first["image"][0].nbytes
@@ -133,18 +143,25 @@ def network_calls(described: Mapping[str, Any], runs: int) -> tuple[int, int]:
 
     Args:
         described: An entry of ``RobustnessTask.describe``.
-        runs: N, for the clean and for the adversarial image.
+        runs: N, for the adversarial and, under the first attack, the clean image.
     """
     queries = Queries(**described["queries"])
     backward = queries.backward * described["nfe_attack"]
-    return queries.forward * described["nfe_attack"] + 2 * runs * described["nfe_defense"], backward
+    evaluated = described["evaluations"] * runs * described["nfe_defense"]
+    return queries.forward * described["nfe_attack"] + evaluated, backward
 
 
 def work(described: Mapping[str, Any], runs: int) -> int:
     """What a sample costs, roughly and in no unit: the classifier counts as much as a call of the denoiser."""
     forward, backward = network_calls(described, runs)
     queries = Queries(**described["queries"])
-    return forward + _BACKWARD * backward + queries.forward + _BACKWARD * queries.backward + 2 * runs
+    return (
+        forward
+        + _BACKWARD * backward
+        + queries.forward
+        + _BACKWARD * queries.backward
+        + described["evaluations"] * runs
+    )
 
 
 def duration(seconds: float) -> str:

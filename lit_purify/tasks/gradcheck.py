@@ -134,7 +134,8 @@ def _finite_differences(name: str, model: DefendedClassifier, samples: Samples) 
     purifier, frozen = model.purifier, ""
     if purifier.mask is not None:
         mask = purifier.mask(model.classifier, samples.image, samples.noise).detach()
-        model, frozen = DefendedClassifier(purifier.with_mask(Given(mask)), model.classifier), ", mask frozen"
+        given = purifier.with_mask(Given(mask, purifier.mask.grades))
+        model, frozen = DefendedClassifier(given, model.classifier), ", mask frozen"
     gradient = samples.gradient(model)
     best = []
     for k in range(_DIRECTIONS):

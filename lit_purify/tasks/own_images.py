@@ -3,71 +3,30 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.functional import to_pil_image
 
 from lit_purify.data import ImageDataModule
-from lit_purify.data.folder import find_files, open_image, read_image
+from lit_purify.data.folder import read_image
 from lit_purify.defense import DefendedClassifier
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import chunks
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.functional.rendering import panels
 from lit_purify.metrics.records import identity_sha256, write_whole
+from lit_purify.tasks.own_files import KEY, Existing, Job, left_to_do, plan, said_by
 from lit_purify.tasks.robustness import RobustnessTask
-
-Existing = Literal["refuse", "skip", "replace"]
-
-_KEY = "lit_purify"
-"""Of the text in a purified PNG that says what it was made from, and what it was taken for."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A file and what becomes of it.
-
-    Attributes:
-        name: Path of the file in the input folder.
-        source: The file.
-        target: The purified PNG; the mask and the overlay lie beside it.
-    """
-
-    name: str
-    source: Path
-    target: Path
-
-    @property
-    def mask(self) -> Path:
-        """White where the noise was strong."""
-        return self.target.with_suffix(".mask.png")
-
-    @property
-    def overlay(self) -> Path:
-        """Left to right: the image as the classifier takes it, the mask over it, noised, purified."""
-        return self.target.with_suffix(".overlay.png")
-
-    def sha256(self) -> str:
-        """Of the file's content."""
-        return hashlib.sha256(self.source.read_bytes()).hexdigest()
-
-    def done(self) -> Mapping[str, Any]:
-        """What the purified PNG says of itself; nothing if it is of another origin."""
-        with open_image(self.target) as image:
-            return json.loads(image.info.get(_KEY, "{}"))
 
 
 class _Sources(Dataset[dict[str, Any]]):
@@ -79,7 +38,17 @@ class _Sources(Dataset[dict[str, Any]]):
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         job = self.jobs[item]
-        return {"image": read_image(job.source, self.channels, self.size), "sha256": job.sha256(), "item": item}
+        try:
+            return {"image": read_image(job.source, self.channels, self.size), "sha256": job.sha256(), "item": item}
+        except InputError as error:
+            return {"name": job.name, "unreadable": str(error)}
+
+
+def _collated(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The images as a batch, and those that cannot be read, with the reason."""
+    images = [item for item in items if "image" in item]
+    unreadable = {item["name"]: item["unreadable"] for item in items if "image" not in item}
+    return {**(default_collate(images) if images else {}), "unreadable": unreadable}
 
 
 class Purification(L.LightningModule):
@@ -87,6 +56,9 @@ class Purification(L.LightningModule):
 
     The noise of a file is keyed by the sha256 of its content, its run and the seed: what comes out depends neither on
     the file's name nor on the files beside it, on batches or processes. The first run's image is written.
+
+    Attributes:
+        unreadable: By name why files could not be read, which stops none of the others.
 
     Args:
         defended: The defense.
@@ -114,16 +86,21 @@ class Purification(L.LightningModule):
         self.defended, self.jobs, self.overlays, self.chunk, self.seed = defended, jobs, overlays, chunk, seed
         self.classify, self.runs = runs is not None, runs or 1
         self.settings_sha256, self.num_workers = settings_sha256, num_workers
+        self.unreadable: dict[str, str] = {}
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This process's share, in batches that fill a chunk."""
         self.mine = self.jobs[self.trainer.global_rank :: self.trainer.world_size]
         taker = self.defended.classifier
         sources = _Sources(self.mine, taker.channels, taker.size)
-        return DataLoader(sources, batch_size=max(1, self.chunk // self.runs), num_workers=self.num_workers)
+        fitting = max(1, self.chunk // self.runs)
+        return DataLoader(sources, batch_size=fitting, num_workers=self.num_workers, collate_fn=_collated)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
-        """Purifies and writes a batch; returns how many images it has."""
+        """Purifies and writes a batch; returns how many files it had."""
+        self.unreadable |= batch["unreadable"]
+        if "image" not in batch:
+            return len(batch["unreadable"])
         image, n = batch["image"], self.runs
         key = torch.tensor([int(sha256[:8], 16) for sha256 in batch["sha256"]], device=self.device)
         noise = KeyedNoise(self.seed, key, torch.zeros_like(key), EVALUATION).runs(list(range(n)))
@@ -142,7 +119,7 @@ class Purification(L.LightningModule):
             if self.classify:
                 said["predictions"] = predictions[k * n : (k + 1) * n]
             self._write(self.mine[item], said, *views)
-        return len(image)
+        return len(image) + len(batch["unreadable"])
 
     def _write(self, job: Job, said: Any, image: Tensor, purified: Tensor, noised: Tensor, mask: Tensor) -> None:  # noqa: ANN401
         """The purified image comes last: where it is, everything is."""
@@ -151,15 +128,14 @@ class Purification(L.LightningModule):
             old.unlink(missing_ok=True)
         if self.overlays:
             if self.defended.purifier.mask is not None:
-                _save(mask, job.mask)
-            _save(panels(torch.stack([image, image, noised, purified]), mask, overlay=1), job.overlay)
+                _save(mask, job.mask, said)
+            _save(panels(torch.stack([image, image, noised, purified]), mask, overlay=1), job.overlay, said)
         _save(purified, job.target, said)
 
 
-def _save(image: Tensor, path: Path, said: Any = None) -> None:  # noqa: ANN401
+def _save(image: Tensor, path: Path, said: Any) -> None:  # noqa: ANN401
     text, stream = PngInfo(), io.BytesIO()
-    if said is not None:
-        text.add_text(_KEY, json.dumps(said))
+    text.add_text(KEY, json.dumps(said))
     to_pil_image(image.mul(255.0).round().byte()).save(stream, "png", pnginfo=text)
     write_whole(path, stream.getvalue())
 
@@ -169,6 +145,8 @@ class PurifyingTrainer(L.Trainer):
 
     settings: Mapping[str, Any] = {}
     """What identifies the evaluation, flat: stated in every file, as a hash of what concerns the defense."""
+    unreadable: Sequence[str] = ()
+    """Why files of the last command could not be read, a line each; on rank zero."""
 
     def purify(
         self,
@@ -185,13 +163,18 @@ class PurifyingTrainer(L.Trainer):
         Args:
             model: An evaluation, of whose defenses one is used.
             datamodule: Its data, which is not read.
-            input: A folder of images at any depth, or one image. They are brought to the classifier's size and
-                channels; hidden files do not count, files that are no images are left out and counted.
+            input: A folder of images at any depth, or one image. They are turned upright as their EXIF says, laid on
+                white where they are transparent, and brought to the classifier's size (the shorter side resized, the
+                center cropped) and channels. Hidden files do not count; files whose names end otherwise than images'
+                are left out and counted. A file that cannot be read stops none of the others, and is named at the end.
             output: The folder to write; subfolders are kept.
             defense: Name of the defense; ``None`` takes the first with a mask, or else the first that purifies.
             existing: What becomes of files that are there: ``refuse`` to write anything; ``skip`` those that were made
                 from the same image by the same settings, which goes on after an interruption; ``replace`` them.
             overlays: Write NAME.mask.png and NAME.overlay.png too.
+
+        Raises:
+            InputError: Nothing can be made of the input, or files are in the way.
         """
         self._purify(model, datamodule, input, output, defense, existing, overlays, classify=False)
 
@@ -241,10 +224,10 @@ class PurifyingTrainer(L.Trainer):
         defended.purifier.check_image(torch.empty(1, model.classifier.channels, *2 * [model.classifier.size]))
         runs = model.runs if classify else None
         settings_sha256 = self._identity(model, name, runs)
-        jobs, left_out = _plan(folder, output)
+        jobs, left_out = plan(folder, output)
         table = output / "predictions.csv"
         finally_written = [output / "config.yaml", *([table] if classify else [])]
-        todo = _check_existing(jobs, finally_written, existing, settings_sha256)
+        todo = left_to_do(jobs, finally_written, existing, settings_sha256)
         if 0 < len(todo) < self.world_size:
             raise InputError(f"{len(todo)} images are fewer than {self.world_size} processes: use fewer devices")
         if self.is_global_zero:
@@ -263,11 +246,24 @@ class PurifyingTrainer(L.Trainer):
             if self.is_global_zero:
                 print(f"\n{output}: stopped; the same command with --existing skip goes on from here", flush=True)
             raise
-        self.strategy.barrier("purified")
+        unreadable = self._gathered(task.unreadable)
+        if len(unreadable) == len(jobs):
+            raise InputError(next(iter(unreadable.values())) + (f" ({len(jobs)} alike)" if len(jobs) > 1 else ""))
         if self.is_global_zero:
+            self.unreadable = list(unreadable.values())
             if classify:
-                _write_table(table, jobs, _names(model, data))
+                _write_table(table, [job for job in jobs if job.name not in unreadable], _names(model, data))
             print(f"Purified: {output}" + (f"\nPredictions: {table}" if classify else ""))
+            if unreadable:
+                print("\n".join((f"Not made, {len(unreadable)} of {len(jobs)}:", *self.unreadable)))
+
+    def _gathered(self, found: dict[str, str]) -> dict[str, str]:
+        """What all processes have found; all wait for it."""
+        parts: list[dict[str, str]] = [found]
+        if torch.distributed.is_initialized():
+            parts = [{}] * self.world_size
+            torch.distributed.all_gather_object(parts, found)
+        return {name: reason for part in parts for name, reason in sorted(part.items())}
 
     def _identity(self, model: RobustnessTask, defense: str, runs: int | None) -> str:
         """Hash of all that a purified image, or its predictions, depend on beside the image."""
@@ -289,59 +285,6 @@ def _choose(model: RobustnessTask, name: str | None) -> str:
     return name
 
 
-def _plan(folder: Path, output: Path) -> tuple[list[Job], list[Path]]:
-    """What is to be made, and the files that are no images."""
-    if not folder.exists():
-        raise InputError(f"--input {folder}: no such folder or file")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: is a file; name a folder")
-    root = folder if folder.is_dir() else folder.parent
-    if output.resolve().is_relative_to(root.resolve()) and folder.is_dir():
-        raise InputError(f"--output {output}: lies in the input folder, whose files are not touched; name another")
-    kinds = tuple(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-    files = find_files(folder) if folder.is_dir() else [folder]
-    images = [file for file in files if file.name.lower().endswith(kinds) or not folder.is_dir()]
-    if not images:
-        raise InputError(f"--input {folder}: no images in it; it needs .png, .jpg or others that Pillow reads")
-    names = [file.relative_to(root) for file in images]
-    jobs = [Job(str(name), file, (output / name).with_suffix(".png")) for name, file in zip(names, images, strict=True)]
-    owner: dict[Path, Job] = {}
-    sources = {job.source.resolve() for job in jobs}
-    for job in jobs:
-        for path in (job.target, job.mask, job.overlay):
-            if path.resolve() in sources:
-                raise InputError(
-                    f"--output {output}: {path} is an image of the input, which is not touched; name another"
-                )
-            if (first := owner.setdefault(path, job)) is not job:
-                raise InputError(f"{first.source} and {job.source} would both be written to {path}; rename one of them")
-        # What cannot be read is refused before anything is written; the pixels are read when it is their turn.
-        open_image(job.source).close()
-    return jobs, [file for file in files if file not in set(images)]
-
-
-def _check_existing(jobs: Sequence[Job], others: Sequence[Path], existing: Existing, settings_sha256: str) -> list[Job]:
-    """The jobs that are to be done; ``others`` are files that are written when all are."""
-    if existing == "refuse":
-        outputs = [path for job in jobs for path in (job.target, job.mask, job.overlay)] + list(others)
-        found = next((path for path in outputs if path.exists()), None)
-        if found is not None:
-            raise InputError(f"{found}: is there already; --existing skip goes on, --existing replace writes anew")
-    if existing != "skip":
-        return list(jobs)
-    there = [job for job in jobs if job.target.exists()]
-    if not there and (strange := next((path for path in others if path.exists()), None)):
-        raise InputError(f"{strange}: is there already, and none of the images: name another --output")
-    for job in there:
-        said = job.done()
-        if (said.get("settings_sha256"), said.get("sha256")) != (settings_sha256, job.sha256()):
-            raise InputError(
-                f"{job.target}: was made from another image or by other settings; name another --output, or write all "
-                "anew with --existing replace"
-            )
-    return [job for job in jobs if job not in set(there)]
-
-
 def _names(model: RobustnessTask, data: ImageDataModule) -> Sequence[str] | None:
     """Of the classes; ``None`` where the data is not at hand, or is not what the classifier was made for."""
     try:
@@ -356,7 +299,7 @@ def _write_table(path: Path, jobs: Sequence[Job], names: Sequence[str] | None) -
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     for k, job in enumerate(jobs):
-        predictions = job.done()["predictions"]
+        predictions = said_by(job.target)["predictions"]
         if k == 0:
             writer.writerow(["file", "class", "name", "share", *(f"run_{run}" for run in range(len(predictions)))])
         counts = Counter(predictions)

@@ -107,11 +107,10 @@ class RobustnessTask(L.LightningModule):
             raise InputError(f"baseline = {baseline!r} is not among the defenses {', '.join(defenses)}")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
-        self.classifier = classifier.requires_grad_(False)
-        self.denoiser = denoiser.requires_grad_(False)
-        self.defenses = nn.ModuleDict(
-            {name: DefendedClassifier(make(denoiser, classifier), classifier) for name, make in defenses.items()}
-        )
+        self.classifier, self.denoiser = classifier, denoiser
+        purifiers = {name: make(denoiser, classifier) for name, make in defenses.items()}
+        self.defenses = nn.ModuleDict({name: DefendedClassifier(p, p.classifier) for name, p in purifiers.items()})
+        self.requires_grad_(False)
         self.attacks = dict(attacks)
         self.views = self._views(gradients or {})
         self.runs, self.chunk, self.seed, self.gallery, self.skip_lost = runs, chunk, seed, gallery, skip_lost
@@ -121,6 +120,8 @@ class RobustnessTask(L.LightningModule):
         self._done: set[Key] = set()
         self._clean_counted: set[tuple[str, int]] = set()
         self._lost: dict[Key, Record] = {}
+        self._clean: dict[tuple[str, int, int | None], list[int]] = {}
+        self._transferred: dict[tuple[str, Classifier, int, int], Tensor] = {}
         self._shown: set[int] = set()
 
     @property
@@ -163,6 +164,8 @@ class RobustnessTask(L.LightningModule):
                     "stopping": how.stopping + (_SKIPPING if self.skip_lost else ""),
                     "nfe_defense": purifier.nfe,
                     "nfe_attack": view.nfe,
+                    # Images that are classified in N runs: clean ones once for all attacks.
+                    "evaluations": 2 if attack == next(iter(self.attacks)) else 1,
                     "levels": purifier.levels,
                     "attack_levels": view.levels,
                 }
@@ -196,10 +199,11 @@ class RobustnessTask(L.LightningModule):
         """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
         evaluated = data.evaluated
         first = evaluated[0]["image"][None]
-        self.classifier.check_image(first)
-        for defense in self.defenses:
-            self._defended(defense).purifier.check_image(first)
-        self.classifier.check_classes(data.classes)
+        for name in self.defenses:
+            defended = self._defended(name)
+            defended.classifier.check_image(first)
+            defended.classifier.check_classes(data.classes)
+            defended.purifier.check_image(first)
         for attack in self.attacks.values():
             attack.prepare(evaluated.positions.tolist())
 
@@ -214,6 +218,7 @@ class RobustnessTask(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluates what is not yet recorded of a batch, and tells the listeners after each pair."""
         self.classifier.check_image(batch["image"])
+        self._transferred.clear()
         for defense, attack in self.pairs:
             todo = [i for i, index in enumerate(batch["index"].tolist()) if (defense, attack, index) not in self._done]
             if not todo:
@@ -268,33 +273,49 @@ class RobustnessTask(L.LightningModule):
     ) -> tuple[list[Record], list[View]]:
         started = time.perf_counter()
         model, image, label, index = self._defended(defense), batch["image"], batch["label"], batch["index"]
-        attack_noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
-        attacked = self.views[defense, attack]
-        adversarial = self.attacks[attack](attacked, image, label, attack_noise, chunk)
-        runs = list(range(self.runs))
-        clean, broken = (
-            logits_in_chunks(model, shown, noise, runs, chunk).argmax(dim=2).tolist() for shown in (image, adversarial)
-        )
+        adversarial = self._perturbed(defense, attack, batch, chunk)
+        smaller = None if chunk == self.chunk else chunk
+
+        def classified(images: Tensor, noise: KeyedNoise) -> list[list[int]]:
+            return logits_in_chunks(model, images, noise, list(range(self.runs)), chunk).argmax(dim=2).tolist()
+
+        # Clean runs are the same under every attack.
+        keys = [(defense, int(i), smaller) for i in index]
+        if new := [k for k, key in enumerate(keys) if key not in self._clean]:
+            rows = torch.tensor(new, device=self.device)
+            self._clean.update(zip([keys[k] for k in new], classified(image[rows], noise.rows(rows)), strict=True))
+        clean, broken = [self._clean[key] for key in keys], classified(adversarial, noise)
         delta = adversarial - image
         linf, l2 = linf_norm(delta).tolist(), l2_norm(delta).tolist()
         seconds = (time.perf_counter() - started) / len(image)
-        smaller = None if chunk == self.chunk else chunk
         records = [
             Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds, chunk=smaller)
             for k, (i, y) in enumerate(zip(index, label, strict=True))
         ]
         shown_rows = [k for k, record in enumerate(records) if record.index in self._shown]
         views = []
-        if shown_rows:
-            rows = torch.tensor(shown_rows, device=self.device)
+        for first in range(0, len(shown_rows), chunk):
+            rows = torch.tensor(shown_rows[first : first + chunk], device=self.device)
             with torch.no_grad():
                 trace = model.purifier.trace(adversarial[rows], noise.rows(rows))
-            for k, row in enumerate(shown_rows):
+            for k, row in enumerate(rows.tolist()):
                 mask = None if trace.mask is None else trace.mask[k].cpu()
                 original, shown = image[row].cpu(), adversarial[row].cpu()
                 views.append(View(records[row], original, shown, trace.noised[k].cpu(), trace.purified[k].cpu(), mask))
         return records, views
+
+    def _perturbed(self, defense: str, attack: str, batch: Batch, chunk: int) -> Tensor:
+        """Adversarial images; those of an attack on a bare classifier are the same for all its defenses."""
+        how, image, index = self.attacks[attack], batch["image"], batch["index"]
+        noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
+        keys = [(attack, self._defended(defense).classifier, int(i), chunk) for i in index]
+        if how.target == "defense" or any(key not in self._transferred for key in keys):
+            adversarial = how(self.views[defense, attack], image, batch["label"], noise, chunk)
+            if how.target == "defense":
+                return adversarial
+            self._transferred.update(zip(keys, adversarial, strict=True))
+        return torch.stack([self._transferred[key] for key in keys])
 
     def _lost_before(self, defense: str, attack: str, index: int) -> Record | None:
         """What stands for a sample that needs no further attack."""
@@ -309,6 +330,7 @@ class RobustnessTask(L.LightningModule):
 
     def _note(self, record: Record) -> None:
         self._done.add(record.key)
+        self._clean[record.defense, record.index, record.chunk] = record.clean
         if record.label not in record.adversarial:
             self._lost[record.key] = record
 

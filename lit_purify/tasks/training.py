@@ -17,6 +17,7 @@ from lit_purify.errors import InputError
 from lit_purify.functional.images import flip, shift
 from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import Classifier, Denoiser
+from lit_purify.tasks.batch_norm import synchronize_batch_norm
 
 
 class TrainingTask(L.LightningModule, ABC):
@@ -32,6 +33,9 @@ class TrainingTask(L.LightningModule, ABC):
         shift_pixels: Augmentation: move images by up to so many pixels.
         mirror: Augmentation: mirror half of the images.
         seed: Of noise and augmentation.
+
+    Attributes:
+        facts: What an exported file states about the training.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class TrainingTask(L.LightningModule, ABC):
             raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.shift_pixels, self.mirror, self.seed = shift_pixels, mirror, seed
+        self.facts: dict[str, Any] = {}
 
     @property
     @abstractmethod
@@ -56,7 +61,9 @@ class TrainingTask(L.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         """A network that was read from a file is in evaluation mode, in which Lightning would leave it."""
         # Channels last: convolutions are faster so, on tensor cores and on CPUs.
-        self.network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network.train().to(memory_format=torch.channels_last)
+        if self.trainer.world_size > 1:
+            synchronize_batch_norm(self.network)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps how many samples made a batch of all processes, and how many such batches a step."""

@@ -1,0 +1,102 @@
+"""Masks of several grades of noise, and masks from other networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lit_purify.defense.masks import Mask
+from lit_purify.errors import InputError
+from lit_purify.functional import mask as F
+from lit_purify.functional.levels import MAX_DISTINCT
+from lit_purify.functional.noise import Noise
+from lit_purify.models import Classifier
+
+
+class Votes(Mask):
+    """How many of several rules choose a pixel: (B, 1, H, W) in {0, 1/L, .., 1}.
+
+    Nested rules (the top 10, 20, 40 % of the pixels) give a map that follows the ranks of the attention; rules with
+    ``OtherAttention`` one on which several networks agree.
+
+    Args:
+        rules: L of them, each with one grade.
+    """
+
+    def __init__(self, rules: Sequence[Mask]) -> None:
+        _check_grades(len(rules))
+        if any(rule.grades != 1 for rule in rules):
+            raise InputError("rules: a rule of several grades cannot vote; list its parts instead")
+        self.rules, self.grades = list(rules), len(rules)
+        self.relaxable = any(rule.relaxable for rule in rules)
+        self.of_image = all(rule.of_image for rule in rules)
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return _mean([rule.build(classifier, image, noise) for rule in self.rules])
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``."""
+        return _mean([rule.relaxed(classifier, image, noise, temperature) for rule in self.rules])
+
+
+class Proportional(Mask):
+    """The saliency itself: max_m G_m, each G_m scaled to [0, 1], rounded to {0, 1/L, .., 1}.
+
+    Args:
+        grades: L.
+        power: p of G_m = sum_c |A_m,c|^p.
+    """
+
+    relaxable = of_image = True
+
+    def __init__(self, grades: int, power: float = 2.0) -> None:
+        _check_grades(grades)
+        self.grades, self.power = grades, power
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return (self.relaxed(classifier, image, noise, 0.0) * self.grades).round() / self.grades
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """Before the rounding, at any temperature."""
+        size = (image.shape[-2], image.shape[-1])
+        maps = F.saliency(classifier.features(image), size, self.power)
+        return F.minmax_normalize(maps).amax(dim=1, keepdim=True)
+
+
+class OtherAttention(Mask):
+    """A rule that looks at the attention of another classifier than the defended one.
+
+    Args:
+        of: The rule.
+        network: The other classifier, for images of the same size.
+    """
+
+    def __init__(self, of: Mask, network: Classifier) -> None:
+        self.of, self.network = of, network.requires_grad_(False)
+        self.grades, self.relaxable, self.of_image = of.grades, of.relaxable, of.of_image
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return self.of.build(self._at(image), image, noise)
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``."""
+        return self.of.relaxed(self._at(image), image, noise, temperature)
+
+    def _at(self, image: Tensor) -> Classifier:
+        """A rule is no module: nobody else moves its network."""
+        self.network.check_image(image)
+        return self.network.to(image.device, image.dtype)
+
+
+def _mean(masks: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(masks)).sum(dim=0) / len(masks)
+
+
+def _check_grades(number: int) -> None:
+    if not 1 <= number < MAX_DISTINCT:
+        raise InputError(f"{number} grades of noise: use 1 to {MAX_DISTINCT - 1}")

@@ -1,0 +1,74 @@
+"""Batch normalization over the batches of all processes, on any device (torch's own refuses CPUs)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.functional import batch_norm
+from torch.overrides import TorchFunctionMode
+
+
+def synchronize_batch_norm(network: nn.Module) -> None:
+    """From now on every batch normalization of a network that trains sees the images of all processes.
+
+    Modules, and so names of weights, stay; in evaluation, and for ``torch.nn.SyncBatchNorm``, nothing changes.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            mode = _OverProcesses()
+            module.register_forward_pre_hook(mode.begin)
+            module.register_forward_hook(mode.end, always_call=True)
+
+
+class _OverProcesses(TorchFunctionMode):
+    """Whatever a module does around it (timm adds an activation): its ``batch_norm`` is replaced."""
+
+    def begin(self, *_: object) -> None:
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, *_: object) -> None:
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        return (_batch_norm if func is batch_norm else func)(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """As torch's; in a training, mean and variance are those of all processes together."""
+    if not training:
+        return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    x = input.float()
+    dims, shape = [0, *range(2, x.ndim)], [1, -1, *[1] * (x.ndim - 2)]
+    count = x.new_tensor([x.numel() / x.shape[1]])
+    total = all_reduce(torch.cat([x.sum(dims), count]))  # type: ignore[no-untyped-call]
+    n = total[-1].detach()
+    mean = total[:-1] / n
+    centered = x - mean.view(shape)
+    var = all_reduce(centered.square().sum(dims)) / n  # type: ignore[no-untyped-call]
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * n / (n - 1)).to(running_var.dtype), momentum)
+    y = centered * (var + eps).rsqrt().view(shape)
+    if weight is not None:
+        y = y * weight.view(shape)
+    return (y if bias is None else y + bias.view(shape)).to(input.dtype)

@@ -1,0 +1,127 @@
+"""Masks of several grades, and what a sampler makes of them."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import GaussianDenoiser, randomized
+
+from lit_purify.defense import (
+    DefendedClassifier,
+    Exact,
+    HeterogeneousPurifier,
+    Inverse,
+    OtherAttention,
+    Proportional,
+    TopFraction,
+    VariableIntensityPurifier,
+    Votes,
+)
+from lit_purify.errors import InputError
+from lit_purify.functional import mask as F
+from lit_purify.functional.diffusion import noised, step_back, to_diffusion, to_image
+from lit_purify.functional.noise import KeyedNoise
+from lit_purify.models import ResNetClassifier
+
+NESTED = Votes([TopFraction(0.1), TopFraction(0.3), TopFraction(0.6)])
+RULES = {"votes": NESTED, "proportional": Proportional(5), "inverse": Inverse(NESTED)}
+
+
+def keyed(count):
+    return KeyedNoise(0, torch.arange(count), torch.zeros(count, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_grades_are_the_stated_ones_for_each_sample_alone(name, classifier, images):
+    rule = RULES[name]
+    mask = rule(classifier, images, keyed(6))
+    assert mask.shape == (6, 1, 8, 8)
+    assert torch.allclose((mask * rule.grades).round() / rule.grades, mask, atol=1e-6)
+    assert len(mask.unique()) > 2
+    assert torch.equal(rule(classifier, images[2:3], keyed(1)), mask[2:3])
+    assert not mask.requires_grad
+
+
+def test_maps_follow_the_attention(classifier, images):
+    score = F.minmax_normalize(F.saliency(classifier.features(images), (8, 8))).amax(dim=1, keepdim=True)
+    proportional, votes = Proportional(5)(classifier, images, keyed(6)), NESTED(classifier, images, keyed(6))
+    assert (proportional - score).abs().max() <= 0.5 / 5 + 1e-6
+    # The top 10 % have all three votes, the next 20 % two ...
+    assert [(votes * 3).round().eq(k).sum().item() // 6 for k in (3, 2, 1)] == [6, 13, 19]
+    for image, vote in zip(score, votes, strict=True):
+        assert image[vote > 0.9].min() >= image[vote < 0.9].max() - 1e-6
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_pixel_walks_down_from_its_own_level(name, classifier, images):
+    """Against the sampler written with whole maps of levels; the denoiser takes every pixel for itself."""
+    denoiser, rule, high, low, steps = GaussianDenoiser(size=8), RULES[name], 300, 120, 3
+    purifier = VariableIntensityPurifier(denoiser, classifier, rule, high, low, steps)
+    trace = purifier.trace(images, keyed(6))
+    start = (low + (high - low) * rule(classifier, images, keyed(6)).double() + 0.5).floor()
+    u, at = to_diffusion(images), lambda t: denoiser.schedule.at(t).float()
+    maps = [(start * (steps - k) / steps + 0.5).floor().long() for k in range(steps + 1)]
+    x = noised(u, at(maps[0]), keyed(6).normal(0, u))
+    assert torch.allclose(trace.noised, to_image(x), atol=1e-6)
+    for t, s in itertools.pairwise(maps):
+        x = step_back(x, denoiser(x, t), at(t), at(s))
+    assert torch.allclose(trace.purified, to_image(x), atol=1e-5)
+    assert purifier.start == sorted(set(maps[0].unique().tolist()) | set(purifier.start), reverse=True)
+    assert (purifier.start[0], purifier.start[-1], len(purifier.start)) == (high, low, rule.grades + 1)
+
+
+def test_rules_that_agree_are_one_rule(unet, classifier, images):
+    rule = TopFraction(0.3)
+    one, two = (
+        VariableIntensityPurifier(unet, classifier, mask, 300, 100, 2)(images, keyed(6))
+        for mask in (rule, Votes([rule, rule]))
+    )
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("name", ["votes", "proportional"])
+def test_gradients_lead_through_the_grades(name, unet, classifier, images):
+    defended = DefendedClassifier(VariableIntensityPurifier(unet, classifier, RULES[name], 400, 150, 2), classifier)
+    views = {kind: Exact(kind).attacked(defended).model for kind in ("frozen", "straight_through", "soft")}
+    gradients = {}
+    for kind, view in views.items():
+        leaf = images.clone().requires_grad_()
+        logits = view(leaf, keyed(6))
+        if kind != "soft":
+            assert torch.equal(logits, defended(images, keyed(6)))
+        gradients[kind] = torch.autograd.grad(logits.square().sum(), leaf)[0]
+    assert not torch.allclose(gradients["frozen"], gradients["straight_through"], rtol=1e-3)
+    assert not torch.allclose(gradients["frozen"], gradients["soft"], rtol=1e-3)
+
+
+def test_attention_of_another_network(classifier, images):
+    other = randomized(ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4), seed=1)
+    rule = OtherAttention(TopFraction(0.3), other.requires_grad_(True))
+    mask = rule(classifier, images, keyed(6))
+    assert torch.equal(mask, TopFraction(0.3)(other, images, keyed(6)))
+    assert not torch.equal(mask, TopFraction(0.3)(classifier, images, keyed(6)))
+    assert rule.relaxable
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(rule.relaxed(classifier, leaf, keyed(6), 0.1).sum(), leaf)
+    assert gradient.abs().sum() > 0
+    assert not any(p.requires_grad for p in other.parameters())
+    assert rule(classifier, images.double(), keyed(6)).dtype == torch.float64
+    other.float()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda d, c: Votes([]), "0 grades"),
+        (lambda d, c: Votes([NESTED]), "several grades cannot vote"),
+        (lambda d, c: Proportional(64), "use 1 to 63"),
+        (lambda d, c: HeterogeneousPurifier(d, c, NESTED, 200, 100, 4), "use VariableIntensityPurifier"),
+        (
+            lambda d, c: OtherAttention(TopFraction(0.3), c)(c, torch.rand(1, 3, 8, 8), keyed(1)),
+            "channels|shape",
+        ),
+    ],
+)
+def test_refusals(make, said, unet, classifier):
+    with pytest.raises(InputError, match=said):
+        make(unet, classifier)
