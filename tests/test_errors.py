@@ -201,11 +201,7 @@ def images_from(root, **options):
         ("model.init_args.classifier.init_args.pth", 5, "load_classifier has no option pth; did you mean path?"),
         ("trainer.logger", [{"class_path": "CSVLogger", "init_args": {"sav_dir": "x"}}], "did you mean save_dir?"),
         (f"{UNIFORM}.init_args.level", "five", "model.defenses.level: expected int; got five"),
-<<<<<<< HEAD
-        (f"{UNIFORM}.init_args.sampler", "ddimm", "model.defenses.sampler: expected 'ddim' or 'ddpm' or 'sde'"),
-=======
         (f"{UNIFORM}.init_args.sampler", "ddimm", "model.defenses.sampler: expected 'ddim' or 'ddpm' or 'sde'; got"),
->>>>>>> main
         (f"{PGD}.init_args.steps", 5.5, "model.attacks.steps: expected int; got 5.5"),
         (f"{PGD}.init_args.eps", [1], "model.attacks.eps: expected float or str; got [1]"),
         ("data.init_args.batch_size", "many", "data.batch_size: expected int; got many"),
