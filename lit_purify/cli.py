@@ -23,11 +23,12 @@ from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stoppi
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.html import write_report
+from lit_purify.callbacks.wandb_run import WandbRun
 from lit_purify.compare import compare
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.help import EVALUATE, TRAIN
-from lit_purify.messages import check_checkpoint, check_configs, essence, explanation
+from lit_purify.messages import COMMANDS, check_checkpoint, check_configs, essence, explanation
 from lit_purify.run_folder import RunFolder, identify
 from lit_purify.tasks import FrontierTask, RobustnessTask, TrainingTask
 from lit_purify.tasks.audit import AuditingTrainer
@@ -37,7 +38,6 @@ from lit_purify.tasks.own_images import PurifyingTrainer
 
 _DEFAULT_EVALUATION = "configs/eval/digits.yaml"
 _DEFAULT_FRONTIER = "configs/eval/digits_frontier.yaml"
-_COMMANDS = ("test", "frontier", "gradcheck", "audit", "purify", "predict")
 # What a configuration that is written leaves out: the other commands could not read it.
 _OF_ONE_COMMAND = ("ckpt_path", "verbose", "weights_only", "samples", "runs", "proposals")
 # Noise, levels and masks are drawn and computed in 32 bits.
@@ -47,12 +47,15 @@ _PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")
 class _Parser(LightningArgumentParser):
     """Says what is wrong in one line."""
 
+    configs: Sequence[dict[str, Any]] = ()
+    """What the configuration files hold."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             # This one parses a nested class. It raises: the outer parsers add where in the configuration the class
             # stands, or go on with another type that the place accepts.
             super().error(message, ex)
-        _fail(essence(message))
+        _fail(essence(message, self.configs))
 
 
 class _CLI(LightningCLI):
@@ -74,7 +77,7 @@ class _CLI(LightningCLI):
         self.argv = argv
         self.running = False
         try:
-            check_configs(argv)
+            _Parser.configs = check_configs(argv)
             super().__init__(
                 task,
                 ImageDataModule,
@@ -276,7 +279,7 @@ class _TrainingCLI(_CLI):
         return trainer
 
     def before_fit(self) -> None:
-        """The configuration is written when the first batches have shown that data and networks fit."""
+        """Configuration and W&B wait until the first batches have shown that data and networks fit."""
 
         def place(trainer: L.Trainer, task: L.LightningModule, stage: str) -> None:
             # Before WeightAveraging copies the task: else its average stays on the CPU, and every step waits for that.
@@ -289,6 +292,9 @@ class _TrainingCLI(_CLI):
             self.folder.write_config(self.resolved, write=trainer.is_global_zero)
             self.running = True
 
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbRun):
+                logger.held = True
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [LambdaCallback(setup=place, on_train_start=start), *callbacks, WandbTraining()]
 
@@ -309,7 +315,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
             _fail(str(error))
         return
     given = _helped(given, EVALUATE)
-    command = given.pop(0) if given and given[0] in _COMMANDS else "test"
+    command = given.pop(0) if given and given[0] in COMMANDS else "test"
     # An evaluation like any other, of many defenses.
     frontier = command == "frontier"
     command = "test" if frontier else command

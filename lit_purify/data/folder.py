@@ -122,6 +122,10 @@ class ImageFolder(ImageDataModule):
             (file, label) for label, name in enumerate(classes) for file in find_files(folder / name, IMG_EXTENSIONS)
         ]
         if not found:
+            if any(file.parent == folder for file in find_files(folder, IMG_EXTENSIONS)):
+                raise InputError(
+                    f"{folder}: its images lie in no class folders; move those of each class into a subfolder"
+                )
             kinds = ", ".join(IMG_EXTENSIONS)
             raise InputError(f"{folder}: no images in it; it needs one subfolder a class, with {kinds}")
         files, labels = zip(*found, strict=True)

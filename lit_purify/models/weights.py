@@ -25,7 +25,11 @@ def check_file(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; load_diffusers reads those of diffusers, for others name a file in it")
     if not path.is_file():
-        raise InputError(f"{path}: no such file; check the path")
+        ours = path.name == "model.safetensors"
+        remedy = (
+            "train it first (train.py fit --config configs/train/...), or check the path" if ours else "check the path"
+        )
+        raise InputError(f"{path}: no such file; {remedy}")
     with path.open("rb") as stream:
         head = stream.read(512)
     if not head:
