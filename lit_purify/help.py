@@ -27,6 +27,10 @@ settings
   --data.init_args.subset.init_args.n N                  how many samples
   --trainer.devices N              processes or GPUs; several need --trainer.strategy ddp
   --trainer.logger false           nothing to Weights & Biases
+  gradcheck, audit:
+  --samples N                      how many of the evaluated samples, from the first (gradcheck: 4, audit: 32)
+  audit:
+  --runs N --proposals N           runs of each image (8), steps of the black-box attack (100)
   purify, predict:
   --input FOLDER --output FOLDER   images to read, and where PNGs go (the input may be one file)
   --defense NAME                   which defense (default: the first with a mask)

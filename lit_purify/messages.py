@@ -28,6 +28,8 @@ from lit_purify.run_folder import RunFolder
 def explanation(error: Exception, folder: RunFolder | None) -> str | None:
     """One line about what a user can mend, ``None`` about anything else."""
     if isinstance(error, (InputError, MisconfigurationException)):
+        if m := re.match(r"No supported (\w+) backend found", str(error)):
+            return f"trainer.accelerator = {m[1]}: there is none that torch can use; take cpu, or leave it out"
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # A worker process of a loader adds its traceback, with the message at its end.
         return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if "Original Traceback" in str(error) else " ".join(lines)
@@ -51,8 +53,9 @@ def explanation(error: Exception, folder: RunFolder | None) -> str | None:
     return f"{path}: {reason}; {'choose another folder with --run' if own else 'check the path'}"
 
 
-def check_configs(argv: Sequence[str]) -> None:
-    """Names the file that is at fault; the parser's messages do not."""
+def check_configs(argv: Sequence[str]) -> list[dict[str, Any]]:
+    """Contents of the configurations. Names the file that is at fault; the parser's messages do not."""
+    contents = []
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name, _, value = word.partition("=")
         path = Path(value or following)
@@ -69,6 +72,8 @@ def check_configs(argv: Sequence[str]) -> None:
             raise InputError(f"{path}: not a text file of YAML: is it a configuration?") from error
         if not isinstance(found, dict):
             raise InputError(f"{path}: holds no settings (key: value lines): is it a configuration?")
+        contents.append(found)
+    return contents
 
 
 def check_checkpoint(path: Path) -> None:
@@ -98,7 +103,7 @@ _NO_REASON = re.compile(
 """Lines of a parser error that say how it was reached, or which other types a value is not of."""
 
 
-def essence(message: str) -> str:
+def essence(message: str, configs: Sequence[dict[str, Any]] = ()) -> str:
     """The one line of a nested parser error that says what to mend.
 
     jsonargparse tells how it went down into the configuration (``Parser key "model": ... Problem with given class_path
@@ -117,14 +122,20 @@ def essence(message: str) -> str:
 
     if m := re.search(r'"subcommand" to be one of \{(.+?)\}', message):
         return f"say what to do, one of {m[1]}: fit --config FILE trains"
+    if m := re.search(r"class_path '([\w.]+)':\s+(?:Option '|unrecognized arguments: --)([^\s.=']+)", message):
+        options = _options(m[1])
+        near = _nearest(m[2], [*options, "class_path", "init_args"])
+        return f"{at}{_last(m[1])} has no option {m[2]}; {near or 'it has ' + ', '.join(options)}"
     if m := re.search(r"unrecognized arguments: ([^\s=]+)|does not accept option '(.+)'", message):
         if m[1] and not m[1].startswith("-"):
-            return f"unexpected argument {m[1]}; settings are given as --NAME VALUE"
+            return f"unexpected argument {m[1]}; {_nearest(m[1], COMMANDS) or 'settings are given as --NAME VALUE'}"
         name = (m[1] or m[2]).removeprefix("--")
-        return f"there is no setting {name}; {_nearest(name, _SETTINGS) or '--help_all lists all'}"
-    if m := re.search(r"class_path '([\w.]+)':\s+Option '(.+)' is not accepted", message):
-        options = _options(m[1])
-        return f"{at}{_last(m[1])} has no option {m[2]}; {_nearest(m[2], options) or 'it has ' + ', '.join(options)}"
+        first, dot, rest = name.partition(".")
+        near = _nearest(name, _SETTINGS) or _nearest(first, _SETTINGS, dot + rest)
+        return f"there is no setting {name}; {near or '--help_all lists all'}"
+    if m := re.search(r"invalid choice: '(.+)' \(choose from (.+)\)", message):
+        near = _nearest(m[1], m[2].replace("'", "").split(", "))
+        return f"{m[0]}; {near}" if near else m[0]
     if m := re.search(r"(?:class_path '([\w.]+)':\s+)?the following arguments are required: (.+)", message):
         if m[1]:
             return f"{at}{_last(m[1])} needs {m[2]}"
@@ -143,12 +154,15 @@ def essence(message: str) -> str:
     if reasons:
         return at + _tidy(reasons[0])
     if re.search(_NO_CLASS, message):
-        return f"{at}a class is needed: give its class_path and init_args"
+        return _misnamed(place, configs) or f"{at}a class is needed: give its class_path and init_args"
     # No type of a union fits: the innermost union is the last that lists its types, and the first that ends.
     types = re.findall(r"Subtypes: \[(.+)\]$", message, re.MULTILINE)
     values = re.findall(r"Given value: (.+)$", message, re.MULTILINE)
     return at + _tidy(f"Expected a {types[-1]}. Got value: {values[0]}" if types and values else message)
 
+
+COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "predict")
+"""Of ``eval.py``."""
 
 _CLASSES = [name for module in (attacks, callbacks, data, defense, models, tasks) for name in module.__all__]
 
@@ -200,6 +214,19 @@ def _options(class_path: str) -> list[str]:
     return [name for name in names if name not in given]
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def _nearest(name: str, known: Sequence[str], rest: str = "") -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else ""
+    return f"did you mean {near[0]}{rest}?" if near else ""
+
+
+def _misnamed(place: str, configs: Sequence[Any]) -> str:
+    """Of a dotted key the first part that no configuration has, if one of its neighbors is called nearly so."""
+    parts = place.split(".")
+    for k, part in enumerate(parts):
+        configs = [config for config in configs if isinstance(config, dict)]
+        names = [str(name) for config in configs for name in config]
+        if part not in names:
+            near = _nearest(part, names)
+            return near and f"{'.'.join(parts[:k])} has no {part}; {near}"
+        configs = [config[part] for config in configs if part in config]
+    return ""

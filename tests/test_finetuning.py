@@ -289,6 +289,7 @@ def config(tmp_path_factory):
                     },
                 },
                 "val_levels": [100],
+                "max_level": 900,
                 "warmup": 2,
             },
         },
@@ -461,7 +462,7 @@ def test_export_writes_the_average_of_a_checkpoint(run, tmp_path, capsys):
         assert torch.equal(value, state["state_dict"][f"denoiser.{name}"]), name
     assert not torch.equal(exported["stem.weight"], state["current_model_state"]["denoiser.stem.weight"])
     loaded = load_denoiser(str(tmp_path / "model.safetensors"))
-    assert load_denoiser(str(run / "model.safetensors")).schedule.trained == loaded.schedule.trained == 700
+    assert load_denoiser(str(run / "model.safetensors")).schedule.trained == loaded.schedule.trained == 900
     assert loaded.config["width"] == 8
     assert torch.equal(loaded.stem.weight, exported["stem.weight"])
     train([*command, str(tmp_path / "half.safetensors"), "--half", "true"])
@@ -493,15 +494,15 @@ def test_export_without_a_checkpoint_converts_what_is_configured(config, tmp_pat
         assert torch.equal(converted.state_dict()[name], value), name
 
 
-def test_export_of_a_classifier(tmp_path):
+def test_export_of_a_classifier(tmp_path, capsys):
     classifier = {"class_path": "ResNetClassifier", "init_args": dict(CLASSIFIER)}
     settings = {
         "model": {"class_path": "ClassifierTask", "init_args": {"classifier": classifier, "warmup": 1}},
         "data": {"class_path": "Digits", "init_args": {"batch_size": 256}},
         "trainer": {
-            "max_steps": 2,
+            "max_epochs": 1,
+            "limit_train_batches": 2,
             "logger": False,
-            "limit_val_batches": 0,
             "callbacks": [
                 {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1, "save_last": True}}
             ],
@@ -516,6 +517,10 @@ def test_export_of_a_classifier(tmp_path):
     loaded, state = load_classifier(str(run / "model.safetensors")), torch.load(last, weights_only=True)["state_dict"]
     for name, value in loaded.network.state_dict().items():
         assert torch.equal(value, state[f"classifier.network.{name}"]), name
+    split = Digits().split("val")
+    image = torch.stack([split[k]["image"] for k in range(len(split))])
+    right = [split[k]["label"] for k in range(len(split))] == loaded(image).argmax(dim=1).numpy()
+    assert f"Accuracy at the last validation: clean {100 * right.mean():.1f} %" in capsys.readouterr().out
 
 
 def test_killed_between_the_last_step_and_the_export(run, config):

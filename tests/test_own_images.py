@@ -12,7 +12,7 @@ from PIL import Image
 
 from lit_purify.cli import evaluate
 from lit_purify.data import Digits
-from lit_purify.data.folder import read_image
+from lit_purify.data.folder import _read_item, read_image
 from lit_purify.defense import HeterogeneousPurifier, NoPurifier, TopFraction, UniformPurifier
 from lit_purify.errors import InputError
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
@@ -231,6 +231,8 @@ def test_photos_are_turned_upright_and_what_is_transparent_is_white(channels, tm
     upright = read_image(tmp_path / "photo.png", channels)
     assert upright.shape == (channels, 2, 1)
     assert (255 * upright[0, :, 0]).tolist() == pytest.approx([10, 200])
+    # Labeled folders are read as torchvision reads them.
+    assert _read_item([tmp_path / "photo.png"], channels, None, None, 0).shape == (channels, 1, 2)
     clear = Image.new("RGBA", (3, 1), (*dark, 0))
     clear.putpixel((1, 0), (*dark, 255))
     clear.putpixel((2, 0), (*dark, 128))

@@ -1,5 +1,6 @@
 """What people see: the page of --help, progress in a terminal and in a log, a dry run that leaves nothing."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from lit_purify.callbacks import Progress, progress
 from lit_purify.cli import evaluate, train
 from lit_purify.help import EVALUATE, TRAIN
+from lit_purify.tasks.audit import AuditingTrainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,6 +26,15 @@ def test_help_fits_a_screen(run, page, words, capsys):
     assert capsys.readouterr().out == page
     assert len(page.splitlines()) <= 50
     assert max(map(len, page.splitlines())) <= 120
+
+
+def test_help_states_the_defaults_of_the_audit():
+    for command, words in ((AuditingTrainer.gradcheck, ["gradcheck: {samples}"]), (AuditingTrainer.audit, _AUDIT)):
+        defaults = {name: each.default for name, each in inspect.signature(command).parameters.items()}
+        assert all(word.format(**defaults) in EVALUATE for word in words)
+
+
+_AUDIT = ["audit: {samples})", "runs of each image ({runs})", "black-box attack ({proposals})"]
 
 
 def test_help_all_has_every_setting(capsys):
@@ -56,8 +67,9 @@ def flags(page, name):
 def test_settings_of_the_pages_exist(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     own = {"--input", "--output", "--defense", "--existing", "--overlays"}
+    audit = {"--samples", "--runs", "--proposals"}
     shown = flags(EVALUATE, "uniform")
-    attack = {f.replace("attacks.uniform", "attacks.pgd"): v for f, v in shown.items() if f not in own}
+    attack = {f.replace("attacks.uniform", "attacks.pgd"): v for f, v in shown.items() if f not in own | audit}
     shown_training = flags(TRAIN, "")
     # Of another command, or of other data.
     for key in ("--data.init_args.root", "--output", "--ckpt_path"):
@@ -65,6 +77,7 @@ def test_settings_of_the_pages_exist(monkeypatch, capsys):
     for run, words, given in (
         (evaluate, ["test"], attack),
         (evaluate, ["predict"], {f: v for f, v in shown.items() if f in own}),
+        (evaluate, ["audit"], {f: shown[f] for f in audit}),
         (train, ["fit", "--config", "configs/train/digits_denoiser.yaml"], shown_training),
     ):
         with pytest.raises(SystemExit) as exit_:

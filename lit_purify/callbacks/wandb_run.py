@@ -12,7 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import wandb
 import yaml
-from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_purify.errors import InputError
@@ -42,7 +42,12 @@ class WandbRun(WandbLogger):
             network.
         patience: Seconds that uploads may take after the end.
         save_dir: The run's folder.
+
+    Attributes:
+        held: Nothing is begun yet, not even where Lightning asks for it: what is refused until then leaves nothing.
     """
+
+    held = False
 
     def __init__(
         self,
@@ -67,7 +72,9 @@ class WandbRun(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:  # noqa: ANN401
-        """The W&B run; on other processes than rank zero an object that does nothing."""
+        """The W&B run; on other processes than rank zero, and while it is held, an object that does nothing."""
+        if self.held:
+            return _DummyExperiment()
         if self._experiment is None:
             Path(self._wandb_init["dir"]).mkdir(parents=True, exist_ok=True)
             self._experiment = self._begin()

@@ -13,7 +13,7 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 
 from lit_purify.callbacks.export import Export
-from lit_purify.callbacks.wandb_run import log_settings, wandb_run
+from lit_purify.callbacks.wandb_run import WandbRun, log_settings, wandb_run
 from lit_purify.run_folder import RunFolder, path_sha256
 from lit_purify.tasks import TrainingTask
 from lit_purify.tasks.estimate import peak_memory
@@ -28,7 +28,7 @@ class WandbTraining(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs what is trained."""
-        if logger := wandb_run(trainer):
+        if logger := _begun(trainer):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             facts = {"parameters": sum(p.numel() for p in pl_module.parameters()), "classes": list(data.classes)}
             log_settings(logger, RunFolder(Path(trainer.default_root_dir)), facts)
@@ -77,7 +77,7 @@ class WandbTraining(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The networks that were written: their hashes, and the files where artifacts are wanted."""
-        logger = wandb_run(trainer)
+        logger = _begun(trainer)
         if logger is None or not isinstance(pl_module, TrainingTask):
             return
         folder = RunFolder(Path(trainer.default_root_dir))
@@ -89,6 +89,13 @@ class WandbTraining(Callback):
 
     def _restart(self, trainer: L.Trainer) -> None:
         self.images, self.logged, self.since = 0, trainer.global_step, time.perf_counter()
+
+
+def _begun(trainer: L.Trainer) -> WandbRun | None:
+    """The run, which waits no longer."""
+    if logger := wandb_run(trainer):
+        logger.held = False
+    return logger
 
 
 def _step(trainer: L.Trainer) -> int:

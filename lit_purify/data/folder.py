@@ -34,7 +34,8 @@ class ImageFolder(ImageDataModule):
     - ``train`` and ``val``: the test reads ``val``.
 
     Labels count the class folders of all splits together, sorted by name. Images may lie deeper inside a class folder;
-    hidden files and folders are ignored. Photos are turned upright as their EXIF says, what is transparent shows white.
+    hidden files and folders are ignored. Images are read as torchvision reads them, not turned as their EXIF says, but
+    that what is transparent shows white.
 
     Args:
         root: The folder.
@@ -139,6 +140,10 @@ class ImageFolder(ImageDataModule):
             (file, label) for label, name in enumerate(classes) for file in find_files(folder / name, IMG_EXTENSIONS)
         ]
         if not found:
+            if any(file.parent == folder for file in find_files(folder, IMG_EXTENSIONS)):
+                raise InputError(
+                    f"{folder}: its images lie in no class folders; move those of each class into a subfolder"
+                )
             kinds = ", ".join(IMG_EXTENSIONS)
             raise InputError(f"{folder}: no images in it; it needs one subfolder a class, with {kinds}")
         files, labels = zip(*found, strict=True)
@@ -159,24 +164,27 @@ def find_files(folder: Path, extensions: tuple[str, ...] = ("",)) -> list[Path]:
 
 
 def _read_item(files: Sequence[Path], channels: int, size: int | None, shorter: int | None, item: int) -> Tensor:
-    return read_image(files[item], channels, size, shorter)
+    # As torchvision reads them, and so what published classifiers were trained on.
+    return read_image(files[item], channels, size, shorter, turn=False)
 
 
-def read_image(path: Path, channels: int, size: int | None = None, shorter: int | None = None) -> Tensor:
-    """An image (C, H, W) in [0, 1], turned upright as its EXIF says, what is transparent on white.
+def read_image(
+    path: Path, channels: int, size: int | None = None, shorter: int | None = None, turn: bool = True
+) -> Tensor:
+    """An image (C, H, W) in [0, 1], what is transparent on white.
 
-    With a ``size``, resized to that (``functional.images.resize``).
+    With ``turn``, turned upright as its EXIF says; with a ``size``, resized to that (``functional.images.resize``).
 
     Raises:
         InputError: The file is not an image, is damaged, or has more than 8 bits.
     """
     with open_image(path) as file:
         try:
-            upright = ImageOps.exif_transpose(file)
-            if upright.has_transparency_data:
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright.convert("RGBA"))
-            pixels = np.array(upright.convert("RGB" if channels == 3 else "L"))
+            shown = ImageOps.exif_transpose(file) if turn else file
+            if shown.has_transparency_data:
+                white = Image.new("RGBA", shown.size, "white")
+                shown = Image.alpha_composite(white, shown.convert("RGBA"))
+            pixels = np.array(shown.convert("RGB" if channels == 3 else "L"))
         except _UNREADABLE as error:
             raise _unreadable(path) from error
     image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).movedim(-1, 0).float().div(255.0)

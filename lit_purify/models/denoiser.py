@@ -49,4 +49,7 @@ class Denoiser(nn.Module, ABC):
         """Raises an ``InputError`` when an image batch does not fit this network."""
         expected = (self.channels, self.size, self.size)
         if tuple(image.shape[1:]) != expected:
-            raise InputError(f"the denoiser takes images of shape {expected}, the data has {tuple(image.shape[1:])}")
+            raise InputError(
+                f"the denoiser takes images of shape {expected}, the data has {tuple(image.shape[1:])}: give both "
+                "one size and as many channels (of a folder: data.init_args.size, data.init_args.channels)"
+            )

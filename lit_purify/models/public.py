@@ -1,4 +1,4 @@
-"""The public checkpoints that configurations here name: where each comes from, and what reads it."""
+"""Weights that configurations here name: where each file comes from, and what reads it."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ _ORIGINS = {
 
 def remedy(path: Path) -> str:
     """What to do about a file of weights that is not there, in words."""
+    if path.name == "model.safetensors":
+        return "train it first (train.py fit --config configs/train/...), or check the path"
     if path.name not in _ORIGINS:
         return "check the path"
     origin, reader = _ORIGINS[path.name]

@@ -60,7 +60,7 @@ def locate(source: str | Path) -> Path:
 def cache_folder() -> Path:
     """``$LIT_PURIFY_CACHE``, else ``$XDG_CACHE_HOME/lit_purify``, else ``~/.cache/lit_purify``.
 
-    The one thing that is read from a shell's variables outside of ``cli.py``: where there is room belongs to the
+    The one thing that is read from a shell's variables outside of ``cli``: where there is room belongs to the
     machine, not to a run, and the configuration of a run must repeat it on another machine.
     """
     own, shared = os.getenv("LIT_PURIFY_CACHE"), os.getenv("XDG_CACHE_HOME")

@@ -96,6 +96,13 @@ class ClassifierTask(TrainingTask):
             self.log(f"val/{name}_accuracy", self._accuracy(name).compute(), prog_bar=True)
             self._accuracy(name).reset()
 
+    def on_fit_end(self) -> None:
+        """Says how good it is."""
+        found = {name: self.trainer.callback_metrics.get(f"val/{name}_accuracy") for name in ("clean", "robust")}
+        said = ", ".join(f"{name} {100 * float(value):.1f} %" for name, value in found.items() if value is not None)
+        if said and self.trainer.is_global_zero:
+            print(f"Accuracy at the last validation: {said}")
+
     def _accuracy(self, name: str) -> MeanMetric:
         metric = self.accuracy[name]
         assert isinstance(metric, MeanMetric)
