@@ -124,20 +124,22 @@ def test_who_does_not_come_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "start", "said"),
     [
         (
             "import os; os.kill(os.getpid(), 9)",
+            # Long enough between two looks to have Lightning's observer, which looks every 5 s, come first.
+            16,
             "rank 1 ({host}, process {process}) was killed by SIGKILL; the run ends",
         ),
-        ("import time; time.sleep(600)", "1 of 2 processes came within 3 s, rank 1 did not"),
+        ("import time; time.sleep(600)", 3, "1 of 2 processes came within 3 s, rank 1 did not"),
     ],
 )
-def test_processes_that_lightning_starts_are_missed_as_well(tmp_path, script, said):
+def test_processes_that_lightning_starts_are_missed_as_well(tmp_path, script, start, said):
     """What a process says that ended is not cut off by Lightning, which kills all."""
     child = tmp_path / "child.py"
     child.write_text(f"import os; print(os.getpid(), flush=True); {script}")
-    argv = ["--config", str(tiny(tmp_path / "tiny.yaml")), f"--run={tmp_path / 'run'}", "--watch.start=3"]
+    argv = ["--config", str(tiny(tmp_path / "tiny.yaml")), f"--run={tmp_path / 'run'}", f"--watch.start={start}"]
     argv += ["--trainer.devices=2", "--trainer.strategy=ddp"]
     launched = Launch("evaluate", argv, tmp_path / "log", spoil=Starts(child))
     assert launched.wait() == [INTERRUPTED], launched.said
@@ -256,7 +258,9 @@ def test_collectives_wait_as_long_as_they_must_and_who_is_connected_has_said_so(
     watch.attend(SimpleNamespace(strategy=strategy, world_size=2, global_rank=1))
     strategy.setup_environment()
     assert timeouts[0] > timedelta(days=100)
-    said = Sign(*json.loads(PrefixStore("lit_purify/watch", server).get("1")))
+    store = PrefixStore("lit_purify/watch", server)
+    assert store.check(["1"])
+    said = Sign(*json.loads(store.get("1")))
     assert (said.state, said.process) == ("waits", os.getpid())
     watch.teardown(None, None, "test")
 
