@@ -75,14 +75,23 @@ def test_who_waits_for_hours_but_lives_is_left_alone():
 
 
 def test_of_those_who_stand_still_the_one_behind_hangs():
-    heard = roll(sign(done=9), sign(done=8), sign(done=9))
+    heard = roll(*(sign(done=done, place="step (a.py:1)") for done in (9, 8, 9)))
     for beat in range(1, 200):
         said = heard.age(5)
         for rank, done in enumerate((9, 8, 9)):
-            heard.hear(rank, sign(beat, done))
+            heard.hear(rank, sign(beat, done, place="step (a.py:1)"))
         if said is not None:
             break
-    assert (said, beat) == ("nothing done for 600 s by rank 1 (b, process 7)", 121)
+    assert (said, beat) == ("nothing done for 600 s by rank 1 (b, process 7, in step (a.py:1))", 121)
+
+
+def test_who_waits_in_a_collective_for_one_that_works_is_left_alone():
+    """As in a validation, when its own part is done."""
+    heard = roll(sign(), sign(done=3, place="step (a.py:1)"))
+    for beat in range(1, 1000):
+        assert heard.age(5) is None
+        heard.hear(0, sign(beat))
+        heard.hear(1, sign(beat, done=3 + beat // 100, place="step (a.py:1)"))
 
 
 def test_a_failure_is_passed_on_after_a_while_and_a_verdict_at_once():
