@@ -40,7 +40,7 @@ _NOT_EVALUATED = "data.init_args.val_subset."
 """What earlier versions took down as well."""
 _FILE_KEYS = ("path", "checkpoint")
 _SHA256 = " (sha256)"
-_DATA = "data (names and sizes)"
+_DATA = "data (sha256 of names)"
 
 
 class RunFolder:
@@ -164,7 +164,7 @@ class RunFolder:
         Args:
             text: The resolved configuration, YAML.
             write: Whether this process writes.
-            data: Hash of the content of the data, where it is known.
+            data: Hash of the names of the images, where they are files.
 
         Raises:
             InputError: The folder holds records of a run with other settings, or another run is writing there.

@@ -75,14 +75,23 @@ def test_who_waits_for_hours_but_lives_is_left_alone():
 
 
 def test_of_those_who_stand_still_the_one_behind_hangs():
-    heard = roll(sign(done=9), sign(done=8), sign(done=9))
+    heard = roll(*(sign(done=done, place="step (a.py:1)") for done in (9, 8, 9)))
     for beat in range(1, 200):
         said = heard.age(5)
         for rank, done in enumerate((9, 8, 9)):
-            heard.hear(rank, sign(beat, done))
+            heard.hear(rank, sign(beat, done, place="step (a.py:1)"))
         if said is not None:
             break
-    assert (said, beat) == ("nothing done for 600 s by rank 1 (b, process 7)", 121)
+    assert (said, beat) == ("nothing done for 600 s by rank 1 (b, process 7, in step (a.py:1))", 121)
+
+
+def test_who_waits_in_a_collective_for_one_that_works_is_left_alone():
+    """As in a validation, when its own part is done."""
+    heard = roll(sign(), sign(done=3, place="step (a.py:1)"))
+    for beat in range(1, 1000):
+        assert heard.age(5) is None
+        heard.hear(0, sign(beat))
+        heard.hear(1, sign(beat, done=3 + beat // 100, place="step (a.py:1)"))
 
 
 def test_a_failure_is_passed_on_after_a_while_and_a_verdict_at_once():
@@ -124,20 +133,22 @@ def test_who_does_not_come_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "start", "said"),
     [
         (
             "import os; os.kill(os.getpid(), 9)",
+            # Long enough between two looks to have Lightning's observer, which looks every 5 s, come first.
+            16,
             "rank 1 ({host}, process {process}) was killed by SIGKILL; the run ends",
         ),
-        ("import time; time.sleep(600)", "1 of 2 processes came within 3 s, rank 1 did not"),
+        ("import time; time.sleep(600)", 3, "1 of 2 processes came within 3 s, rank 1 did not"),
     ],
 )
-def test_processes_that_lightning_starts_are_missed_as_well(tmp_path, script, said):
+def test_processes_that_lightning_starts_are_missed_as_well(tmp_path, script, start, said):
     """What a process says that ended is not cut off by Lightning, which kills all."""
     child = tmp_path / "child.py"
     child.write_text(f"import os; print(os.getpid(), flush=True); {script}")
-    argv = ["--config", str(tiny(tmp_path / "tiny.yaml")), f"--run={tmp_path / 'run'}", "--watch.start=3"]
+    argv = ["--config", str(tiny(tmp_path / "tiny.yaml")), f"--run={tmp_path / 'run'}", f"--watch.start={start}"]
     argv += ["--trainer.devices=2", "--trainer.strategy=ddp"]
     launched = Launch("evaluate", argv, tmp_path / "log", spoil=Starts(child))
     assert launched.wait() == [INTERRUPTED], launched.said
@@ -256,7 +267,9 @@ def test_collectives_wait_as_long_as_they_must_and_who_is_connected_has_said_so(
     watch.attend(SimpleNamespace(strategy=strategy, world_size=2, global_rank=1))
     strategy.setup_environment()
     assert timeouts[0] > timedelta(days=100)
-    said = Sign(*json.loads(PrefixStore("lit_purify/watch", server).get("1")))
+    store = PrefixStore("lit_purify/watch", server)
+    assert store.check(["1"])
+    said = Sign(*json.loads(store.get("1")))
     assert (said.state, said.process) == ("waits", os.getpid())
     watch.teardown(None, None, "test")
 

@@ -95,7 +95,8 @@ class Roll:
         return None
 
     def _standing(self, signs: Mapping[int, Sign]) -> str | None:
-        working = [rank for rank, sign in signs.items() if sign.state == "works"]
+        # Who waits in a collective is not to blame for it.
+        working = [rank for rank, sign in signs.items() if sign.state == "works" and sign.place]
         if any(self.idle[rank] > self.stall for rank in working):
             # In a training all stand still, and those who wait for the others are ahead by a step.
             standing = [rank for rank in working if self.idle[rank] > 0.9 * self.stall]

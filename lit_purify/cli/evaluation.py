@@ -64,7 +64,7 @@ class _EvaluationCLI(CommandLine):
             # The data may have to be fetched; the other processes look in their setup.
             self.datamodule.prepare_data()
             self.model.check(self.datamodule)
-        self.folder.claim(self.resolved, write=first, data=self.datamodule.content_sha256 if first else None)
+        self.folder.claim(self.resolved, write=first, data=self.datamodule.names_sha256 if first else None)
         self.running = True
 
     def before_gradcheck(self) -> None:

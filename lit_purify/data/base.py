@@ -150,8 +150,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return split if self.subset is None else split.choose(self.subset)
 
     @property
-    def content_sha256(self) -> str | None:
-        """Hash by which an evaluation that goes on finds its images changed; ``None`` where nobody changes them."""
+    def names_sha256(self) -> str | None:
+        """Hash of the names by which positions are given to images; ``None`` where nobody can change them."""
         return None
 
     @property

@@ -82,12 +82,14 @@ class ImageFolder(ImageDataModule):
         return f"{type(self).__name__}({self.root.resolve().name})"
 
     @property
-    def content_sha256(self) -> str:
-        """Of names and sizes of the images that the evaluated split is read from; pixels are not looked at."""
+    def names_sha256(self) -> str:
+        """Of the images that the evaluated split is read from: one more or less gives others to all positions.
+
+        What is in the files is not looked at: a damaged one may be replaced.
+        """
         folder = self._first([*_FOLDERS[self.evaluate_on], *(_FOLDERS["val"] if self.evaluate_on == "test" else [])])
         root = folder or self.root
-        files = find_files(root, IMG_EXTENSIONS)
-        listing = "".join(f"{file.relative_to(root)} {file.stat().st_size}\n" for file in files)
+        listing = "".join(f"{file.relative_to(root)}\n" for file in find_files(root, IMG_EXTENSIONS))
         return hashlib.sha256(listing.encode()).hexdigest()
 
     def known_classes(self) -> Sequence[str] | None:
