@@ -255,6 +255,8 @@ def path_sha256(path: Path) -> str:
 
 
 def _flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:  # noqa: ANN401
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))
     if not isinstance(value, Mapping):
         return [(prefix, value)]
     return [pair for key, inner in value.items() for pair in _flatten(inner, f"{prefix}.{key}" if prefix else str(key))]

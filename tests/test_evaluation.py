@@ -233,6 +233,17 @@ def test_processes_do_not_change_the_result(config, finished, tmp_path):
     assert not list(run.glob("records.rank*"))
 
 
+def test_files_are_known_wherever_they_are_named(tmp_path):
+    (tmp_path / "a").write_text("1")
+    named = {"class_path": "load_classifier", "init_args": {"path": str(tmp_path / "a")}}
+    settings = {"model": {"init_args": {"defenses": {"d": {"rules": [{"network": named}, {"tau": [1, 2]}]}}}}}
+    before = identify(settings)
+    assert before["model.init_args.defenses.d.rules.1.tau"] == [1, 2]
+    (tmp_path / "a").write_text("2")
+    changed = {key for key, value in identify(settings).items() if before[key] != value}
+    assert changed == {"model.init_args.defenses.d.rules.0.network.init_args.path (sha256)"}
+
+
 def test_a_folder_is_known_by_all_its_files(tmp_path):
     """Also by images, such as adversarial ones that an attack shows."""
     folder = tmp_path / "images"

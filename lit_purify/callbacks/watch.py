@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from lit_purify.callbacks.roll import GRACE, VERDICT, Roll, Sign
 from lit_purify.errors import INTERRUPTED, InputError
+from lit_purify.models import Classifier, Denoiser
 from lit_purify.tasks import RobustnessTask
 
 _FOREVER = timedelta(days=365)
@@ -99,8 +100,9 @@ class Watch(Callback):
         """Counts network calls: a batch may take hours."""
         if self.threads and isinstance(pl_module, RobustnessTask):
             self.state = "works"
-            for network in (pl_module.classifier, pl_module.denoiser):
-                network.register_forward_pre_hook(self._tick)
+            for network in pl_module.modules():
+                if isinstance(network, (Classifier, Denoiser)):
+                    network.register_forward_pre_hook(self._tick)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Counts batches."""
