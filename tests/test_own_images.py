@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import re
 import shutil
 from collections import Counter
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Launch, tiny
 
 from lit_purify.cli import evaluate
 from lit_purify.data import Digits
@@ -242,6 +244,24 @@ def test_photos_are_turned_upright_and_what_is_transparent_is_white(channels, tm
     indexed = Image.new("P", (1, 1))
     indexed.save(tmp_path / "indexed.png", transparency=0)
     assert read_image(tmp_path / "indexed.png", channels).min() == 1
+
+
+def test_processes_share_the_images_and_know_of_all_that_could_not_be_read(tmp_path):
+    (tmp_path / "in").mkdir()
+    for k in range(4):
+        Image.new("L", (8, 8), 60 * k).save(tmp_path / "in" / f"{k}.png")
+        (tmp_path / "in" / f"bad{k}.jpg").write_bytes(b"none")
+    argv = ["predict", "--config", str(tiny(tmp_path / "tiny.yaml")), "--run", str(tmp_path / "run")]
+    argv += ["--input", str(tmp_path / "in"), "--output"]
+    for world in (1, 2):
+        launched = Launch("evaluate", [*argv, str(tmp_path / str(world))], tmp_path / f"log{world}", world)
+        assert launched.wait()[0] == 1, launched.said
+        # In the order of the names, whichever process had them.
+        assert re.findall(r"bad(\d).jpg: cannot be read", launched.said) == ["0", "1", "2", "3"]
+    one, two = (content(tmp_path / str(world)) for world in (1, 2))
+    assert {name: data for name, data in one.items() if name != "config.yaml"} == {
+        name: data for name, data in two.items() if name != "config.yaml"
+    }
 
 
 def test_what_cannot_be_read_stops_no_other(make, images, tmp_path, capsys):

@@ -121,6 +121,13 @@ class Purification(L.LightningModule):
             self._write(self.mine[item], said, *views)
         return len(image) + len(batch["unreadable"])
 
+    def on_predict_end(self) -> None:
+        """What one process could not read, all know; all wait for it."""
+        if torch.distributed.is_initialized():
+            parts: list[dict[str, str]] = [{}] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, self.unreadable)
+            self.unreadable = {name: reason for part in parts for name, reason in part.items()}
+
     def _write(self, job: Job, said: Any, image: Tensor, purified: Tensor, noised: Tensor, mask: Tensor) -> None:  # noqa: ANN401
         """The purified image comes last: where it is, everything is."""
         job.target.parent.mkdir(parents=True, exist_ok=True)
@@ -246,24 +253,16 @@ class PurifyingTrainer(L.Trainer):
             if self.is_global_zero:
                 print(f"\n{output}: stopped; the same command with --existing skip goes on from here", flush=True)
             raise
-        unreadable = self._gathered(task.unreadable)
+        unreadable = task.unreadable
         if len(unreadable) == len(jobs):
             raise InputError(next(iter(unreadable.values())) + (f" ({len(jobs)} alike)" if len(jobs) > 1 else ""))
         if self.is_global_zero:
-            self.unreadable = list(unreadable.values())
+            self.unreadable = [unreadable[name] for name in sorted(unreadable)]
             if classify:
                 _write_table(table, [job for job in jobs if job.name not in unreadable], _names(model, data))
             print(f"Purified: {output}" + (f"\nPredictions: {table}" if classify else ""))
             if unreadable:
                 print("\n".join((f"Not made, {len(unreadable)} of {len(jobs)}:", *self.unreadable)))
-
-    def _gathered(self, found: dict[str, str]) -> dict[str, str]:
-        """What all processes have found; all wait for it."""
-        parts: list[dict[str, str]] = [found]
-        if torch.distributed.is_initialized():
-            parts = [{}] * self.world_size
-            torch.distributed.all_gather_object(parts, found)
-        return {name: reason for part in parts for name, reason in sorted(part.items())}
 
     def _identity(self, model: RobustnessTask, defense: str, runs: int | None) -> str:
         """Hash of all that a purified image, or its predictions, depend on beside the image."""
