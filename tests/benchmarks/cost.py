@@ -60,15 +60,8 @@ def evaluation(title, size, device, calls, steps, eot, runs, pixels):
 def digits(processes):
     """Evaluates 40 digits under a short attack."""
     several = ["--trainer.devices", str(processes), "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"]
+    # Unlike Lightning, torchrun waits for its processes: else their CPU time would not be known.
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with tempfile.TemporaryDirectory() as place:
-        command = [
-            sys.executable,
-            "eval.py",
-            "--run",
-            place,
-            "--trainer.logger",
-            "false",
-            *EVALUATION,
-            *several * (processes > 1),
-        ]
+        command = [*start, "--", "eval.py", "--run", place, "--trainer.logger", "false", *EVALUATION, *several]
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
