@@ -162,7 +162,7 @@ def _modes(made):
 def test_the_classifier_goes_where_the_training_runs():
     """The task is moved there only after its setup."""
     made = task(UNet(**NETWORK))
-    made._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    made._trainer = SimpleNamespace(world_size=1, strategy=SimpleNamespace(root_device=torch.device("meta")))
     made.setup("fit")
     assert {p.device.type for p in made._classifier[0].parameters()} == {"meta"}
 
