@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lit_purify.callbacks.comparison import Comparison
+from lit_purify.callbacks.comparison import GENERATOR, Comparison
 from lit_purify.errors import InputError
 from lit_purify.metrics.records import write_whole
 
@@ -40,5 +40,5 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def _is_page(path: Path) -> bool:
-    """Whether a file may be written over: a run's report and records are not made again so easily."""
-    return path.name != "report.html" and path.read_bytes().lower().startswith(b"<!doctype html")
+    """Whether a file is a page of an earlier comparison, which may be written over."""
+    return f'content="{GENERATOR}"'.encode() in path.read_bytes()[:1000]

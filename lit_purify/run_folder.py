@@ -40,7 +40,8 @@ _NOT_EVALUATED = "data.init_args.val_subset."
 """What earlier versions took down as well."""
 _FILE_KEYS = ("path", "checkpoint")
 _SHA256 = " (sha256)"
-_DATA = "data (sha256 of names)"
+DATA = "data (sha256 of names)"
+"""Of an identity: what the evaluated images are called."""
 
 
 class RunFolder:
@@ -171,7 +172,7 @@ class RunFolder:
         """
         if write:
             self.lock()
-        identity = identify(yaml.safe_load(text)) | ({_DATA: data} if data else {})
+        identity = identify(yaml.safe_load(text)) | ({DATA: data} if data else {})
         before = self._identity_before()
         if before is None:
             if self.collect(write=False):
@@ -182,8 +183,8 @@ class RunFolder:
             before = identity
         there, here = comparable(before), comparable(identity)
         differing = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
-        if _DATA in before and data not in (None, before[_DATA]):
-            differing.append(_DATA)
+        if DATA in before and data not in (None, before[DATA]):
+            differing.append(DATA)
         # Without records there is nothing that other settings could mix with.
         if differing and self.collect(write=False):
             shown = "; ".join(f"{key}: {_short(before, key)} there, {_short(identity, key)} here" for key in differing)
@@ -237,7 +238,7 @@ def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     kept = {
         key: value
         for key, value in identity.items()
-        if key + _SHA256 not in identity and key not in (*_IRRELEVANT, _DATA) and not key.startswith(_NOT_EVALUATED)
+        if key + _SHA256 not in identity and key not in (*_IRRELEVANT, DATA) and not key.startswith(_NOT_EVALUATED)
     }
     if str(kept.get("trainer.precision")) in ("None", "32"):
         kept["trainer.precision"] = "32-true"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from html.parser import HTMLParser
 
 import torch
 import yaml
@@ -72,3 +73,32 @@ def write_verdict(run, command, passed=True, stale=False):
     }
     content = {"passed": passed, "samples": [1, 2], "settings_sha256": digest, "attack": "pgd", "runs": 2}
     (run / f"{command}.json").write_text(json.dumps({**content, "checks": [{**check, "reason": HOSTILE}]}))
+
+
+class Cells(HTMLParser):
+    """Words of every row of every table, by the table's caption."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.inside = {}, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag in ("caption", "th", "td"):
+            self.inside, self.words = tag, ""
+        elif tag == "small" and self.inside:
+            self.words += " "
+        elif tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data):
+        if self.inside:
+            self.words += data
+
+    def handle_endtag(self, tag):
+        if tag == "caption":
+            self.rows = self.tables.setdefault(self.words.strip(), [])
+        elif tag in ("th", "td"):
+            self.rows[-1].append(self.words.strip())
+        if tag in ("caption", "th", "td"):
+            self.inside = None

@@ -1,12 +1,16 @@
 """eval.py compare: what is paired, what is not, and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
-from made_runs import ATTACKS, DEFENSES, HOSTILE, RUNS, finished_run
+from made_runs import ATTACKS, DEFENSES, HOSTILE, RUNS, Cells, finished_run
 
 from lit_purify.callbacks.comparison import Comparison
+from lit_purify.callbacks.finished import FinishedRun, radius, threat_name
+from lit_purify.callbacks.html import page
+from lit_purify.callbacks.summary import percent, signed
 from lit_purify.cli import evaluate
 from lit_purify.functional.statistics import paired_difference, unpaired_difference, wilson
 
@@ -82,6 +86,8 @@ def test_a_defense_without_counterpart_is_compared_to_the_baseline(pair, tmp_pat
         ({"samples": range(40, 50)}, "no sample is shared"),
         ({"model.init_args.classifier.path (sha256)": "2"}, "the classifier has other settings or another file"),
         ({"data.init_args.root": "elsewhere"}, "the data have other settings"),
+        # Images of a folder that has changed since.
+        ({"data (sha256 of names)": "1"}, "the data have other settings"),
         ({"summary": ('"split": "test"', '"split": "val"')}, "another split: val, not test"),
         ({"records": ('"label": 1', '"label": 2')}, "samples of one number have other labels"),
     ],
@@ -96,7 +102,10 @@ def test_what_cannot_be_paired_is_not(pair, tmp_path, changes, reason):
     assert comparison.pairing["other"].startswith(reason)
     row = comparison.rows["l2", 0.5][3]
     assert row.remarks == "not paired"
-    assert row.robust.low < row.robust.value < row.robust.high
+    for kind in ("clean", "robust"):
+        (before, *_), (after, *_) = (rows.result[kind]["average"] for rows in comparison.rows["l2", 0.5][0::3])
+        assert getattr(row, kind).low < getattr(row, kind).value < getattr(row, kind).high
+        assert getattr(row, kind).value == pytest.approx(after - before)
     assert "other: not paired, " + reason in comparison.table()
     assert "other is not paired: " + reason in comparison.page()
 
@@ -115,6 +124,34 @@ def test_compare_command(pair, tmp_path, capsys):
     assert "linf <= 8/255, average accuracy in %" in printed
     assert f"Page: {output}" in printed
     assert output.read_text() == Comparison(list(pair)).page()
+    evaluate(["compare", *map(str, pair), "--output", str(output)])
+
+
+def test_text_and_page_have_each_figure_in_its_place(pair):
+    comparison = Comparison(list(pair))
+    printed, cells = comparison.table().splitlines(), Cells(comparison.page()).tables
+    for threat, rows in comparison.rows.items():
+        start = next(k for k, line in enumerate(printed) if line.startswith(f"{threat[0]} <= {radius(threat)}"))
+        table = cells[f"{threat_name(threat)}, under all attacks of this kind: accuracy in %"]
+        columns = table[0]
+        for k, row in enumerate(rows):
+            line, shown = printed[start + 2 + k], dict(zip(columns, table[1 + k], strict=True))
+            wanted = [percent(row.result[kind]["average"]) for kind in ("clean", "robust")]
+            if row.robust is not None:
+                wanted += [signed(row.clean), signed(row.robust)]
+            assert re.findall(r"[+-]?\d+\.\d \[[^]]*\]", line) == wanted
+            for kind in ("clean", "robust"):
+                for rule, name in (("average", "average"), ("worst", "worst"), ("majority", "vote")):
+                    assert shown[f"{kind} {name}"] == percent(row.result[kind][rule])
+            less = [cell for name, cell in zip(columns, table[1 + k], strict=True) if name.startswith("less ")]
+            assert less == ([signed(row.robust), signed(row.clean)] if row.robust is not None else ["", ""])
+
+
+def test_another_number_of_runs_is_named(pair, tmp_path):
+    copy = finished_run(tmp_path / "copy")
+    comparison = Comparison([pair[0], copy])
+    comparison.runs["copy"].summary["runs"] = 9
+    assert all("9 runs for 4" in row.remarks for row in comparison._rows(("l2", 0.5))[3:])
 
 
 @pytest.mark.parametrize(
@@ -138,11 +175,17 @@ def test_wrong_comparisons_are_refused(pair, capsys, argv, said):
     assert error.count("\n") == 1
 
 
-def test_records_are_not_written_over(pair, capsys):
-    records = pair[0] / "records.jsonl"
-    before = records.read_bytes()
+@pytest.mark.parametrize("kind", ["records", "report", "page of somebody else"])
+def test_what_is_no_comparison_is_not_written_over(kind, pair, tmp_path, capsys):
+    there = tmp_path / "there.html"
+    there.write_text("<!doctype html><p>mine")
+    if kind == "records":
+        there = pair[0] / "records.jsonl"
+    elif kind == "report":
+        there.write_text(page(FinishedRun.read(pair[0])))
+    before = there.read_bytes()
     with pytest.raises(SystemExit) as exit_:
-        evaluate(["compare", *map(str, pair), "--output", str(records)])
+        evaluate(["compare", *map(str, pair), "--output", str(there)])
     assert exit_.value.code == 2
     assert "is there already, and no page of a comparison" in capsys.readouterr().err
-    assert records.read_bytes() == before
+    assert there.read_bytes() == before

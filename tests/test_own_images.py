@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import re
 import shutil
 from collections import Counter
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from processes import Launch, tiny
 
 from lit_purify.cli import evaluate
@@ -19,6 +21,7 @@ from lit_purify.defense import HeterogeneousPurifier, NoPurifier, TopFraction, U
 from lit_purify.errors import InputError
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.tasks import RobustnessTask
+from lit_purify.tasks.own_files import said_by
 from lit_purify.tasks.own_images import PurifyingTrainer
 
 MASKED = ("uniform", "paper")
@@ -221,6 +224,35 @@ def test_a_mask_of_somebody_else_stays(kind, make, images, tmp_path):
     assert content(tmp_path / "out") == before
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.mask.png"])
+def test_what_was_not_made_here_is_not_replaced(name, make, images, tmp_path):
+    (tmp_path / "out").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "out" / name)
+    before = content(tmp_path / "out")
+    trainer, task = make()
+    with pytest.raises(InputError, match=rf"{re.escape(name)}: was not made here, so it is not replaced"):
+        trainer.purify(task, Digits(), images, tmp_path / "out", existing="replace", overlays=False)
+    assert content(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("said", ["[1]", "none"])
+def test_a_mark_that_is_none_is_that_of_somebody_else(said, tmp_path):
+    text = PngInfo()
+    text.add_text("lit_purify", said)
+    Image.new("L", (8, 8)).save(tmp_path / "a.png", pnginfo=text)
+    assert said_by(tmp_path / "a.png") == {}
+
+
+def test_names_that_are_no_text_and_links_that_lead_back(make, tmp_path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    file = os.fsdecode(os.fsencode(tmp_path / "in" / "sub") + b"/caf\xe9.png")
+    Image.new("L", (8, 8), 9).save(file)
+    (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
+    trainer, task = make()
+    trainer.predict(task, Digits(), tmp_path / "in", tmp_path / "out")
+    assert [row["file"] for row in rows(tmp_path / "out/predictions.csv")] == [r"sub/caf\udce9.png"]
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_photos_are_turned_upright_and_what_is_transparent_is_white(channels, tmp_path):
     dark, bright = (10, 10, 10), (200, 200, 200)
@@ -334,7 +366,11 @@ def test_a_photo_is_not_written_over(make, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("existing", "said"), [("refuse", "there already;"), ("skip", "there already, and none of the")]
+    ("existing", "said"),
+    [
+        (kind, f"there already{said}")
+        for kind, said in (("refuse", ";"), ("skip", ", and none"), ("replace", ", and none"))
+    ],
 )
 def test_a_configuration_of_somebody_else_stays(existing, said, make, images, tmp_path):
     (tmp_path / "out").mkdir()

@@ -4,20 +4,22 @@ import io
 import json
 import re
 from base64 import b64decode
-from html.parser import HTMLParser
 
 import pytest
 import torch
-from made_runs import ATTACKS, DEFENSES, finished_run, write_verdict
+from made_runs import ATTACKS, DEFENSES, Cells, finished_run, write_verdict
 from PIL import Image
 from torchvision.utils import save_image
 
+from lit_purify.callbacks import plots
 from lit_purify.callbacks.finished import FinishedRun, radius
-from lit_purify.callbacks.html import _bins, page
+from lit_purify.callbacks.html import _bins, _signed, page, write_report
 from lit_purify.callbacks.pictures import OUTCOMES, outcome, pictures
+from lit_purify.callbacks.summary import percent, signed
 from lit_purify.errors import InputError
 from lit_purify.functional.rendering import panels
 from lit_purify.metrics import Record
+from lit_purify.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -25,35 +27,6 @@ def run(tmp_path_factory):
     path = finished_run(tmp_path_factory.mktemp("report") / "run")
     write_verdict(path, "audit", passed=False)
     return path
-
-
-class Cells(HTMLParser):
-    """Words of every row of every table, by the table's caption."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tables, self.inside = {}, None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        if tag in ("caption", "th", "td"):
-            self.inside, self.words = tag, ""
-        elif tag == "small" and self.inside:
-            self.words += " "
-        elif tag == "tr":
-            self.rows.append([])
-
-    def handle_data(self, data):
-        if self.inside:
-            self.words += data
-
-    def handle_endtag(self, tag):
-        if tag == "caption":
-            self.rows = self.tables.setdefault(self.words.strip(), [])
-        elif tag in ("th", "td"):
-            self.rows[-1].append(self.words.strip())
-        if tag in ("caption", "th", "td"):
-            self.inside = None
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +61,69 @@ def test_tables_hold_the_figures_of_the_summary(run, text):
     over = tables["Average accuracy in % over the radius"]
     assert over[0][1:] == ["clean", "8/255 pgd, square", "16/255 far"]
     assert [row[3] for row in over[1:]] == [headline[defense][3] for defense in DEFENSES]
+    assert [row[1] for row in over[1:]] == [percent(by_pair[d, "far"]["clean"]["average"]) for d in DEFENSES]
+    for attack in ATTACKS:
+        for row in tables[f"Robust accuracy under {attack} in %, and what it took"][1:]:
+            result = by_pair[row[0], attack]
+            assert row[1:4] == [percent(result["robust"][rule]) for rule in ("average", "worst", "majority")]
+            less = result.get("robust_difference")
+            assert row[4:7] == [signed(less["average"]) if less else "", result["gradient"], str(result["nfe_attack"])]
+            assert row[7:9] == [f"{result['linf']:.4f}", f"{result['l2']:.3f}"]
+    for row in tables["L2 ≤ 0.5: accuracy in %"][1:]:
+        result = by_pair[row[0], "other"]
+        wanted = [draw for rule in ("resubmission", "vote") for draw in result[rule]["robust"][1:]]
+        assert row[1:] == [percent(value) for _, *value in wanted]
+
+
+def test_one_threat_model_has_its_worst_case_and_vote_in_the_headline(tmp_path):
+    run = finished_run(tmp_path / "run", attacks={"pgd": ATTACKS["pgd"]})
+    summary = json.loads((run / "summary.json").read_text())
+    summary["results"][1]["repeated"] = 3
+    summary["results"] = [*summary["results"], *({**r, "attack": "square"} for r in summary["results"])]
+    (run / "summary.json").write_text(json.dumps(summary))
+    records = (run / "records.jsonl").read_text()
+    (run / "records.jsonl").write_text(records + records.replace('"pgd"', '"square"'))
+    tables = Cells(page(FinishedRun.read(run))).tables
+    for row, result in zip(
+        tables["Accuracy in %, under all attacks of each kind"][2:], summary["results"], strict=False
+    ):
+        values = [result["robust"]["worst"], result["robust"]["majority"], result["clean"]["average"]]
+        assert row[3:6] == [percent(value) for value in values]
+    # Figures under skip_lost are marked.
+    shown = tables["Robust average under each attack, accuracy in %"]
+    assert [cell.endswith("*") for cell in shown[2][1:]] == [True, True]
+    assert not any(cell.endswith("*") for row in (*shown[1:2], *shown[3:]) for cell in row)
+
+
+def test_a_difference_without_0_is_bold():
+    assert ["strong" in _signed(value) for value in ((0.2, 0.1, 0.3), (-0.2, -0.3, -0.1), (0.1, -0.1, 0.3))] == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_drawings_show_every_series_with_its_intervals(monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+
+    def errorbar(axes, x, y, yerr, xerr=None, draw=Axes.errorbar, **style):
+        drawn.append((x, y, xerr, yerr))
+        return draw(axes, x, y, yerr=yerr, xerr=xerr, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    points = [(f"_{k}", (0.8, 0.7, 0.85), (0.4, 0.1, 0.45)) for k in range(12)]
+    text = plots.frontier(points, "a < 'b'")
+    assert all(f" _{k}<" in text for k in range(12))
+    assert 'aria-label="a &lt; &#x27;b&#x27;"' in text
+    x, y, xerr, yerr = drawn[0]
+    assert (x, y) == (80.0, 40.0)
+    assert torch.allclose(torch.tensor([xerr, yerr]), torch.tensor([[[10.0], [5.0]], [[30.0], [5.0]]]))
+    assert len({(plots._style(k, "")["color"], plots._style(k, "")["marker"]) for k in range(64)}) == 64
+    plots.curves({"d": [(0.8, 0.7, 0.85), (0.4, 0.1, 0.45)]}, [0.0, 1.0], ["clean", "1"], "over")
+    assert drawn[-1][1] == [80.0, 40.0]
+    assert torch.allclose(torch.tensor(drawn[-1][3]), torch.tensor([[10.0, 30.0], [5.0, 5.0]]))
 
 
 def test_agreement_counts_every_sample_once(run, text):
@@ -221,6 +257,20 @@ def test_frontiers_of_an_earlier_run_are_not_shown(tmp_path):
     path = finished_run(tmp_path / "run", attacks={"pgd": ("linf", 0.1)})
     (path / "frontier.json").write_text("damaged, and of no matter")
     assert "Frontiers" not in page(FinishedRun.read(path))
+
+
+def test_files_that_are_missing_or_damaged_are_one_line(tmp_path):
+    run = finished_run(tmp_path / "run")
+    strip = next(path for path in sorted((run / "overlays").iterdir()) if ".mask" not in path.name)
+    whole = strip.read_bytes()
+    strip.write_bytes(whole[:-40])
+    with pytest.raises(InputError, match=r"overlays: .*truncated"):
+        write_report(RunFolder(run))
+    strip.write_bytes(whole)
+    (run / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"config\.yaml: no such file or directory"):
+        write_report(RunFolder(run))
+    assert not (run / "report.html").exists()
 
 
 def test_unfinished_folders_are_refused(tmp_path):

@@ -16,7 +16,10 @@ from lit_purify.callbacks.html import render
 from lit_purify.callbacks.summary import clean_outcomes, groups_of, percent, robust_outcomes, signed
 from lit_purify.errors import InputError
 from lit_purify.functional.statistics import Interval, paired_difference, unpaired_difference
+from lit_purify.run_folder import DATA
 
+GENERATOR = "lit_purify compare"
+"""What a page of a comparison says that it was made by."""
 _HOW = ("attack_title", "attack_steps", "eot", "gradient", "mask_gradient")
 """What makes two attacks of one threat model alike, under whatever names."""
 
@@ -106,7 +109,7 @@ class Comparison:
             )
             for threat, rows in self.rows.items()
         }
-        return render("compare.html", comparison=self, drawings=drawings)
+        return render("compare.html", comparison=self, drawings=drawings, GENERATOR=GENERATOR)
 
     def table(self) -> str:
         """What is printed."""
@@ -166,7 +169,7 @@ def _data(run: FinishedRun) -> dict[str, Any]:
     return {
         key: value
         for key, value in run.identity.items()
-        if key.startswith("data.") and not key.startswith("data.init_args.subset")
+        if key == DATA or (key.startswith("data.") and not key.startswith("data.init_args.subset"))
     }
 
 

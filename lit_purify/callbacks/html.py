@@ -17,6 +17,7 @@ from lit_purify.callbacks import plots
 from lit_purify.callbacks.finished import FinishedRun, Threat, attacks_of, radius, read_json, threat_name
 from lit_purify.callbacks.pictures import OUTCOMES, pictures
 from lit_purify.callbacks.summary import RULES, attack_line, chunk_line, groups_of
+from lit_purify.errors import InputError
 from lit_purify.metrics.records import write_whole
 from lit_purify.run_folder import RunFolder
 
@@ -28,9 +29,17 @@ def write_report(folder: RunFolder) -> None:
     """Writes ``report.html`` anew from summary, records, overlays, configuration and verdicts.
 
     Raises:
-        InputError: The folder holds no finished evaluation.
+        InputError: The folder holds no finished evaluation, or a damaged one.
     """
-    write_whole(folder.report, page(FinishedRun.read(folder.path)))
+    run = FinishedRun.read(folder.path)
+    try:
+        content = page(run)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or folder.overlays}: {str(error.strerror or error).lower()}, so there is no report; put the "
+            "file back, or choose another folder with --run"
+        ) from error
+    write_whole(folder.report, content)
 
 
 def page(run: FinishedRun) -> str:

@@ -83,7 +83,11 @@ def frontier(points: Sequence[tuple[str, Percent, Percent]], label: str) -> str:
         axes.plot(*zip(*best, strict=True), color=_INK, lw=0.8, ls=":", zorder=1)
         for k, (name, clean, robust) in enumerate(points):
             axes.errorbar(
-                100 * clean[0], 100 * robust[0], xerr=_spread([clean]), yerr=_spread([robust]), label=name, **_style(k)
+                100 * clean[0],
+                100 * robust[0],
+                xerr=_spread([clean]),
+                yerr=_spread([robust]),
+                **_style(k, name),
             )
         axes.set(xlabel="clean accuracy, average (%)", ylabel="robust accuracy, average (%)")
         return _finish(figure, axes, [name for name, *_ in points])
@@ -106,7 +110,7 @@ def curves(series: Mapping[str, Sequence[Percent]], radii: Sequence[float], name
         for k, (name, values) in enumerate(series.items()):
             # Side by side, so that intervals can be told apart.
             x = [r + (k - (len(series) - 1) / 2) * 0.008 * max(radii) for r in radii]
-            axes.errorbar(x, [100 * v[0] for v in values], yerr=_spread(values), label=name, **_style(k), lw=1.2)
+            axes.errorbar(x, [100 * v[0] for v in values], yerr=_spread(values), **_style(k, name), lw=1.2)
         axes.set(xlabel="largest change by the attack", ylabel="accuracy, average (%)", ylim=(-2, 102))
         axes.set_xticks(radii, names)
         return _finish(figure, axes, list(series))
@@ -114,9 +118,12 @@ def curves(series: Mapping[str, Sequence[Percent]], radii: Sequence[float], name
     return themed(draw, label)
 
 
-def _style(k: int) -> dict[str, Any]:
-    color = _COLORS[k % len(_COLORS)]
-    return {"color": color, "marker": _MARKERS[k % len(_MARKERS)], "ms": 5, "elinewidth": 0.8, "capsize": 2}
+def _style(k: int, name: str) -> dict[str, Any]:
+    # As many markers as colors: both together tell 64 apart.
+    color, marker = _COLORS[k % len(_COLORS)], _MARKERS[(k + k // len(_COLORS)) % len(_MARKERS)]
+    # A legend leaves out what begins with an underscore.
+    label = f" {name}" if name.startswith("_") else name
+    return {"label": label, "color": color, "marker": marker, "ms": 5, "elinewidth": 0.8, "capsize": 2}
 
 
 def _spread(values: Sequence[Percent]) -> list[list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -183,6 +184,10 @@ def rank() -> int:
 def quiet() -> None:
     """Keeps remarks that no user can act on off the screen."""
     os.environ.setdefault("WANDB_SILENT", "true")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files need not be text of the terminal's encoding.
+            stream.reconfigure(errors="backslashreplace")
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     for pattern in (

@@ -160,7 +160,9 @@ def find_files(folder: Path, extensions: tuple[str, ...] = ("",)) -> list[Path]:
     """Files at any depth, in the same order on every file system; hidden files and folders do not count."""
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        # A link to a folder above would be followed for ever.
+        above = {Path(parent).resolve(), *Path(parent).resolve().parents}
+        folders[:] = [name for name in folders if name[0] != "." and Path(parent, name).resolve() not in above]
         found += [Path(parent, name) for name in files if name.lower().endswith(extensions) and name[0] != "."]
     return sorted(found)
 

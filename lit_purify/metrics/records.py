@@ -148,6 +148,6 @@ def write_whole(path: Path, content: str | bytes) -> None:
             # Else a crash of the machine may leave the new name and no content.
             os.fsync(stream.fileno())
         partial.replace(path)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise

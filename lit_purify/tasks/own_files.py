@@ -60,7 +60,11 @@ class Job:
 def said_by(path: Path) -> Mapping[str, Any]:
     """What a PNG says of itself; nothing if it is of another origin."""
     with open_image(path) as image:
-        return json.loads(image.info.get(KEY, "{}"))
+        try:
+            said = json.loads(image.info.get(KEY, "{}"))
+        except ValueError:
+            said = None
+    return said if isinstance(said, dict) else {}
 
 
 def plan(folder: Path, output: Path) -> tuple[list[Job], list[Path]]:
@@ -98,11 +102,15 @@ def left_to_do(jobs: Sequence[Job], others: Sequence[Path], existing: Existing, 
         found = next((path for path in outputs if path.exists()), None)
         if found is not None:
             raise InputError(f"{found}: is there already; --existing skip goes on, --existing replace writes anew")
-    if existing != "skip":
-        return list(jobs)
+    if existing == "replace":
+        made = (path for job in jobs for path in (job.target, job.mask, job.overlay) if path.exists())
+        if (strange := next((path for path in made if not said_by(path)), None)) is not None:
+            raise InputError(f"{strange}: was not made here, so it is not replaced; name another --output")
     there = {job for job in jobs if job.target.exists()}
     if not there and (strange := next((path for path in others if path.exists()), None)):
         raise InputError(f"{strange}: is there already, and none of the images: name another --output")
+    if existing == "replace":
+        return list(jobs)
     for job in jobs:
         # Of an image that was interrupted, its mask and overlay may be there.
         for path in (job.target,) if job in there else (job.mask, job.overlay):

@@ -177,7 +177,8 @@ class PurifyingTrainer(L.Trainer):
             output: The folder to write; subfolders are kept.
             defense: Name of the defense; ``None`` takes the first with a mask, or else the first that purifies.
             existing: What becomes of files that are there: ``refuse`` to write anything; ``skip`` those that were made
-                from the same image by the same settings, which goes on after an interruption; ``replace`` them.
+                from the same image by the same settings, which goes on after an interruption; ``replace`` those
+                that were made here.
             overlays: Write NAME.mask.png and NAME.overlay.png too.
 
         Raises:
@@ -305,4 +306,5 @@ def _write_table(path: Path, jobs: Sequence[Job], names: Sequence[str] | None) -
         vote = min(counts, key=lambda c: (-counts[c], c))
         name = "" if names is None else names[vote]
         writer.writerow([job.name, vote, name, f"{counts[vote] / len(predictions):.4g}", *predictions])
-    write_whole(path, stream.getvalue())
+    # Names of files need not be UTF-8.
+    write_whole(path, stream.getvalue().encode(errors="backslashreplace"))
