@@ -36,8 +36,8 @@ def write_report(folder: RunFolder) -> None:
         content = page(run)
     except OSError as error:
         raise InputError(
-            f"{error.filename or folder.overlays}: {str(error.strerror or error).lower()}, so there is no report; put the "
-            "file back, or choose another folder with --run"
+            f"{error.filename or folder.overlays}: {str(error.strerror or error).lower()}, so there is no report; put "
+            "the file back, or choose another folder with --run"
         ) from error
     write_whole(folder.report, content)
 
