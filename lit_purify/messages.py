@@ -128,7 +128,7 @@ def essence(message: str, configs: Sequence[dict[str, Any]] = ()) -> str:
         return f"{at}{_last(m[1])} has no option {m[2]}; {near or 'it has ' + ', '.join(options)}"
     if m := re.search(r"unrecognized arguments: ([^\s=]+)|does not accept option '(.+)'", message):
         if m[1] and not m[1].startswith("-"):
-            return f"unexpected argument {m[1]}; {_nearest(m[1], COMMANDS) or 'settings are given as --NAME VALUE'}"
+            return f"unexpected argument {m[1]}; {_nearest(m[1], COMMANDS) or _USAGE}"
         name = (m[1] or m[2]).removeprefix("--")
         first, dot, rest = name.partition(".")
         near = _nearest(name, _SETTINGS) or _nearest(first, _SETTINGS, dot + rest)
@@ -163,6 +163,7 @@ def essence(message: str, configs: Sequence[dict[str, Any]] = ()) -> str:
 
 COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "predict")
 """Of ``eval.py``."""
+_USAGE = f"eval.py takes one of {', '.join(COMMANDS)} or none, and settings as --NAME VALUE"
 
 _CLASSES = [name for module in (attacks, callbacks, data, defense, models, tasks) for name in module.__all__]
 

@@ -189,7 +189,7 @@ class RunFolder:
         if differing and self.collect(write=False):
             shown = "; ".join(f"{key}: {_short(before, key)} there, {_short(identity, key)} here" for key in differing)
             raise InputError(
-                f"{self.path} holds a run with other settings ({len(differing)} differ; {shown}): "
+                f"{self.path} holds a run with other settings (differing: {len(differing)}; {shown}): "
                 "choose another folder with --run, or remove that one"
             )
         if write:

@@ -101,7 +101,7 @@ def test_what_cannot_be_paired_is_not(pair, tmp_path, changes, reason):
     comparison = Comparison([pair[0], other])
     assert comparison.pairing["other"].startswith(reason)
     row = comparison.rows["l2", 0.5][3]
-    assert row.remarks == "not paired"
+    assert row.remarks == f"not paired ({re.split('[:,]', reason)[0]})"
     for kind in ("clean", "robust"):
         (before, *_), (after, *_) = (rows.result[kind]["average"] for rows in comparison.rows["l2", 0.5][0::3])
         assert getattr(row, kind).low < getattr(row, kind).value < getattr(row, kind).high

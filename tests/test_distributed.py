@@ -131,7 +131,7 @@ def test_all_differing_settings_are_named_in_one_line(tmp_path):
     with pytest.raises(InputError) as raised:
         folder.claim(other, write=True)
     said = str(raised.value)
-    assert "(4 differ; " in said
+    assert "(differing: 4; " in said
     for part in ("runs: 2 there, 3 here", "pgd.steps: 1 there, nothing here", "fgsm.eot: nothing there, 1 here"):
         assert part in said
     assert "\n" not in said
@@ -167,10 +167,10 @@ def test_what_changes_no_record_is_not_refused(tmp_path):
         ({"model": {"init_args": {"checkpoint": str(tmp_path / "c.pt")}}}, "0a"),
         ({}, "0b"),
     ):
-        with pytest.raises(InputError, match=r"\(1 differ; |sha256 of names|\(2 differ"):
+        with pytest.raises(InputError, match=r"\(differing: 1; |sha256 of names|\(differing: 2"):
             folder.claim(settings(**changes), write=True, data=data)
     (tmp_path / "a.pt").write_text("others")
-    with pytest.raises(InputError, match=r"1 differ; .*sha256"):
+    with pytest.raises(InputError, match=r"differing: 1; .*sha256"):
         folder.claim(settings(), write=True, data="0a")
 
 

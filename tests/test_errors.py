@@ -269,7 +269,7 @@ def test_configuration(refused_evaluation, key, value, said):
             "model.init_args.defenses has no unifrom; did you mean uniform?",
         ),
         (["--model.init_args.attacks.other.init_args.steps", "5"], "a class is needed"),
-        (["stray"], "unexpected argument stray; settings are given as"),
+        (["stray"], "unexpected argument stray; eval.py takes one of test, frontier"),
         (["tset"], "unexpected argument tset; did you mean test?"),
         (["--trainer.accelerator", "gpu"], "trainer.accelerator = gpu: there is none that torch can use"),
         (["--model"], "--model: expected one argument"),
@@ -659,7 +659,9 @@ def test_records_of_other_settings(refused_evaluation, evaluate, run):
     before = everything()
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(run)}}
     said = refused_evaluation({"model.init_args.runs": 3, "trainer.logger": logger}, written=True)
-    assert said.startswith(f"{run} holds a run with other settings (1 differ; model.init_args.runs: 2 there, 3 here): ")
+    assert said.startswith(
+        f"{run} holds a run with other settings (differing: 1; model.init_args.runs: 2 there, 3 here): "
+    )
     assert "--run" in said
     assert everything() == before
 
@@ -743,3 +745,11 @@ def test_the_whole_standard_error(evaluation, tmp_path, run, kind):
     assert done.returncode == 2
     assert done.stderr.startswith(f"eval.py: error: {said}")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--trainer.devices", "1"]])
+def test_processes_that_know_nothing_of_each_other(refused_evaluation, monkeypatch, flags):
+    """As torchrun starts them, without the flags."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refused_evaluation(None, *flags, "--trainer.accelerator", "cpu")
+    assert said.startswith("2 processes were started (WORLD_SIZE), the trainer has 1: add --trainer.devices 2")

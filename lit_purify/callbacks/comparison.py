@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ class Comparison:
         if first.summary["runs"] != run.summary["runs"]:
             remarks.append(f"{run.summary['runs']} runs for {first.summary['runs']}")
         if self.pairing[name]:
-            remarks.append("not paired")
+            remarks.append(f"not paired ({re.split('[:,]', self.pairing[name])[0]})")
             clean, robust = (
                 unpaired_difference(Interval(*other[kind]["average"]), Interval(*result[kind]["average"]))
                 for kind in ("clean", "robust")

@@ -139,6 +139,13 @@ class CommandLine(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:  # noqa: ANN401
         """Also makes its processes watch each other, if it has several."""
         trainer = super().instantiate_trainer(**kwargs)
+        launched = int(os.environ.get("WORLD_SIZE", trainer.world_size))
+        if launched != trainer.world_size:
+            # Each would take itself for the only one.
+            raise InputError(
+                f"{launched} processes were started (WORLD_SIZE), the trainer has {trainer.world_size}: add "
+                f"--trainer.devices {launched} --trainer.strategy ddp (with several nodes --trainer.num_nodes)"
+            )
         self._get(self.config_init, "watch").attend(trainer)
         return trainer
 

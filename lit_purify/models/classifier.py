@@ -123,8 +123,9 @@ class Classifier(nn.Module):
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raises an ``InputError`` when a dataset has another number of classes: its labels would mean other things."""
         if len(classes) != self.num_classes:
+            some = ", ".join(classes[:3]) + (" ..." if len(classes) > 3 else "")
             raise InputError(
-                f"the data has {len(classes)} classes ({', '.join(list(classes)[:3])} ...), the classifier "
+                f"the data has {len(classes)} classes ({some}), the classifier "
                 f"{self.num_classes}: labels would be out of its range or mean others; set num_classes, or choose data"
             )
 
