@@ -20,7 +20,6 @@ from lit_purify.models.sources import locate
 _IRRELEVANT = (
     "config",
     "run",
-    "seed_everything",
     "trainer",
     "verbose",
     "watch",
@@ -31,9 +30,10 @@ _IRRELEVANT = (
     "data.init_args.download",
     "data.init_args.seed",
     "data.init_args.val_subset",
+    "model.init_args.baseline",
     "model.init_args.gallery",
 )
-"""Keys that do not change a record,"""
+"""Keys that do not change a record (``seed_everything`` does, of a network whose weights are not read from a file),"""
 _RELEVANT = ("trainer.precision", "trainer.plugins")
 """but for these."""
 _NOT_EVALUATED = "data.init_args.val_subset."

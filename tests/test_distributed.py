@@ -151,14 +151,14 @@ def test_what_changes_no_record_is_not_refused(tmp_path):
         (tmp_path / f"{name}.pt").write_text("weights")
     subset = {"val_subset": {"class_path": "First", "init_args": {"n": 7}}}
     same = (
-        {"seed_everything": 5},
+        {"model": {"init_args": {"checkpoint": str(tmp_path / "a.pt"), "baseline": "other"}}},
         {"trainer": {"precision": "32-true"}},
         {"data": {"init_args": subset}},
         {"model": {"init_args": {"checkpoint": str(tmp_path / "b.pt")}}},
     )
     folder.claim(settings(), write=True)
     folder.records.write_text(record(0).line())
-    earlier = json.loads(folder.identity.read_text()) | {"seed_everything": 3, "data.init_args.val_subset": None}
+    earlier = json.loads(folder.identity.read_text()) | {"data.init_args.val_subset": None}
     folder.identity.write_text(json.dumps(earlier))
     for changes in same:
         folder.claim(settings(**changes), write=True, data="0a")
@@ -166,6 +166,8 @@ def test_what_changes_no_record_is_not_refused(tmp_path):
         ({"trainer": {"precision": "bf16-mixed"}}, "0a"),
         ({"model": {"init_args": {"checkpoint": str(tmp_path / "c.pt")}}}, "0a"),
         ({}, "0b"),
+        # Of weights that are not read from a file.
+        ({"seed_everything": 5}, "0a"),
     ):
         with pytest.raises(InputError, match=r"\(differing: 1; |sha256 of names|\(differing: 2"):
             folder.claim(settings(**changes), write=True, data=data)
@@ -222,6 +224,19 @@ def test_a_signal_amid_a_write_leaves_whole_lines(tmp_path):
     with Interrupted(path, "a") as stream, pytest.raises(KeyboardInterrupt):
         append_records(stream, [record(1)])
     assert path.read_text() == record(0).line()
+
+
+def test_a_signal_after_a_write_leaves_what_was_written(tmp_path, monkeypatch):
+    """While the disk takes its time, records are whole already."""
+
+    def interrupted(number):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    path = tmp_path / "records.jsonl"
+    with path.open("ab", buffering=0) as stream, pytest.raises(KeyboardInterrupt):
+        append_records(stream, [record(0), record(1)])
+    assert path.read_text() == record(0).line() + record(1).line()
 
 
 def test_who_writes_into_a_file_that_is_gone_learns_so(tmp_path):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from conftest import GaussianDenoiser
 from processes import Launch, finish, tiny
 from torch.distributed import PrefixStore, TCPStore
 
@@ -27,6 +28,7 @@ from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.functional.chunks import fitting
 from lit_purify.metrics import read_records
 from lit_purify.models import ResNetClassifier
+from lit_purify.run_folder import RunFolder
 from lit_purify.tasks import RobustnessTask
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +132,30 @@ def test_who_does_not_come_ends_the_run(tmp_path):
     for launched, came, missing in zip(launches, ("1 of 2 processes came", "nobody answered"), (1, 0), strict=True):
         assert f"error: {came} within 2 s, rank {missing} did not: see what it printed" in launched.said
         assert launched.said.count("\n") == 1
+
+
+def test_ctrl_c_is_heard_by_who_waits_for_the_others(tmp_path):
+    """In torch's own code, where Python hears nothing."""
+    config, run = tiny(tmp_path / "tiny.yaml"), tmp_path / "run"
+    launched = Launch("evaluate", ["--config", str(config), f"--run={run}"], tmp_path / "log", 2, ranks=[0])
+    launched.until((run / ".lock").exists)
+    time.sleep(1.0)
+    launched.kill(signal.SIGINT)
+    assert launched.wait(20) in ([-signal.SIGINT], [INTERRUPTED]), launched.said
+    assert RunFolder(run).lock() is None
+
+
+def test_images_that_take_long_are_no_stall(monkeypatch):
+    """In a purification network calls count as well, not only batches."""
+    network = GaussianDenoiser()
+    task = torch.nn.ModuleDict({"defended": torch.nn.ModuleDict({"denoiser": network})})
+    watch = Watch(stall=20.0)
+    assert watch.interval <= 2.0
+    watch.threads = [threading.Thread()]
+    watch.on_predict_start(None, task)
+    for _ in range(3):
+        network(torch.zeros(1, 1, 4, 4), torch.tensor([5]))
+    assert (watch.done, watch.state) == (3, "works")
 
 
 @pytest.mark.parametrize(

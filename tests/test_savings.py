@@ -15,6 +15,7 @@ from lit_purify.defense import (
     MinMaxThreshold,
     NoPurifier,
     Ones,
+    OtherClassifier,
     RandomArea,
     SoftmaxThreshold,
     TopFraction,
@@ -24,6 +25,7 @@ from lit_purify.defense import (
 )
 from lit_purify.functional.chunks import draws_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import cross_entropy_loss
+from lit_purify.metrics import Record
 from lit_purify.models import ResNetClassifier
 from lit_purify.tasks import RobustnessTask
 from lit_purify.tasks.estimate import EstimatingTrainer
@@ -174,3 +176,49 @@ def test_an_attack_on_the_bare_classifier_is_made_once_for_all_defenses(evaluate
     assert asked == [3]
     assert together == [record for name in names for record in evaluated("transfer", defenses=[name])[0]]
     assert asked == 4 * [3]
+
+
+def test_what_is_kept_is_of_the_same_classifier_chunk_and_sample(unet, classifier, images):
+    """Of samples some may be there already, and chunks shrink when memory runs out."""
+    other = randomized(ResNetClassifier(8, 8, 10, 1, 4), seed=1)
+    make = {"none": NoPurifier, "other": lambda d, c: OtherClassifier(d, c, other)}
+    attacks = {"transfer": Transfer(PGD("linf", 0.1, 3, 0.1))}
+    asked, perturb = [], attacks["transfer"].perturb
+    attacks["transfer"].perturb = lambda *args: asked.append((len(args[1]), args[4])) or perturb(*args)
+    batch = {"image": images, "label": torch.arange(6), "index": torch.arange(6)}
+
+    def task():
+        return RobustnessTask(classifier, unet, make, attacks, runs=2, chunk=16, gallery=0)
+
+    def some(rows):
+        return {name: values[rows] for name, values in batch.items()}
+
+    kept = task()
+    found = [
+        kept._perturbed(name, "transfer", some(rows), chunk)
+        for name, rows, chunk in (
+            ("none", [0, 1], 16),
+            ("none", [0, 1, 2], 16),
+            ("none", [1], 16),
+            ("none", [1], 8),
+            ("other", [1], 16),
+        )
+    ]
+    # A batch of which one is new is attacked as a whole; the third asks for what is there.
+    assert asked == [(2, 16), (3, 16), (1, 8), (1, 16)]
+    assert torch.equal(found[2], found[1][1:2])
+    assert not torch.equal(found[4], found[2])
+    kept._evaluate_in_chunks("none", "transfer", some([0]), 16)
+    records, _ = kept._evaluate_in_chunks("none", "transfer", some([0]), 8)
+    assert records[0].chunk == 8
+    assert {(defense, index, chunk) for defense, index, chunk in kept._clean} == {("none", 0, None), ("none", 0, 8)}
+
+
+def test_only_an_earlier_attack_spares_a_later_one(unet, classifier):
+    """Of a run that was interrupted, the record of a later one may be there alone."""
+    attacks = {"first": FGSM("linf", 0.1), "second": FGSM("linf", 0.1)}
+    task = RobustnessTask(classifier, unet, {"none": NoPurifier}, attacks, runs=1, skip_lost=True)
+    task.resume([Record("none", "second", 3, 0, [0], [1], 0.1, 0.1, 0.0)], count=True)
+    assert task._lost_before("none", "first", 3) is None
+    task.resume([Record("none", "first", 4, 0, [0], [1], 0.1, 0.1, 0.0)], count=True)
+    assert task._lost_before("none", "second", 4).lost_to == "first"

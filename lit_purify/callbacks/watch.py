@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,7 +27,6 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from lit_purify.callbacks.roll import GRACE, VERDICT, Roll, Sign
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.models import Classifier, Denoiser
-from lit_purify.tasks import RobustnessTask
 
 _FOREVER = timedelta(days=365)
 _GONE = "by peer|remote process exited|Connection reset|Connection refused|Broken pipe|Failed to recv|remote server"
@@ -49,7 +50,7 @@ class Watch(Callback):
                 raise InputError(f"watch.{name} = {value}: use more than 0 seconds")
         self.silence, self.stall, self.start = silence, stall, start
         # Often enough that one sign which comes late is no silence.
-        self.interval = min(5.0, silence / 10.0, start / 4.0)
+        self.interval = min(5.0, silence / 10.0, stall / 10.0, start / 4.0)
         self.done, self.state = 0, "connects"
         self.threads: list[threading.Thread] = []
         self.children: list[subprocess.Popen[bytes]] = []
@@ -65,7 +66,8 @@ class Watch(Callback):
         def watched() -> None:
             if trainer.world_size > 1:
                 self._begin(trainer, strategy)
-            connect()
+            with _interruptible():
+                connect()
             if self.threads:
                 # Each has given a sign before anything else can go wrong.
                 self._publish("waits", self.start)
@@ -98,17 +100,19 @@ class Watch(Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Counts network calls: a batch may take hours."""
-        if self.threads and isinstance(pl_module, RobustnessTask):
+        if self.threads:
             self.state = "works"
             for network in pl_module.modules():
                 if isinstance(network, (Classifier, Denoiser)):
                     network.register_forward_pre_hook(self._tick)
 
+    on_predict_start = on_test_start
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Counts batches."""
         self.state = "works"
 
-    on_validation_start = on_predict_start = on_train_start
+    on_validation_start = on_train_start
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """A batch."""
@@ -146,6 +150,9 @@ class Watch(Callback):
     def _leave(self, state: str) -> None:
         if self.threads:
             self._publish(state, 2.0 * self.interval if self.roll.signs else 0.0)
+            if self.rank == 0 and state.startswith("failed"):
+                # The store may go away with this process: the others ask as often as this one.
+                self.ended.wait(2.0 * self.interval)
             self.ended.set()
             self.news.set()
             # Not amid a question to a store that goes away with this process.
@@ -215,6 +222,19 @@ class Watch(Callback):
             child.kill()
         sys.stdout.flush()
         os._exit(status)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lets Ctrl-C end the process at once where Python's handler is not heard: in torch's wait for the others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _place() -> str:

@@ -127,9 +127,10 @@ def append_records(stream: BinaryIO, records: Iterable[Record]) -> None:
         while content:
             content = content[stream.write(content) :]
         os.fsync(stream.fileno())
-    # Also a signal that ends the process.
+    # Also a signal that ends the process; what is written whole by then stays.
     except BaseException:
-        stream.truncate(end)
+        if content:
+            stream.truncate(end)
         raise
 
 

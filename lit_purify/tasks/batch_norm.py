@@ -27,11 +27,15 @@ def synchronize_batch_norm(network: nn.Module) -> None:
 class _OverProcesses(TorchFunctionMode):
     """Whatever a module does around it (timm adds an activation): its ``batch_norm`` is replaced."""
 
-    def begin(self, *_: object) -> None:
-        self.__enter__()  # type: ignore[no-untyped-call]
+    def begin(self, module: nn.Module, *_: object) -> None:
+        # Without running statistics those of the batch are taken in evaluation as well: of this process's.
+        self.entered = module.training
+        if self.entered:
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self, *_: object) -> None:
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self.entered:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,
