@@ -1,5 +1,10 @@
 """Small networks and stub noise that tests share."""
 
+import os
+
+# Two processes of tests, and those that they start, share the machine: read before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 import yaml
