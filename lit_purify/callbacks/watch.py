@@ -69,7 +69,7 @@ class Watch(Callback):
             with _interruptible():
                 connect()
             if self.threads:
-                # Each has given a sign before anything else can go wrong.
+                # Each has given a sign, and heard those it heeds, before anything else can go wrong.
                 self._publish("waits", self.start)
 
         strategy.setup_environment = watched
@@ -182,9 +182,11 @@ class Watch(Callback):
                 came = [rank for rank in self.heeded if rank in self.roll.signs or store.check([str(rank)])]
                 for rank, said in zip(came, store.multi_get([str(rank) for rank in came]), strict=True):
                     self.roll.hear(rank, Sign(*json.loads(said)))
-                if Sign(*json.loads(sign)).state == self.state:
+                # Of one that was never heard nobody could say that it fell silent.
+                heard = len(self.roll.signs) == len(self.heeded)
+                if heard and Sign(*json.loads(sign)).state == self.state:
                     self.published.set()
-                self.news.wait(self.interval)
+                self.news.wait(self.interval if heard else min(self.interval, 0.1))
                 self.news.clear()
         except (RuntimeError, ValueError):
             # Who cannot be asked any more falls silent.
