@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lit_purify.callbacks import Stopping
 from lit_purify.cli import train
 from lit_purify.errors import INTERRUPTED, InputError
-from lit_purify.tasks import DenoiserTask, TrainingTask
+from lit_purify.tasks import DenoiserTask, TrainingTask, batch_norm
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,19 @@ def test_batch_normalization_sees_the_images_of_all_processes(config, tmp_path):
     launched = Launch("train", ["fit", f"--config={path}", f"--run={tmp_path / 'two'}"], tmp_path / "log", 2)
     assert launched.wait() == [0, 0], launched.said
     assert_equal_networks(tmp_path / "two", alone(path, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("training", "reductions"), [(True, 2), (False, 0)])
+def test_batch_normalization_asks_no_others_in_evaluation(monkeypatch, training, reductions):
+    """Nor where it has no running statistics: shards of an evaluation may have other numbers of batches."""
+    asked = []
+    monkeypatch.setattr(batch_norm, "all_reduce", lambda total: asked.append(1) or total)
+    layer = torch.nn.BatchNorm2d(3, track_running_stats=False).train(training)
+    batch_norm.synchronize_batch_norm(layer)
+    image = torch.rand(4, 3, 5, 5)
+    expected = torch.nn.functional.batch_norm(image, None, None, layer.weight, layer.bias, True)
+    torch.testing.assert_close(layer(image), expected)
+    assert len(asked) == reductions
 
 
 def test_one_process_writes(two):

@@ -8,7 +8,14 @@ from conftest import GaussianDenoiser
 
 from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, MaskShift, Square, Transfer
 from lit_purify.data import Digits, First
-from lit_purify.defense import HeterogeneousPurifier, NoPurifier, Surrogate, TopFraction, UniformPurifier
+from lit_purify.defense import (
+    HeterogeneousPurifier,
+    NoPurifier,
+    OtherClassifier,
+    Surrogate,
+    TopFraction,
+    UniformPurifier,
+)
 from lit_purify.metrics import Record
 from lit_purify.models import Classifier
 from lit_purify.tasks import RobustnessTask, estimate
@@ -69,6 +76,24 @@ def test_expected_is_what_it_takes(setting, attack):
     make, clock = setting
     task, trainer, data = make(attack)
     expected = sum(trainer.estimate(task, data).values())
+    clock["now"] = 0.0
+    trainer.test(task, data, verbose=False)
+    assert expected == pytest.approx(clock["now"], rel=0.02)
+
+
+def test_an_attack_on_bare_classifiers_is_made_once_for_each_of_them(setting, monkeypatch):
+    """And by the first defense of it that has something left."""
+    make, clock = setting
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 10))
+    network.register_forward_pre_hook(lambda *_: clock.update(now=clock["now"] + 0.2))
+    other = Classifier(network, size=8, num_classes=10, channels=1, blocks=["0"])
+    monkeypatch.setitem(DEFENSES, "other", lambda d, c: OtherClassifier(d, c, other))
+    task, trainer, data = make("transfer")
+    trainer.records = [
+        Record("none", "transfer", i, int(data.evaluated[i]["label"]), [0] * 3, [0] * 3, 0.0, 0.0, 0.0) for i in range(5)
+    ]
+    expected = sum(trainer.estimate(task, data).values())
+    task.resume(trainer.records, count=True)
     clock["now"] = 0.0
     trainer.test(task, data, verbose=False)
     assert expected == pytest.approx(clock["now"], rel=0.02)

@@ -21,6 +21,7 @@ from lit_purify.data.base import Batch
 from lit_purify.functional.chunks import logits_in_chunks
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.metrics import Record
+from lit_purify.models import Classifier
 from lit_purify.tasks.robustness import RobustnessTask
 
 _BACKWARD = 2
@@ -104,6 +105,7 @@ class EstimatingTrainer(L.Trainer):
             )
         say("", "", "network calls a sample")
         say("defense", "attack", " forward", "backward", " s/sample", "        time")
+        transferred: set[tuple[str, Classifier]] = set()
         for described in model.describe():
             pair = described["defense"], described["attack"]
             eot, runs = model.attacks[pair[1]].eot, model.runs
@@ -117,9 +119,11 @@ class EstimatingTrainer(L.Trainer):
                     torch.cuda.reset_peak_memory_stats(device)
                 with torch.no_grad(), self.precision_plugin.forward_context():
                     measured = _measure(model, *pair, first)
-                if model.attacks[pair[1]].target == "classifier" and pair[0] != next(iter(model.defenses)):
-                    # Made once for all defenses.
-                    measured = replace(measured, attack=0.0)
+                if model.attacks[pair[1]].target == "classifier":
+                    # Made once for all defenses of a classifier.
+                    attacked = (pair[1], model.views[pair].defended.classifier)
+                    measured = replace(measured, attack=0.0) if attacked in transferred else measured
+                    transferred.add(attacked)
                 images = described["evaluations"]
                 seconds = sum(measured.seconds(count, eot, runs, model.chunk, images) for count in left)
                 # A whole batch keeps the gradients of all its draws, twice when they are joined.
