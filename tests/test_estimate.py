@@ -90,7 +90,8 @@ def test_an_attack_on_bare_classifiers_is_made_once_for_each_of_them(setting, mo
     monkeypatch.setitem(DEFENSES, "other", lambda d, c: OtherClassifier(d, c, other))
     task, trainer, data = make("transfer")
     trainer.records = [
-        Record("none", "transfer", i, int(data.evaluated[i]["label"]), [0] * 3, [0] * 3, 0.0, 0.0, 0.0) for i in range(5)
+        Record("none", "transfer", i, int(data.evaluated[i]["label"]), [0] * 3, [0] * 3, 0.0, 0.0, 0.0)
+        for i in range(5)
     ]
     expected = sum(trainer.estimate(task, data).values())
     task.resume(trainer.records, count=True)
