@@ -117,6 +117,22 @@ def test_levels_are_drawn_as_stated(images):
     assert (attended.double().std(dim=(1, 2, 3)) > 0).double().mean() > 0.9
 
 
+def test_the_classifier_is_called_for_attended_masks_alone(images):
+    """And the maps are those of masks that were computed of all images."""
+    task, image = denoiser_task(), images.repeat(10, 1, 1, 1)
+    noise = KeyedNoise(0, torch.arange(60), torch.zeros(60, dtype=torch.long))
+    seen = []
+    task._classifier[0].network.conv1.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    levels = task.draw_levels(image, noise)
+    kinds = noise.uniform(1, image.new_empty(60, 3))[:, 2]
+    attended = (kinds >= 0.5) & (kinds < 0.75)
+    assert seen == [int(attended.sum())]
+    task.constant, task.attention = 0.0, 1.0
+    whole = task.draw_levels(image, noise)
+    assert torch.equal(levels[attended], whole[attended])
+    assert not torch.equal(levels[~attended], whole[~attended])
+
+
 def test_the_optimal_denoiser_has_the_theoretical_error(images):
     """On Gaussian data E|eps - eps*|^2 = abar v / (abar v + 1 - abar) at every level, in any map."""
     denoiser = GaussianDenoiser(mean=0.0, variance=0.04, size=8)

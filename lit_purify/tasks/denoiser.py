@@ -164,8 +164,11 @@ class DenoiserTask(TrainingTask):
         inside, outside = (1 + (draws[:, k] * self.max_level).long() for k in (0, 1))
         mask = random_shapes(image, noise.uniform(_SHAPES, image.new_empty(len(image), 6 * _SHAPE_COUNT)), _SHAPE_COUNT)
         if self.attention > 0:
-            attends = (draws[:, 2] < self.constant + self.attention).reshape(-1, 1, 1, 1)
-            mask = torch.where(attends, self._attention(image, noise), mask)
+            # One level everywhere needs no mask: the classifier is called with the other images only.
+            attends = (draws[:, 2] >= self.constant) & (draws[:, 2] < self.constant + self.attention)
+            rows = attends.nonzero().flatten()
+            if len(rows):
+                mask = mask.index_copy(0, rows, self._attention(image[rows], noise.rows(rows)))
         outside = torch.where(draws[:, 2] < self.constant, inside, outside)
         return two_level(mask, inside, outside)
 
