@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The models of CIFAR-10 at full size and their table, on one GPU:
+#
+#   configs/cluster/cifar10_gpu.sh [FLAGS]
+#
+# A classifier (ResNet-32 of width 64, 7.4 M parameters), the same trained adversarially (PGD, 7 steps, Linf 8/255), a
+# denoiser (configs/train/cifar10_denoiser_gpu.yaml) and the evaluation of 512 test images, all under FOLDER
+# (runs/cifar10_gpu). Each training may take MINUTES (25); after that, and after any other interruption, the same command
+# goes on where it was. FLAGS go to all four: --data.init_args.root my/images, --data.init_args.download false ...
+# The levels are those of configs/eval/cifar10.yaml, chosen for the network that ships; choose anew with
+# `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`. Not run on a GPU yet.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+folder=${FOLDER:-runs/cifar10_gpu}
+minutes=${MINUTES:-25}
+python=${PYTHON:-python}
+
+# NAME CONFIGURATION FLAGS: trains, or goes on with the training. SIGTERM lets it end its step and save.
+train() {
+  local name=$1 config=$2 resume=() status=0
+  shift 2
+  if [ -e "$folder/$name/checkpoints/last.ckpt" ]; then
+    resume=(--ckpt_path "$folder/$name/checkpoints/last.ckpt")
+  fi
+  timeout --preserve-status --signal TERM "${minutes}m" "$python" train.py fit --config "configs/train/$config.yaml" \
+    --run "$folder/$name" "${resume[@]}" "$@" || status=$?
+  if [ "$status" = 75 ]; then
+    echo "$name: interrupted or out of its $minutes minutes; give the same command again and it goes on" >&2
+  fi
+  return "$status"
+}
+
+wide=(--model.init_args.classifier.init_args.depth 32 --model.init_args.classifier.init_args.width 64
+  --trainer.precision bf16-mixed --data.init_args.num_workers 8)
+train classifier cifar10_classifier "${wide[@]}" --trainer.max_epochs 60 "$@"
+train adversarial cifar10_classifier_adversarial "${wide[@]}" --trainer.max_epochs 30 \
+  --model.init_args.attack.init_args.steps 7 --model.init_args.attack.init_args.step_size 2/255 "$@"
+train denoiser cifar10_denoiser_gpu --model.init_args.classifier.init_args.path "$folder/classifier/model.safetensors" "$@"
+
+steps=100
+attacks=()
+for attack in pgd apgd pgd_l2 apgd_l2; do
+  attacks+=(--model.init_args.attacks.$attack.init_args.steps "$steps")
+done
+"$python" eval.py --config configs/eval/cifar10.yaml --run "$folder/table" \
+  --model.init_args.classifier.init_args.path "$folder/classifier/model.safetensors" \
+  --model.init_args.denoiser.init_args.path "$folder/denoiser/model.safetensors" \
+  --model.init_args.defenses.adversarial.init_args.network.init_args.path "$folder/adversarial/model.safetensors" \
+  --data.init_args.subset.init_args.n 512 --data.init_args.batch_size 128 --model.init_args.chunk 512 "${attacks[@]}" "$@"
