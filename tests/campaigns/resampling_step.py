@@ -1,10 +1,10 @@
-"""Time and memory of one exact attack step through single-step and multi-step resampling, on the CIFAR-10 weights that ship.
+"""Time and memory of an exact attack step through single-step and multi-step resampling, on the CIFAR-10 weights.
 
     nice python tests/campaigns/resampling_step.py
 
-One thread, 32 images of noise, 4 grid steps from 200 to 100 to 0, U = 10 (``multi``: back in 10 steps of one level). Every
-line is a process of its own, whose peak memory is its VmHWM; the first one calls the classifier alone, and what a line
-needs above it is the purifier's.
+One thread, 32 images of noise, 4 grid steps from 200 to 100 to 0, U = 10 (``multi``: back in 10 steps of one level).
+Every line is a process of its own, whose peak memory is its VmHWM; the first one calls the classifier alone, and what a
+line needs above it is the purifier's.
 """
 
 import json
@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lit_purify.attacks import PGD
 from lit_purify.defense import DefendedClassifier, HeterogeneousPurifier, NoPurifier, Purifier, TopFraction
 from lit_purify.functional.noise import KeyedNoise
 from lit_purify.models import load_classifier, load_denoiser
 
+ROOT = Path(__file__).parents[2]
 CASES = [(None, False), *((kind, recompute) for recompute in (True, False) for kind in ("none", "single", "multi"))]
 HIGH, LOW, STEPS, JUMP, ROWS, REPEATS = 200, 100, 4, 10, 32, 3
 
@@ -54,7 +54,9 @@ def measure(resampling: str | None, recompute: bool) -> dict[str, float]:
 def main() -> None:
     """One process after another."""
     print(f"torch {torch.__version__}, {ROWS} images, levels {HIGH}/{LOW}, {STEPS} steps, U = {JUMP}", flush=True)
-    print(f"{'resampling':12}{'gradient':14}{'calls':>6}{'s CPU':>8}{'GB':>7}{'GB above the classifier':>25}", flush=True)
+    print(
+        f"{'resampling':12}{'gradient':14}{'calls':>6}{'s CPU':>8}{'GB':>7}{'GB above the classifier':>25}", flush=True
+    )
     alone = 0.0
     for resampling, recompute in CASES:
         command = [sys.executable, __file__, "--child", json.dumps([resampling, recompute])]
