@@ -96,47 +96,62 @@ def test_weights_are_of_the_networks_of_their_recipes(file, recipe, kind):
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Runs the full-size recipe with a stand-in for Python: its status, its errors and the commands it gave."""
-    stand_in, log = tmp_path / "python", tmp_path / "log"
-    stand_in.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> "{log}"\ncase "$*" in *"$FAILING"*) exit 75;; esac\n')
-    stand_in.chmod(0o755)
+    """Runs the full-size recipe with stand-ins for Python and timeout: its status, errors and the commands it gave."""
+    log = tmp_path / "log"
+    stand_ins = {
+        "python": 'case "$*" in *"$FAILING"*) exit 75;; esac',
+        # Without --foreground, or with another signal, a training would not be asked to save.
+        "timeout": 'test "$1 $2 $3 $4 $5" = "--foreground --preserve-status --signal TERM 7m" && shift 5 && exec "$@"',
+    }
+    for name, does in stand_ins.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "${{0##*/}} $*" >> "{log}"\n{does}\n')
+        (tmp_path / name).chmod(0o755)
 
     def run(*flags, failing="no such word"):
         log.unlink(missing_ok=True)
-        environment = {**os.environ, "PYTHON": str(stand_in), "FOLDER": str(tmp_path / "gpu"), "FAILING": failing}
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "FOLDER": str(tmp_path / "gpu"), "FAILING": failing, "MINUTES": "7"}
         script = ROOT / "configs/cluster/cifar10_gpu.sh"
         done = subprocess.run([script, *flags], env=environment, capture_output=True, text=True, check=False)
-        return done.returncode, done.stderr, [line.split() for line in log.read_text().splitlines()]
+        given = [line.split() for line in log.read_text().splitlines()]
+        assert [words[0] for words in given if words[0] != "python"] == ["timeout"] * 3 or failing != "no such word"
+        return done.returncode, done.stderr, [words[1:] for words in given if words[0] == "python"]
 
     return run
 
 
-def test_full_size_recipe_gives_valid_commands(recipe, capsys):
+def test_full_size_recipe_gives_valid_commands(recipe, tmp_path, capsys):
     status, _, commands = recipe("--data.init_args.root", "my/images")
     assert status == 0
     assert [command[0] for command in commands] == ["train.py"] * 3 + ["eval.py"]
+    parsed = []
     for command in commands:
         with pytest.raises(SystemExit) as exit_:
             (train if command[0] == "train.py" else evaluate)([*command[1:], "--print_config"])
         assert not exit_.value.code
-        parsed = yaml.safe_load(capsys.readouterr().out)
-        assert parsed["data"]["init_args"]["root"] == "my/images"
-    defenses = parsed["model"]["init_args"]["defenses"]
-    assert defenses["adversarial"]["init_args"]["network"]["init_args"]["path"].endswith(
-        "gpu/adversarial/model.safetensors"
-    )
-    assert parsed["data"]["init_args"]["subset"]["init_args"]["n"] == 512
-    assert {attack["init_args"]["steps"] for attack in parsed["model"]["init_args"]["attacks"].values()} == {100}
+        parsed.append(yaml.safe_load(capsys.readouterr().out))
+        assert parsed[-1]["data"]["init_args"]["root"] == "my/images"
+    made = {
+        name: str(tmp_path / "gpu" / name / "model.safetensors") for name in ("classifier", "denoiser", "adversarial")
+    }
+    *trainings, table = (each["model"]["init_args"] for each in parsed)
+    for task in trainings[:2]:
+        assert (task["classifier"]["init_args"]["depth"], task["classifier"]["init_args"]["width"]) == (32, 64)
+    attack = trainings[1]["attack"]["init_args"]
+    assert (attack["eps"], attack["steps"], attack["step_size"]) == ("8/255", 7, "2/255")
+    assert trainings[2]["classifier"]["init_args"]["path"] == made["classifier"]
+    assert table["classifier"]["init_args"]["path"] == made["classifier"]
+    assert table["denoiser"]["init_args"]["path"] == made["denoiser"]
+    assert table["defenses"]["adversarial"]["init_args"]["network"]["init_args"]["path"] == made["adversarial"]
+    assert parsed[-1]["data"]["init_args"]["subset"]["init_args"]["n"] == 512
+    assert {attack["init_args"]["steps"] for attack in table["attacks"].values()} == {100}
 
 
-def test_full_size_recipe_goes_on_where_it_was(recipe, tmp_path):
+def test_full_size_recipe_goes_on_where_it_was(recipe):
+    """Every training is taken up from its last checkpoint, if there is one; what is finished has nothing left to do."""
     status, errors, commands = recipe(failing="/adversarial")
     assert (status, len(commands)) == (75, 2)
     assert "give the same command again" in errors
-    last = tmp_path / "gpu/adversarial/checkpoints/last.ckpt"
-    last.parent.mkdir(parents=True)
-    last.touch()
     status, _, commands = recipe()
     assert (status, len(commands)) == (0, 4)
-    assert ["--ckpt_path" in command for command in commands] == [False, True, False, False]
-    assert commands[1][commands[1].index("--ckpt_path") + 1] == str(last)
+    assert [command[command.index("--ckpt_path") + 1] for command in commands[:3]] == ["last"] * 3

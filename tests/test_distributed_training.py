@@ -1,7 +1,9 @@
 """A training over processes takes the steps of a training in one."""
 
+import multiprocessing
 import os
 import signal
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -209,15 +211,26 @@ def test_all_processes_stop_after_the_same_step(tmp_path, decision):
     assert saved == [tmp_path / "checkpoints" / "last.ckpt"] * decision
 
 
-def test_a_signal_ends_a_training_after_its_step_and_the_same_command_goes_on(config, tmp_path, monkeypatch, capsys):
-    """Within an epoch, with gradients of two batches a step: weights are those of a training that was left alone."""
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_ends_a_training_after_its_step_and_the_same_command_goes_on(
+    workers, config, tmp_path, monkeypatch, capsys
+):
+    """Within an epoch, with gradients of two batches a step: weights are those of a training that was left alone.
+
+    Also when the signal goes to the whole process group, as that of ``timeout``: the loader's workers get it first.
+    """
     flags = ["--trainer.limit_train_batches=6", "--trainer.accumulate_grad_batches=2", "--ckpt_path=last"]
+    flags += [f"--data.init_args.num_workers={workers}"]
     through = alone(config, tmp_path / "through", *flags)
     step = DenoiserTask.training_step
 
     def signaled(self, batch, batch_idx):
         if self.trainer.fit_loop.total_batch_idx == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
+            children = multiprocessing.active_children()
+            assert len(children) >= workers
+            for pid in (*(child.pid for child in children), os.getpid()):
+                os.kill(pid, signal.SIGTERM)
+            time.sleep(0.5 * workers)
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(DenoiserTask, "training_step", signaled)

@@ -523,6 +523,14 @@ def test_export_of_a_classifier(tmp_path, capsys):
     assert f"Accuracy at the last validation: clean {100 * right.mean():.1f} %" in capsys.readouterr().out
 
 
+def test_a_finished_training_that_is_taken_up_leaves_its_file(run, config):
+    """With its figures: a run that reads it knows it by its hash."""
+    before = (run / "model.safetensors").read_bytes()
+    last = run / "checkpoints" / "last.ckpt"
+    train(["fit", f"--config={config}", f"--run={run}", f"--ckpt_path={last}", "--trainer.logger=false"])
+    assert (run / "model.safetensors").read_bytes() == before
+
+
 def test_killed_between_the_last_step_and_the_export(run, config):
     """Nothing is left to train, so nothing puts the average in place; the checkpoint has it."""
     expected = load_file(run / "model.safetensors")

@@ -27,6 +27,7 @@ from lit_purify.defense import (
     Ones,
     OtherPurifier,
     RandomArea,
+    Rolled,
     SoftmaxThreshold,
     Surrogate,
     TopFraction,
@@ -42,7 +43,13 @@ from lit_purify.models import UNet
 from lit_purify.run_folder import RunFolder
 from lit_purify.tasks import RobustnessTask
 
-RULES = [MinMaxThreshold(0.4), SoftmaxThreshold(0.02), TopFraction(0.3), Inverse(MinMaxThreshold(0.4))]
+RULES = [
+    MinMaxThreshold(0.4),
+    SoftmaxThreshold(0.02),
+    TopFraction(0.3),
+    Inverse(MinMaxThreshold(0.4)),
+    Rolled(TopFraction(0.3)),
+]
 
 
 def keyed(count):

@@ -7,6 +7,7 @@ from lit_purify.defense import (
     Ones,
     RandomArea,
     Renormalized,
+    Rolled,
     SoftmaxThreshold,
     TopFraction,
     Zeros,
@@ -65,7 +66,15 @@ def test_top_fraction_has_the_exact_area_even_with_ties():
 
 @pytest.mark.parametrize(
     "rule",
-    [SoftmaxThreshold(0.02), MinMaxThreshold(0.5), TopFraction(0.25), Ones(), Zeros(), Inverse(TopFraction(0.25))],
+    [
+        SoftmaxThreshold(0.02),
+        MinMaxThreshold(0.5),
+        TopFraction(0.25),
+        Ones(),
+        Zeros(),
+        Inverse(TopFraction(0.25)),
+        Rolled(TopFraction(0.25)),
+    ],
 )
 def test_rules_give_binary_masks_for_each_sample_alone(rule, classifier, images):
     mask = rule(classifier, images, noise(len(images)))
@@ -80,6 +89,15 @@ def test_mask_follows_the_classifiers_features(classifier, images):
     mask = TopFraction(0.25)(classifier, images, noise(len(images)))
     assert torch.equal(mask, expected)
     assert torch.equal(Inverse(TopFraction(0.25))(classifier, images, noise(len(images))), 1 - expected)
+
+
+def test_rolled_by_half_the_image(classifier, images):
+    base = TopFraction(0.25)(classifier, images, noise(len(images)))[:, 0]
+    mask = Rolled(TopFraction(0.25))(classifier, images, noise(len(images)))[:, 0]
+    assert torch.equal(mask[:, :4, :4], base[:, 4:, 4:])
+    assert torch.equal(mask[:, 4:, :4], base[:, :4, 4:])
+    assert torch.equal(mask.sum(dim=(1, 2)), base.sum(dim=(1, 2)))
+    assert not torch.equal(mask, base)
 
 
 def test_random_area(classifier, images):

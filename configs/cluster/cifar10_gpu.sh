@@ -6,7 +6,8 @@
 # A classifier (ResNet-32 of width 64, 7.4 M parameters), the same trained adversarially (PGD, 7 steps, Linf 8/255), a
 # denoiser (configs/train/cifar10_denoiser_gpu.yaml) and the evaluation of 512 test images, all under FOLDER
 # (runs/cifar10_gpu). Each training may take MINUTES (25); after that, and after any other interruption, the same command
-# goes on where it was. FLAGS go to all four: --data.init_args.root my/images, --data.init_args.download false ...
+# goes on where it was. Paths are seen from the root of the repository. FLAGS go to all four commands:
+# --data.init_args.root my/images, --data.init_args.download false ...
 # The levels are those of configs/eval/cifar10.yaml, chosen for the network that ships; choose anew with
 # `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`. Not run on a GPU yet.
 set -euo pipefail
@@ -17,13 +18,10 @@ python=${PYTHON:-python}
 
 # NAME CONFIGURATION FLAGS: trains, or goes on with the training. SIGTERM lets it end its step and save.
 train() {
-  local name=$1 config=$2 resume=() status=0
+  local name=$1 config=$2 status=0
   shift 2
-  if [ -e "$folder/$name/checkpoints/last.ckpt" ]; then
-    resume=(--ckpt_path "$folder/$name/checkpoints/last.ckpt")
-  fi
-  timeout --preserve-status --signal TERM "${minutes}m" "$python" train.py fit --config "configs/train/$config.yaml" \
-    --run "$folder/$name" "${resume[@]}" "$@" || status=$?
+  timeout --foreground --preserve-status --signal TERM "${minutes}m" "$python" train.py fit --config "configs/train/$config.yaml" \
+    --run "$folder/$name" --ckpt_path last "$@" || status=$?
   if [ "$status" = 75 ]; then
     echo "$name: interrupted or out of its $minutes minutes; give the same command again and it goes on" >&2
   fi
@@ -46,4 +44,4 @@ done
   --model.init_args.classifier.init_args.path "$folder/classifier/model.safetensors" \
   --model.init_args.denoiser.init_args.path "$folder/denoiser/model.safetensors" \
   --model.init_args.defenses.adversarial.init_args.network.init_args.path "$folder/adversarial/model.safetensors" \
-  --data.init_args.subset.init_args.n 512 --data.init_args.batch_size 128 --model.init_args.chunk 512 "${attacks[@]}" "$@"
+  --data.init_args.subset.init_args.n 512 --data.init_args.batch_size 128 --model.init_args.chunk 128 "${attacks[@]}" "$@"

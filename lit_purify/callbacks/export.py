@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_purify.errors import InputError
 from lit_purify.models import Classifier, Denoiser
-from lit_purify.models.files import save_network
+from lit_purify.models.files import save_network, saved_step
 from lit_purify.tasks import TrainingTask
 
 
@@ -40,11 +40,14 @@ class Export(Callback):
         """Rank zero writes."""
         if not trainer.is_global_zero or not isinstance(pl_module, TrainingTask):
             return
+        path = self.path or Path(trainer.default_root_dir) / "model.safetensors"
         if not self.trained and trainer.ckpt_path is not None:
-            # Killed after its last step, and taken up: nothing was left to train, so nothing is copied either.
+            if saved_step(path) == trainer.global_step:
+                # Finished before: the file has the figures of the last validation, and runs that read it know its hash.
+                return
+            # Killed after its last step: nothing was left to train, so nothing is copied either.
             _take_up(pl_module, trainer.ckpt_path)
         figures = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
-        path = self.path or Path(trainer.default_root_dir) / "model.safetensors"
         info = {"origin": pl_module.network.origin, "step": trainer.global_step, "metrics": figures, **pl_module.facts}
         write_network(pl_module.network, path, self.half, info)
 

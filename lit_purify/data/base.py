@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -193,6 +194,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             chosen,
             batch_sampler=Claims(items, self.batch_size, world, rank),
             num_workers=self.num_workers if world == 1 else 0,
+            worker_init_fn=_leave_signals,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
         )
@@ -225,11 +227,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            worker_init_fn=_leave_signals,
             drop_last=drop_last,
             collate_fn=_collate,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _leave_signals(worker: int) -> None:
+    """Schedulers signal whole process groups: the main process ends its step, and needs its workers for that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:

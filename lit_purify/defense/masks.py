@@ -187,6 +187,30 @@ class Inverse(Mask):
         return 1.0 - self.of.relaxed(classifier, image, noise, temperature)
 
 
+class Rolled(Mask):
+    """Another rule's mask moved by half the image, around the border: its shape, where the classifier looks away.
+
+    Args:
+        of: The other rule.
+    """
+
+    def __init__(self, of: Mask) -> None:
+        self.of, self.grades = of, of.grades
+        self.relaxable, self.of_image = of.relaxable, of.of_image
+
+    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
+        """See ``Mask``."""
+        return self._moved(self.of.build(classifier, image, noise))
+
+    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
+        """See ``Mask``."""
+        return self._moved(self.of.relaxed(classifier, image, noise, temperature))
+
+    @staticmethod
+    def _moved(mask: Tensor) -> Tensor:
+        return mask.roll((mask.shape[-2] // 2, mask.shape[-1] // 2), dims=(-2, -1))
+
+
 class Renormalized(Mask):
     """Another rule, to which the classifier is shown (image - mean) / std in place of the image.
 

@@ -65,6 +65,17 @@ def save_network(
         raise
 
 
+def saved_step(path: Path) -> int | None:
+    """The training step of a file of ``save_network``; ``None`` where there is no such file, or it does not say."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+    except (OSError, SafetensorError):
+        return None
+    step = header.get("info", {}).get("step")
+    return step if isinstance(step, int) else None
+
+
 def load_denoiser(path: str) -> Denoiser:
     """A denoiser from a ``.safetensors`` file that ``train.py`` wrote.
 

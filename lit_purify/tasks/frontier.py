@@ -107,12 +107,17 @@ def expand(families: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         swept = dict(_lists(template))
         for values in itertools.product(*swept.values()):
             chosen = dict(zip(swept, values, strict=True))
-            words = [f"{path[-1]}{chosen[path]}".replace(".", "_") for path, listed in swept.items() if len(listed) > 1]
+            words = [path[-1] + _word(chosen[path]) for path, listed in swept.items() if len(listed) > 1]
             name = "-".join([family, *words])
             if name in points:
                 raise InputError(f"families.{family}: two points would be called {name}; list every value once")
             points[name] = _filled(template, chosen)
     return points
+
+
+def _word(value: object) -> str:
+    """As it stands in a name: ``0_5``, ``50x125``."""
+    return "x".join(map(_word, value)) if isinstance(value, list) else str(value).replace(".", "_")
 
 
 Keys = tuple[str, ...]
