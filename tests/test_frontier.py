@@ -11,6 +11,7 @@ import torch
 import yaml
 from scipy.optimize import linprog
 
+from lit_purify.callbacks import frontier
 from lit_purify.callbacks.frontier import verdict
 from lit_purify.cli import evaluate
 from lit_purify.errors import InputError
@@ -169,6 +170,33 @@ def test_frontier_command(finished):
     printed = (finished / "printed.txt").read_text()
     assert "1 combinations left out" in printed
     assert "uniform 2, heterogeneous 3; left out: 1" in printed
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        ([(0.9, 0.1), (0.8, 0.3), (0.7, 0.5)], True),
+        ([(0.9, 0.1), (0.8, 0.5), (0.7, 0.3)], False),
+        ([(0.9, 0.1)], False),
+    ],
+)
+def test_a_family_that_should_be_swept_on_is_named(points, said):
+    """Its curve is cut off where it still rises, which would be to its disadvantage."""
+    shares = torch.tensor([[(1.0, 0.0), *points]] * 4, dtype=torch.float64)
+    results = [
+        {"defense": f"d{k}", "clean": {"average": [0.0] * 3}, "robust": {"average": [0.0] * 3}}
+        for k in range(len(points) + 1)
+    ]
+    found = frontier._compared(shares, results, {"a": [f"d{k}" for k in range(1, len(points) + 1)]})
+    assert found["open_ended"] == ["a"] * said
+
+
+def test_a_gap_begins_at_the_less_clean_of_two_peaks():
+    """A family that is more robust at less clean accuracy is above for it."""
+    first = torch.tensor([[[0.9, 0.2], [0.8, 0.4]]], dtype=torch.float64)
+    second = torch.tensor([[[0.9, 0.2], [0.8, 0.4], [0.7, 0.6]]], dtype=torch.float64)
+    # Over 0.7 .. 0.9 the first is flat from 0.8 down: a triangle of 0.1 by 0.2.
+    assert float(gap(first, second)) == pytest.approx(0.5 * 0.1 * 0.2 / 0.2, abs=0.005)
 
 
 def test_the_saved_configuration_is_that_of_the_run(finished, capsys):

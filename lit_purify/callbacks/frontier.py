@@ -89,7 +89,13 @@ def _compared(
     for first, second in itertools.combinations(families, 2):
         found = between(columns[first], columns[second])
         comparisons.append({"family": second, "to": first, "difference": _values(found), "verdict": verdict(found)})
-    return {"points": described, "comparisons": comparisons}
+    ends = [family for family, at in columns.items() if _rises_to_its_end(points[at])]
+    return {"points": described, "comparisons": comparisons, "open_ended": ends}
+
+
+def _rises_to_its_end(points: Tensor) -> bool:
+    """Whether the most robust of the points (P, 2) is the least clean one: stronger noise might be better still."""
+    return len(points) > 1 and bool(points[:, 1].argmax() == points[:, 0].argmin())
 
 
 def verdict(difference: Interval) -> str:
@@ -153,6 +159,10 @@ def _lines(found: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
         listed = ", ".join(f"{family} {count}" for family, count in counts.items())
         lines += [f"frontiers under {attack}; points: {listed}; left out: {len(found['refused'])}"]
         lines += [f"  {_line(each)}" for each in part["comparisons"]]
+        if part["open_ended"]:
+            lines.append(
+                f"  sweep on towards strong noise, where these are most robust: {', '.join(part['open_ended'])}"
+            )
     lines += ["", "Difference of the robust average at equal clean accuracy, in points; intervals of 95 %."]
     return "\n".join([*lines, "The best of many points on the same samples is optimistic: evaluate a choice on test."])
 
