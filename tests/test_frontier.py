@@ -191,6 +191,20 @@ def test_a_family_that_should_be_swept_on_is_named(points, said):
     assert found["open_ended"] == ["a"] * said
 
 
+@pytest.mark.parametrize(("missing", "stated"), [(5, True), (6, False)])
+def test_no_interval_on_the_condition_that_there_is_a_difference(missing, stated):
+    draws = torch.linspace(0, 1, 100, dtype=torch.float64)[:, None, None]
+    points = torch.tensor([[0.5]], dtype=torch.float64)
+
+    def statistic(drawn):
+        values = drawn[:, 0, 0].clone()
+        if len(drawn) > 1:
+            values[:missing] = torch.nan
+        return values
+
+    assert (not math.isnan(bootstrap(points, draws, 100, statistic).value)) == stated
+
+
 def test_a_gap_begins_at_the_less_clean_of_two_peaks():
     """A family that is more robust at less clean accuracy is above for it."""
     first = torch.tensor([[[0.9, 0.2], [0.8, 0.4]]], dtype=torch.float64)

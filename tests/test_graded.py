@@ -11,8 +11,10 @@ from lit_purify.defense import (
     Exact,
     HeterogeneousPurifier,
     Inverse,
+    Ones,
     OtherAttention,
     Proportional,
+    RandomArea,
     TopFraction,
     VariableIntensityPurifier,
     Votes,
@@ -50,6 +52,16 @@ def test_maps_follow_the_attention(classifier, images):
     assert [(votes * 3).round().eq(k).sum().item() // 6 for k in (3, 2, 1)] == [6, 13, 19]
     for image, vote in zip(score, votes, strict=True):
         assert image[vote > 0.9].min() >= image[vote < 0.9].max() - 1e-6
+
+
+def test_what_a_rule_depends_on_is_what_its_parts_depend_on(classifier):
+    """A mask that is drawn anew in every run must not be kept; one with a gradient anywhere has one."""
+    followed, drawn = TopFraction(0.3), RandomArea(TopFraction(0.3))
+    assert [Votes(rules).of_image for rules in ([followed, Ones()], [followed, drawn], [drawn])] == [True, False, False]
+    assert [Votes(rules).relaxable for rules in ([followed, Ones()], [Ones()], [drawn])] == [True, False, False]
+    for rule in (followed, drawn, Ones()):
+        other = OtherAttention(rule, classifier)
+        assert (other.of_image, other.relaxable) == (rule.of_image, rule.relaxable)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -200,3 +200,57 @@ def test_calls_and_levels_are_the_published_ones(name):
     if name.endswith("compat"):
         walked = release(500, 0.2 if "cifar" in name else 0.4)
         assert [*defended.purifier.levels, defended.purifier.end] == walked
+
+
+PGD_LONG, PGD_SHORT, AA = (200, 20), (20, 20), (100, 20)
+PEI = {"pgd": ("8/255", *PGD_LONG), "pgd_l2": (0.5, *PGD_LONG), "bpda": ("8/255", *PGD_LONG)}
+PEI |= {"aa_ce": ("8/255", *AA), "aa_dlr": ("8/255", *AA)}
+STANDARD = {"aa_ce": AA, "aa_dlr": AA, "aa_ce_1": (100, 1), "aa_t": (100, 1), "square": (5000, 1)}
+DIFFHAMMER = {f"apgd_{loss}": ("8/255", 50, 1) for loss in ("margin", "ce", "dlr")} | {"selective": ("8/255", 50, 10)}
+# Votes or runs, images, and of each attack its bound, steps and EOT.
+NUMBERS = {
+    "lee_kim_cifar10": (10, 512, {name: PEI[name] for name in ("pgd", "pgd_l2", "bpda")}),
+    "lee_kim_svhn": (10, 512, {"pgd": ("8/255", *PGD_LONG)}),
+    "lee_kim_imagenet": (10, 512, {"pgd": ("4/255", *PGD_SHORT)}),
+    "pei_cifar10": (20, 512, PEI),
+    "pei_cifar10_compat": (20, 512, PEI),
+    "pei_svhn": (20, 512, {"pgd": ("8/255", *PGD_LONG)}),
+    "pei_imagenet": (20, 512, {"pgd": ("4/255", *PGD_SHORT)}),
+    "pei_imagenet_compat": (20, 512, {"pgd": ("8/255", *PGD_SHORT)}),
+    "diffpure_cifar10": (10, 64, {name: ("8/255", *most) for name, most in STANDARD.items()}),
+    "diffpure_imagenet": (10, 16, {name: ("4/255", *most) for name, most in STANDARD.items()}),
+    "diffbreak_cifar10": (10, 256, {"apgd": ("8/255", 100, 10)}),
+    "diffbreak_imagenet": (8, 256, {"apgd": ("4/255", 100, 16)}),
+    "diffhammer_cifar10": (10, 512, DIFFHAMMER),
+}
+# What steers the purifiers: each level, U, tau or the masked fraction.
+STEERED = {
+    "lee_kim_cifar10": {"level": [30] * 4 + [50] * 2 + [125] * 2, "sampler": "ddpm"},
+    "lee_kim_svhn": {"level": [30] * 4 + [50] * 2 + [80] * 2, "sampler": "ddpm"},
+    "lee_kim_imagenet": {"level": [30] * 4 + [50] * 2 + [200] * 2, "sampler": "ddpm"},
+    "pei_cifar10": {"high": 200, "low": 100, "jump": 3, "tau": 0.9, "resampling": "single"},
+    "pei_cifar10_compat": {"high": 201, "low": 101, "jump": 3, "tau": 0.9, "resampling": "release", "end": 1},
+    "pei_svhn": {"high": 200, "low": 100, "jump": 3, "tau": 0.9, "resampling": "single"},
+    "pei_imagenet": {"high": 400, "low": 200, "jump": 3, "fraction": 0.15, "resampling": "single"},
+    "pei_imagenet_compat": {"high": 401, "low": 201, "jump": 3, "fraction": 0.15, "resampling": "release", "end": 1},
+    "diffpure_cifar10": {"level": 100, "steps": 100, "sampler": "sde"},
+    "diffpure_imagenet": {"level": 150, "steps": 150, "sampler": "sde"},
+    "diffbreak_cifar10": {"level": 100, "steps": 100, "sampler": "sde"},
+    "diffbreak_imagenet": {"level": 150, "steps": 150, "sampler": "sde"},
+    "diffhammer_cifar10": {"level": 100, "steps": 10, "sampler": "ddpm"},
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_numbers_are_the_published_ones(name):
+    task, data = PROTOCOLS[name]["model"]["init_args"], PROTOCOLS[name]["data"]["init_args"]
+    runs, count, attacks = NUMBERS[name]
+    assert (task["runs"], data["subset"]["init_args"]["n"]) == (runs, count)
+    found = {key: each["init_args"] for key, each in task["attacks"].items()}
+    assert {key: (each["eps"], each["steps"], each["eot"]) for key, each in found.items()} == attacks
+    assert all(each["norm"] == ("l2" if each["eps"] == 0.5 else "linf") for each in found.values())
+    assert all(each.get("step_size", 0.007) == 0.007 for each in found.values())
+    (purifier,) = task["defenses"].values()
+    given = [node["init_args"] for node in nodes(purifier)]
+    for key, value in STEERED[name].items():
+        assert value in [args[key] for args in given if key in args], key

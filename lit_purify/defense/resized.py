@@ -9,6 +9,7 @@ from torch.nn.functional import interpolate
 
 from lit_purify.defense.masks import Given
 from lit_purify.defense.purifiers import Purifier, Trace
+from lit_purify.errors import InputError
 from lit_purify.functional.noise import Noise
 from lit_purify.models import Classifier, Denoiser
 
@@ -36,6 +37,8 @@ class ResizedPurifier(Purifier):
     ) -> None:
         super().__init__(denoiser, classifier, recompute)
         inner = purifier(denoiser, classifier)
+        if inner.classifier is not classifier:
+            raise InputError("purifier: another classifier needs no resizing around it; make it a defense of its own")
         self.purifier = inner if recompute else inner.without_recomputation()
         self.mask = self.purifier.mask
 

@@ -112,12 +112,14 @@ def bootstrap(points: Tensor, draws: Tensor, count: int, statistic: Callable[[Te
         statistic: From (R, P, 2) to (R,); may be not a number.
 
     Returns:
-        Not a number throughout where the estimate is.
+        Not a number throughout where the estimate is, or one in twenty resamples: what is left of them would be an
+        interval on the condition that the other family is as clean.
     """
     value = float(statistic(points[None]))
     again = statistic(draws)
+    missing = again.isnan().double().mean()
     again = again[~again.isnan()].sort().values
-    if value != value or not len(again):
+    if value != value or missing > 0.05:
         return Interval(torch.nan, torch.nan, torch.nan)
     low, high = (float(torch.quantile(again, q)) for q in (0.025, 0.975))
     center, half = 2 * value - (low + high) / 2, max((high - low) / 2, Z95 / (count + 2))
