@@ -48,7 +48,7 @@ RULES = [
     SoftmaxThreshold(0.02),
     TopFraction(0.3),
     Inverse(MinMaxThreshold(0.4)),
-    Rolled(TopFraction(0.3)),
+    Rolled(MinMaxThreshold(0.4)),
 ]
 
 
