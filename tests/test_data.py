@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import CONTEXT
 from scipy.io import savemat
 from sklearn.datasets import load_digits
 from torchvision import datasets
@@ -455,6 +457,21 @@ def test_images_are_resized_and_cropped(tmp_path):
     assert image[1, 0].tolist() == [[0, 1]] * 2
     with pytest.raises(InputError, match="resize = 3, size = 4"):
         ImageFolder(tmp_path, size=4, resize=3)
+
+
+def ends_within_a_batch():
+    """Something refers to the loader's iterator to the end, as the traceback of an error does."""
+    iterator = iter(Digits(num_workers=1).test_dataloader())
+    next(iterator)
+    sys.kept = iterator
+
+
+def test_a_process_ends_whose_loader_has_workers_at_work():
+    process = CONTEXT.Process(target=ends_within_a_batch)
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from lit_purify.data.claims import Claims
 from lit_purify.data.subset import Indices, Subset, random_state, subset_sha256
+from lit_purify.data.workers import heed_only_the_parent
 from lit_purify.errors import InputError
 
 Batch = dict[str, Tensor]
@@ -194,7 +194,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             chosen,
             batch_sampler=Claims(items, self.batch_size, world, rank),
             num_workers=self.num_workers if world == 1 else 0,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=heed_only_the_parent,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
         )
@@ -227,17 +227,12 @@ class ImageDataModule(L.LightningDataModule, ABC):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=heed_only_the_parent,
             drop_last=drop_last,
             collate_fn=_collate,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def _leave_signals(worker: int) -> None:
-    """Schedulers signal whole process groups: the main process ends its step, and needs its workers for that."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:
