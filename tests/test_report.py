@@ -57,6 +57,10 @@ def test_tables_hold_the_figures_of_the_summary(run, text):
     for row in by_attack[1:]:
         found = [100 * by_pair[row[0], attack]["robust"]["average"][0] for attack in (*ATTACKS, "ensemble")]
         assert [cell.split()[0] for cell in row[1:]] == [f"{value:.1f}" for value in found]
+        # Of the attacks only one is not the first of its kind.
+        less = {attack: by_pair[row[0], attack].get("attack_difference") for attack in ATTACKS}
+        assert [attack for attack in ATTACKS if less[attack]] == ["square"]
+        assert row[1 + list(ATTACKS).index("square")].endswith(f"] {signed(less['square']['average'])}")
     # Of the two norms only one has several radii.
     over = tables["Average accuracy in % over the radius"]
     assert over[0][1:] == ["clean", "8/255 pgd, square", "16/255 far"]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lit_purify.callbacks.summary import ensembles, summarize, table
+from lit_purify.callbacks.summary import ensembles, signed, summarize, table
 from lit_purify.errors import InputError
 from lit_purify.metrics import Record
 from lit_purify.tasks.robustness import check_attack_names
@@ -64,6 +64,21 @@ def test_ensemble_of_each_threat_model(summary):
     assert found["clean"] == summary["results"][3]["clean"]
     # Steps, draws and masks are those of its attacks, whose lines stand above.
     assert "\nensemble: linf <= 0.1\nfor each sample the best of a, b\n" in table(summary)
+
+
+def test_attacks_are_compared_on_the_same_samples(summary):
+    """With the first of their threat model."""
+    found = {(r["defense"], r["attack"]): r.get("attack_difference") for r in summary["results"]}
+    assert {pair for pair, less in found.items() if less} == {("first", "b"), ("second", "b")}
+    less = found["second", "b"]
+    assert less["to"] == "a"
+    # a: right in 3 and 1 of four runs, b: in 2, which is a tie, and 4.
+    assert [less[rule][0] for rule in ("average", "worst", "majority")] == pytest.approx([0.25, 0.5, 0.0])
+    assert found["first", "b"]["average"][0] == 0.5
+    printed = table(summary)
+    assert (
+        f"\n  b less a: first {signed(found['first', 'b']['average'])}, second {signed(less['average'])}\n" in printed
+    )
 
 
 def test_rows_that_repeat_an_earlier_attack_are_marked():

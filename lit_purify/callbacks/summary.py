@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ def summarize(
     pairs = by_pair(records)
     described = [*described, *ensembles(described)]
     survived = {(result["defense"], result["attack"]): robust_outcomes(pairs, result) for result in described}
+    firsts = _first_attacks(described)
     results = []
     for result in described:
         pair, groups = (result["defense"], result["attack"]), groups_of(pairs, result)
@@ -83,10 +85,10 @@ def summarize(
             right = torch.stack([g.adversarial == g.label[:, None] for g in groups])
             entry["robust_average_held_out"] = list(mean_interval(held_out(right), runs))
         if pair[0] != baseline:
-            first = survived[baseline, pair[1]]
-            entry["robust_difference"] = {
-                rule: list(paired_difference(first[:, k], survived[pair][:, k])) for k, rule in enumerate(RULES)
-            }
+            entry["robust_difference"] = _differences(survived[baseline, pair[1]], survived[pair])
+        first = firsts[result["norm"], result["eps"]]
+        if len(groups) == 1 and pair[1] != first:
+            entry["attack_difference"] = {"to": first, **_differences(survived[pair[0], first], survived[pair])}
         entry["linf"], entry["l2"] = (max(getattr(r, norm) for g in groups for r in g) for norm in ("linf", "l2"))
         entry["seconds"] = sum(r.seconds for g in groups for r in g)
         if len(groups) == 1 and (repeated := sum(r.lost_to is not None for r in groups[0])):
@@ -100,6 +102,15 @@ def summarize(
         "undefended_clean_accuracy": undefended[0] if undefended else None,
         "results": results,
     }
+
+
+def _differences(first: Tensor, second: Tensor) -> dict[str, list[float]]:
+    return {rule: list(paired_difference(first[:, k], second[:, k])) for k, rule in enumerate(RULES)}
+
+
+def _first_attacks(described: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], str]:
+    """Of each threat model the attack that the others are compared to."""
+    return {(result["norm"], result["eps"]): result["attack"] for result in reversed(described)}
 
 
 def ensembles(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -217,6 +228,24 @@ def _row(result: Mapping[str, Any]) -> str:
     return result["defense"] + (" *" if "repeated" in result else "")
 
 
+def _attack_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each attack leaves more than the first one of its kind, on the same samples."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        if "attack_difference" in result:
+            less = result["attack_difference"]
+            said = f"{result['defense']} {signed(less['average'])}".replace(" ", "\xa0")
+            found.setdefault(f"{result['attack']} less {less['to']}", []).append(said)
+    if not found:
+        return []
+    lines = ["robust avg between attacks, in points"]
+    for name, said in found.items():
+        lines += wrap(
+            f"{name}: {', '.join(said)}", 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+        )
+    return [*(line.replace("\xa0", " ") for line in lines), ""]
+
+
 def table(summary: Mapping[str, Any]) -> str:
     """What ``eval.py`` prints: at most 100 columns for names of up to 14 letters."""
     results = summary["results"]
@@ -241,6 +270,7 @@ def table(summary: Mapping[str, Any]) -> str:
                 f"{percent(robust['average']):>19} {' '.join(rest)}  {difference:>19}"
             )
         lines.append("")
+    lines += _attack_lines(results)
     lines.append("avg: mean over runs. worst: right in every run. vote: majority of the runs, a tie counts as wrong.")
     if any("repeated" in result for result in results):
         lines.append(
