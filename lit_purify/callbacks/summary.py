@@ -239,10 +239,9 @@ def _attack_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     if not found:
         return []
     lines = ["robust avg between attacks, in points"]
-    for name, said in found.items():
-        lines += wrap(
-            f"{name}: {', '.join(said)}", 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
-        )
+    for name, differences in found.items():
+        text = f"  {name}: {', '.join(differences)}"
+        lines += wrap(text, 100, subsequent_indent="    ", break_on_hyphens=False)
     return [*(line.replace("\xa0", " ") for line in lines), ""]
 
 
