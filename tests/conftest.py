@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import nn
 
+from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models import Denoiser, ResNetClassifier, UNet
 
@@ -32,6 +33,11 @@ class FixedNoise:
         return FixedNoise(self.value.repeat_interleave(len(runs), dim=0))
 
 
+def pixelwise(t):
+    """Levels as (B, 1, 1, 1) or (B, 1, H, W)."""
+    return t.dense if isinstance(t, LevelMap) else t.reshape(len(t), 1, *t.shape[2:] or (1, 1))
+
+
 class Curved(Denoiser):
     """A small smooth network."""
 
@@ -42,7 +48,7 @@ class Curved(Denoiser):
         randomized(self.net)
 
     def forward(self, x, t):
-        return self.net(x) * (1.0 + t.reshape(len(t), 1, *t.shape[2:] or (1, 1)) / 1000.0).to(x.dtype)
+        return self.net(x) * (1.0 + pixelwise(t) / 1000.0).to(x.dtype)
 
 
 class GaussianDenoiser(Denoiser):
@@ -55,8 +61,9 @@ class GaussianDenoiser(Denoiser):
         self.calls = []
 
     def forward(self, x, t):
+        t = pixelwise(t)
         self.calls.append(t)
-        abar = self.schedule.at(t if t.ndim == 4 else t.reshape(-1, 1, 1, 1))
+        abar = self.schedule.at(t)
         total = abar * self.variance + 1 - abar
         return ((1 - abar).sqrt() / total).to(x.dtype) * (x - abar.sqrt().to(x.dtype) * self.mean)
 

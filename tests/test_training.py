@@ -102,7 +102,7 @@ def denoiser_task(**options):
 def test_levels_are_drawn_as_stated(images):
     task, image = denoiser_task(), images.repeat(100, 1, 1, 1)
     noise = KeyedNoise(0, torch.arange(600), torch.zeros(600, dtype=torch.long))
-    levels = task.draw_levels(image, noise)
+    levels = task.draw_levels(image, noise).dense
     distinct = torch.tensor([len(each.unique()) for each in levels])
     assert set(distinct.tolist()) == {1, 2}
     # Random shapes may cover no pixel or all of them.
@@ -110,7 +110,7 @@ def test_levels_are_drawn_as_stated(images):
     assert 1 <= int(levels.min()) <= 20
     assert 380 <= int(levels.max()) <= 400
     task = denoiser_task(constant=0.0, attention=1.0, shapes=0.0)
-    attended = task.draw_levels(image, noise)
+    attended = task.draw_levels(image, noise).dense
     mask = TopFraction(0.3)(task._classifier[0], image, noise)
     assert all(len(one[m > 0.5].unique()) == 1 for one, m in zip(attended, mask, strict=True))
     assert (attended.double().std(dim=(1, 2, 3)) > 0).double().mean() > 0.9
@@ -122,12 +122,12 @@ def test_the_classifier_is_called_for_attended_masks_alone(images):
     noise = KeyedNoise(0, torch.arange(60), torch.zeros(60, dtype=torch.long))
     seen = []
     task._classifier[0].network.conv1.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    levels = task.draw_levels(image, noise)
+    levels = task.draw_levels(image, noise).dense
     kinds = noise.uniform(1, image.new_empty(60, 3))[:, 2]
     attended = (kinds >= 0.5) & (kinds < 0.75)
     assert seen == [int(attended.sum())]
     task.constant, task.attention = 0.0, 1.0
-    whole = task.draw_levels(image, noise)
+    whole = task.draw_levels(image, noise).dense
     assert torch.equal(levels[attended], whole[attended])
     assert not torch.equal(levels[~attended], whole[~attended])
 
@@ -243,7 +243,7 @@ def test_training_loss_is_the_error_in_the_noise(images):
     noise = KeyedNoise(0, torch.arange(6), torch.zeros(6, dtype=torch.long), TRAINING)
     image = task.augmented(images, noise, 3)
     eps, levels = noise.normal(0, images), task.draw_levels(image, noise)
-    abar = task.denoiser.schedule.at(levels)
+    abar = task.denoiser.schedule.at(levels.dense)
     x = abar.sqrt() * (2 * image - 1) + (1 - abar).sqrt() * eps
     expected = (task.denoiser(x, levels) - eps).square().mean()
     assert not torch.equal(image, images)

@@ -13,8 +13,9 @@ from lit_purify.defense.masks import Mask
 from lit_purify.defense.purifiers import Purifier, Trace, positive
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import noised, renoised, step_back, to_diffusion, to_image
+from lit_purify.functional.levels import LevelMap, holding
 from lit_purify.functional.noise import Noise
-from lit_purify.functional.schedule import fraction_of, grid, round_half_up
+from lit_purify.functional.schedule import grid, round_half_up
 from lit_purify.models import Classifier, Denoiser
 
 Resampling = Literal["none", "single", "release", "multi"]
@@ -196,10 +197,10 @@ class VariableIntensityPurifier(Purifier):
 
     def walks(self, grades: int) -> list[list[int]]:
         """The K + 1 levels walked by each grade, from that of ``low`` to that of ``high``."""
-        starts = [self.low + (self.high - self.low) * grade / grades for grade in range(grades + 1)]
+        starts = [round_half_up(self.low + (self.high - self.low) * grade / grades) for grade in range(grades + 1)]
+        # Unlike a grid, a walk may stay at a level: a weak one has fewer than K.
         return [
-            [int(fraction_of(torch.tensor(round_half_up(start)), k, self.steps)) for k in range(self.steps + 1)]
-            for start in starts
+            [round_half_up(start * (self.steps - k) / self.steps) for k in range(self.steps + 1)] for start in starts
         ]
 
     def trace(self, image: Tensor, noise: Noise) -> Trace:
@@ -212,7 +213,7 @@ class VariableIntensityPurifier(Purifier):
         below = (mask.detach() * grades + 1e-4).long().clamp(max=grades - 1)
         above = mask * grades - below
         shares = [(below == grade) * (1.0 - above) + (below + 1 == grade) * above for grade in range(grades + 1)]
-        nearest = (mask.detach() * grades).round().long()
+        nearest = holding((mask.detach() * grades).round().long(), grades + 1)
 
         def blend(of_grades: Sequence[Tensor]) -> Tensor:
             return torch.stack([share * x for share, x in zip(shares, of_grades, strict=True)]).sum(dim=0)
@@ -220,8 +221,9 @@ class VariableIntensityPurifier(Purifier):
         walks = self.walks(grades)
         x = start = blend([noised(u, at(walk[0]), draw) for walk in walks])
         for k in range(self.steps):
-            levels = torch.tensor([walk[k] for walk in walks], device=image.device)[nearest]
-            eps = self.calling(last=k == self.steps - 1).predict(x, levels)
+            # Filled, not copied: a GPU would have to be waited for.
+            levels = torch.cat([below.new_full((len(x), 1), walk[k]) for walk in walks], dim=1)
+            eps = self.calling(last=k == self.steps - 1).predict(x, LevelMap(levels, nearest))
             x = blend([step_back(x, eps, at(walk[k]), at(walk[k + 1])) for walk in walks])
         return Trace(to_image(x), to_image(start), mask)
 

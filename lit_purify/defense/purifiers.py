@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_purify.defense.masks import Mask
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import euler_back, noised, step_back, to_diffusion, to_image
+from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.noise import Noise
 from lit_purify.functional.schedule import grid
 from lit_purify.models import Classifier, Denoiser
@@ -119,7 +120,7 @@ class Purifier(nn.Module, ABC):
         """
         return self.without_recomputation() if last and self.recompute else self
 
-    def predict(self, x: Tensor, t: Tensor | int) -> Tensor:
+    def predict(self, x: Tensor, t: LevelMap | int) -> Tensor:
         """Noise predicted in ``x`` at one level or at a map of levels."""
         level = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
         if self.recompute and torch.is_grad_enabled() and x.requires_grad:

@@ -89,7 +89,7 @@ class Schedule:
         """Abar at levels ``t`` (any shape, integers in 0 .. T), float64."""
         if isinstance(t, int):
             return self.abar[t]
-        return self.abar.to(t.device)[t.long()]
+        return self.abar.to(t.device, non_blocking=True)[t.long()]
 
     def check(self, name: str, t: int, low: int = 0) -> int:
         """``t`` itself when it lies in ``low`` .. T, and was trained; an ``InputError`` that names it otherwise."""
@@ -114,11 +114,6 @@ def grid(start: int, end: int, steps: int) -> list[int]:
     if len(set(rounded)) != len(rounded):
         raise InputError(f"steps = {steps} is more than the {start - end} whole levels from {start} down to {end}")
     return rounded
-
-
-def fraction_of(levels: Tensor, k: int, steps: int) -> Tensor:
-    """The map t_k = t (1 - k / steps) of whole levels; for a constant map the same levels as ``grid(t, 0, steps)``."""
-    return torch.floor(levels.double() * (steps - k) / steps + 0.5).to(levels.dtype)
 
 
 def _products(beta: Tensor) -> Tensor:

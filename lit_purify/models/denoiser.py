@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_purify.errors import InputError
+from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.schedule import Schedule
 
 
@@ -37,12 +38,13 @@ class Denoiser(nn.Module, ABC):
         return f"{type(self).__name__}, {count / 1e6:.2f} M parameters, {self.origin}"
 
     @abstractmethod
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | LevelMap) -> Tensor:
         """Predicted noise, same shape as ``x``.
 
         Args:
             x: (B, C, H, W) in diffusion space, [-1, 1] when clean.
-            t: Level of each image (B,) or of each pixel (B, 1, H, W), in noising steps 1 .. T; fractions are allowed.
+            t: Level of each image (B,), in noising steps 1 .. T, fractions allowed; or those of its pixels, of which
+                ``t.dense`` is (B, 1, H, W).
         """
 
     def check_image(self, image: Tensor) -> None:

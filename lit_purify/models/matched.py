@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_purify.errors import InputError
+from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models.denoiser import Denoiser
 
@@ -59,8 +60,13 @@ class MatchedSchedule(Denoiser):
         """What reports call it."""
         return f"{self.denoiser.title}, levels matched to another schedule"
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | LevelMap) -> Tensor:
         """Predicted noise; see ``Denoiser``. Between whole levels the denoiser's level is interpolated."""
-        levels, below = self.levels.to(t.device), t.floor().long() if t.is_floating_point() else t.long()
+        own = LevelMap(self._own(t.levels), t.weights) if isinstance(t, LevelMap) else self._own(t)
+        return self.denoiser(x, own)
+
+    def _own(self, t: Tensor) -> Tensor:
+        levels = self.levels.to(t.device, non_blocking=True)
+        below = t.floor().long() if t.is_floating_point() else t.long()
         above = (below + 1).clamp(max=self.schedule.steps)
-        return self.denoiser(x, torch.lerp(levels[below], levels[above], t.double() - below))
+        return torch.lerp(levels[below], levels[above], t.double() - below)

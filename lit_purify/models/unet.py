@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from lit_purify.errors import InputError
-from lit_purify.functional.levels import decompose
+from lit_purify.functional.levels import LevelMap, decompose
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models.denoiser import Denoiser
 from lit_purify.models.layers import (
@@ -207,9 +207,15 @@ class UNet(Denoiser):
         self.norm = style.norm(current)
         self.head = zeroed(nn.Conv2d(current, channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predicted noise; see ``Denoiser``."""
-        levels, weights = decompose(t)
+    def forward(self, x: Tensor, t: Tensor | LevelMap) -> Tensor:
+        """Predicted noise; see ``Denoiser``. Also takes the level of each pixel, (B, 1, H, W)."""
+        if isinstance(t, LevelMap):
+            levels, weights = t
+        elif t.ndim == 4:
+            levels, weights = decompose(t)
+        else:
+            # Twice, as in a map: kernels round differently for one row and for several.
+            levels, weights = t[:, None].expand(-1, 2), None
         position = self.level_scale * (levels.double() - self.level_shift)
         embedded = self.embed(sinusoidal(position, self.width, x.dtype, self.frequency_shift))
         conditioning = Conditioning(embedded, weights)

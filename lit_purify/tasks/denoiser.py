@@ -15,7 +15,7 @@ from lit_purify.data.base import Batch
 from lit_purify.defense import Mask, Purifier
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import noised, step_back, to_diffusion, to_image
-from lit_purify.functional.levels import two_level
+from lit_purify.functional.levels import LevelMap, two_level
 from lit_purify.functional.mask import random_shapes
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
 from lit_purify.models import Classifier, Denoiser
@@ -153,13 +153,13 @@ class DenoiserTask(TrainingTask):
         eps = noise.normal(_NOISE, u)
         levels = self.draw_levels(image, noise)
         # In mixed precision the prediction has 16 bits; its error is computed with 32.
-        predicted = self.denoiser(noised(u, self.denoiser.schedule.at(levels), eps), levels).to(eps.dtype)
+        predicted = self.denoiser(noised(u, self.denoiser.schedule.at(levels.dense), eps), levels).to(eps.dtype)
         loss = (predicted - eps).square().mean()
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def draw_levels(self, image: Tensor, noise: Noise) -> Tensor:
-        """Level maps (B, 1, H, W) of a batch of images in [0, 1]."""
+    def draw_levels(self, image: Tensor, noise: Noise) -> LevelMap:
+        """Level maps of a batch of images in [0, 1]."""
         draws = noise.uniform(_LEVELS, image.new_empty(len(image), 3))
         inside, outside = (1 + (draws[:, k] * self.max_level).long() for k in (0, 1))
         mask = random_shapes(image, noise.uniform(_SHAPES, image.new_empty(len(image), 6 * _SHAPE_COUNT)), _SHAPE_COUNT)
@@ -225,7 +225,7 @@ class DenoiserTask(TrainingTask):
                 ("outside", half, t, 1.0 - mask),
             ):
                 levels = two_level(mask, inside, outside)
-                x = noised(u, at(levels), eps)
+                x = noised(u, at(levels.dense), eps)
                 predicted = self.denoiser(x, levels).to(eps.dtype)
                 self._metric(self.errors, f"{place}_t{t}").update(
                     (predicted - eps).square().mean(dim=1, keepdim=True), weight

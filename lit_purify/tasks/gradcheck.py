@@ -20,6 +20,7 @@ from lit_purify.defense import DefendedClassifier
 from lit_purify.defense.masks import Given
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import LogitsFunction
+from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.noise import ATTACK, START_STEP, KeyedNoise
 from lit_purify.functional.threat import linf_norm
@@ -175,8 +176,9 @@ def _calls(denoiser: Denoiser) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
     """Inputs and output of every call."""
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def keep(module: Denoiser, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        calls.append((inputs[0].detach().clone(), inputs[1].clone(), output.detach().clone()))
+    def keep(module: Denoiser, inputs: tuple[Tensor, Tensor | LevelMap], output: Tensor) -> None:
+        x, t = inputs
+        calls.append((x.detach().clone(), t.dense if isinstance(t, LevelMap) else t.clone(), output.detach().clone()))
 
     handle = denoiser.register_forward_hook(keep)
     try:
