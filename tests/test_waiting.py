@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_purifiers import NAMES, every
+from test_purifiers import NAMES, every, keyed
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +21,7 @@ from lit_purify.defense import (
     Votes,
 )
 from lit_purify.functional.noise import KeyedNoise
-from lit_purify.models import MatchedSchedule
+from lit_purify.models import Compiled, MatchedSchedule
 
 RULES = {
     "top": TopFraction(0.3),
@@ -110,3 +110,29 @@ def test_waiting_is_seen(copies, wait):
             return wait(super().build(*args))
 
     assert copies(lambda *networks: VariableIntensityPurifier(*networks, Waiting(0.3), 400, 200, 2))
+
+
+@pytest.mark.parametrize("name", ["ddim", "variable", "heterogeneous-single"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_calls_are_whole_graphs(name, recompute, unet, classifier, images):
+    """Of the network and of its gradient; a break would be refused. What is computed is the same."""
+    seen = []
+    compiled = Compiled(unet, backend="aot_eager")
+    compiled.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs)))
+    found = []
+    for denoiser in (unet, compiled, copy.deepcopy(compiled)):
+        defended = DefendedClassifier(every(denoiser, classifier, recompute=recompute)[name], classifier)
+        leaf = images.clone().requires_grad_()
+        logits = defended(leaf, keyed(len(images)))
+        found.append((logits.detach(), *torch.autograd.grad(logits.square().sum(), leaf)))
+    assert len(seen) >= 2 * 4
+    for values in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(values, found[0], strict=True))
+
+
+def test_every_number_of_rows_has_its_graph(unet):
+    compiled = Compiled(unet, backend="eager")
+    for rows in range(1, 12):
+        x, t = torch.randn(rows, 1, 8, 8), torch.arange(1, rows + 1)
+        assert torch.equal(compiled(x, t), unet(x, t))
+    assert compiled.title == f"{unet.title}, compiled"
