@@ -1,6 +1,6 @@
 """How fast everything is beside what it cannot be faster than, measured in the same run:
 
-    python tests/benchmarks [--device cuda] [--only PART ...] [--pairs N] [--output FILE]
+    python tests/benchmarks [--device cuda] [--only PART ...] [--networks SIZE ...] [--pairs N] [--output FILE]
 
 Prints a table and writes it, with machine and versions, as JSON. What is measured and its bound take turns; a ratio
 is the median over pairs. On a CPU times are CPU seconds of one thread, so that other load disturbs them less; on a
@@ -37,6 +37,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--networks", nargs="+", choices=calls.SIZES, help="default: small, on a GPU both")
     parser.add_argument("--batch", type=int, help="rows of a network call (default: 32, on a GPU 256)")
     parser.add_argument("--pairs", type=int, default=7, help="how often each is measured")
     parser.add_argument("--output", type=Path, help="a JSON file")
@@ -49,7 +50,7 @@ def main():
     print(json.dumps(found["machine"], indent=1))
     print(f"{'':70} {'seconds':>10} {'bound':>10} {'ratio':>7} {'quartiles':>15} {'limit':>6}")
     measures = []
-    for name in ("small", "full")[: 1 + gpu]:
+    for name in given.networks or [*calls.SIZES][: 1 + gpu]:
         both = {"calls": calls.measure, "evaluations": calls.measure_evaluations, "training": training.measure}
         for part, measure in both.items():
             if part in given.only:
