@@ -20,6 +20,7 @@ from lit_purify.defense import (
     VariableIntensityPurifier,
     Votes,
 )
+from lit_purify.errors import InputError
 from lit_purify.functional.noise import KeyedNoise
 from lit_purify.models import Compiled, MatchedSchedule
 
@@ -136,3 +137,7 @@ def test_every_number_of_rows_has_its_graph(unet):
         x, t = torch.randn(rows, 1, 8, 8), torch.arange(1, rows + 1)
         assert torch.equal(compiled(x, t), unet(x, t))
     assert compiled.title == f"{unet.title}, compiled"
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([5, 50, 500])
+    assert torch.equal(MatchedSchedule(compiled)(x, t), MatchedSchedule(unet)(x, t))
+    with pytest.raises(InputError, match="MatchedSchedule wraps another one"):
+        Compiled(MatchedSchedule(unet))

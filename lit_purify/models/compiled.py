@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_purify.errors import InputError
 from lit_purify.functional.levels import LevelMap
 from lit_purify.models.denoiser import Denoiser
 
@@ -18,10 +19,17 @@ class Compiled(Denoiser):
     Args:
         denoiser: The denoiser.
         backend: Of ``torch.compile``.
+
+    Raises:
+        InputError: ``denoiser`` wraps another one.
     """
 
     def __init__(self, denoiser: Denoiser, backend: str = "inductor") -> None:
         super().__init__()
+        if any(isinstance(module, Denoiser) for module in denoiser.modules() if module is not denoiser):
+            raise InputError(
+                f"denoiser: {type(denoiser).__name__} wraps another one; compile that, and wrap the result"
+            )
         self.denoiser: Denoiser = denoiser
         self.channels, self.size, self.schedule = denoiser.channels, denoiser.size, denoiser.schedule
         self.origin = denoiser.origin
