@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-import subprocess
+import signal
 import time
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -228,8 +228,8 @@ def test_a_signal_ends_a_training_after_its_step_and_the_same_command_goes_on(
         if self.trainer.fit_loop.total_batch_idx == 8:
             children = multiprocessing.active_children()
             assert len(children) >= workers
-            # From another process, as always: workers obey their parent.
-            subprocess.run(["kill", "-TERM", *(str(child.pid) for child in children), str(os.getpid())], check=True)
+            for pid in (*(child.pid for child in children), os.getpid()):
+                os.kill(pid, signal.SIGTERM)
             time.sleep(0.5 * workers)
         return step(self, batch, batch_idx)
 

@@ -82,6 +82,13 @@ def test_every_pixel_walks_down_from_its_own_level(name, classifier, images):
     assert (purifier.start[0], purifier.start[-1], len(purifier.start)) == (high, low, rule.grades + 1)
 
 
+def test_walks_start_at_whole_levels(classifier):
+    """131.25 is 131, two thirds of which are 87; of 131.25 they would be 88."""
+    purifier = VariableIntensityPurifier(GaussianDenoiser(size=8), classifier, RULES["votes"], 300, 75, 3)
+    assert purifier.walks(4)[1] == [131, 87, 44, 0]
+    assert purifier.walks(1) == [[75, 50, 25, 0], [300, 200, 100, 0]]
+
+
 def test_rules_that_agree_are_one_rule(unet, classifier, images):
     rule = TopFraction(0.3)
     one, two = (

@@ -57,6 +57,7 @@ def test_tables_hold_the_figures_of_the_summary(run, text):
     for row in by_attack[1:]:
         found = [100 * by_pair[row[0], attack]["robust"]["average"][0] for attack in (*ATTACKS, "ensemble")]
         assert [cell.split()[0] for cell in row[1:]] == [f"{value:.1f}" for value in found]
+        assert "less what the first attack of that kind leaves" in text
         # Of the attacks only one is not the first of its kind.
         less = {attack: by_pair[row[0], attack].get("attack_difference") for attack in ATTACKS}
         assert [attack for attack in ATTACKS if less[attack]] == ["square"]
@@ -93,6 +94,7 @@ def test_one_threat_model_has_its_worst_case_and_vote_in_the_headline(tmp_path):
     ):
         values = [result["robust"]["worst"], result["robust"]["majority"], result["clean"]["average"]]
         assert row[3:6] == [percent(value) for value in values]
+    assert "less what the first attack of that kind leaves" not in page(FinishedRun.read(run))
     # Figures under skip_lost are marked.
     shown = tables["Robust average under each attack, accuracy in %"]
     assert [cell.endswith("*") for cell in shown[2][1:]] == [True, True]

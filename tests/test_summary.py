@@ -87,6 +87,8 @@ def test_rows_that_repeat_an_earlier_attack_are_marked():
     found = summarize(records, DESCRIBED, FACTS, "first")
     assert [(r["attack"], r.get("repeated")) for r in found["results"][3:6]] == [("a", None), ("b", 1), ("l2", None)]
     assert not any("repeated" in r for r in found["results"][6:])
+    # What b leaves of the samples that it was not tried on is no property of b.
+    assert not any("attack_difference" in r for r in found["results"])
     printed = table(found)
     rows = [line for line in printed.splitlines() if line.startswith("second")]
     assert [row.split()[1] == "*" for row in rows] == [False, True, False, False]

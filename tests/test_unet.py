@@ -4,6 +4,7 @@ from conftest import randomized
 
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import noised
+from lit_purify.functional.levels import LevelMap, holding
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models import MatchedSchedule, UNet
 
@@ -114,6 +115,14 @@ def test_matching_a_schedule_with_itself_changes_nothing():
     own = randomized(UNet(1, 8, 8, [1, 2]))
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 333, 1000])
     assert torch.equal(MatchedSchedule(own)(x, t), own(x, t))
+    # Every level of a map is matched.
+    seen = []
+    own.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    matched = MatchedSchedule(own, "cosine", 4000)
+    grade = torch.randint(0, 2, (len(x), 1, *x.shape[2:]))
+    matched(x, LevelMap(torch.tensor([[900, 1200]]).expand(len(x), 2), holding(grade, 2)))
+    assert torch.equal(seen[0].levels, matched.levels[torch.tensor([[900, 1200]])].expand(len(x), 2))
+    assert torch.equal(seen[0].weights.int().argmax(dim=1, keepdim=True), grade)
 
 
 def test_levels_beyond_the_strongest_do_not_exist():

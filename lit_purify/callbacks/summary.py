@@ -86,13 +86,15 @@ def summarize(
             entry["robust_average_held_out"] = list(mean_interval(held_out(right), runs))
         if pair[0] != baseline:
             entry["robust_difference"] = _differences(survived[baseline, pair[1]], survived[pair])
+        repeated = sum(record.lost_to is not None for record in groups[0]) if len(groups) == 1 else 0
+        if repeated:
+            entry["repeated"] = repeated
         first = firsts[result["norm"], result["eps"]]
-        if len(groups) == 1 and pair[1] != first:
+        # Of one that left samples out the difference would be that of all attacks so far.
+        if len(groups) == 1 and pair[1] != first and not repeated:
             entry["attack_difference"] = {"to": first, **_differences(survived[pair[0], first], survived[pair])}
         entry["linf"], entry["l2"] = (max(getattr(r, norm) for g in groups for r in g) for norm in ("linf", "l2"))
         entry["seconds"] = sum(r.seconds for g in groups for r in g)
-        if len(groups) == 1 and (repeated := sum(r.lost_to is not None for r in groups[0])):
-            entry["repeated"] = repeated
         results.append(entry)
     undefended = [entry["clean"]["average"][0] for entry in results if entry["nfe_defense"] == 0]
     return {

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from lit_purify.data.claims import Claims
 from lit_purify.data.subset import Indices, Subset, random_state, subset_sha256
-from lit_purify.data.workers import heed_only_the_parent
+from lit_purify.data.workers import Loader, ignore_sigterm
 from lit_purify.errors import InputError
 
 Batch = dict[str, Tensor]
@@ -81,7 +81,7 @@ class _Shuffle(DistributedSampler[dict[str, Any]]):
         return islice(super().__iter__(), self.taken(), None)
 
 
-class _LazyLoader(DataLoader[dict[str, Any]]):
+class _LazyLoader(Loader):
     """Begins a pass when its first batch is due.
 
     Workers would read ahead as soon as an iterator is made, and Lightning makes it before it says which epoch of a
@@ -194,7 +194,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             chosen,
             batch_sampler=Claims(items, self.batch_size, world, rank),
             num_workers=self.num_workers if world == 1 else 0,
-            worker_init_fn=heed_only_the_parent,
+            worker_init_fn=ignore_sigterm,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
         )
@@ -220,14 +220,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
         split: ImageDataset,
         sampler: Any,  # noqa: ANN401
         drop_last: bool = False,
-        kind: type[DataLoader[dict[str, Any]]] = DataLoader,
+        kind: type[Loader] = Loader,
     ) -> DataLoader[dict[str, Any]]:
         return kind(
             split,
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            worker_init_fn=heed_only_the_parent,
+            worker_init_fn=ignore_sigterm,
             drop_last=drop_last,
             collate_fn=_collate,
             persistent_workers=self.num_workers > 0,

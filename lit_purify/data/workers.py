@@ -1,28 +1,44 @@
-"""Worker processes of loaders, which end when their main process says so and not before."""
+"""Worker processes of loaders: signals to whole process groups do not end them, their process does."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import threading
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
+from typing import Any
+from weakref import WeakSet
+
+from torch.utils.data import DataLoader
+
+_workers: WeakSet[BaseProcess] = WeakSet()
+_prepared = 0
 
 
-def heed_only_the_parent(worker: int) -> None:
-    """Initializes a worker: a SIGTERM ends it if its parent sent it, and does nothing otherwise.
+def ignore_sigterm(worker: int) -> None:
+    """Initializes a worker: the main process ends its step when it is signaled, and needs its workers for that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-    Schedulers signal whole process groups; the main process then ends its step, and needs its workers for that. Its own
-    SIGTERM has to be obeyed: at exit Python sends one to every daemonic child, and waits for it.
+
+class Loader(DataLoader[dict[str, Any]]):
+    """A loader whose workers end when this process exits, also amid a batch.
+
+    At exit Python asks daemonic children to end by a SIGTERM, and waits for them.
     """
-    parent = multiprocessing.parent_process()  # a fork server's id is os.getppid()
-    if parent is None or not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    # Threads inherit the mask: the signal stays pending until the one below takes it, with its sender.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_heed, args=(parent.pid,), daemon=True).start()
+
+    def _get_iterator(self) -> Any:  # noqa: ANN401
+        global _prepared
+        if _prepared != os.getpid():
+            # Those of the process that this one was forked from are none of its children.
+            _prepared = os.getpid()
+            _workers.clear()
+            Finalize(None, _kill, exitpriority=100)
+        iterator = super()._get_iterator()
+        _workers.update(getattr(iterator, "_workers", ()))
+        return iterator
 
 
-def _heed(parent: int | None) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+def _kill() -> None:
+    for worker in _workers:
+        if worker.is_alive():
+            worker.kill()

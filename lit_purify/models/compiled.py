@@ -27,9 +27,7 @@ class Compiled(Denoiser):
     def __init__(self, denoiser: Denoiser, backend: str = "inductor") -> None:
         super().__init__()
         if any(isinstance(module, Denoiser) for module in denoiser.modules() if module is not denoiser):
-            raise InputError(
-                f"denoiser: {type(denoiser).__name__} wraps another one; compile that one"
-            )
+            raise InputError(f"denoiser: {type(denoiser).__name__} wraps another one; compile that one")
         self.denoiser: Denoiser = denoiser
         self.channels, self.size, self.schedule = denoiser.channels, denoiser.size, denoiser.schedule
         self.origin = denoiser.origin
