@@ -131,6 +131,8 @@ def essence(message: str, configs: Sequence[dict[str, Any]] = ()) -> str:
             return f"unexpected argument {m[1]}; {_nearest(m[1], COMMANDS) or _USAGE}"
         name = (m[1] or m[2]).removeprefix("--")
         first, dot, rest = name.partition(".")
+        if name in _SETTINGS:
+            return f"there is no setting {name} of this command; --help_all lists all"
         near = _nearest(name, _SETTINGS) or _nearest(first, _SETTINGS, dot + rest)
         return f"there is no setting {name}; {near or '--help_all lists all'}"
     if m := re.search(r"invalid choice: '(.+)' \(choose from (.+)\)", message):
@@ -145,7 +147,8 @@ def essence(message: str, configs: Sequence[dict[str, Any]] = ()) -> str:
         return f"no {missing} given: name a configuration with --config"
     if m := re.search(r"Expected a dot import path string: (.+)", message):
         if m[1] in _CLASSES:
-            return f"{at}{m[1]} is of another kind than is needed here"
+            remedy = {"RobustnessTask": "; it is for eval.py without a command"}.get(m[1], "")
+            return f"{at}{m[1]} is of another kind than is needed here{remedy}"
         return f"{at}there is no class {m[1]}; {_nearest(m[1], _CLASSES) or 'classes of others need their full path'}"
     if m := re.search(r"module '(.+)' has no attribute '(\w+)'|(No module named '.+')", message):
         near = _nearest(m[2], dir(pydoc.locate(m[1]))) if m[1] else ""

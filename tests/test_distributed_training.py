@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +55,7 @@ def config(tmp_path_factory):
                 {"class_path": "lightning.pytorch.callbacks.EMAWeightAveraging", "init_args": average},
                 {
                     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {"save_top_k": -1, "filename": "{epoch}", "monitor": "val/loss"},
+                    "init_args": {"save_top_k": -1, "filename": "{epoch}", "monitor": "val/loss", "save_last": True},
                 },
                 {"class_path": "Export"},
             ],
@@ -141,7 +142,7 @@ def test_batch_normalization_asks_no_others_in_evaluation(monkeypatch, training,
 
 
 def test_one_process_writes(two):
-    assert {path.name for path in (two / "checkpoints").iterdir()} == {"epoch=0.ckpt", "epoch=1.ckpt"}
+    assert {path.name for path in (two / "checkpoints").iterdir()} == {"epoch=0.ckpt", "epoch=1.ckpt", "last.ckpt"}
     assert "Exported" in (two.parent / "log.0").read_text()
     assert "Exported" not in (two.parent / "log.1").read_text()
 
@@ -211,35 +212,40 @@ def test_all_processes_stop_after_the_same_step(tmp_path, decision):
     assert saved == [tmp_path / "checkpoints" / "last.ckpt"] * decision
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("signum", "workers", "batch"), [(signal.SIGTERM, 0, 8), (signal.SIGTERM, 1, 8), (signal.SIGINT, 1, 2)]
+)
 def test_a_signal_ends_a_training_after_its_step_and_the_same_command_goes_on(
-    workers, config, tmp_path, monkeypatch, capsys
+    signum, workers, batch, config, tmp_path, monkeypatch, capsys
 ):
     """Within an epoch, with gradients of two batches a step: weights are those of a training that was left alone.
 
-    Also when the signal goes to the whole process group, as that of ``timeout``: the loader's workers get it first.
+    Also when the signal goes to the whole process group, as that of ``timeout`` and Ctrl-C: the loader's workers get it
+    first. There is one last checkpoint, of the last step, also where the run's folder is named as seen from here.
     """
+    monkeypatch.chdir(tmp_path)
     flags = ["--trainer.limit_train_batches=6", "--trainer.accumulate_grad_batches=2", "--ckpt_path=last"]
     flags += [f"--data.init_args.num_workers={workers}"]
     through = alone(config, tmp_path / "through", *flags)
     step = DenoiserTask.training_step
 
-    def signaled(self, batch, batch_idx):
-        if self.trainer.fit_loop.total_batch_idx == 8:
+    def signaled(self, batch, batch_idx, number=batch):
+        if self.trainer.fit_loop.total_batch_idx == number:
             children = multiprocessing.active_children()
             assert len(children) >= workers
             for pid in (*(child.pid for child in children), os.getpid()):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signum)
             time.sleep(0.5 * workers)
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(DenoiserTask, "training_step", signaled)
     with pytest.raises(SystemExit) as stopped:
-        alone(config, tmp_path / "run", *flags)
+        alone(config, Path("run"), *flags)
     assert stopped.value.code == INTERRUPTED
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    assert f"stopped after step 5: go on with --ckpt_path {last}" in capsys.readouterr().err
+    last = Path("run") / "checkpoints" / "last.ckpt"
+    assert f"stopped after step {batch // 2 + 1}: go on with --ckpt_path {last}" in capsys.readouterr().err
     monkeypatch.setattr(DenoiserTask, "training_step", step)
-    resumed = alone(config, tmp_path / "run", *flags)
+    resumed = alone(config, Path("run"), *flags)
+    assert [path.name for path in last.parent.glob("last*")] == ["last.ckpt"]
     one, other = (load_file(run / "model.safetensors") for run in (through, resumed))
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -7,9 +7,13 @@
 # denoiser (configs/train/cifar10_denoiser_gpu.yaml) and the evaluation of 512 test images, all under FOLDER
 # (runs/cifar10_gpu). Each training may take MINUTES (25); after that, and after any other interruption, the same command
 # goes on where it was. Paths are seen from the root of the repository. FLAGS go to all four commands:
-# --data.init_args.root my/images, --data.init_args.download false ...
+# --data.init_args.root my/images, --data.init_args.download false ...; those that only one of train.py and eval.py knows are
+# none of them.
 # The levels are those of configs/eval/cifar10.yaml, chosen for the network that ships; choose anew with
-# `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`. Not run on a GPU yet.
+# `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`.
+# Rehearsed on a CPU with a few steps; not run on a GPU yet, so that nobody knows how long it takes: 100,000 steps of the
+# denoiser will want the command several times, and the table, which has no limit of time, is 2.6 million gradients of a
+# purification. With the models there, the last command with --dry_run on that GPU tells.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${FOLDER:-runs/cifar10_gpu}

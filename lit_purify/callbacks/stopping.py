@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,13 +13,15 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SAVING = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once, without\n"
 
 
 class Stopping(Callback):
     """On SIGTERM or SIGUSR1 (preemption, the end of the time granted) to any process, all of them end.
 
     An evaluation, or a purification of images, ends at once: all that is done is on the disk. A training finishes its
-    step, saves ``checkpoints/last.ckpt``, and ends; from there it takes the very steps that it would have taken.
+    step, saves ``checkpoints/last.ckpt``, and ends; from there it takes the very steps that it would have taken. It
+    does so upon Ctrl-C as well; a second one ends it at once.
 
     Lightning's own handlers talk to the other processes, and save, wherever the signal finds them. In a training to
     be put after all callbacks that change weights.
@@ -35,8 +38,17 @@ class Stopping(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Waits for the end of a step."""
-        for signum in _SIGNALS:
+        for signum in (*_SIGNALS, signal.SIGINT):
             signal.signal(signum, self._note)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                # The run's own: it would write the next one beside one that it does not know.
+                last = Path(callback.dirpath) / "last.ckpt"
+                callback.last_model_path = str(last) if last.is_file() else callback.last_model_path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """There is no step any more to wait for."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
@@ -48,10 +60,6 @@ class Stopping(Callback):
         if not trainer.strategy.reduce_boolean_decision(self.stopped, all=False):
             return
         path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                # Else it would write its next one beside this one.
-                callback.last_model_path = str(path)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             print(f"stopped after step {trainer.global_step}: go on with --ckpt_path {path}", file=sys.stderr)
@@ -59,6 +67,10 @@ class Stopping(Callback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.stopped = True
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # Not print, which may be what was interrupted.
+            os.write(2, _SAVING)
 
 
 def _end(signum: int, frame: FrameType | None) -> NoReturn:

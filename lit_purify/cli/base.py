@@ -195,13 +195,15 @@ def quiet() -> None:
         if isinstance(stream, io.TextIOWrapper):
             # Names of files need not be text of the terminal's encoding.
             stream.reconfigure(errors="backslashreplace")
-    for name in ("pytorch.utilities.rank_zero", "fabric.utilities"):
+    for name in ("pytorch.utilities.rank_zero", "pytorch.trainer.connectors.checkpoint_connector", "fabric.utilities"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     for pattern in (
         ".*does not have many workers.*",
         ".*deprecat.*",
         ".*isinstance.*treespec.*",
         ".*Checkpoint directory.*",
+        # The first of several commands that are the same.
+        ".*there is no last checkpoint available.*",
         ".*using a `DistributedSampler`.*",
         ".*args parameter is intended.*",
         ".*smaller than the logging interval.*",

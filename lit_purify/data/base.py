@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 
 from lit_purify.data.claims import Claims
 from lit_purify.data.subset import Indices, Subset, random_state, subset_sha256
-from lit_purify.data.workers import Loader, ignore_sigterm
+from lit_purify.data.workers import Loader, ignore_signals
 from lit_purify.errors import InputError
 
 Batch = dict[str, Tensor]
@@ -194,7 +194,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             chosen,
             batch_sampler=Claims(items, self.batch_size, world, rank),
             num_workers=self.num_workers if world == 1 else 0,
-            worker_init_fn=ignore_sigterm,
+            worker_init_fn=ignore_signals,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
         )
@@ -227,7 +227,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            worker_init_fn=ignore_sigterm,
+            worker_init_fn=ignore_signals,
             drop_last=drop_last,
             collate_fn=_collate,
             persistent_workers=self.num_workers > 0,

@@ -21,13 +21,18 @@ VAL = 5000
 
 def open_torchvision(make: Callable[..., Any], root: Path, download: bool, **options: Any) -> Any:  # noqa: ANN401
     """A torchvision dataset, or an ``InputError`` that says what to do."""
+    folders = "or give a root with folders train and test of images, one subfolder a class, and download: false"
     try:
         return make(root, download=download, **options)
     except RuntimeError as error:
-        remedy = "remove its files and try again" if download else "check root, or set download: true to fetch them"
-        raise InputError(f"{root}: files of {make.__name__} are missing or damaged; {remedy}") from error
+        if not download and not root.is_dir():
+            raise InputError(f"{root}: no such folder; check data.init_args.root") from error
+        remedy = "remove its files and try again" if download else "set download: true to fetch them"
+        raise InputError(f"{root}: files of {make.__name__} are missing or damaged; {remedy}, {folders}") from error
     except OSError as error:
-        raise InputError(f"{root}: {make.__name__} cannot be fetched or read ({error})") from error
+        raise InputError(
+            f"{root}: {make.__name__} cannot be fetched or read ({error}); try again, {folders}"
+        ) from error
 
 
 def from_arrays(images: np.ndarray[Any, Any], labels: Indices, classes: list[str]) -> ImageDataset:

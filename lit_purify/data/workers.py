@@ -15,9 +15,10 @@ _workers: WeakSet[BaseProcess] = WeakSet()
 _prepared = 0
 
 
-def ignore_sigterm(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Initializes a worker: the main process ends its step when it is signaled, and needs its workers for that."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class Loader(DataLoader[dict[str, Any]]):
