@@ -371,7 +371,10 @@ def test_threat_model(refused_evaluation, eps, norm, said):
     ],
 )
 def test_levels(refused_evaluation, purifier, init_args, said):
-    assert said in refused_evaluation({UNIFORM: {"class_path": purifier, "init_args": init_args}})
+    found = refused_evaluation({UNIFORM: {"class_path": purifier, "init_args": init_args}})
+    assert said in found
+    # A mask is made before its defense.
+    assert found.startswith("defenses.uniform: ") == (not said.startswith("fraction"))
 
 
 @pytest.mark.parametrize("n", [0, 401])

@@ -108,7 +108,12 @@ class RobustnessTask(L.LightningModule):
         if not 0 <= seed < 2**32:
             raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
         self.classifier, self.denoiser = classifier, denoiser
-        purifiers = {name: make(denoiser, classifier) for name, make in defenses.items()}
+        purifiers = {}
+        for name, make in defenses.items():
+            try:
+                purifiers[name] = make(denoiser, classifier)
+            except InputError as error:
+                raise InputError(f"defenses.{name}: {error}") from error
         self.defenses = nn.ModuleDict({name: DefendedClassifier(p, p.classifier) for name, p in purifiers.items()})
         self.requires_grad_(False)
         self.attacks = dict(attacks)
