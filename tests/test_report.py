@@ -93,7 +93,9 @@ def test_one_threat_model_has_its_worst_case_and_vote_in_the_headline(tmp_path):
         tables["Accuracy in %, under all attacks of each kind"][2:], summary["results"], strict=False
     ):
         values = [result["robust"]["worst"], result["robust"]["majority"], result["clean"]["average"]]
-        assert row[3:6] == [percent(value) for value in values]
+        less = result.get("clean_difference")
+        shown = [percent(value) for value in values]
+        assert row[3:6] == [*shown[:2], shown[2] + (f" {signed(less['average'])}" if less else "")]
     assert "less what the first attack of that kind leaves" not in page(FinishedRun.read(run))
     # Figures under skip_lost are marked.
     shown = tables["Robust average under each attack, accuracy in %"]

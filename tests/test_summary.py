@@ -62,6 +62,10 @@ def test_ensemble_of_each_threat_model(summary):
     # Against the ensemble of the other defense: a loses its second sample in every run.
     assert found["robust_difference"]["average"][0] == pytest.approx(0.375 - 0.5)
     assert found["clean"] == summary["results"][3]["clean"]
+    # Right in one clean run of the first sample instead of three.
+    wrong = [replace(r, clean=[1, 0, 0, 0]) if (r.defense, r.index) == ("second", 0) else r for r in RECORDS]
+    less = summarize(wrong, DESCRIBED, FACTS, "first")["results"][-1]["clean_difference"]
+    assert [less[rule][0] for rule in ("average", "worst", "majority")] == pytest.approx([-0.25, 0.0, -0.5])
     # Steps, draws and masks are those of its attacks, whose lines stand above.
     assert "\nensemble: linf <= 0.1\nfor each sample the best of a, b\n" in table(summary)
 

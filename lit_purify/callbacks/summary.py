@@ -65,13 +65,14 @@ def summarize(
     pairs = by_pair(records)
     described = [*described, *ensembles(described)]
     survived = {(result["defense"], result["attack"]): robust_outcomes(pairs, result) for result in described}
+    cleanly = {(result["defense"], result["attack"]): clean_outcomes(pairs, result) for result in described}
     firsts = _first_attacks(described)
     results = []
     for result in described:
         pair, groups = (result["defense"], result["attack"]), groups_of(pairs, result)
         entry = dict(result)
         runs = len(groups[0][0].clean)
-        for name, values in (("clean", clean_outcomes(pairs, result)), ("robust", survived[pair])):
+        for name, values in (("clean", cleanly[pair]), ("robust", survived[pair])):
             found = accuracies(values.sum(dim=0), values.square().sum(dim=0), len(values), runs)
             entry[name] = {rule: list(getattr(found, rule)) for rule in RULES}
         for name, share in (("resubmission", survival), ("vote", vote)):
@@ -86,6 +87,7 @@ def summarize(
             entry["robust_average_held_out"] = list(mean_interval(held_out(right), runs))
         if pair[0] != baseline:
             entry["robust_difference"] = _differences(survived[baseline, pair[1]], survived[pair])
+            entry["clean_difference"] = _differences(cleanly[baseline, pair[1]], cleanly[pair])
         repeated = sum(record.lost_to is not None for record in groups[0]) if len(groups) == 1 else 0
         if repeated:
             entry["repeated"] = repeated
