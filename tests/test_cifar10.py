@@ -60,10 +60,10 @@ def test_experiment_runs_in_the_small(name, tmp_path):
 
 
 def test_choices_are_made_on_validation_images():
-    """The table alone reads the test images."""
+    """The tables alone read the test images."""
     assert {
         name for name, settings in CONFIGS.items() if settings["data"]["init_args"].get("evaluate_on") != "val"
-    } == {"cifar10"}
+    } == {"cifar10", "cifar10_second_test"}
 
 
 def test_cards_state_the_files():
