@@ -136,7 +136,7 @@ def drawn(found: Mapping[str, Any], pyplot: Any) -> Any:  # noqa: ANN401
             )
             style = {"color": "gray" if family is None else f"C{color}", "alpha": 0.8, "elinewidth": 0.5}
             axes.errorbar(
-                x, y, xerr=xerr, yerr=yerr, fmt="x" if family is None else "o", ms=4, label=family or "no family", **style
+                x, y, xerr=xerr, yerr=yerr, fmt="o" if family else "x", ms=4, label=family or "no family", **style
             )
             line = sorted(
                 (p["clean"][0], p["robust"][0]) for p in part["points"] if p["family"] == family and p["on_frontier"]
