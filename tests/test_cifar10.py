@@ -22,7 +22,7 @@ CARDS = (ROOT / "checkpoints/README.md").read_text()
 
 
 def shrunk(settings, root):
-    """The same defenses and attacks on two images, one step and one run of everything; of sweeps the ends."""
+    """The same defenses and attacks on an image, one step and one run of everything; of sweeps the ends."""
     settings = json.loads(json.dumps(settings))
     task, data = settings["model"]["init_args"], settings["data"]["init_args"]
     for attack in task["attacks"].values():
@@ -31,9 +31,9 @@ def shrunk(settings, root):
         for key, value in node["init_args"].items():
             if isinstance(value, list) and key != "rules":
                 node["init_args"][key] = [value[0], value[-1]] if key in ("level", "high", "jump", "tau") else value[:1]
-    task |= {"runs": 1, "chunk": 4, "gallery": 0}
-    data |= {"root": str(root), "download": False, "batch_size": 2, "num_workers": 0}
-    data["subset"]["init_args"]["n"] = 2
+    task |= {"runs": 1, "chunk": 1, "gallery": 0}
+    data |= {"root": str(root), "download": False, "batch_size": 1, "num_workers": 0}
+    data["subset"]["init_args"]["n"] = 1
     settings["trainer"] = {"logger": False, "accelerator": "cpu"}
     return settings
 
