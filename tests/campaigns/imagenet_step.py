@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from calls import networks
 
 from lit_purify.attacks import PGD
 from lit_purify.defense import DefendedClassifier, ResizedPurifier, UniformPurifier
 from lit_purify.functional.noise import KeyedNoise
-from lit_purify.models import TimmClassifier, UNet
+from lit_purify.models import TimmClassifier
 
 CASES = {
     # Diffusion steps, whether it is differentiated, whether the network recomputes its blocks.
@@ -41,32 +44,10 @@ def gigabytes(name: str, path: str) -> float:
     return int(re.search(rf"{name}:\s+(\d+) kB", Path(path).read_text())[1]) * 1024 / 1e9
 
 
-def network() -> UNet:
-    """256x256_diffusion_uncond.pt, without its learned variance; also random where a training starts from zero."""
-    made = UNet(
-        channels=3,
-        size=256,
-        width=256,
-        multipliers=[1, 1, 2, 2, 4, 4],
-        blocks=2,
-        attention=[32, 16, 8],
-        head_width=64,
-        embedding=1024,
-        level_shift=1.0,
-        groups=32,
-        resampling="residual",
-    )
-    for name, parameter in made.named_parameters():
-        parameter.data.normal_(std=0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
-        if parameter.ndim == 1 and name.endswith("weight"):
-            parameter.data += 1.0
-    return made.eval().requires_grad_(False)
-
-
 def measure(steps: int, differentiate: bool, blocks: bool) -> dict[str, float]:
     """Seconds of CPU time and on the wall of one call of the defense or one step of an attack; peak memory in GB."""
     torch.manual_seed(0)
-    denoiser = network()
+    denoiser, _ = networks("imagenet", torch.device("cpu"))
     denoiser.gradient_checkpointing = blocks
     classifier = TimmClassifier("resnet50").eval().requires_grad_(False)
     parameters = sum(p.numel() for p in denoiser.parameters())
