@@ -187,6 +187,18 @@ def test_each_process_and_batch_has_a_dropout_of_its_own():
     assert draw(1, 5, 10) == draw(1, 5, 10)
 
 
+def test_a_second_ctrl_c_and_one_after_the_training_end_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for over in (lambda stopping: stopping._note(signal.SIGINT, None), lambda s: s.on_train_end(None, None)):
+            stopping = Stopping()
+            signal.signal(signal.SIGINT, stopping._note)
+            over(stopping)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("decision", [True, False])
 def test_all_processes_stop_after_the_same_step(tmp_path, decision):
     """Also those that got no signal; who got one waits for the decision."""
@@ -213,7 +225,8 @@ def test_all_processes_stop_after_the_same_step(tmp_path, decision):
 
 
 @pytest.mark.parametrize(
-    ("signum", "workers", "batch"), [(signal.SIGTERM, 0, 8), (signal.SIGTERM, 1, 8), (signal.SIGINT, 1, 2)]
+    ("signum", "workers", "batch"),
+    [(signal.SIGTERM, 0, 8), (signal.SIGTERM, 1, 8), (signal.SIGUSR1, 1, 8), (signal.SIGINT, 1, 2)],
 )
 def test_a_signal_ends_a_training_after_its_step_and_the_same_command_goes_on(
     signum, workers, batch, config, tmp_path, monkeypatch, capsys

@@ -585,6 +585,15 @@ def test_checkpoint_to_resume_from(refused_training, tmp_path):
     assert not (tmp_path / "trap").exists()
 
 
+def test_last_checkpoint_to_resume_from(refused_training, tmp_path):
+    """It is looked at as one that is named by its path."""
+    last = tmp_path / "other" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.write_bytes(b"")
+    said = refused_training(None, "--ckpt_path", "last", "--run", tmp_path / "other")
+    assert said.startswith(f"{last}: refused, it is not a checkpoint")
+
+
 @pytest.mark.parametrize("kind", ["file", "below a file", "below /proc"])
 def test_run_folder_that_cannot_be_made(refused, evaluation, training, tmp_path, kind):
     """Permission bits do not bind root; these do."""

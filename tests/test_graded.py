@@ -15,6 +15,7 @@ from lit_purify.defense import (
     OtherAttention,
     Proportional,
     RandomArea,
+    Rolled,
     TopFraction,
     VariableIntensityPurifier,
     Votes,
@@ -58,6 +59,7 @@ def test_what_a_rule_depends_on_is_what_its_parts_depend_on(classifier):
     """A mask that is drawn anew in every run must not be kept; one with a gradient anywhere has one."""
     followed, drawn = TopFraction(0.3), RandomArea(TopFraction(0.3))
     assert [Votes(rules).of_image for rules in ([followed, Ones()], [followed, drawn], [drawn])] == [True, False, False]
+    assert [move(of).of_image for move in (Rolled, Inverse) for of in (followed, drawn)] == [True, False] * 2
     assert [Votes(rules).relaxable for rules in ([followed, Ones()], [Ones()], [drawn])] == [True, False, False]
     for rule in (followed, drawn, Ones()):
         other = OtherAttention(rule, classifier)
@@ -111,6 +113,16 @@ def test_gradients_lead_through_the_grades(name, unet, classifier, images):
         gradients[kind] = torch.autograd.grad(logits.square().sum(), leaf)[0]
     assert not torch.allclose(gradients["frozen"], gradients["straight_through"], rtol=1e-3)
     assert not torch.allclose(gradients["frozen"], gradients["soft"], rtol=1e-3)
+
+
+def test_a_relaxed_mask_tells_the_denoiser_the_nearest_grade(classifier, images):
+    """It blends two grades, but pixels have one level each: that of the grade that they are nearer to."""
+    denoiser, rule = GaussianDenoiser(size=8), TopFraction(0.3)
+    defended = DefendedClassifier(VariableIntensityPurifier(denoiser, classifier, rule, 400, 100, 1), classifier)
+    Exact("soft", 0.5).attacked(defended).model(images, keyed(6))
+    relaxed = rule.relaxed(classifier, images, keyed(6), 0.5)
+    assert ((relaxed > 0.5) & (relaxed < 0.9)).any()
+    assert torch.equal(denoiser.calls[0] == 400, relaxed > 0.5)
 
 
 def test_attention_of_another_network(classifier, images):

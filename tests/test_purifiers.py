@@ -285,6 +285,23 @@ def test_resized_purifies_at_the_size_of_the_denoiser(classifier, images):
     assert (other.nfe, other.purifier.recompute, purifier.nfe) == (2, False, 1)
     with pytest.raises(InputError, match=r"\(1, 16, 16\), the data has \(3, 16, 16\)"):
         purifier.check_image(images.expand(-1, 3, -1, -1))
+    another = randomized(ResNetClassifier(8, 8, 10, 1, 4))
+    with pytest.raises(InputError, match="another classifier needs no resizing"):
+        ResizedPurifier(denoiser, classifier, lambda d, c: OtherClassifier(d, c, another))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "sde"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_other_steps_change_nothing_else(sampler, recompute, unet, classifier, images):
+    for made, steps in (
+        (GradualPurifier(unet, classifier, [50, 200], [1, 4], sampler, recompute), [2, 2]),
+        (UniformPurifier(unet, classifier, 200, 4, sampler, recompute), [2]),
+    ):
+        other = made.with_steps(2)
+        levels = [rounds[0] for rounds in made.grids]
+        wanted = GradualPurifier(unet, classifier, levels, steps, sampler, recompute)
+        assert other.recompute == recompute
+        assert torch.equal(other(images, keyed(6)), wanted(images, keyed(6)))
 
 
 def test_the_walk_may_end_above_0(unet, classifier):

@@ -19,6 +19,7 @@ from lit_purify.defense import (
     RandomArea,
     SoftmaxThreshold,
     TopFraction,
+    Trace,
     UniformPurifier,
     VariableIntensityPurifier,
     Zeros,
@@ -86,6 +87,20 @@ def test_a_defense_that_only_says_it_is_deterministic_is_asked_for_every_run(une
     saved(model, images, calls)
     logits = logits_in_chunks(model, images, keyed(6), RUNS, CHUNK)
     assert len(torch.unique(logits[0, :, 0])) == len(RUNS)
+
+
+class Slanted(NoPurifier):
+    """The image itself; its gradient alone is drawn anew."""
+
+    def trace(self, image, noise):
+        drawn = image * noise.normal(0, image)
+        return Trace(image + (drawn - drawn.detach()), image)
+
+
+def test_a_defense_of_equal_outputs_and_other_gradients_is_asked_for_every_run(unet, classifier, images, calls):
+    model = DefendedClassifier(Slanted(unet, classifier), classifier)
+    assert model.deterministic
+    saved(model, images, calls)
 
 
 MASKS = {

@@ -13,13 +13,16 @@ from lit_purify.defense import (
     DefendedClassifier,
     Inverse,
     MinMaxThreshold,
+    Ones,
     Proportional,
     RandomArea,
+    Renormalized,
     Rolled,
     SoftmaxThreshold,
     TopFraction,
     VariableIntensityPurifier,
     Votes,
+    Zeros,
 )
 from lit_purify.errors import InputError
 from lit_purify.functional.noise import KeyedNoise
@@ -34,6 +37,9 @@ RULES = {
     "random": RandomArea(TopFraction(0.3)),
     "votes": Votes([TopFraction(0.1), TopFraction(0.3)]),
     "proportional": Proportional(4),
+    "renormalized": Renormalized(TopFraction(0.3), [0.7], [0.1]),
+    "ones": Ones(),
+    "zeros": Zeros(),
 }
 
 
@@ -58,6 +64,7 @@ class Literals(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         made = function in (torch.tensor, torch.as_tensor, torch.from_numpy) and not isinstance(args[0], torch.Tensor)
+        made = made or function is torch.Tensor.new_tensor
         self.found += made and out.device.type == "meta"
         return out
 
@@ -103,6 +110,7 @@ def test_matched_levels_do_not_wait(copies):
     [
         lambda mask: mask * torch.ones(1).to(mask.device),
         lambda mask: mask * torch.tensor([1.0], device=mask.device),
+        lambda mask: mask * mask.new_tensor([1.0]),
         lambda mask: mask if mask.sum() > 1 else 1 - mask,
     ],
 )
@@ -132,14 +140,26 @@ def test_calls_are_whole_graphs(name, recompute, unet, classifier, images):
         assert all(torch.equal(one, other) for one, other in zip(values, found[0], strict=True))
 
 
+def test_a_call_that_is_several_graphs_is_refused():
+    class Broken(UNet):
+        def forward(self, x, t):
+            torch._dynamo.graph_break()
+            return super().forward(x, t)
+
+    compiled = Compiled(Broken(channels=1, size=8, width=8, multipliers=[1], blocks=1), backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        compiled(torch.randn(1, 1, 8, 8), torch.tensor([5]))
+
+
 def test_every_number_of_rows_has_its_graph():
     """More of them than torch compiles one function for unless it is told to."""
     unet = randomized(UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1))
+    unet.origin = "weights.safetensors"
     compiled = Compiled(unet, backend="eager")
     for rows in range(1, 11):
         x, t = torch.randn(rows, 1, 8, 8), torch.arange(1, rows + 1)
         assert torch.equal(compiled(x, t), unet(x, t))
-    assert compiled.title == f"{unet.title}, compiled"
+    assert (compiled.title, compiled.origin) == (f"{unet.title}, compiled", "weights.safetensors")
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([5, 50, 500])
     assert torch.equal(MatchedSchedule(compiled)(x, t), MatchedSchedule(unet)(x, t))
     with pytest.raises(InputError, match="MatchedSchedule wraps another one"):

@@ -12,8 +12,9 @@
 # The levels are those of configs/eval/cifar10.yaml, chosen for the network that ships; choose anew with
 # `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`.
 # Rehearsed on a CPU with a few steps; not run on a GPU yet, so that nobody knows how long it takes: 100,000 steps of the
-# denoiser will want the command several times, and the table, which has no limit of time, is 2.6 million gradients of a
-# purification. With the models there, the last command with --dry_run on that GPU tells.
+# denoiser will want the command several times, and the table, which has no limit of time, is 4.1 million gradients of a
+# purification, 17 million differentiated calls of the denoiser. With the models there, the last command with --dry_run
+# on that GPU tells.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${FOLDER:-runs/cifar10_gpu}

@@ -14,9 +14,10 @@ from lit_purify.callbacks import Stopping, WandbTraining
 from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.wandb_run import WandbRun
-from lit_purify.cli.base import CommandLine, helped
+from lit_purify.cli.base import CommandLine, helped, rank
 from lit_purify.errors import InputError
 from lit_purify.help import TRAIN
+from lit_purify.messages import check_checkpoint
 from lit_purify.tasks import TrainingTask
 
 # Noise, levels and masks are drawn and computed in 32 bits.
@@ -44,6 +45,11 @@ class _TrainingCLI(CommandLine):
                 f"{self.folder.path} holds a training already: go on with --ckpt_path {last}, or choose another folder "
                 "with --run"
             )
+        if self._settings.get("ckpt_path") == "last":
+            if last.is_file():
+                check_checkpoint(last)
+            elif rank() == 0:
+                print(f"{last}: not there yet, the training begins anew", file=sys.stderr)
         if self.subcommand == "export":
             # Reads a file and writes one: the devices, loggers and callbacks of the run are not for that.
             trainer = self._settings.trainer

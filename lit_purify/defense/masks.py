@@ -230,7 +230,11 @@ class Renormalized(Mask):
         self.relaxable, self.grades, self.of_image = of.relaxable, of.grades, of.of_image
 
     def _shown(self, image: Tensor) -> Tensor:
-        mean, std = (image.new_tensor(values).reshape(1, -1, 1, 1) for values in (self.mean, self.std))
+        # Filled, not copied: a GPU would have to be waited for.
+        mean, std = (
+            torch.cat([image.new_full((1, 1, 1, 1), value) for value in values], dim=1)
+            for values in (self.mean, self.std)
+        )
         return (image - mean) / std
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:

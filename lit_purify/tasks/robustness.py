@@ -206,8 +206,13 @@ class RobustnessTask(L.LightningModule):
         first = evaluated[0]["image"][None]
         for name in self.defenses:
             defended = self._defended(name)
-            defended.classifier.check_image(first)
-            defended.classifier.check_classes(data.classes)
+            try:
+                defended.classifier.check_image(first)
+                defended.classifier.check_classes(data.classes)
+            except InputError as error:
+                if defended.classifier is self.classifier:
+                    raise
+                raise InputError(f"defenses.{name}: {error}") from error
             defended.purifier.check_image(first)
         for attack in self.attacks.values():
             attack.prepare(evaluated.positions.tolist())
