@@ -61,7 +61,7 @@ def networks(size, device, pixels=None, compiled=False):
 
 
 def defenses(denoiser, classifier):
-    """Those of configs/eval/cifar10.yaml, and DDPM, by name."""
+    """One of each kind, by name."""
     return {
         "uniform": UniformPurifier(denoiser, classifier, 150, 4),
         "ddpm": UniformPurifier(denoiser, classifier, 150, 4, "ddpm"),
