@@ -75,6 +75,18 @@ def config(tmp_path):
     return path
 
 
+def test_how_much_there_was_to_do_is_said(config, tmp_path, capsys):
+    command = ["fit", "--config", str(config), "--run", str(tmp_path), "--trainer.max_epochs", "1", "--ckpt_path"]
+    train([*command, "last"])
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'checkpoints' / 'last.ckpt'}: not there yet, the training begins anew" in said.err
+    assert "nothing left" not in said.out
+    train([*command, str(tmp_path / "checkpoints" / "epoch=0.ckpt")])
+    said = capsys.readouterr()
+    assert "begins anew" not in said.err
+    assert "nothing left to do" in said.out
+
+
 def test_resuming_takes_the_very_steps_it_would_have_taken(config, tmp_path):
     """Weights after 4 epochs, through and interrupted after 2, are equal bit for bit: order, noise, dropout, EMA."""
     train(["fit", "--config", str(config), "--run", str(tmp_path / "through")])

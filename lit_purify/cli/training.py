@@ -46,9 +46,10 @@ class _TrainingCLI(CommandLine):
                 "with --run"
             )
         if self._settings.get("ckpt_path") == "last":
+            keepers = [c for c in self._settings.trainer.callbacks or [] if c.class_path.endswith(".ModelCheckpoint")]
             if last.is_file():
                 check_checkpoint(last)
-            elif rank() == 0:
+            elif rank() == 0 and all(keeper.init_args.dirpath == str(last.parent) for keeper in keepers):
                 print(f"{last}: not there yet, the training begins anew", file=sys.stderr)
         if self.subcommand == "export":
             # Reads a file and writes one: the devices, loggers and callbacks of the run are not for that.
@@ -81,6 +82,11 @@ class _TrainingCLI(CommandLine):
                 logger.held = True
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks[:] = [LambdaCallback(setup=place, on_train_start=start), *callbacks, WandbTraining()]
+
+    def after_fit(self) -> None:
+        """A training that was over already took no step."""
+        if not self.running and self.trainer.is_global_zero:
+            print("nothing left to do: the training has had all its steps (trainer.max_steps, trainer.max_epochs)")
 
 
 def train(argv: Sequence[str] | None = None) -> None:
