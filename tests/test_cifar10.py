@@ -147,6 +147,12 @@ def test_full_size_recipe_gives_valid_commands(recipe, tmp_path, capsys):
     assert {attack["init_args"]["steps"] for attack in table["attacks"].values()} == {100}
 
 
+def test_full_size_recipe_may_estimate_its_table(recipe, monkeypatch):
+    monkeypatch.setenv("TABLE", "--dry_run")
+    _, _, commands = recipe()
+    assert ["--dry_run" in command for command in commands] == [False] * 3 + [True]
+
+
 def test_full_size_recipe_goes_on_where_it_was(recipe):
     """Every training is taken up from its last checkpoint, if there is one; what is finished has nothing left to do."""
     status, errors, commands = recipe(failing="/adversarial")

@@ -5,16 +5,15 @@
 #
 # A classifier (ResNet-32 of width 64, 7.4 M parameters), the same trained adversarially (PGD, 7 steps, Linf 8/255), a
 # denoiser (configs/train/cifar10_denoiser_gpu.yaml) and the evaluation of 512 test images, all under FOLDER
-# (runs/cifar10_gpu). Each training may take MINUTES (25); after that, and after any other interruption, the same command
-# goes on where it was. Paths are seen from the root of the repository. FLAGS go to all four commands:
+# (runs/cifar10_gpu). Each training may take MINUTES (25; 0 for no limit); after that, and after any other interruption,
+# the same command goes on where it was. TABLE=--dry_run estimates the evaluation in place of making it. Paths are seen from the root of the repository. FLAGS go to all four commands:
 # --data.init_args.root my/images, --data.init_args.download false ...; those that only one of train.py and eval.py knows are
 # none of them.
 # The levels are those of configs/eval/cifar10.yaml, chosen for the network that ships; choose anew with
 # `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`.
 # Rehearsed on a CPU with a few steps; not run on a GPU yet, so that nobody knows how long it takes: 100,000 steps of the
 # denoiser will want the command several times, and the table, which has no limit of time, is 4.1 million gradients of a
-# purification, 17 million differentiated calls of the denoiser. With the models there, the last command with --dry_run
-# on that GPU tells.
+# purification, 17 million differentiated calls of the denoiser: look at TABLE=--dry_run first.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${FOLDER:-runs/cifar10_gpu}
@@ -49,4 +48,4 @@ done
   --model.init_args.classifier.init_args.path "$folder/classifier/model.safetensors" \
   --model.init_args.denoiser.init_args.path "$folder/denoiser/model.safetensors" \
   --model.init_args.defenses.adversarial.init_args.network.init_args.path "$folder/adversarial/model.safetensors" \
-  --data.init_args.subset.init_args.n 512 --data.init_args.batch_size 128 --model.init_args.chunk 128 "${attacks[@]}" "$@"
+  --data.init_args.subset.init_args.n 512 --data.init_args.batch_size 128 --model.init_args.chunk 128 "${attacks[@]}" ${TABLE:+"$TABLE"} "$@"
