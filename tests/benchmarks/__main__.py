@@ -76,6 +76,8 @@ def main():
         chosen or every[: None if gpu else 1]
         for chosen, every in ((given.networks, [*calls.SIZES]), (given.variants, VARIANTS))
     )
+    if batch < 2 or batch % 2:
+        parser.error(f"argument --batch: {batch} rows; use an even number, an evaluation takes half as many images")
     found = {"command": sys.argv[1:], "batch": batch, "machine": machine(given.device), "results": []}
     print(json.dumps(found["machine"], indent=1))
     print(f"{'':80} {'seconds':>10} {'bound':>10} {'ratio':>7} {'quartiles':>15} {'limit':>6}")
