@@ -515,6 +515,14 @@ def test_data_and_classifier(refused_evaluation, tmp_path, run, shape, options, 
     assert refused_evaluation({"data": images_from(root, **options), "trainer.logger": logger}).startswith(said)
 
 
+def test_data_and_the_classifier_of_one_defense(refused_evaluation):
+    """It is named: the defended one fits."""
+    network = {"class_path": "ResNetClassifier", "init_args": {**CLASSIFIER, "size": 16}}
+    other = {"class_path": "OtherClassifier", "init_args": {"network": network}}
+    said = refused_evaluation({"model.init_args.defenses.uniform": other})
+    assert said.startswith("defenses.uniform: the classifier takes images of shape (1, 16, 16), the data has (1, 8, 8)")
+
+
 def test_a_refused_training_leaves_no_part_of_a_dashboard(refused_training, tmp_path):
     root = image_folder(tmp_path / "images", shape=(9, 9), count=4)
     data = {"class_path": "ImageFolder", "init_args": {"root": str(root), "channels": 1, "val_fraction": 0.3}}
