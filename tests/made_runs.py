@@ -10,11 +10,11 @@ import yaml
 from test_summary import described
 from torchvision.utils import save_image
 
-from lit_purify.callbacks.summary import summarize
+from lit_purify.evaluation import Record
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.evaluation.records import write_records
 from lit_purify.functional.rendering import panels
-from lit_purify.metrics import Record
-from lit_purify.metrics.records import write_records
-from lit_purify.run_folder import RunFolder
+from lit_purify.report.summary import summarize
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>\"&'</pre>$x_{$"
 CLASSES = ["cat", HOSTILE, "dog"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from lit_purify.metrics import read_records
+from lit_purify.evaluation import read_records
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -11,6 +11,8 @@ import torch
 from conftest import Curved
 
 from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2
+from lit_purify.checks.audit_checks import Audit, enlarged, varied
+from lit_purify.checks.judging import Fixed, holm, least_samples, sign_flip, verdict
 from lit_purify.cli import evaluate
 from lit_purify.defense import (
     BPDA,
@@ -23,9 +25,7 @@ from lit_purify.defense import (
     Surrogate,
     UniformPurifier,
 )
-from lit_purify.functional.audit import Fixed, holm, least_samples, sign_flip, verdict
 from lit_purify.functional.noise import KeyedNoise
-from lit_purify.tasks.audit_checks import Audit, enlarged, varied
 
 EPS = 0.1
 

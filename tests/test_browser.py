@@ -5,10 +5,10 @@ import shutil
 import pytest
 from made_runs import ATTACKS, DEFENSES, HOSTILE, finished_run, write_verdict
 
-from lit_purify.callbacks.comparison import Comparison
-from lit_purify.callbacks.html import write_report
-from lit_purify.callbacks.pictures import OUTCOMES
-from lit_purify.run_folder import RunFolder
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.report.comparison import Comparison
+from lit_purify.report.html import write_report
+from lit_purify.report.pictures import OUTCOMES
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lit_purify.attacks import PGD
-from lit_purify.callbacks.summary import summarize
 from lit_purify.data import Digits
 from lit_purify.defense import (
     DefendedClassifier,
@@ -21,6 +20,8 @@ from lit_purify.defense import (
     UniformPurifier,
 )
 from lit_purify.errors import InputError
+from lit_purify.evaluation import Record, RobustAccuracy, RobustnessTask, read_records
+from lit_purify.evaluation.folder import RunFolder, identify
 from lit_purify.functional import mask as F
 from lit_purify.functional.chunks import logits_in_chunks
 from lit_purify.functional.diffusion import step_back
@@ -28,10 +29,8 @@ from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise, _to_norm
 from lit_purify.functional.schedule import Schedule
 from lit_purify.functional.statistics import average_interval, wilson
 from lit_purify.functional.threat import violations
-from lit_purify.metrics import Record, RobustAccuracy, read_records
 from lit_purify.models import load_classifier, load_denoiser
-from lit_purify.run_folder import RunFolder, identify
-from lit_purify.tasks import RobustnessTask
+from lit_purify.report.summary import summarize
 
 ROOT = Path(__file__).parent.parent
 TOP = TopFraction(0.3)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from made_runs import ATTACKS, DEFENSES, HOSTILE, RUNS, Cells, finished_run
 
-from lit_purify.callbacks.comparison import Comparison
-from lit_purify.callbacks.finished import FinishedRun, radius, threat_name
-from lit_purify.callbacks.html import page
-from lit_purify.callbacks.summary import percent, signed
 from lit_purify.cli import evaluate
 from lit_purify.functional.statistics import paired_difference, unpaired_difference, wilson
+from lit_purify.report.comparison import Comparison
+from lit_purify.report.finished import FinishedRun, radius, threat_name
+from lit_purify.report.html import page
+from lit_purify.report.summary import percent, signed
 
 
 @pytest.fixture(scope="module")

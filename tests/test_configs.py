@@ -22,7 +22,7 @@ def test_config_is_valid(path, capsys):
         run([*command, "--config", str(path), "--print_config"])
     assert not exit_.value.code
     parsed = yaml.safe_load(capsys.readouterr().out)
-    assert parsed["model"]["class_path"].startswith("lit_purify.tasks.")
+    assert parsed["model"]["class_path"].startswith("lit_purify.training.")
 
 
 def scientific(node):

@@ -24,10 +24,9 @@ from lit_purify.callbacks import RecordWriter
 from lit_purify.data import ImageFolder, claims
 from lit_purify.data.claims import Claims
 from lit_purify.errors import InputError
-from lit_purify.metrics import Record, read_records
-from lit_purify.metrics.records import append_records, write_records
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks import RobustnessTask
+from lit_purify.evaluation import Record, RobustnessTask, read_records
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.evaluation.records import append_records, write_records
 
 sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lit_purify.callbacks import Stopping
 from lit_purify.cli import train
 from lit_purify.errors import INTERRUPTED, InputError
-from lit_purify.tasks import DenoiserTask, TrainingTask, batch_norm
+from lit_purify.training import DenoiserTask, TrainingTask, batch_norm
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import yaml
 
 from lit_purify.attacks import Attack
 from lit_purify.cli import evaluate
-from lit_purify.metrics import read_records
+from lit_purify.evaluation import read_records
 
 ROOT = Path(__file__).parent.parent
 PGD = {"norm": "linf", "eps": 0.15, "step_size": 0.08, "loss": "margin"}

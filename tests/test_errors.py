@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from lit_purify import cli
 from lit_purify.errors import InputError
+from lit_purify.evaluation import RobustnessTask
+from lit_purify.evaluation.folder import RunFolder
 from lit_purify.models import ResNetClassifier, UNet
 from lit_purify.models.files import save_network
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks import RobustnessTask
 
 ROOT = Path(__file__).parent.parent
 PGD = "model.init_args.attacks.pgd"
@@ -628,7 +628,7 @@ def test_no_right_to_write(refused_evaluation, monkeypatch, run):
     def deny(path, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("lit_purify.run_folder.Path.mkdir", deny)
+    monkeypatch.setattr("lit_purify.evaluation.folder.Path.mkdir", deny)
     assert refused_evaluation() == f"{run}: permission denied; choose another folder with --run"
 
 

@@ -16,10 +16,9 @@ from lit_purify.defense import (
     TopFraction,
     UniformPurifier,
 )
-from lit_purify.metrics import Record
+from lit_purify.evaluation import Record, RobustnessTask, estimate
+from lit_purify.evaluation.estimate import EstimatingTrainer, duration, network_calls
 from lit_purify.models import Classifier
-from lit_purify.tasks import RobustnessTask, estimate
-from lit_purify.tasks.estimate import EstimatingTrainer, duration, network_calls
 
 DEFENSES = {
     "none": NoPurifier,

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from lit_purify.callbacks.html import write_report
 from lit_purify.cli import evaluate
+from lit_purify.evaluation import RobustAccuracy, read_records
+from lit_purify.evaluation.folder import RunFolder, identify, path_sha256
 from lit_purify.functional.statistics import outcomes
-from lit_purify.metrics import RobustAccuracy, read_records
-from lit_purify.run_folder import RunFolder, identify, path_sha256
+from lit_purify.report.html import write_report
 
 ROOT = Path(__file__).parent.parent
 

@@ -23,7 +23,6 @@ from test_wandb import transactions
 from wandb.proto import wandb_internal_pb2
 
 from lit_purify.callbacks import Export, Previews
-from lit_purify.callbacks.checkpoints import WholeCheckpoints
 from lit_purify.cli import train
 from lit_purify.data import Digits
 from lit_purify.data.subset import Balanced
@@ -31,8 +30,9 @@ from lit_purify.defense import HeterogeneousPurifier, TopFraction, UniformPurifi
 from lit_purify.errors import InputError
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.models import Classifier, ResNetClassifier, UNet, load_classifier, load_denoiser
-from lit_purify.tasks import ClassifierTask, DenoiserTask
-from lit_purify.tasks.denoiser import Purified, psnr
+from lit_purify.training import ClassifierTask, DenoiserTask
+from lit_purify.training.checkpoints import WholeCheckpoints
+from lit_purify.training.denoiser import Purified, psnr
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {kind: str(ROOT / f"checkpoints/digits_{kind}.safetensors") for kind in ("classifier", "denoiser")}

@@ -11,13 +11,13 @@ import torch
 import yaml
 from scipy.optimize import linprog
 
-from lit_purify.callbacks import frontier
-from lit_purify.callbacks.frontier import verdict
 from lit_purify.cli import evaluate
 from lit_purify.errors import InputError
+from lit_purify.evaluation import read_records
+from lit_purify.evaluation.frontier import expand
 from lit_purify.functional.frontier import bootstrap, envelope, gap, on_envelope, resampled
-from lit_purify.metrics import read_records
-from lit_purify.tasks.frontier import expand
+from lit_purify.report import frontier
+from lit_purify.report.frontier import verdict
 
 ROOT = Path(__file__).parent.parent
 

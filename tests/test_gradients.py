@@ -35,13 +35,13 @@ from lit_purify.defense import (
     VariableIntensityPurifier,
 )
 from lit_purify.errors import InputError
+from lit_purify.evaluation import RobustnessTask
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.evaluation.records import Record
 from lit_purify.functional import mask as F
 from lit_purify.functional.noise import KeyedNoise
 from lit_purify.functional.schedule import Schedule, grid
-from lit_purify.metrics.records import Record
 from lit_purify.models import UNet
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks import RobustnessTask
 
 RULES = [
     MinMaxThreshold(0.4),

@@ -25,11 +25,10 @@ from lit_purify.callbacks import Watch
 from lit_purify.callbacks.roll import Roll, Sign
 from lit_purify.defense import NoPurifier
 from lit_purify.errors import INTERRUPTED, InputError
+from lit_purify.evaluation import RobustnessTask, read_records
+from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.chunks import fitting
-from lit_purify.metrics import read_records
 from lit_purify.models import ResNetClassifier
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks import RobustnessTask
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {name: ROOT / "checkpoints" / f"digits_{name}.safetensors" for name in ("classifier", "denoiser")}

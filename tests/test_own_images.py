@@ -19,10 +19,10 @@ from lit_purify.data import Digits
 from lit_purify.data.folder import _read_item, read_image
 from lit_purify.defense import HeterogeneousPurifier, NoPurifier, TopFraction, UniformPurifier
 from lit_purify.errors import InputError
+from lit_purify.evaluation import RobustnessTask
+from lit_purify.evaluation.own_files import said_by
+from lit_purify.evaluation.own_images import PurifyingTrainer
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
-from lit_purify.tasks import RobustnessTask
-from lit_purify.tasks.own_files import said_by
-from lit_purify.tasks.own_images import PurifyingTrainer
 
 MASKED = ("uniform", "paper")
 
@@ -187,7 +187,7 @@ def test_going_on_completes_and_changes_nothing(make, images, tmp_path, capsys):
 
 
 def test_an_interruption_leaves_whole_files(make, images, tmp_path, monkeypatch, capsys):
-    from lit_purify.tasks import own_images
+    from lit_purify.training import own_images
 
     calls = []
 

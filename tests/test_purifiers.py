@@ -20,11 +20,11 @@ from lit_purify.defense import (
     Zeros,
 )
 from lit_purify.errors import InputError
+from lit_purify.evaluation import RobustnessTask
 from lit_purify.functional.diffusion import noised, to_diffusion
 from lit_purify.functional.noise import ATTACK, KeyedNoise
 from lit_purify.functional.schedule import grid
 from lit_purify.models import ResNetClassifier
-from lit_purify.tasks import RobustnessTask
 
 TOP = TopFraction(0.3)
 

@@ -11,15 +11,15 @@ from made_runs import ATTACKS, DEFENSES, Cells, finished_run, write_verdict
 from PIL import Image
 from torchvision.utils import save_image
 
-from lit_purify.callbacks import plots
-from lit_purify.callbacks.finished import FinishedRun, radius
-from lit_purify.callbacks.html import _bins, _signed, page, write_report
-from lit_purify.callbacks.pictures import OUTCOMES, outcome, pictures
-from lit_purify.callbacks.summary import percent, signed
 from lit_purify.errors import InputError
+from lit_purify.evaluation import Record
+from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.rendering import panels
-from lit_purify.metrics import Record
-from lit_purify.run_folder import RunFolder
+from lit_purify.report import plots
+from lit_purify.report.finished import FinishedRun, radius
+from lit_purify.report.html import _bins, _signed, page, write_report
+from lit_purify.report.pictures import OUTCOMES, outcome, pictures
+from lit_purify.report.summary import percent, signed
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,11 @@ from lit_purify.defense import (
     VariableIntensityPurifier,
     Zeros,
 )
+from lit_purify.evaluation import Record, RobustnessTask
+from lit_purify.evaluation.estimate import EstimatingTrainer
 from lit_purify.functional.chunks import draws_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import cross_entropy_loss
-from lit_purify.metrics import Record
 from lit_purify.models import ResNetClassifier
-from lit_purify.tasks import RobustnessTask
-from lit_purify.tasks.estimate import EstimatingTrainer
 
 CHUNK, RUNS = 16, [0, 1, 2, 3, 4, 5, 6, 7]
 

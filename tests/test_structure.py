@@ -10,45 +10,33 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lit_purify"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
+_BASE = {"errors", "functional"}
+_EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
 ALLOWED = {
     "errors": set(),
     "functional": {"errors"},
-    "models": {"errors", "functional"},
-    "defense": {"errors", "functional", "models"},
-    "attacks": {"errors", "functional"},
-    "metrics": {"errors", "functional"},
-    "data": {"errors", "functional", "models"},
-    "tasks": {"errors", "functional", "models", "defense", "attacks", "metrics", "data"},
-    "run_folder": {"errors", "metrics", "models"},
-    "callbacks": {"errors", "functional", "models", "metrics", "tasks", "run_folder"},
-    "help": set(),
-    "messages": {"errors", "attacks", "callbacks", "data", "defense", "models", "run_folder", "tasks"},
-    "compare": {"errors", "callbacks", "metrics"},
-    "cli": {
-        "errors",
-        "attacks",
-        "callbacks",
-        "compare",
-        "data",
-        "defense",
-        "models",
-        "run_folder",
-        "help",
-        "messages",
-        "tasks",
-    },
+    "models": _BASE,
+    "defense": _BASE | {"models"},
+    "attacks": _BASE,
+    "data": _BASE | {"models"},
+    "evaluation": _EVALUATED,
+    "checks": _EVALUATED,
+    "training": _EVALUATED,
+    "report": _EVALUATED,
+    "callbacks": _EVALUATED | {"checks", "training", "report"},
+    "cli": _EVALUATED | {"checks", "training", "report", "callbacks"},
 }
-"""What each part may import of the others; imports go down only."""
+"""What each room may import of the others; imports go down only."""
 FOREIGN = {
-    "lightning": {"data", "tasks", "callbacks", "messages", "cli"},
+    "lightning": {"data", "evaluation", "checks", "training", "callbacks", "cli"},
     "wandb": {"callbacks"},
     "timm": {"models"},
-    "matplotlib": {"callbacks"},
-    "jinja2": {"callbacks"},
+    "matplotlib": {"report"},
+    "jinja2": {"report"},
     "sklearn": {"data"},
-    "torchmetrics": {"metrics", "tasks"},
+    "torchmetrics": {"evaluation", "training"},
     "huggingface_hub": {"models"},
-    "argparse": {"compare"},
+    "argparse": {"cli"},
     "jsonargparse": {"cli"},
 }
 

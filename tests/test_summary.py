@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from lit_purify.callbacks.summary import ensembles, signed, summarize, table
 from lit_purify.errors import InputError
-from lit_purify.metrics import Record
-from lit_purify.tasks.robustness import check_attack_names
+from lit_purify.evaluation import Record
+from lit_purify.evaluation.module import check_attack_names
+from lit_purify.report.summary import ensembles, signed, summarize, table
 
 
 def described(defense, attack, **changes):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lit_purify.callbacks import Progress, progress
+from lit_purify.checks.audit import AuditingTrainer
 from lit_purify.cli import evaluate, train
-from lit_purify.help import EVALUATE, TRAIN
-from lit_purify.tasks.audit import AuditingTrainer
+from lit_purify.cli.help import EVALUATE, TRAIN
 
 ROOT = Path(__file__).parent.parent
 
@@ -107,7 +107,7 @@ class Log:
 
 def evaluation(samples, done=0):
     """Two defenses, of which the second takes nine times as long, as the task describes them."""
-    from lit_purify.tasks import RobustnessTask
+    from lit_purify.evaluation import RobustnessTask
 
     task = RobustnessTask.__new__(RobustnessTask)
     torch.nn.Module.__init__(task)

@@ -15,10 +15,10 @@ from lit_purify.attacks import PGD
 from lit_purify.cli import train
 from lit_purify.defense import TopFraction
 from lit_purify.errors import InputError
+from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import ResNetClassifier, UNet, load_denoiser
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks import ClassifierTask, DenoiserTask
+from lit_purify.training import ClassifierTask, DenoiserTask
 
 ROOT = Path(__file__).parent.parent
 

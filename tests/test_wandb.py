@@ -15,7 +15,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from lit_purify.callbacks import WandbRun
 from lit_purify.cli import evaluate
-from lit_purify.metrics import read_records
+from lit_purify.evaluation import read_records
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("classifier", "denoiser")

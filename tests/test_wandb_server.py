@@ -20,7 +20,7 @@ import yaml
 
 from lit_purify.callbacks import Gallery, Previews, WandbReport, WandbRun
 from lit_purify.cli import evaluate, train
-from lit_purify.metrics import read_records
+from lit_purify.evaluation import read_records
 
 pytest.importorskip("openwandb")
 ROOT = Path(__file__).parent.parent

@@ -1,8 +1,6 @@
 """What is written and shown while a task runs; every callback reads only what the task hands out."""
 
-from lit_purify.callbacks.export import Export
 from lit_purify.callbacks.gallery import Gallery
-from lit_purify.callbacks.previews import Previews
 from lit_purify.callbacks.progress import Progress
 from lit_purify.callbacks.record_writer import RecordWriter
 from lit_purify.callbacks.report import Report
@@ -13,9 +11,7 @@ from lit_purify.callbacks.wandb_training import WandbTraining
 from lit_purify.callbacks.watch import Watch
 
 __all__ = [
-    "Export",
     "Gallery",
-    "Previews",
     "Progress",
     "RecordWriter",
     "Report",

@@ -12,11 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchvision.utils import save_image
 
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.evaluation.module import EvaluationListener, RobustnessTask, View
+from lit_purify.evaluation.records import Record, write_whole
 from lit_purify.functional.rendering import panels
-from lit_purify.metrics import Record
-from lit_purify.metrics.records import write_whole
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
 
 
 class Gallery(Callback, EvaluationListener):

@@ -10,10 +10,10 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-from lit_purify.metrics import Record
-from lit_purify.tasks.estimate import duration, gibibytes, peak_memory, work
-from lit_purify.tasks.own_images import Purification
-from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
+from lit_purify.evaluation.estimate import duration, gibibytes, peak_memory, work
+from lit_purify.evaluation.module import EvaluationListener, RobustnessTask, View
+from lit_purify.evaluation.own_images import Purification
+from lit_purify.evaluation.records import Record
 
 _SELDOM, _OFTEN = 600.0, 10.0
 """Seconds after which a log gets a line in any case, and between two lines at least."""

@@ -13,10 +13,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lit_purify.errors import InputError
-from lit_purify.metrics import Record
-from lit_purify.metrics.records import append_records, uncollected
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.evaluation.module import EvaluationListener, RobustnessTask, View
+from lit_purify.evaluation.records import Record, append_records, uncollected
 
 
 class RecordWriter(Callback, EvaluationListener):

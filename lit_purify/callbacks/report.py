@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_purify import __version__
-from lit_purify.callbacks import frontier
-from lit_purify.callbacks.html import write_report
-from lit_purify.callbacks.summary import RULES, summarize, table
 from lit_purify.errors import InputError
-from lit_purify.metrics.records import uncollected, write_whole
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks import FrontierTask, RobustnessTask
+from lit_purify.evaluation import FrontierTask, RobustnessTask
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.evaluation.records import uncollected, write_whole
+from lit_purify.report import frontier
+from lit_purify.report.html import write_report
+from lit_purify.report.summary import RULES, summarize, table
 
 
 class Report(Callback):

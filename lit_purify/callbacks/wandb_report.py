@@ -14,13 +14,13 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
-from lit_purify.callbacks.summary import RULES
 from lit_purify.callbacks.wandb_run import log_settings, wandb_run
+from lit_purify.evaluation.estimate import peak_memory
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.evaluation.module import EvaluationListener, RobustnessTask, View
+from lit_purify.evaluation.records import Record
 from lit_purify.functional.rendering import spans
-from lit_purify.metrics import Record
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks.estimate import peak_memory
-from lit_purify.tasks.robustness import EvaluationListener, RobustnessTask, View
+from lit_purify.report.summary import RULES
 
 _PANELS = ("original", "adversarial", "mask", "noised", "purified")
 

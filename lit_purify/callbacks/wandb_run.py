@@ -16,8 +16,8 @@ from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experime
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_purify.errors import InputError
-from lit_purify.metrics.records import write_whole
-from lit_purify.run_folder import RunFolder, identify
+from lit_purify.evaluation.folder import RunFolder, identify
+from lit_purify.evaluation.records import write_whole
 
 _REFUSED = re.compile(r'"level":"ERROR[^"]*","msg":"((?:filestream|file transfer|runfiles|runupserter): .*?)["\\]')
 """Uploads that a server has refused, in the log of wandb, which tells of them in no other way."""

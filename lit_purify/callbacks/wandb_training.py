@@ -12,11 +12,11 @@ import lightning as L
 import wandb
 from lightning.pytorch.callbacks import Callback
 
-from lit_purify.callbacks.export import Export
 from lit_purify.callbacks.wandb_run import WandbRun, log_settings, wandb_run
-from lit_purify.run_folder import RunFolder, path_sha256
-from lit_purify.tasks import TrainingTask
-from lit_purify.tasks.estimate import peak_memory
+from lit_purify.evaluation.estimate import peak_memory
+from lit_purify.evaluation.folder import RunFolder, path_sha256
+from lit_purify.training import TrainingTask
+from lit_purify.training.export import Export
 
 
 class WandbTraining(Callback):

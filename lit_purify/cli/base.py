@@ -20,10 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 # Imported for their classes: what is imported can be named in a configuration by its short name.
 from lit_purify.callbacks import Watch
 from lit_purify.callbacks.watch import leave
+from lit_purify.cli.messages import check_checkpoint, check_configs, essence, explanation
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
-from lit_purify.messages import check_checkpoint, check_configs, essence, explanation
-from lit_purify.run_folder import RunFolder
+from lit_purify.evaluation.folder import RunFolder
 
 # What a configuration that is written leaves out: the other commands could not read it.
 _OF_ONE_COMMAND = ("ckpt_path", "verbose", "weights_only", "samples", "runs", "proposals")

@@ -11,18 +11,18 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stopping, WandbReport
-from lit_purify.callbacks.html import write_report
+from lit_purify.checks.audit import AuditingTrainer
 from lit_purify.cli.base import CommandLine, fail, helped, rank
-from lit_purify.compare import compare
+from lit_purify.cli.compare import compare
+from lit_purify.cli.help import EVALUATE
+from lit_purify.cli.messages import COMMANDS
 from lit_purify.errors import InputError
-from lit_purify.help import EVALUATE
-from lit_purify.messages import COMMANDS
-from lit_purify.run_folder import RunFolder, comparable, identify
-from lit_purify.tasks import FrontierTask, RobustnessTask
-from lit_purify.tasks.audit import AuditingTrainer
-from lit_purify.tasks.estimate import EstimatingTrainer
-from lit_purify.tasks.frontier import expand
-from lit_purify.tasks.own_images import PurifyingTrainer
+from lit_purify.evaluation import FrontierTask, RobustnessTask
+from lit_purify.evaluation.estimate import EstimatingTrainer
+from lit_purify.evaluation.folder import RunFolder, comparable, identify
+from lit_purify.evaluation.frontier import expand
+from lit_purify.evaluation.own_images import PurifyingTrainer
+from lit_purify.report.html import write_report
 
 _DEFAULT_EVALUATION = "configs/eval/digits.yaml"
 _DEFAULT_FRONTIER = "configs/eval/digits_frontier.yaml"

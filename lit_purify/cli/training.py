@@ -11,14 +11,14 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lit_purify.callbacks import Stopping, WandbTraining
-from lit_purify.callbacks.checkpoints import WholeCheckpoints
-from lit_purify.callbacks.export import ExportingTrainer
 from lit_purify.callbacks.wandb_run import WandbRun
 from lit_purify.cli.base import CommandLine, helped, rank
+from lit_purify.cli.help import TRAIN
+from lit_purify.cli.messages import check_checkpoint
 from lit_purify.errors import InputError
-from lit_purify.help import TRAIN
-from lit_purify.messages import check_checkpoint
-from lit_purify.tasks import TrainingTask
+from lit_purify.training import TrainingTask
+from lit_purify.training.checkpoints import WholeCheckpoints
+from lit_purify.training.export import ExportingTrainer
 
 # Noise, levels and masks are drawn and computed in 32 bits.
 _PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")

@@ -16,10 +16,9 @@ from lit_purify.callbacks import RecordWriter, Report
 from lit_purify.data import ImageDataModule
 from lit_purify.data.base import ImageDataset
 from lit_purify.defense import NoPurifier
-from lit_purify.metrics import Record
+from lit_purify.evaluation import Record, RobustnessTask
+from lit_purify.evaluation.folder import RunFolder
 from lit_purify.models import ResNetClassifier, UNet
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks import RobustnessTask
 
 SAMPLES, DEFENSES, ATTACKS, RUNS, BATCH = 10_000, 5, 2, 8, 64
 

@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from lit_purify.data.base import ImageDataModule, ImageDataset
 from lit_purify.defense import TopFraction
-from lit_purify.tasks import DenoiserTask
+from lit_purify.training import DenoiserTask
 
 STEPS, SKIPPED, DECAY = 8, 2, 0.999
 

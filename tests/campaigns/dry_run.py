@@ -23,8 +23,8 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lit_purify.cli import evaluate
-from lit_purify.metrics import read_records
-from lit_purify.tasks import estimate, robustness
+from lit_purify.evaluation import estimate, read_records
+from lit_purify.training import robustness
 
 
 def main(folder: str, *argv: str) -> None:

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from lit_purify.attacks import PGD
-from lit_purify.callbacks.summary import summarize
 from lit_purify.defense import NoPurifier
-from lit_purify.metrics import Record
+from lit_purify.evaluation import Record, RobustnessTask
+from lit_purify.evaluation.folder import RunFolder
 from lit_purify.models import ResNetClassifier, UNet
-from lit_purify.run_folder import RunFolder
-from lit_purify.tasks import RobustnessTask
+from lit_purify.report.summary import summarize
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from lit_purify.attacks import Attack
 from lit_purify.data.base import Batch, ImageDataModule
 from lit_purify.defense import Attacked, BareClassifier, DefendedClassifier, Exact, Gradient, Purifier
 from lit_purify.errors import InputError
+from lit_purify.evaluation.metric import RobustAccuracy
+from lit_purify.evaluation.records import Key, Record
 from lit_purify.functional.chunks import fitting, logits_in_chunks
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.functional.threat import l2_norm, linf_norm
-from lit_purify.metrics import Record, RobustAccuracy
-from lit_purify.metrics.records import Key
 from lit_purify.models import Classifier, Denoiser
 
 ENSEMBLE = "ensemble"

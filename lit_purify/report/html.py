@@ -13,13 +13,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lit_purify.callbacks import plots
-from lit_purify.callbacks.finished import FinishedRun, Threat, attacks_of, radius, read_json, threat_name
-from lit_purify.callbacks.pictures import OUTCOMES, pictures
-from lit_purify.callbacks.summary import RULES, attack_line, chunk_line, groups_of
 from lit_purify.errors import InputError
-from lit_purify.metrics.records import write_whole
-from lit_purify.run_folder import RunFolder
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.evaluation.records import write_whole
+from lit_purify.report import plots
+from lit_purify.report.finished import FinishedRun, Threat, attacks_of, radius, read_json, threat_name
+from lit_purify.report.pictures import OUTCOMES, pictures
+from lit_purify.report.summary import RULES, attack_line, chunk_line, groups_of
 
 _EXACT_COUNTS, _RANGES = 12, 8
 """Up to so many runs each count of right runs has a column; else the counts between none and all share so many."""
@@ -76,7 +76,7 @@ def page(run: FinishedRun) -> str:
 
 def render(template: str, **content: Any) -> str:  # noqa: ANN401
     """A page from a template; all text is escaped, and nothing but the page's own script is run."""
-    files = resources.files("lit_purify.callbacks") / "templates"
+    files = resources.files("lit_purify.report") / "templates"
     style, script = ((files / name).read_text() for name in ("page.css", "page.js"))
     return (
         _environment()
@@ -98,7 +98,7 @@ def render(template: str, **content: Any) -> str:  # noqa: ANN401
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("lit_purify.callbacks"),
+        loader=PackageLoader("lit_purify.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -123,7 +123,7 @@ def _signed(value: Sequence[float]) -> Markup:
 
 def frontier_drawing(found: Mapping[str, Any]) -> str:
     """Families of defenses, a panel for each attack, one below the other."""
-    from lit_purify.callbacks.frontier import drawn
+    from lit_purify.report.frontier import drawn
 
     def one(attack: str) -> str:
         return plots.themed(

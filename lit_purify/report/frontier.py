@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_purify.callbacks.summary import by_pair, clean_outcomes, headline, robust_outcomes, signed
+from lit_purify.evaluation.records import Record, write_whole
 from lit_purify.functional.frontier import bootstrap, envelope, gap, on_envelope, resampled
 from lit_purify.functional.statistics import Interval
-from lit_purify.metrics import Record
-from lit_purify.metrics.records import write_whole
+from lit_purify.report.summary import by_pair, clean_outcomes, headline, robust_outcomes, signed
 
 _RESAMPLES = 2000
 

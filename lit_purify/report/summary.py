@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_purify.evaluation.module import ENSEMBLE
+from lit_purify.evaluation.records import Record
 from lit_purify.functional.statistics import (
     Interval,
     accuracies,
@@ -22,8 +24,6 @@ from lit_purify.functional.statistics import (
     survival,
     vote,
 )
-from lit_purify.metrics import Record
-from lit_purify.tasks.robustness import ENSEMBLE
 
 RULES = ("average", "worst", "majority")
 _GRADIENTS = ("exact", "bpda", "surrogate", "none")

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lit_purify.errors import InputError
 from lit_purify.models import Classifier, Denoiser
 from lit_purify.models.files import save_network, saved_step
-from lit_purify.tasks import TrainingTask
+from lit_purify.training.task import TrainingTask
 
 
 class Export(Callback):

@@ -17,7 +17,7 @@ from lit_purify.errors import InputError
 from lit_purify.functional.images import flip, shift
 from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import Classifier, Denoiser
-from lit_purify.tasks.batch_norm import synchronize_batch_norm
+from lit_purify.training.batch_norm import synchronize_batch_norm
 
 
 class TrainingTask(L.LightningModule, ABC):

@@ -19,14 +19,14 @@ from lit_purify.data import ImageDataModule
 from lit_purify.defense import DefendedClassifier
 from lit_purify.defense.masks import Given
 from lit_purify.errors import InputError
+from lit_purify.evaluation.module import RobustnessTask
+from lit_purify.evaluation.records import identity_sha256, write_whole
 from lit_purify.functional.chunks import LogitsFunction
 from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.noise import ATTACK, START_STEP, KeyedNoise
 from lit_purify.functional.threat import linf_norm
-from lit_purify.metrics.records import identity_sha256, write_whole
 from lit_purify.models import Denoiser
-from lit_purify.tasks.robustness import RobustnessTask
 
 RECOMPUTED_LIMIT, FINITE_LIMIT, ZERO_LIMIT = 1e-5, 1e-4, 0.9
 """Largest relative differences, and largest part of zeros."""

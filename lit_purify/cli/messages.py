@@ -18,11 +18,11 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 # What is imported here can be named in a configuration by its short name, and is suggested where a name is wrong.
-from lit_purify import attacks, callbacks, data, defense, models, tasks
+from lit_purify import attacks, callbacks, data, defense, evaluation, models, training
 from lit_purify.callbacks.watch import lost_connection
 from lit_purify.defense import Purifier
 from lit_purify.errors import InputError
-from lit_purify.run_folder import RunFolder
+from lit_purify.evaluation.folder import RunFolder
 
 
 def explanation(error: Exception, folder: RunFolder | None) -> str | None:
@@ -168,7 +168,9 @@ COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "pred
 """Of ``eval.py``."""
 _USAGE = f"eval.py takes one of {', '.join(COMMANDS)} or none, and settings as --NAME VALUE"
 
-_CLASSES = [name for module in (attacks, callbacks, data, defense, models, tasks) for name in module.__all__]
+_CLASSES = [
+    name for module in (attacks, callbacks, data, defense, evaluation, models, training) for name in module.__all__
+]
 
 _SETTINGS = [
     "config",

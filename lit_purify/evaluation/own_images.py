@@ -21,12 +21,12 @@ from lit_purify.data import ImageDataModule
 from lit_purify.data.folder import read_image
 from lit_purify.defense import DefendedClassifier
 from lit_purify.errors import InputError
+from lit_purify.evaluation.module import RobustnessTask
+from lit_purify.evaluation.own_files import KEY, Existing, Job, left_to_do, plan, said_by
+from lit_purify.evaluation.records import identity_sha256, write_whole
 from lit_purify.functional.chunks import chunks
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.functional.rendering import panels
-from lit_purify.metrics.records import identity_sha256, write_whole
-from lit_purify.tasks.own_files import KEY, Existing, Job, left_to_do, plan, said_by
-from lit_purify.tasks.robustness import RobustnessTask
 
 
 class _Sources(Dataset[dict[str, Any]]):

@@ -12,7 +12,7 @@ from lit_purify.data.base import Batch
 from lit_purify.errors import InputError
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
 from lit_purify.models import Classifier
-from lit_purify.tasks.training import TrainingTask
+from lit_purify.training.task import TrainingTask
 
 _AUGMENT = 0
 

@@ -18,11 +18,11 @@ from lit_purify.attacks import Attack
 from lit_purify.attacks.base import Queries
 from lit_purify.data import ImageDataModule
 from lit_purify.data.base import Batch
+from lit_purify.evaluation.module import RobustnessTask
+from lit_purify.evaluation.records import Record
 from lit_purify.functional.chunks import logits_in_chunks
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
-from lit_purify.metrics import Record
 from lit_purify.models import Classifier
-from lit_purify.tasks.robustness import RobustnessTask
 
 _BACKWARD = 2
 """What a backward pass costs, in forward passes: the steps are computed anew, and differentiated by their input."""

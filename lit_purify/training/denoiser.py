@@ -19,7 +19,7 @@ from lit_purify.functional.levels import LevelMap, two_level
 from lit_purify.functional.mask import random_shapes
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
 from lit_purify.models import Classifier, Denoiser
-from lit_purify.tasks.training import TrainingTask
+from lit_purify.training.task import TrainingTask
 
 _NOISE, _LEVELS, _SHAPES, _AUGMENT = range(4)
 _SHAPE_COUNT = 3

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from lit_purify.callbacks.comparison import GENERATOR, Comparison
 from lit_purify.errors import InputError
-from lit_purify.metrics.records import write_whole
+from lit_purify.evaluation.records import write_whole
+from lit_purify.report.comparison import GENERATOR, Comparison
 
 
 class _Parser(argparse.ArgumentParser):

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_purify.callbacks import plots
-from lit_purify.callbacks.finished import FinishedRun, Threat, attacks_of, radius, threat_name
-from lit_purify.callbacks.html import render
-from lit_purify.callbacks.summary import clean_outcomes, groups_of, percent, robust_outcomes, signed
 from lit_purify.errors import InputError
+from lit_purify.evaluation.folder import DATA
 from lit_purify.functional.statistics import Interval, paired_difference, unpaired_difference
-from lit_purify.run_folder import DATA
+from lit_purify.report import plots
+from lit_purify.report.finished import FinishedRun, Threat, attacks_of, radius, threat_name
+from lit_purify.report.html import render
+from lit_purify.report.summary import clean_outcomes, groups_of, percent, robust_outcomes, signed
 
 GENERATOR = "lit_purify compare"
 """What a page of a comparison says that it was made by."""

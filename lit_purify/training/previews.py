@@ -17,9 +17,9 @@ from torch.nn.functional import pad
 from torchvision.utils import save_image
 
 from lit_purify.errors import InputError
+from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.rendering import panels
-from lit_purify.metrics.records import write_whole
-from lit_purify.tasks.denoiser import DenoiserTask, PurificationListener, Purified
+from lit_purify.training.denoiser import DenoiserTask, PurificationListener, Purified
 
 _GAP = 4
 

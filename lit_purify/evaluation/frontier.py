@@ -10,8 +10,8 @@ from lit_purify.attacks import Attack
 from lit_purify.data.base import ImageDataModule
 from lit_purify.defense import Gradient, Purifier
 from lit_purify.errors import InputError
+from lit_purify.evaluation.module import RobustnessTask
 from lit_purify.models import Classifier, Denoiser
-from lit_purify.tasks.robustness import RobustnessTask
 
 
 class FrontierTask(RobustnessTask):

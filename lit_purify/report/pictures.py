@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lit_purify.callbacks.finished import FinishedRun
+from lit_purify.evaluation.records import Record
 from lit_purify.functional.rendering import TINT, spans
 from lit_purify.functional.statistics import outcomes
-from lit_purify.metrics import Record
+from lit_purify.report.finished import FinishedRun
 
 OUTCOMES = {
     "broken": "broken in every run",

@@ -10,10 +10,10 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_purify.callbacks.summary import Pairs, by_pair
 from lit_purify.errors import InputError
-from lit_purify.metrics.records import identity_sha256
-from lit_purify.run_folder import RunFolder, comparable
+from lit_purify.evaluation.folder import RunFolder, comparable
+from lit_purify.evaluation.records import identity_sha256
+from lit_purify.report.summary import Pairs, by_pair
 
 Threat = tuple[str, float]
 """Norm and radius."""

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import yaml
 
 from lit_purify.errors import InputError
-from lit_purify.metrics.records import Record, read_records, uncollected, write_records, write_whole
+from lit_purify.evaluation.records import Record, read_records, uncollected, write_records, write_whole
 from lit_purify.models.sources import locate
 
 _IRRELEVANT = (

@@ -8,14 +8,14 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from lit_purify.checks.audit_checks import LEVEL, TOLERANCE, Audit
+from lit_purify.checks.gradcheck import CheckingTrainer
+from lit_purify.checks.judging import Row, least_samples
 from lit_purify.data import ImageDataModule
 from lit_purify.defense import DefendedClassifier
 from lit_purify.errors import InputError
-from lit_purify.functional.audit import Row, least_samples
-from lit_purify.metrics.records import identity_sha256, write_whole
-from lit_purify.tasks.audit_checks import LEVEL, TOLERANCE, Audit
-from lit_purify.tasks.gradcheck import CheckingTrainer
-from lit_purify.tasks.robustness import RobustnessTask
+from lit_purify.evaluation.module import RobustnessTask
+from lit_purify.evaluation.records import identity_sha256, write_whole
 
 
 class AuditingTrainer(CheckingTrainer):

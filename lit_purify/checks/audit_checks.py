@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_purify.attacks import PGD, Attack, MaskShift, Queries, Square, Transfer
+from lit_purify.checks.gradcheck import Samples, check_gradient
+from lit_purify.checks.judging import Comparison, Fixed, Row, Verdict, holm, sign_flip, verdict
 from lit_purify.defense import (
     BPDA,
     Attacked,
@@ -24,13 +26,11 @@ from lit_purify.defense import (
     Zeros,
 )
 from lit_purify.defense.gradients import MaskGradient
-from lit_purify.functional.audit import Comparison, Fixed, Row, Verdict, holm, sign_flip, verdict
 from lit_purify.functional.chunks import LogitsFunction, draws_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import LossName, margin_loss, named_loss
 from lit_purify.functional.noise import ATTACK, EVALUATION, START_STEP, KeyedNoise, Noise
 from lit_purify.functional.statistics import mean_interval, outcomes, paired_difference
 from lit_purify.functional.threat import Norm, l2_norm, project
-from lit_purify.tasks.gradcheck import Samples, check_gradient
 
 LEVEL, TOLERANCE, SAME_LIMIT = 0.05, 0.05, 1e-5
 """Chance to fail a sound defense by its comparisons; what an attack may overstate; largest relative difference."""

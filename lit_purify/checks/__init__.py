@@ -1,0 +1,1 @@
+"""Gradcheck and audit: is the robust accuracy of an evaluation to be believed?"""

@@ -1,0 +1,9 @@
+"""Training the denoiser and the classifier, and writing what was trained."""
+
+from lit_purify.training.classifier import ClassifierTask
+from lit_purify.training.denoiser import DenoiserTask
+from lit_purify.training.export import Export
+from lit_purify.training.previews import Previews
+from lit_purify.training.task import TrainingTask
+
+__all__ = ["ClassifierTask", "DenoiserTask", "Export", "Previews", "TrainingTask"]
