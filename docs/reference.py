@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 # Run as a script, this folder is on the path, the repository is not.
 sys.path.insert(0, str(ROOT))
 
-from lit_purify import attacks, callbacks, data, defense, models  # noqa: E402
+from lit_purify import attacks, callbacks, data, defense, evaluation, models  # noqa: E402
 from lit_purify.checks.audit import AuditingTrainer  # noqa: E402
 from lit_purify.evaluation.own_images import PurifyingTrainer  # noqa: E402
 from lit_purify.training.export import ExportingTrainer  # noqa: E402
@@ -72,7 +72,7 @@ def networks(kind: type) -> Callable[[Any], bool]:
 
 NETWORKS = ("denoiser", "classifier")
 SECTIONS = [
-    Section("Tasks", "`model`", training, classes(L.LightningModule)),
+    Section("Tasks", "`model`", evaluation, classes(L.LightningModule)),
     Section("Datamodules", "`data`", data, classes(data.ImageDataModule)),
     Section("Subsets", "`data.init_args.subset`", data, classes(data.Subset)),
     Section("Classifiers", "`model.init_args.classifier`", models, networks(models.Classifier)),
