@@ -1,0 +1,181 @@
+"""Objects that know what they were made from: the arguments of their constructor are a run's identity."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lit_purify.errors import InputError
+
+T = TypeVar("T")
+SHA256 = " (sha256)"
+"""Ends the key of a hash in an identity."""
+
+
+class Recorded:
+    """Keeps the arguments of its constructor, that of the outermost class.
+
+    Attributes:
+        arguments: Arguments by name, defaults included.
+        irrelevant: Names of arguments that change no result: they are not part of an identity.
+    """
+
+    arguments: dict[str, Any]
+    irrelevant: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
+        """Wraps the constructor; its signature stays visible."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            return
+        init = vars(cls)["__init__"]
+
+        @functools.wraps(init)
+        def recording(self: Recorded, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            if "arguments" not in vars(self):
+                object.__setattr__(self, "arguments", _bound(init, (self, *args), kwargs, skip=1))
+            init(self, *args, **kwargs)
+
+        cls.__init__ = recording  # type: ignore[method-assign]
+
+
+def recorded(make: Callable[..., T]) -> Callable[..., T]:
+    """Decorates a function that makes a network: what it makes was made from the arguments of the function."""
+
+    @functools.wraps(make)
+    def recording(*args: Any, **kwargs: Any) -> T:  # noqa: ANN401
+        made = make(*args, **kwargs)
+        object.__setattr__(made, "made_by", (f"{make.__module__}.{make.__qualname__}", _bound(make, args, kwargs)))
+        return made
+
+    return recording
+
+
+def _bound(make: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], skip: int = 0) -> dict[str, Any]:
+    signature = inspect.signature(make)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:
+        # The constructor says better what is wrong.
+        return {}
+    bound.apply_defaults()
+    found: dict[str, Any] = {}
+    for name, value in list(bound.arguments.items())[skip:]:
+        found |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    hints = _hints(make)
+    # A file is a file by the type of its argument, also where a string names it.
+    return {
+        name: Path(value) if isinstance(value, str) and Path in _types(hints.get(name)) else value
+        for name, value in found.items()
+    }
+
+
+def _hints(make: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(make)
+    except (NameError, TypeError):
+        return {}
+
+
+def _types(hint: Any) -> set[Any]:  # noqa: ANN401
+    parts = typing.get_args(hint)
+    return {hint}.union(*map(_types, parts)) if parts else {hint}
+
+
+def identity(**values: Any) -> dict[str, Any]:  # noqa: ANN401
+    """What results depend on, flat, as JSON values: ``{"defenses.uniform": "UniformPurifier", ...}``.
+
+    Objects of this library are their class and the arguments that they were made from, files (arguments whose type is
+    ``Path``) the sha256 of their content, networks the sha256 of their weights, other objects their class. An object
+    that appears twice is named by the place where it appeared first.
+
+    Args:
+        values: By name, what to identify.
+    """
+    found: dict[str, Any] = {}
+    places: dict[int, str] = {}
+    for name, value in values.items():
+        _identify(value, name, found, places)
+    return found
+
+
+def _identify(value: Any, key: str, found: dict[str, Any], places: dict[int, str]) -> None:  # noqa: ANN401
+    if value is None or isinstance(value, (bool, int, float, str)):
+        found[key] = value
+    elif isinstance(value, Path):
+        from lit_purify.models.sources import locate
+
+        path = locate(value)
+        found[key] = str(value)
+        if path.exists():
+            found[key + SHA256] = path_sha256(path)
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            _identify(inner, f"{key}.{name}", found, places)
+    elif isinstance(value, Tensor):
+        found[key + SHA256] = tensors_sha256({"": value})
+    elif isinstance(value, (list, tuple)) and all(v is None or isinstance(v, (bool, int, float, str)) for v in value):
+        found[key] = list(value)
+    elif isinstance(value, (list, tuple)):
+        for k, inner in enumerate(value):
+            _identify(inner, f"{key}.{k}", found, places)
+    elif id(value) in places:
+        found[key] = f"the {places[id(value)]}"
+    else:
+        places[id(value)] = key
+        _identify_object(value, key, found, places)
+
+
+def _identify_object(value: Any, key: str, found: dict[str, Any], places: dict[int, str]) -> None:  # noqa: ANN401
+    made_by, arguments = getattr(value, "made_by", None) or (_name(value), getattr(value, "arguments", {}))
+    found[key] = made_by
+    for name, inner in arguments.items():
+        if name not in getattr(value, "irrelevant", ()):
+            _identify(inner, f"{key}.{name}", found, places)
+    inside = (inner for inner in arguments.values() if isinstance(inner, nn.Module))
+    held = {id(tensor) for inner in inside for tensor in inner.state_dict(keep_vars=True).values()}
+    if isinstance(value, nn.Module):
+        # Those of networks among the arguments are hashed there.
+        own = {name: t for name, t in value.state_dict(keep_vars=True).items() if id(t) not in held}
+        if own:
+            found[f"{key}.weights{SHA256}"] = tensors_sha256(own)
+
+
+def _name(value: Any) -> str:  # noqa: ANN401
+    of = value if inspect.isroutine(value) or inspect.isclass(value) else type(value)
+    return f"{of.__module__}.{of.__qualname__}"
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of tensors: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {data.dtype} {tuple(data.shape)}\n".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def path_sha256(path: Path) -> str:
+    """Hash of a file, or of the names and hashes of the files in a folder.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            listing = "".join(f"{path_sha256(file)} {file.relative_to(path)}\n" for file in files)
+            return hashlib.sha256(listing.encode()).hexdigest()
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
