@@ -14,7 +14,7 @@ _BASE = {"errors", "recorded", "functional"}
 _EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
 ALLOWED = {
     "errors": set(),
-    "recorded": {"errors", "models"},
+    "recorded": {"errors"},
     "functional": {"errors"},
     "models": _BASE,
     "defense": _BASE | {"models"},

@@ -1,9 +1,10 @@
 """Attacks: they see a function from (image, noise) to logits, and the label."""
 
 from lit_purify.attacks.apgd import APGD
-from lit_purify.attacks.base import Attack, Queries
+from lit_purify.attacks.base import Attack, NotApplicableError, Queries
 from lit_purify.attacks.carlini_wagner import CarliniWagnerL2
 from lit_purify.attacks.fgsm import FGSM
+from lit_purify.attacks.foreign import ForeignAttack
 from lit_purify.attacks.mask_shift import MaskShift
 from lit_purify.attacks.pgd import PGD
 from lit_purify.attacks.saved_images import SavedImages
@@ -16,7 +17,9 @@ __all__ = [
     "PGD",
     "Attack",
     "CarliniWagnerL2",
+    "ForeignAttack",
     "MaskShift",
+    "NotApplicableError",
     "Queries",
     "SavedImages",
     "Square",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws, rowwise
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import LogitsFunction, average, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.chunks import AttackedFunction, average, draws_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import LossName, mean_margin, named_loss, targeted_dlr_loss
 from lit_purify.functional.noise import START_STEP, Noise
 from lit_purify.functional.threat import Norm, l2_norm, linf_norm, project, steepest
@@ -44,13 +44,15 @@ class APGD(Attack):
             iterate; of several starts, the one with the highest averaged margin.
     """
 
+    scalable = frozenset({"steps", "eot", "restarts", "loss", "eps"})
+
     def __init__(
         self,
-        norm: Norm,
-        eps: float | str,
+        norm: Norm = "linf",
+        eps: float | str = "8/255",
         steps: int = 100,
         eot: int = 1,
-        loss: LossName = "ce",
+        loss: LossName = "margin",
         targets: int = 0,
         restarts: int = 1,
         select: Literal["best", "last"] = "best",
@@ -62,17 +64,21 @@ class APGD(Attack):
         if targets and loss != "dlr":
             raise InputError(f"targets = {targets} needs loss: dlr, {loss} has no targeted form")
         self.steps, self.eot, self.targets, self.restarts, self.select = steps, eot, targets, restarts, select
-        self.loss_name = loss
-        self.loss = targeted_dlr_loss if targets else named_loss(loss)
+        self.loss = loss
+
+    def stronger(self, **changes: Any) -> APGD:  # noqa: ANN401
+        """See ``Attack``; another loss is raised without targets."""
+        other = super().stronger(**changes)
+        assert isinstance(other, APGD)
+        other.targets = 0 if "loss" in changes else self.targets
+        return other
 
     @property
     def title(self) -> str:
         """What reports call it."""
         targets = f" towards {self.targets} classes in turn" if self.targets else ""
         restarts = f", {self.restarts} restarts" if self.restarts > 1 else ""
-        return (
-            f"APGD on the {self.loss_name} loss{targets} from the border of the ball, {self.select} iterate{restarts}"
-        )
+        return f"APGD on the {self.loss} loss{targets} from the border of the ball, {self.select} iterate{restarts}"
 
     @property
     def queries(self) -> Queries:
@@ -80,7 +86,7 @@ class APGD(Attack):
         backward = max(1, self.targets) * self.restarts * (self.steps + 1) * self.eot
         return Queries(self.eot + backward, backward)
 
-    def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+    def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
         clean = logits_in_chunks(model, image, noise, draws(0, self.eot), chunk)
         best = Best(image, mean_margin(clean, label) if self.select == "best" else None)
@@ -95,9 +101,9 @@ class APGD(Attack):
 
     def _goals(self, clean: Tensor, label: Tensor) -> list[Tensor]:
         """What the loss is given in each run: the label, or label and target (B, 2)."""
-        needed = max(self.targets + 1, 4) if self.targets else 3 if self.loss_name == "dlr" else 2
+        needed = max(self.targets + 1, 4) if self.targets else 3 if self.loss == "dlr" else 2
         if clean.shape[2] < needed:
-            what = f"the {self.loss_name} loss" + (f" with targets = {self.targets}" if self.targets else "")
+            what = f"the {self.loss} loss" + (f" with targets = {self.targets}" if self.targets else "")
             raise InputError(f"{what} needs {needed} classes, the classifier has {clean.shape[2]}: use loss: margin")
         if not self.targets:
             return [label]
@@ -105,13 +111,14 @@ class APGD(Attack):
         return [torch.stack([label, target], dim=1) for target in wrong.topk(self.targets, dim=1).indices.unbind(dim=1)]
 
     def _path(
-        self, model: LogitsFunction, image: Tensor, label: Tensor, goal: Tensor, noise: Noise, chunk: int, first: int
+        self, model: AttackedFunction, image: Tensor, label: Tensor, goal: Tensor, noise: Noise, chunk: int, first: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The iterates and their averaged margins, from one start; ``first`` is the number of its first draw."""
+        raised = targeted_dlr_loss if self.targets else named_loss(self.loss)
 
         def judge(point: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
             runs = draws(first + k * self.eot, self.eot)
-            seen = draws_in_chunks(model, self.loss, point, goal, noise, runs, chunk)
+            seen = draws_in_chunks(model, raised, point, goal, noise, runs, chunk)
             return average(seen.loss), average(seen.gradient), mean_margin(seen.logits, label)
 
         point = previous = self._start(image, noise.runs([first]))

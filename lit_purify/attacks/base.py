@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import LogitsFunction
-from lit_purify.functional.noise import Noise
+from lit_purify.functional.chunks import AttackedFunction, plain
+from lit_purify.functional.images import check_unit_range
+from lit_purify.functional.noise import ATTACK, KeyedNoise, Noise
 from lit_purify.functional.threat import Norm, pixels, violations
+from lit_purify.recorded import Recorded
 
 
 class Queries(NamedTuple):
@@ -22,7 +26,20 @@ class Queries(NamedTuple):
     backward: int
 
 
-class Attack(ABC):
+class NotApplicableError(ValueError):
+    """An attack has no such version; the message says why."""
+
+
+@runtime_checkable
+class Attackable(Protocol):
+    """A model that knows how attacks see it, such as a ``DefendedClassifier``."""
+
+    def attacked(self) -> AttackedFunction:
+        """The function that attacks differentiate."""
+        ...
+
+
+class Attack(Recorded, ABC):
     """Looks for an image in the threat model that the model gets wrong.
 
     Args:
@@ -32,16 +49,19 @@ class Attack(ABC):
     Attributes:
         steps: Points that each start tries one after the other.
         eot: Draws of noise that each of them is judged by.
-        gradient: ``exact``, ``none``, or ``surrogate`` where another model than the attacked one is differentiated.
+        gradient: ``exact``, ``none``, ``surrogate`` where another model than the attacked one is differentiated, or
+            ``theirs``: the attack of another library.
         target: What the attack is handed: the ``defense``, or the bare ``classifier`` behind it.
         stopping: When it ends, in words for the report.
+        scalable: Attributes that ``stronger`` may change.
     """
 
     steps: int
     eot: int
-    gradient: Literal["exact", "surrogate", "none"] = "exact"
+    gradient: Literal["exact", "surrogate", "theirs", "none"] = "exact"
     target: Literal["defense", "classifier"] = "defense"
     stopping: str = "runs all its steps; does not look at the defense's final runs"
+    scalable: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, norm: Norm, eps: float | str) -> None:
         self.norm, self.eps = norm, pixels("eps", eps)
@@ -50,20 +70,34 @@ class Attack(ABC):
                 f"eps = {eps} is above 1, the whole range of a pixel: images lie in [0, 1], use e.g. 8/255"
             )
 
-    def __call__(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int = 64) -> Tensor:
+    def __call__(
+        self,
+        model: AttackedFunction | Attackable | nn.Module | Callable[[Tensor], Tensor],
+        image: Tensor,
+        label: Tensor,
+        noise: Noise | None = None,
+        chunk: int = 64,
+    ) -> Tensor:
         """Adversarial images, (B, C, H, W) in [0, 1], detached.
 
         Args:
-            model: From (image, noise) to logits; differentiable. (Attacks on the mask also ask for its ``attention``.)
+            model: What is attacked: a defended classifier, any ``nn.Module`` or function from [0, 1] images to logits,
+                or an ``AttackedFunction``.
             image: (B, C, H, W) in [0, 1].
             label: (B,) int64.
-            noise: Randomness of the same rows, apart from that of the evaluation.
+            noise: Randomness of the same rows, apart from that of the evaluation; ``None`` draws a fresh seed from
+                torch's global generator.
             chunk: Rows that the model is called with, always this many.
 
         Raises:
+            InputError: The images are not in [0, 1], or labels are not (B,).
             RuntimeError: The attack left its threat model (a bug in the attack).
         """
-        adversarial = self.perturb(model, image, label, noise, chunk).detach()
+        check_unit_range(image)
+        if label.shape != image.shape[:1]:
+            raise InputError(f"labels have shape {tuple(label.shape)}, {len(image)} images need ({len(image)},)")
+        noise = noise or fresh_noise(image, ATTACK)
+        adversarial = self.perturb(attackable(model), image, label, noise, chunk).detach()
         bad = violations(adversarial, image, self.norm, self.radius(image)).nonzero().flatten().tolist()
         if bad:
             raise RuntimeError(f"{type(self).__name__} left its threat model ({self.norm} <= {self.eps}) in rows {bad}")
@@ -83,16 +117,57 @@ class Attack(ABC):
     def queries(self) -> Queries:
         """What it costs."""
 
-    def prepare(self, positions: Sequence[int]) -> None:  # noqa: B027  (most attacks have nothing to prepare)
-        """Told before an evaluation which samples it is about.
+    def stronger(self, **changes: Any) -> Attack:  # noqa: ANN401
+        """This attack with more steps, draws or restarts, or with another loss or radius; for the audit.
+
+        Args:
+            changes: Of ``scalable`` the new values: ``steps``, ``eot``, ``restarts``, ``loss``, ``aggregate``; ``eps``
+                also scales the length of a step.
+
+        Raises:
+            NotApplicableError: The attack has no such version.
+        """
+        missing = [name for name in changes if name not in self.scalable]
+        if missing:
+            raise NotApplicableError(f"{type(self).__name__} states no version with other {' or '.join(missing)}")
+        other = copy.copy(self)
+        if "eps" in changes and "step_size" in vars(other):
+            changes["step_size"] = vars(other)["step_size"] * changes["eps"] / self.eps
+        vars(other).update(changes)
+        return other
+
+    def prepare(self, positions: Sequence[int]) -> None:
+        """Learns before an evaluation which samples are evaluated.
 
         Args:
             positions: Their positions in the evaluated split, in order: the ``index`` of the noise that they come with.
         """
 
     @abstractmethod
-    def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """As ``__call__``, which checks the result."""
+    def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+        """As ``__call__``, which checks arguments and result."""
+
+
+def attackable(model: AttackedFunction | Attackable | nn.Module | Callable[..., Tensor]) -> AttackedFunction:
+    """The function that an attack on a model sees.
+
+    Functions of two arguments take (image, noise); modules that are not ``Attackable``, and functions of one argument,
+    take images.
+    """
+    if isinstance(model, AttackedFunction):
+        return model
+    if isinstance(model, Attackable):
+        return model.attacked()
+    if not isinstance(model, nn.Module) and len(inspect.signature(model).parameters) > 1:
+        return plain(model)
+    return plain(lambda image, noise: model(image))
+
+
+def fresh_noise(image: Tensor, stream: int) -> KeyedNoise:
+    """Noise for a batch of images, under a key that is drawn from torch's global generator."""
+    seed, run = (int(word) for word in torch.randint(2**32, (2,)))
+    index = torch.arange(len(image), device=image.device)
+    return KeyedNoise(seed, index, torch.full_like(index, run), stream)
 
 
 class Best:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws, rowwise
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import LogitsFunction, gradient_in_chunks, logits_in_chunks
+from lit_purify.functional.chunks import AttackedFunction, gradient_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import margin_loss, mean_margin
 from lit_purify.functional.noise import Noise
 from lit_purify.functional.threat import l2_norm, pixels, project
@@ -36,9 +36,11 @@ class CarliniWagnerL2(Attack):
         eot: Draws that each step averages over.
     """
 
+    scalable = frozenset({"steps", "eot"})
+
     def __init__(
         self,
-        eps: float | str,
+        eps: float | str = 0.5,
         steps: int = 100,
         searches: int = 6,
         step_size: float | str = 0.01,
@@ -64,7 +66,7 @@ class CarliniWagnerL2(Attack):
         backward = self.searches * self.steps * self.eot
         return Queries(backward + self.searches * self.eot, backward)
 
-    def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+    def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
         nearest, highest = Best(image), Best(image)
         c = torch.full((len(image),), self.c, device=image.device)

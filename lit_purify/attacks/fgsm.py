@@ -21,8 +21,15 @@ class FGSM(PGD):
         random_start: Start at a uniform point of the ball instead of at the image.
     """
 
+    scalable = frozenset({"eot", "loss", "eps"})
+
     def __init__(
-        self, norm: Norm, eps: float | str, eot: int = 1, loss: LossName = "ce", random_start: bool = False
+        self,
+        norm: Norm = "linf",
+        eps: float | str = "8/255",
+        eot: int = 1,
+        loss: LossName = "margin",
+        random_start: bool = False,
     ) -> None:
         length = pixels("eps", eps) * (1.25 if random_start else 1.0)
         super().__init__(norm, eps, 1, length, eot, loss, random_start=random_start)
@@ -30,4 +37,4 @@ class FGSM(PGD):
     @property
     def title(self) -> str:
         """What reports call it."""
-        return f"FGSM on the {self.loss_name} loss from {'a random point' if self.random_start else 'the image'}"
+        return f"FGSM on the {self.loss} loss from {'a random point' if self.random_start else 'the image'}"

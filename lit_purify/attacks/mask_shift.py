@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from lit_purify.attacks.base import check_counts
-from lit_purify.attacks.pgd import PGD
-from lit_purify.functional.chunks import LogitsFunction, gradient_in_chunks, logits_in_chunks
+from lit_purify.attacks.pgd import PGD, Aggregate
+from lit_purify.functional.chunks import AttackedFunction, gradient_in_chunks, logits_in_chunks, plain
+from lit_purify.functional.losses import LossName
 from lit_purify.functional.noise import Noise
 from lit_purify.functional.threat import Norm, project, steepest
 
@@ -29,19 +28,29 @@ class MaskShift(PGD):
         steps: Steps on the loss.
         step_size: Of both kinds of steps.
         shift_steps: Steps on the mask. Each costs a gradient of the classifier's features, and no network call.
-        kwargs: As in ``PGD``.
+        eot: As in ``PGD``.
+        loss: As in ``PGD``.
+        select: As in ``PGD``.
+        random_start: As in ``PGD``.
+        restarts: As in ``PGD``.
+        aggregate: As in ``PGD``.
     """
 
     def __init__(
         self,
-        norm: Norm,
-        eps: float | str,
-        steps: int,
-        step_size: float | str,
+        norm: Norm = "linf",
+        eps: float | str = "8/255",
+        steps: int = 20,
+        step_size: float | str | None = None,
         shift_steps: int = 20,
-        **kwargs: Any,  # noqa: ANN401
+        eot: int = 1,
+        loss: LossName = "margin",
+        select: Literal["best", "last"] = "last",
+        random_start: bool = True,
+        restarts: int = 1,
+        aggregate: Aggregate = "mean",
     ) -> None:
-        super().__init__(norm, eps, steps, step_size, **kwargs)
+        super().__init__(norm, eps, steps, step_size, eot, loss, select, random_start, restarts, aggregate)
         check_counts(shift_steps=shift_steps)
         self.shift_steps = shift_steps
 
@@ -50,25 +59,15 @@ class MaskShift(PGD):
         """What reports call it."""
         return f"{super().title}, after {self.shift_steps} steps that move the mask"
 
-    def _begin(self, model: LogitsFunction, image: Tensor, noise: Noise, chunk: int) -> Tensor:
-        attention: Callable[[Tensor, Noise], Tensor | None] | None = getattr(model, "attention", None)
-        if attention is None:
-            # Without this the mask would stay where it is, and nobody would know.
-            raise RuntimeError("MaskShift must be handed a defense, or a view of one, which tells where it looks")
-
-        def look(image: Tensor, noise: Noise) -> Tensor:
-            mask = attention(image, noise)
-            assert mask is not None
-            return mask.flatten(1)
+    def _begin(self, model: AttackedFunction, image: Tensor, noise: Noise, chunk: int) -> Tensor:
+        point, relaxed = super()._begin(model, image, noise, chunk), model.relaxed
+        if relaxed is None:
+            return point
 
         def moved(mask: Tensor, original: Tensor) -> Tensor:
             return -(mask * original).sum(dim=1) / original.sum(dim=1).clamp(min=1.0)
 
-        point = super()._begin(model, image, noise, chunk)
-        first = torch.zeros(1, dtype=torch.long, device=image.device)
-        with torch.no_grad():
-            if attention(image[:1], noise.rows(first)) is None:
-                return point
+        look = plain(lambda image, noise: relaxed(image, noise).flatten(1))
         original = logits_in_chunks(look, image, noise, [0], chunk)[:, 0]
         for _ in range(self.shift_steps):
             _, gradient = gradient_in_chunks(look, moved, point, original, noise, [0], chunk)

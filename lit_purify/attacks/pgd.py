@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import Draws, LogitsFunction, average, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.chunks import AttackedFunction, Draws, average, draws_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import LossName, log_probabilities, named_loss
 from lit_purify.functional.noise import START_STEP, Noise
 from lit_purify.functional.threat import Norm, l2_norm, pixels, project, steepest
@@ -36,7 +36,7 @@ class PGD(Attack):
         norm: ``linf`` or ``l2``.
         eps: Radius, in pixels of [0, 1]; a number or a fraction such as ``8/255``.
         steps: Gradient steps.
-        step_size: Length of a step, in pixels of [0, 1]; a number or a fraction.
+        step_size: Length of a step, in pixels of [0, 1]; a number or a fraction; ``None`` is 2.5 ``eps`` / ``steps``.
         eot: Draws that each gradient averages over.
         loss: ``ce`` is cross entropy, ``margin`` the largest wrong logit minus the right one, ``dlr`` the margin over
             the gap between the first and the third logit.
@@ -49,14 +49,16 @@ class PGD(Attack):
             & Kim (2023) and of Pei et al. (2025). Such a step is not the steepest.
     """
 
+    scalable = frozenset({"steps", "eot", "restarts", "loss", "aggregate", "eps"})
+
     def __init__(
         self,
-        norm: Norm,
-        eps: float | str,
-        steps: int,
-        step_size: float | str,
+        norm: Norm = "linf",
+        eps: float | str = "8/255",
+        steps: int = 20,
+        step_size: float | str | None = None,
         eot: int = 1,
-        loss: LossName = "ce",
+        loss: LossName = "margin",
         select: Literal["best", "last"] = "last",
         random_start: bool = True,
         restarts: int = 1,
@@ -68,8 +70,8 @@ class PGD(Attack):
         if aggregate != "mean" and eot == 1:
             raise InputError(f"aggregate = {aggregate!r} weights the draws of a sample: use eot of 2 or more")
         self.steps, self.eot, self.restarts = steps, eot, restarts
-        self.step_size = pixels("step_size", step_size)
-        self.loss_name, self.loss = loss, named_loss(loss)
+        self.step_size = 2.5 * self.eps / steps if step_size is None else pixels("step_size", step_size)
+        self.loss = loss
         self.select, self.random_start, self.aggregate = select, random_start, aggregate
         self.step_norm: Norm = "linf" if sign else norm
 
@@ -81,7 +83,7 @@ class PGD(Attack):
         weights = {"mean": "", "worst": ", draws weighted by success", "vote": ", draws weighted by failure"}
         signs = ", signs as steps" if self.step_norm != self.norm else ""
         return (
-            f"PGD on the {self.loss_name} loss from {start}, step {self.step_size:.4g}{signs}, {self.select} "
+            f"PGD on the {self.loss} loss from {start}, step {self.step_size:.4g}{signs}, {self.select} "
             f"iterate{restarts}{weights[self.aggregate]}"
         )
 
@@ -95,15 +97,15 @@ class PGD(Attack):
     def _returns_last(self) -> bool:
         return self.select == "last" and self.restarts == 1
 
-    def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+    def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
-        best = Best(image)
+        best, loss_function = Best(image), named_loss(self.loss)
         for restart in range(self.restarts):
             first = restart * (self.steps + 1) * self.eot
             runs = [draws(first + k * self.eot, self.eot) for k in range(self.steps + 1)]
             adversarial = self._begin(model, image, noise.runs([restart]), chunk)
             for k in range(self.steps):
-                seen = draws_in_chunks(model, self.loss, adversarial, label, noise, runs[k], chunk)
+                seen = draws_in_chunks(model, loss_function, adversarial, label, noise, runs[k], chunk)
                 if self.select == "best":
                     best.offer(adversarial, self._score(seen.logits, seen.loss, label))
                 adversarial = adversarial + self.step_size * steepest(self._gradient(seen, label), self.step_norm)
@@ -111,7 +113,7 @@ class PGD(Attack):
             if self._returns_last:
                 return adversarial
             logits = logits_in_chunks(model, adversarial, noise, runs[self.steps], chunk)
-            loss = torch.stack([self.loss(draw, label) for draw in logits.unbind(dim=1)], dim=1)
+            loss = torch.stack([loss_function(draw, label) for draw in logits.unbind(dim=1)], dim=1)
             best.offer(adversarial, self._score(logits, loss, label))
         return best.image
 
@@ -128,7 +130,7 @@ class PGD(Attack):
         wrong, right = log_probabilities(logits, label)
         return (wrong.logsumexp(dim=1) - right.logsumexp(dim=1)).to(loss.dtype)
 
-    def _begin(self, model: LogitsFunction, image: Tensor, noise: Noise, chunk: int) -> Tensor:
+    def _begin(self, model: AttackedFunction, image: Tensor, noise: Noise, chunk: int) -> Tensor:
         """The first iterate."""
         return self._start(image, noise) if self.random_start else image
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_purify.attacks.base import Attack, Queries
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import LogitsFunction
+from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.noise import KeyedNoise, Noise
 from lit_purify.functional.threat import Norm, l2_norm, linf_norm, violations
 
@@ -70,7 +70,7 @@ class SavedImages(Attack):
             )
         self._row = {int(position): row for row, position in enumerate(positions)}
 
-    def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+    def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
         assert isinstance(noise, KeyedNoise), "samples are told apart by the index of their noise"
         index = noise.index.tolist()

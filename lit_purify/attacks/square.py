@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import LogitsFunction, logits_in_chunks
+from lit_purify.functional.chunks import AttackedFunction, logits_in_chunks
 from lit_purify.functional.losses import mean_margin
 from lit_purify.functional.noise import START_STEP, Noise
 from lit_purify.functional.threat import Norm, l2_norm, project
@@ -38,9 +38,16 @@ class Square(Attack):
     """
 
     gradient = "none"
+    scalable = frozenset({"steps", "eot", "eps"})
 
     def __init__(
-        self, norm: Norm, eps: float | str, steps: int = 5000, eot: int = 1, p: float = 0.8, paired: bool = True
+        self,
+        norm: Norm = "linf",
+        eps: float | str = "8/255",
+        steps: int = 5000,
+        eot: int = 1,
+        p: float = 0.8,
+        paired: bool = True,
     ) -> None:
         super().__init__(norm, eps)
         check_counts(steps=steps, eot=eot)
@@ -58,7 +65,7 @@ class Square(Attack):
         """What it costs."""
         return Queries((1 + self.steps * (2 if self.paired else 1)) * self.eot, 0)
 
-    def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+    def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
         start, propose = (self._stripes, self._propose_linf) if self.norm == "linf" else (self._tiles, self._propose_l2)
 

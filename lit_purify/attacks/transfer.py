@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lit_purify.attacks.base import Attack, Queries
-from lit_purify.functional.chunks import LogitsFunction
+from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.noise import Noise
 
 
@@ -46,6 +46,6 @@ class Transfer(Attack):
         """See ``Attack``."""
         self.attack.prepare(positions)
 
-    def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+    def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
         return self.attack.perturb(model, image, label, noise, chunk)

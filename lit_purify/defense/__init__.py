@@ -1,6 +1,6 @@
 """Purifiers, the masks that steer them, and the classifier behind them."""
 
-from lit_purify.defense.defended import DefendedClassifier
+from lit_purify.defense.defended import DefendedClassifier, ForeignDefense, defend
 from lit_purify.defense.graded import OtherAttention, Proportional, Votes
 from lit_purify.defense.gradients import BPDA, Attacked, BareClassifier, Exact, Gradient, OtherPurifier, Surrogate
 from lit_purify.defense.heterogeneous import HeterogeneousPurifier, VariableIntensityPurifier
@@ -19,7 +19,6 @@ from lit_purify.defense.masks import (
 from lit_purify.defense.purifiers import (
     GradualPurifier,
     NoPurifier,
-    OtherClassifier,
     Purifier,
     Trace,
     UniformPurifier,
@@ -32,6 +31,7 @@ __all__ = [
     "BareClassifier",
     "DefendedClassifier",
     "Exact",
+    "ForeignDefense",
     "Gradient",
     "GradualPurifier",
     "HeterogeneousPurifier",
@@ -41,7 +41,6 @@ __all__ = [
     "NoPurifier",
     "Ones",
     "OtherAttention",
-    "OtherClassifier",
     "OtherPurifier",
     "Proportional",
     "Purifier",
@@ -57,4 +56,5 @@ __all__ = [
     "VariableIntensityPurifier",
     "Votes",
     "Zeros",
+    "defend",
 ]

@@ -1,63 +1,147 @@
-"""A classifier behind a purifier: what is attacked and what is defended."""
+"""A classifier behind a purifier: the function that is attacked and defended."""
 
 from __future__ import annotations
+
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from lit_purify.defense.masks import Seen
-from lit_purify.defense.purifiers import Purifier
+from lit_purify.defense.purifiers import NoPurifier, Purifier, Trace
+from lit_purify.errors import InputError
+from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
 from lit_purify.models import Classifier
 
 
 class DefendedClassifier(nn.Module):
-    """logits = classifier(purify(image)).
+    """logits = classifier(purify(image)): a fixed function of image and noise.
+
+    It stays in evaluation mode, whatever ``train()`` is called from outside: some attack libraries set the mode that
+    they found, and batch normalization would learn from the attack.
 
     Args:
         purifier: Applied first.
-        classifier: Applied to what comes out.
+        classifier: Applied to what comes out; its attention makes the mask of a purifier that has one.
     """
 
     def __init__(self, purifier: Purifier, classifier: Classifier) -> None:
         super().__init__()
         self.purifier, self.classifier = purifier, classifier
+        self.eval()
 
-    def forward(self, image: Tensor, noise: Noise | None = None) -> Tensor:
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, image: Tensor, noise: Noise | None = None, mask: Tensor | None = None) -> Tensor:
         """Logits (B, classes) of images (B, C, H, W) in [0, 1].
 
         Args:
             image: The images.
             noise: Randomness of the rows; ``None`` draws a fresh key from torch's global generator, so that an attack
                 library that knows nothing of keys sees an ordinary randomized network.
+            mask: The mask of these images (B, 1, H, W), where it is known already.
         """
         if noise is None:
             seed, run = (int(word) for word in torch.randint(2**32, (2,)))
             index = torch.arange(len(image), device=image.device)
             noise = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION)
-        return self.classifier(self.purifier(image, noise))
+        return self.classifier(self.purifier(image, noise, self.masked(image, noise) if mask is None else mask))
+
+    def masked(self, image: Tensor, noise: Noise) -> Tensor | None:
+        """The mask of the purifier's rule, (B, 1, H, W); ``None`` without one."""
+        rule = self.purifier.mask
+        return None if rule is None else rule(self.classifier, image, noise)
+
+    def trace(self, image: Tensor, noise: Noise) -> Trace:
+        """What becomes of images on the way to the classifier."""
+        return self.purifier.trace(image, noise, self.masked(image, noise))
 
     @property
     def deterministic(self) -> bool:
-        """Whether the purifier says that noise changes nothing."""
+        """Whether the purifier claims that noise changes nothing."""
         return self.purifier.deterministic
 
-    def look(self, image: Tensor, noise: Noise) -> Tensor | None:
-        """Masks (B, 1, H, W) of images, where they are the same for all noise; ``None`` elsewhere."""
-        rule = self.purifier.mask
-        return rule(self.classifier, image, noise) if rule is not None and rule.of_image else None
+    @property
+    def undefended(self) -> bool:
+        """Whether this is a classifier alone."""
+        return isinstance(self.purifier, NoPurifier)
 
-    def seen(self, image: Tensor, mask: Tensor) -> DefendedClassifier:
-        """The same defense, which need not ``look`` at these images again."""
-        assert self.purifier.mask is not None
-        return DefendedClassifier(self.purifier.with_mask(Seen(self.purifier.mask, image, mask)), self.classifier)
+    def attacked(self, temperature: float = 0.1) -> AttackedFunction:
+        """The function that an attack sees.
 
-    def attention(self, image: Tensor, noise: Noise, temperature: float = 0.1) -> Tensor | None:
-        """The mask as an attack on it may see it: ``Mask.relaxed``, (B, 1, H, W) in [0, 1], differentiable.
-
-        ``None`` where no image can move the mask, or there is none.
+        Args:
+            temperature: Width of the relaxed mask's sigmoids, see ``Mask.relaxed``.
         """
-        rule = self.purifier.mask
-        if rule is None or not rule.relaxable:
-            return None
-        return rule.relaxed(self.classifier, image, noise, temperature)
+        rule, classifier = self.purifier.mask, self.classifier
+        if rule is None:
+            return AttackedFunction(self, deterministic=self.deterministic)
+        return AttackedFunction(
+            self,
+            mask=(lambda image, noise: rule(classifier, image, noise)) if rule.of_image else None,
+            relaxed=(lambda image, noise: rule.relaxed(classifier, image, noise, temperature))
+            if rule.relaxable
+            else None,
+            deterministic=self.deterministic,
+        )
+
+
+class ForeignDefense(DefendedClassifier):
+    """Somebody else's defense: any module from [0, 1] images to logits, which may draw random numbers.
+
+    Its random numbers come from torch's global generator, which is seeded by the key of the first row before each
+    call, and restored: so a call can be repeated.
+
+    Args:
+        module: The defense.
+        classifier: The module as a classifier, for its size and classes.
+    """
+
+    def __init__(self, module: nn.Module, classifier: Classifier) -> None:
+        super().__init__(NoPurifier(), classifier)
+        self.title = type(module).__name__
+
+    def forward(self, image: Tensor, noise: Noise | None = None, mask: Tensor | None = None) -> Tensor:
+        """See ``DefendedClassifier``."""
+        if noise is None:
+            return self.classifier(image)
+        first = torch.zeros(1, dtype=torch.long, device=image.device)
+        key = noise.rows(first).uniform(0, image.new_empty(1, 2, dtype=torch.float64))
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(int((key * 2**24).long().flatten()[0]) << 24 | int((key * 2**24).long().flatten()[1]))
+            return self.classifier(image)
+
+    @property
+    def deterministic(self) -> bool:
+        """Unknown."""
+        return False
+
+    @property
+    def undefended(self) -> bool:
+        """It is a defense."""
+        return False
+
+
+def defend(name: str, defense: Purifier | nn.Module, classifier: Classifier) -> DefendedClassifier:
+    """A defense as it is evaluated: a purifier before ``classifier``, another classifier, or a module of any kind.
+
+    Args:
+        name: What error messages call it.
+        defense: A ``Purifier``; a ``DefendedClassifier``; a ``Classifier``, such as one trained adversarially; or a
+            module from images (B, C, H, W) in [0, 1] to logits.
+        classifier: The classifier that purifiers defend.
+
+    Raises:
+        InputError: It is none of these.
+    """
+    if isinstance(defense, DefendedClassifier):
+        return defense
+    if isinstance(defense, Purifier):
+        return DefendedClassifier(defense, classifier)
+    if isinstance(defense, Classifier):
+        return DefendedClassifier(NoPurifier(), defense)
+    if isinstance(defense, nn.Module):
+        of = classifier
+        return ForeignDefense(defense, Classifier(defense, of.size, of.num_classes, of.channels))
+    raise InputError(f"defenses: {name} is a {type(defense).__name__}: give a purifier, or a module that gives logits")

@@ -14,9 +14,10 @@ from lit_purify.defense.defended import DefendedClassifier
 from lit_purify.defense.masks import Relaxed
 from lit_purify.defense.purifiers import Purifier
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import LogitsFunction
+from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.noise import Noise
-from lit_purify.models import Classifier, Denoiser
+from lit_purify.models import Denoiser
+from lit_purify.recorded import Recorded
 
 MaskGradient = Literal["frozen", "straight_through", "soft"]
 
@@ -27,47 +28,29 @@ class Attacked:
 
     Attributes:
         defended: The defense.
-        model: From (image, noise) to logits.
+        function: What the attack sees.
         gradient: ``exact``: the defense itself, through all its steps. ``surrogate``: another function, cheaper or
             smoother. ``bpda``: the defense itself, with the identity for the gradient of the purifier.
         mask_gradient: What becomes of the mask's gradient; ``none`` where there is no mask, or no gradient reaches it.
-        nfe: Calls of the denoiser in one evaluation of ``model``.
+        nfe: Calls of the denoiser in one evaluation of ``function``.
         levels: Levels that it walks, in noising steps after rounding.
         remark: What to warn of.
     """
 
     defended: DefendedClassifier
-    model: LogitsFunction
+    function: AttackedFunction
     gradient: Literal["exact", "surrogate", "bpda"]
     mask_gradient: Literal["frozen", "straight_through", "soft", "none"]
     nfe: int
     levels: list[int]
     remark: str | None = None
 
-    def __call__(self, image: Tensor, noise: Noise) -> Tensor:
-        """Logits (B, classes)."""
-        return self.model(image, noise)
-
-    @property
-    def deterministic(self) -> bool:
-        """See ``DefendedClassifier``."""
-        return self.defended.deterministic
-
-    def look(self, image: Tensor, noise: Noise) -> Tensor | None:
-        """See ``DefendedClassifier``; ``None`` where something else is attacked."""
-        return self.model.look(image, noise) if isinstance(self.model, DefendedClassifier) else None
-
-    def seen(self, image: Tensor, mask: Tensor) -> LogitsFunction:
-        """See ``DefendedClassifier``."""
-        assert isinstance(self.model, DefendedClassifier)
-        return self.model.seen(image, mask)
-
-    def attention(self, image: Tensor, noise: Noise) -> Tensor | None:
-        """The defense's mask, relaxed, for attacks on the mask itself: see ``DefendedClassifier.attention``."""
-        return self.defended.attention(image, noise)
+    def attacked(self) -> AttackedFunction:
+        """See ``function``."""
+        return self.function
 
 
-class Gradient(ABC):
+class Gradient(Recorded, ABC):
     """From a defense to what an attack on it is handed."""
 
     @abstractmethod
@@ -102,12 +85,13 @@ class Exact(Gradient):
         purifier, rule = defended.purifier, defended.purifier.mask
         if rule is None or not rule.relaxable or self.mask == "frozen":
             kind: Literal["none", "frozen"] = "none" if rule is None else "frozen"
-            return Attacked(defended, defended, "exact", kind, purifier.nfe, purifier.levels)
+            return Attacked(defended, defended.attacked(), "exact", kind, purifier.nfe, purifier.levels)
         soft = self.mask == "soft"
         view = purifier.with_mask(Relaxed(rule, soft, self.temperature))
+        relaxed = DefendedClassifier(view, defended.classifier).attacked()
         return Attacked(
             defended,
-            DefendedClassifier(view, defended.classifier),
+            replace(relaxed, relaxed=defended.attacked(self.temperature).relaxed),
             "surrogate" if soft else "exact",
             self.mask,
             view.nfe,
@@ -145,14 +129,14 @@ class OtherPurifier(Gradient):
     """Another purifier of the same networks, cheaper as a rule, in place of the defense.
 
     Args:
-        purifier: What is attacked.
+        purifier: What is attacked: a purifier, or a function that makes one from the denoiser.
         mask: See ``Exact``.
         temperature: See ``Exact``.
     """
 
     def __init__(
         self,
-        purifier: Callable[[Denoiser, Classifier], Purifier],
+        purifier: Callable[[Denoiser], Purifier],
         mask: MaskGradient = "frozen",
         temperature: float = 0.1,
     ) -> None:
@@ -160,7 +144,9 @@ class OtherPurifier(Gradient):
 
     def attacked(self, defended: DefendedClassifier) -> Attacked:
         """See ``Gradient``."""
-        theirs = self.purifier(defended.purifier.denoiser, defended.classifier)
+        theirs = self.purifier
+        if not isinstance(theirs, Purifier):
+            theirs = theirs(defended.purifier.denoiser)
         view = self.exact.attacked(DefendedClassifier(theirs, defended.classifier))
         return replace(view, defended=defended, gradient="surrogate")
 
@@ -181,13 +167,16 @@ class BPDA(Gradient):
         """See ``Gradient``."""
         purifier = defended.purifier if self.steps is None else defended.purifier.with_steps(self.steps)
 
-        def logits(image: Tensor, noise: Noise) -> Tensor:
+        forward = DefendedClassifier(purifier, defended.classifier)
+        seen = forward.attacked()
+
+        def logits(image: Tensor, noise: Noise, mask: Tensor | None) -> Tensor:
             with torch.no_grad():
-                purified = purifier(image, noise)
+                purified = purifier(image, noise, forward.masked(image, noise) if mask is None else mask)
             # What is added is 0, with a gradient.
             return defended.classifier(purified + (image - image.detach()))
 
-        return Attacked(defended, logits, "bpda", "none", purifier.nfe, purifier.levels)
+        return Attacked(defended, replace(seen, logits=logits), "bpda", "none", purifier.nfe, purifier.levels)
 
 
 class BareClassifier(Gradient):
@@ -195,8 +184,5 @@ class BareClassifier(Gradient):
 
     def attacked(self, defended: DefendedClassifier) -> Attacked:
         """See ``Gradient``."""
-
-        def logits(image: Tensor, noise: Noise) -> Tensor:
-            return defended.classifier(image)
-
-        return Attacked(defended, logits, "surrogate", "none", 0, [])
+        bare = AttackedFunction(lambda image, noise, mask: defended.classifier(image))
+        return Attacked(defended, bare, "surrogate", "none", 0, [])

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from lit_purify.defense.masks import Mask
-from lit_purify.defense.purifiers import Purifier, Trace, positive
+from lit_purify.defense.purifiers import Purifier, Trace, needed, positive
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import noised, renoised, step_back, to_diffusion, to_image
 from lit_purify.functional.levels import LevelMap, holding
 from lit_purify.functional.noise import Noise
 from lit_purify.functional.schedule import grid, round_half_up
-from lit_purify.models import Classifier, Denoiser
+from lit_purify.models import Denoiser
 
 Resampling = Literal["none", "single", "release", "multi"]
 
@@ -38,8 +38,7 @@ class HeterogeneousPurifier(Purifier):
 
     Args:
         denoiser: Predicts noise.
-        classifier: Whose attention gives the mask.
-        mask: Rule that gives the mask.
+        mask: Rule that gives the mask, from the attention of the defended classifier.
         high: t_l, level on the mask, in noising steps.
         low: t_s, level elsewhere; below ``high``.
         steps: Grid steps from ``high`` to ``end``; ``low`` is on the grid.
@@ -55,7 +54,6 @@ class HeterogeneousPurifier(Purifier):
     def __init__(
         self,
         denoiser: Denoiser,
-        classifier: Classifier,
         mask: Mask,
         high: int,
         low: int,
@@ -66,7 +64,7 @@ class HeterogeneousPurifier(Purifier):
         end: int = 0,
         recompute: bool = True,
     ) -> None:
-        super().__init__(denoiser, classifier, recompute)
+        super().__init__(denoiser, recompute)
         _check_order(denoiser, high, low)
         if not 0 <= end < low < high:
             raise InputError(f"low = {low} (t_s): this sampler needs 0 <= end = {end} < low < high = {high}")
@@ -83,10 +81,10 @@ class HeterogeneousPurifier(Purifier):
         self.upper = grid(high, low, above)
         self.lower = grid(low, end, steps - above)
 
-    def trace(self, image: Tensor, noise: Noise) -> Trace:
+    def trace(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Trace:
         """Walks from ``high`` to ``low`` on the mask, then from ``low`` to 0 everywhere."""
         at = self.denoiser.schedule.at
-        mask = self.mask(self.classifier, image, noise)
+        mask = needed(mask)
         u = to_diffusion(image)
         draws = _Draws(noise, u)
         x = noised(u, at(self.high), draws.next())
@@ -123,7 +121,6 @@ class HeterogeneousPurifier(Purifier):
         """See ``Purifier``; resampling stays as it is."""
         return type(self)(
             self.denoiser,
-            self.classifier,
             self.mask,
             self.high,
             self.low,
@@ -168,8 +165,7 @@ class VariableIntensityPurifier(Purifier):
 
     Args:
         denoiser: Predicts noise, given a level map; trained on such maps.
-        classifier: Whose attention gives the mask.
-        mask: Rule that gives the mask.
+        mask: Rule that gives the mask, from the attention of the defended classifier.
         high: Level on the mask, in noising steps.
         low: Level elsewhere, 0 .. ``high``.
         steps: K, network calls.
@@ -181,14 +177,13 @@ class VariableIntensityPurifier(Purifier):
     def __init__(
         self,
         denoiser: Denoiser,
-        classifier: Classifier,
         mask: Mask,
         high: int,
         low: int,
         steps: int,
         recompute: bool = True,
     ) -> None:
-        super().__init__(denoiser, classifier, recompute)
+        super().__init__(denoiser, recompute)
         _check_order(denoiser, high, low)
         self.mask, self.high, self.low = mask, high, low
         # Also refuses more steps than there are levels.
@@ -203,10 +198,10 @@ class VariableIntensityPurifier(Purifier):
             [round_half_up(start * (self.steps - k) / self.steps) for k in range(self.steps + 1)] for start in starts
         ]
 
-    def trace(self, image: Tensor, noise: Noise) -> Trace:
+    def trace(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Trace:
         """Noises by the map, then lets the whole map fall to 0."""
         at = self.denoiser.schedule.at
-        mask, grades = self.mask(self.classifier, image, noise), self.mask.grades
+        mask, grades = needed(mask), self.mask.grades
         u = to_diffusion(image)
         draw = noise.normal(0, u)
         # Between the grades below and above; at a grade of its own (up to rounding) it is that grade alone.
@@ -229,7 +224,7 @@ class VariableIntensityPurifier(Purifier):
 
     def with_steps(self, steps: int) -> VariableIntensityPurifier:
         """See ``Purifier``."""
-        return type(self)(self.denoiser, self.classifier, self.mask, self.high, self.low, steps, self.recompute)
+        return type(self)(self.denoiser, self.mask, self.high, self.low, steps, self.recompute)
 
     @property
     def start(self) -> list[int]:

@@ -12,9 +12,10 @@ from lit_purify.errors import InputError
 from lit_purify.functional import mask as F
 from lit_purify.functional.noise import MASK_STEP, Noise
 from lit_purify.models import Classifier
+from lit_purify.recorded import Recorded
 
 
-class Mask(ABC):
+class Mask(Recorded, ABC):
     """A rule from an image to a mask.
 
     The mask is hard and computed without a gradient: differentiating through a threshold gives zero everywhere. What an
@@ -244,44 +245,6 @@ class Renormalized(Mask):
     def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
         """See ``Mask``."""
         return self.of.relaxed(classifier, self._shown(image), noise, temperature)
-
-
-class Given(Mask):
-    """A mask that is there already, and does not move with the image.
-
-    Args:
-        mask: (B, 1, H, W).
-        grades: See ``Mask``.
-    """
-
-    def __init__(self, mask: Tensor, grades: int = 1) -> None:
-        self.mask, self.grades = mask, grades
-
-    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """See ``Mask``."""
-        return self.mask
-
-
-class Seen(Mask):
-    """Another rule whose masks of some images are known; of other images it is asked.
-
-    Args:
-        of: The other rule, ``of_image``.
-        image: (B, C, H, W).
-        mask: Its masks, (B, 1, H, W).
-    """
-
-    def __init__(self, of: Mask, image: Tensor, mask: Tensor) -> None:
-        self.of, self.relaxable, self.grades = of, of.relaxable, of.grades
-        self.image, self.mask = image, mask
-
-    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """See ``Mask``."""
-        return self.mask if torch.equal(image, self.image) else self.of.build(classifier, image, noise)
-
-    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
-        """See ``Mask``."""
-        return self.of.relaxed(classifier, image, noise, temperature)
 
 
 class Relaxed(Mask):

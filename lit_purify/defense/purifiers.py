@@ -19,7 +19,8 @@ from lit_purify.functional.diffusion import euler_back, noised, step_back, to_di
 from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.noise import Noise
 from lit_purify.functional.schedule import grid
-from lit_purify.models import Classifier, Denoiser
+from lit_purify.models import Denoiser
+from lit_purify.recorded import Recorded
 
 Sampler = Literal["ddim", "ddpm", "sde"]
 
@@ -36,12 +37,11 @@ class Trace:
     mask: Tensor | None = None
 
 
-class Purifier(nn.Module, ABC):
+class Purifier(Recorded, nn.Module, ABC):
     """``purify(image, noise) -> image``: differentiable, without side effects, the same for attack and defense.
 
     Args:
-        denoiser: Predicts noise; its schedule gives levels their meaning.
-        classifier: Whose attention steers the noise, for purifiers with a mask.
+        denoiser: Predicts noise; its schedule gives levels their meaning. ``None`` for purifiers that call none.
         recompute: Keep no activations of the denoiser for the backward pass, but compute them anew (Chen et al. 2016).
             With keyed noise the gradient has the same bits; each step but the last then keeps its input alone.
 
@@ -53,25 +53,30 @@ class Purifier(nn.Module, ABC):
     mask: Mask | None = None
     deterministic: bool = False
 
-    def __init__(self, denoiser: Denoiser, classifier: Classifier, recompute: bool = True) -> None:
-        super().__init__()
-        self.denoiser, self.classifier, self.recompute = denoiser, classifier, recompute
+    denoiser: Denoiser
 
-    def forward(self, image: Tensor, noise: Noise) -> Tensor:
+    def __init__(self, denoiser: Denoiser | None = None, recompute: bool = True) -> None:
+        super().__init__()
+        if denoiser is not None:
+            self.denoiser = denoiser
+        self.recompute = recompute
+
+    def forward(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Tensor:
         """The purified image.
 
         Args:
             image: (B, C, H, W) in [0, 1].
             noise: Randomness of the same rows.
+            mask: What the rule ``mask`` gives for these images, (B, 1, H, W); ``None`` without a rule.
 
         Returns:
             (B, C, H, W) in [0, 1].
         """
-        return self.trace(image, noise).purified
+        return self.trace(image, noise, mask).purified
 
     @abstractmethod
-    def trace(self, image: Tensor, noise: Noise) -> Trace:
-        """The purified image and what led to it."""
+    def trace(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Trace:
+        """The purified image and what led to it; arguments as in ``forward``."""
 
     @property
     @abstractmethod
@@ -139,7 +144,7 @@ class NoPurifier(Purifier):
 
     deterministic = True
 
-    def trace(self, image: Tensor, noise: Noise) -> Trace:
+    def trace(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Trace:
         """The image itself."""
         return Trace(image, image)
 
@@ -161,19 +166,6 @@ class NoPurifier(Purifier):
         """The denoiser, which is not called, may take others."""
 
 
-class OtherClassifier(NoPurifier):
-    """Another classifier in place of the defended one, such as one trained adversarially: a defense to compare with.
-
-    Args:
-        denoiser: Not used.
-        classifier: Not used.
-        network: The other classifier.
-    """
-
-    def __init__(self, denoiser: Denoiser, classifier: Classifier, network: Classifier) -> None:
-        super().__init__(denoiser, network)
-
-
 class GradualPurifier(Purifier):
     """Uniform noise in several rounds (Lee & Kim, "Robust evaluation of diffusion-based purification", ICCV 2023).
 
@@ -181,7 +173,6 @@ class GradualPurifier(Purifier):
 
     Args:
         denoiser: Predicts noise.
-        classifier: Not looked at.
         level: t of each round, how strongly is noised, in noising steps.
         steps: Network calls of each round.
         sampler: ``ddim`` is deterministic after the first noise of a round; ``ddpm`` draws anew at every step, and so
@@ -192,13 +183,12 @@ class GradualPurifier(Purifier):
     def __init__(
         self,
         denoiser: Denoiser,
-        classifier: Classifier,
         level: Sequence[int],
         steps: Sequence[int],
         sampler: Sampler = "ddim",
         recompute: bool = True,
     ) -> None:
-        super().__init__(denoiser, classifier, recompute)
+        super().__init__(denoiser, recompute)
         if not level or len(level) != len(steps):
             raise InputError(f"level has {len(level)} rounds, steps {len(steps)}: give each round its level and steps")
         self.grids = [
@@ -207,7 +197,7 @@ class GradualPurifier(Purifier):
         ]
         self.sampler = sampler
 
-    def trace(self, image: Tensor, noise: Noise) -> Trace:
+    def trace(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Trace:
         """Noises to each round's level, and walks its grid down to 0; what is shown as noised is the last round's."""
         at = self.denoiser.schedule.at
         x = start = to_diffusion(image)
@@ -229,7 +219,7 @@ class GradualPurifier(Purifier):
         """See ``Purifier``; so many in each round."""
         level = [grid_[0] for grid_ in self.grids]
         counts = [steps] * len(level)
-        return GradualPurifier(self.denoiser, self.classifier, level, counts, self.sampler, self.recompute)
+        return GradualPurifier(self.denoiser, level, counts, self.sampler, self.recompute)
 
     @property
     def levels(self) -> list[int]:
@@ -252,7 +242,6 @@ class UniformPurifier(GradualPurifier):
 
     Args:
         denoiser: Predicts noise.
-        classifier: Not looked at.
         level: t, how strongly is noised, in noising steps.
         steps: Network calls.
         sampler: ``ddim`` is deterministic after the first noise; ``ddpm`` draws anew at every step, and so does
@@ -263,17 +252,16 @@ class UniformPurifier(GradualPurifier):
     def __init__(
         self,
         denoiser: Denoiser,
-        classifier: Classifier,
         level: int,
         steps: int,
         sampler: Sampler = "ddim",
         recompute: bool = True,
     ) -> None:
-        super().__init__(denoiser, classifier, [level], [steps], sampler, recompute)
+        super().__init__(denoiser, [level], [steps], sampler, recompute)
 
     def with_steps(self, steps: int) -> UniformPurifier:
         """See ``Purifier``."""
-        return type(self)(self.denoiser, self.classifier, self.start[0], steps, self.sampler, self.recompute)
+        return type(self)(self.denoiser, self.start[0], steps, self.sampler, self.recompute)
 
 
 def positive(name: str, value: int) -> int:
@@ -281,3 +269,10 @@ def positive(name: str, value: int) -> int:
     if value < 1:
         raise InputError(f"{name} = {value}: use at least 1")
     return value
+
+
+def needed(mask: Tensor | None) -> Tensor:
+    """The mask that a purifier with a rule is called with; an ``InputError`` where it was left out."""
+    if mask is None:
+        raise InputError("this purifier needs a mask: call it through DefendedClassifier, or give mask=...")
+    return mask

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lit_purify.defense.masks import Given
+from lit_purify.defense.masks import Mask
 from lit_purify.defense.purifiers import Purifier, Trace
-from lit_purify.errors import InputError
 from lit_purify.functional.noise import Noise
-from lit_purify.models import Classifier, Denoiser
+from lit_purify.models import Denoiser
 
 
 class ResizedPurifier(Purifier):
@@ -23,47 +22,34 @@ class ResizedPurifier(Purifier):
 
     Args:
         denoiser: Predicts noise, in images of its own size.
-        classifier: Whose attention steers the noise, for purifiers with a mask.
-        purifier: What purifies at the denoiser's size.
+        purifier: What purifies at the denoiser's size: a purifier, or a function that makes one from the denoiser.
         recompute: See ``Purifier``.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        classifier: Classifier,
-        purifier: Callable[[Denoiser, Classifier], Purifier],
-        recompute: bool = True,
-    ) -> None:
-        super().__init__(denoiser, classifier, recompute)
-        inner = purifier(denoiser, classifier)
-        if inner.classifier is not classifier:
-            raise InputError("purifier: another classifier needs no resizing around it; make it a defense of its own")
+    def __init__(self, denoiser: Denoiser, purifier: Callable[[Denoiser], Purifier], recompute: bool = True) -> None:
+        super().__init__(denoiser, recompute)
+        inner = purifier if isinstance(purifier, Purifier) else purifier(denoiser)
         self.purifier = inner if recompute else inner.without_recomputation()
         self.mask = self.purifier.mask
 
-    def trace(self, image: Tensor, noise: Noise) -> Trace:
+    def trace(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Trace:
         """That of the other purifier, in the size of the image."""
-        mask, inner = None, self.purifier
-        if self.mask is not None:
-            mask = self.mask(self.classifier, image, noise)
-            inner = inner.with_mask(Given(interpolate(mask, size=self.denoiser.size), self.mask.grades))
-        trace = inner.trace(_bilinear(image, self.denoiser.size), noise)
+        large = None if mask is None else interpolate(mask, size=self.denoiser.size)
+        trace = self.purifier.trace(_bilinear(image, self.denoiser.size), noise, large)
         purified, noised = (_bilinear(x, image.shape[-1]) for x in (trace.purified, trace.noised))
         return Trace(purified, noised, mask)
 
     def with_steps(self, steps: int) -> ResizedPurifier:
         """See ``Purifier``."""
-        return self._around(self.purifier.with_steps(steps))
+        return self._with(purifier=self.purifier.with_steps(steps))
 
     def without_recomputation(self) -> ResizedPurifier:
         """See ``Purifier``."""
-        return self._around(self.purifier.without_recomputation())
+        return self._with(purifier=self.purifier.without_recomputation())
 
-    def _around(self, purifier: Purifier) -> ResizedPurifier:
-        other = ResizedPurifier(self.denoiser, self.classifier, lambda denoiser, classifier: purifier)
-        # A view may have a rule of its own.
-        return other.with_mask(self.mask) if self.mask is not None else other
+    def with_mask(self, mask: Mask) -> ResizedPurifier:
+        """See ``Purifier``."""
+        return self._with(purifier=self.purifier.with_mask(mask), mask=mask)
 
     @property
     def levels(self) -> list[int]:

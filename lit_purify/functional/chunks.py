@@ -7,7 +7,8 @@ the end, a row's result does not depend on the rows beside it nor on how many th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,33 +18,37 @@ from lit_purify.functional.noise import Noise
 
 T = TypeVar("T")
 
-LogitsFunction = Callable[[Tensor, Noise], Tensor]
-"""(image (B, C, H, W) in [0, 1], noise) -> logits (B, classes)."""
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, classes), label (B, ...)) -> loss of each sample (B,), which the attacker raises."""
 
 
-@runtime_checkable
-class Defense(Protocol):
-    """A model of which something does not depend on the noise.
+@dataclass(frozen=True)
+class AttackedFunction:
+    """The function that an attack sees: from images and noise to logits.
 
     Attributes:
-        deterministic: Whether it says that nothing does.
+        logits: (image (B, C, H, W) in [0, 1], noise, mask) -> logits (B, classes). The mask is ``None``, or what
+            ``mask`` gives for these rows: the function then need not compute it.
+        mask: (image, noise) -> (B, 1, H, W), where the mask depends on the image alone: one mask serves all draws of
+            noise. ``None`` elsewhere.
+        relaxed: (image, noise) -> (B, 1, H, W) in [0, 1], differentiable: the mask as an attack on the mask sees it.
+            ``None`` where there is no mask, or no image can move it.
+        deterministic: Whether the noise changes nothing; a claim, which is checked on two draws.
     """
 
-    deterministic: bool
+    logits: Callable[[Tensor, Noise, Tensor | None], Tensor]
+    mask: Callable[[Tensor, Noise], Tensor] | None = None
+    relaxed: Callable[[Tensor, Noise], Tensor] | None = None
+    deterministic: bool = False
 
     def __call__(self, image: Tensor, noise: Noise) -> Tensor:
-        """Logits (B, classes) of images (B, C, H, W) in [0, 1]."""
-        ...
+        """Logits (B, classes)."""
+        return self.logits(image, noise, None)
 
-    def look(self, image: Tensor, noise: Noise) -> Tensor | None:
-        """What depends on the images alone, (B, ...); ``None`` if nothing does."""
-        ...
 
-    def seen(self, image: Tensor, found: Tensor) -> LogitsFunction:
-        """The same model, which need not ``look`` at these images again."""
-        ...
+def plain(logits: Callable[[Tensor, Noise], Tensor]) -> AttackedFunction:
+    """A function of image and noise alone."""
+    return AttackedFunction(lambda image, noise, mask: logits(image, noise))
 
 
 def chunks(count: int, size: int, device: torch.device) -> Iterator[tuple[Tensor, int]]:
@@ -54,7 +59,7 @@ def chunks(count: int, size: int, device: torch.device) -> Iterator[tuple[Tensor
 
 
 def fitting(compute: Callable[[int], T], size: int) -> tuple[T, int]:
-    """``compute(size)``, begun anew with half the size for as long as memory runs out; also the size that fitted.
+    """``compute(size)``, repeated with half the size while memory runs out; also the size that fitted.
 
     Raises:
         InputError: Memory runs out even with chunks of one row.
@@ -68,7 +73,7 @@ def fitting(compute: Callable[[int], T], size: int) -> tuple[T, int]:
         # Here what the error held is free.
         torch.cuda.empty_cache()
         if size == 1:
-            raise InputError("out of memory with chunk = 1: lower data.init_args.batch_size, or take a larger device")
+            raise InputError("out of memory with chunk = 1: use smaller batches, or a larger device")
         size //= 2
 
 
@@ -77,50 +82,49 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
-def logits_in_chunks(model: LogitsFunction, image: Tensor, noise: Noise, runs: list[int], size: int) -> Tensor:
-    """Logits of every image in every run, (B, len(runs), classes), without a gradient."""
+def logits_in_chunks(model: AttackedFunction, image: Tensor, noise: Noise, runs: list[int], size: int) -> Tensor:
+    """Logits of every image in every run, (B, len(runs), classes), without a gradient.
 
-    def call(called: LogitsFunction, which: Tensor, noise: Noise) -> tuple[Tensor]:
+    Raises:
+        RuntimeError: A logit is NaN or infinite.
+    """
+
+    def call(which: Tensor, noise: Noise, mask: Tensor | None) -> tuple[Tensor]:
         with torch.no_grad():
-            return (_finite("output", called(image[which], noise)),)
+            return (model.logits(image[which], noise, mask),)
 
-    return _in_chunks(call, model, image, noise, runs, size)[0]
+    return _finite("output", _in_chunks(call, model, image, noise, runs, size)[0])
 
 
 def _in_chunks(
-    call: Callable[[LogitsFunction, Tensor, Noise], tuple[Tensor, ...]],
-    model: LogitsFunction,
+    call: Callable[[Tensor, Noise, Tensor | None], tuple[Tensor, ...]],
+    model: AttackedFunction,
     image: Tensor,
     noise: Noise,
     runs: list[int],
     size: int,
 ) -> list[Tensor]:
-    """What ``call(model, rows of the images, noise)`` says of every image in every run, (B, len(runs), ...) each.
+    """``call(rows of the images, noise, mask)`` of every image in every run, (B, len(runs), ...) each.
 
-    What is the same in all runs is not computed for each: a defense that says it is deterministic, and answers alike in
-    two runs, is not asked again; one that can look at images apart from the noise does so once.
+    What is the same in all runs is computed once: everything of a model that claims to be deterministic and answers
+    alike in two runs; and masks that depend on the image alone.
     """
     n, keyed, parts = len(runs), noise.runs(runs), []
-    if n > 2 and isinstance(model, Defense) and model.deterministic:
+    if n > 2 and model.deterministic:
         pair = _in_chunks(call, model, image, noise, runs[:2], size)
         if all(part[:, 0].equal(part[:, 1]) for part in pair):
             return [part[:, :1].expand(-1, n, *part.shape[2:]) for part in pair]
-    found = _looked(model, image, noise, size) if n > 1 and len(image) * n > size else None
+    masks = None
+    if model.mask is not None and n > 1 and len(image) * n > size:
+        found = [
+            model.mask(image[rows], noise.rows(rows))[:real] for rows, real in chunks(len(image), size, image.device)
+        ]
+        masks = torch.cat(found)
     for rows, real in chunks(len(image) * n, size, image.device):
-        which, called = rows // n, model
-        if found is not None and isinstance(model, Defense):
-            called = model.seen(image[which], found[which])
-        parts.append([values[:real] for values in call(called, which, keyed.rows(rows))])
+        which = rows // n
+        mask = None if masks is None else masks[which]
+        parts.append([values[:real] for values in call(which, keyed.rows(rows), mask)])
     return [torch.cat(part).reshape(len(image), n, *part[0].shape[1:]) for part in zip(*parts, strict=True)]
-
-
-def _looked(model: LogitsFunction, image: Tensor, noise: Noise, size: int) -> Tensor | None:
-    """What the model sees in the images apart from the noise, if it can tell."""
-    if not isinstance(model, Defense):
-        return None
-    found = [model.look(image[rows], noise.rows(rows)) for rows, _ in chunks(len(image), size, image.device)]
-    told = [part for part in found if part is not None]
-    return torch.cat(told) if told else None
 
 
 def _finite(what: str, values: Tensor) -> Tensor:
@@ -129,6 +133,7 @@ def _finite(what: str, values: Tensor) -> Tensor:
     Raises:
         RuntimeError: Some value is NaN or infinite.
     """
+    # Once for all chunks: a GPU is waited for here.
     if not values.isfinite().all():
         raise RuntimeError(f"the {what} of the attacked network is NaN or infinite: its robust accuracy means nothing")
     return values
@@ -155,7 +160,7 @@ def average(values: Tensor) -> Tensor:
 
 
 def draws_in_chunks(
-    model: LogitsFunction, loss: LossFunction, image: Tensor, label: Tensor, noise: Noise, runs: list[int], size: int
+    model: AttackedFunction, loss: LossFunction, image: Tensor, label: Tensor, noise: Noise, runs: list[int], size: int
 ) -> Draws:
     """Logits, loss and gradient for every image in every run.
 
@@ -172,19 +177,22 @@ def draws_in_chunks(
         RuntimeError: An output or a gradient is NaN or infinite.
     """
 
-    def call(called: LogitsFunction, which: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:
+    def call(which: Tensor, noise: Noise, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         with torch.enable_grad():
             leaf = image[which].detach().requires_grad_()
-            logits = called(leaf, noise)
+            logits = model.logits(leaf, noise, mask)
             values = loss(logits, label[which])
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        return _finite("output", logits.detach()), values.detach(), _finite("gradient", gradient)
+        return logits.detach(), values.detach(), gradient
 
-    return Draws(*_in_chunks(call, model, image, noise, runs, size))
+    found = Draws(*_in_chunks(call, model, image, noise, runs, size))
+    _finite("output", found.logits)
+    _finite("gradient", found.gradient)
+    return found
 
 
 def gradient_in_chunks(
-    model: LogitsFunction, loss: LossFunction, image: Tensor, label: Tensor, noise: Noise, runs: list[int], size: int
+    model: AttackedFunction, loss: LossFunction, image: Tensor, label: Tensor, noise: Noise, runs: list[int], size: int
 ) -> tuple[Tensor, Tensor]:
     """Loss (B,) and its gradient (B, C, H, W), averaged over runs: expectation over transformation (Athalye et al.).
 

@@ -54,3 +54,12 @@ def shift(image: Tensor, draws: Tensor, pixels: int) -> Tensor:
 def flip(image: Tensor, draws: Tensor) -> Tensor:
     """Half of the images mirrored left to right; ``draws`` uniform in [0, 1), (B, 1)."""
     return torch.where(draws.reshape(-1, 1, 1, 1) < 0.5, image.flip(-1), image)
+
+
+def check_unit_range(image: Tensor) -> None:
+    """Raises an ``InputError`` when images are not (B, C, H, W) floats in [0, 1]."""
+    if image.ndim != 4 or not image.is_floating_point():
+        raise InputError(f"images have shape {tuple(image.shape)} and type {image.dtype}: give floats (B, C, H, W)")
+    low, high = (float(end) for end in image.aminmax()) if image.numel() else (0.0, 0.0)
+    if not 0.0 <= low <= high <= 1.0:
+        raise InputError(f"images must be in [0, 1], found {low:.4g} .. {high:.4g}: divide bytes by 255, [-1, 1] by 2")

@@ -71,7 +71,7 @@ class DenoiserTask(TrainingTask):
         shift_pixels: Augmentation: move images by up to so many pixels.
         mirror: Augmentation: mirror half of the images.
         seed: Of noise, levels and augmentation.
-        purifiers: Purifiers by name, made with the denoiser and the classifier, to validate with.
+        purifiers: Purifiers by name, made with the denoiser, to validate with.
         gradient_checkpointing: Keep few activations of the denoiser and recompute the others in the backward pass: less
             memory, about a third more time.
     """
@@ -92,7 +92,7 @@ class DenoiserTask(TrainingTask):
         shift_pixels: int = 0,
         mirror: bool = False,
         seed: int = 0,
-        purifiers: dict[str, Callable[[Denoiser, Classifier], Purifier]] | None = None,
+        purifiers: dict[str, Callable[[Denoiser], Purifier]] | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup, shift_pixels, mirror, seed)
@@ -125,7 +125,7 @@ class DenoiserTask(TrainingTask):
                 raise InputError("purifiers need a classifier: give one, or leave the purifiers out")
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise InputError(f"purifiers: the name {name!r} may hold letters, digits, '-' and '_' only")
-            self.purifiers[name] = make(denoiser, classifier)
+            self.purifiers[name] = make(denoiser)
         names = [f"{place}_t{t}" for t in self.val_levels for place in ("constant", "inside", "outside")]
         self.errors = nn.ModuleDict({name: MeanMetric() for name in names})
         names = [f"psnr_t{t}" for t in self.val_levels]
@@ -197,7 +197,9 @@ class DenoiserTask(TrainingTask):
         self._measure_errors(image, noise)
         for name, purifier in self.purifiers.items():
             with self._full_precision():
-                trace = purifier.trace(image, noise)
+                rule = purifier.mask
+                mask = None if rule is None else rule(self._classifier[0], image, noise)
+                trace = purifier.trace(image, noise, mask)
                 right = self._classifier[0](trace.purified).argmax(dim=1) == batch["label"]
             self._metric(self.quality, f"purified_accuracy/{name}").update(right.float())
             self._metric(self.quality, f"psnr/{name}").update(psnr(trace.purified, image))
