@@ -20,6 +20,8 @@ from lit_purify.data.claims import Claims
 from lit_purify.data.subset import Indices, Subset, random_state, subset_sha256
 from lit_purify.data.workers import Loader, ignore_signals
 from lit_purify.errors import InputError
+from lit_purify.functional.images import check_unit_range
+from lit_purify.recorded import SHA256, Recorded, identity
 
 Batch = dict[str, Tensor]
 """``image`` (B, C, H, W) float32 in [0, 1], ``label`` (B,) int64, ``index`` (B,) int64: position in the split."""
@@ -55,6 +57,25 @@ class ImageDataset(Dataset[dict[str, Any]]):
             bad = int(np.flatnonzero((array < 0) | (array >= len(classes)))[0])
             raise InputError(f"label {array[bad]} of sample {bad} is outside 0 .. {len(classes) - 1}")
         return ImageDataset(read, array, classes, np.arange(len(array)))
+
+    @staticmethod
+    def of(images: Tensor, labels: Tensor, classes: Sequence[str] | None = None) -> ImageDataset:
+        """A split of images that are in memory.
+
+        Args:
+            images: (N, C, H, W), floats in [0, 1].
+            labels: (N,), integers.
+            classes: Names of the classes; ``None`` takes numbers, 0 up to the largest label.
+
+        Raises:
+            InputError: Images are not in [0, 1], or there are not as many labels.
+        """
+        check_unit_range(images)
+        found = np.asarray(labels.detach().cpu(), dtype=np.int64)
+        if found.shape != (len(images),):
+            raise InputError(f"labels have shape {found.shape}, {len(images)} images need ({len(images)},)")
+        names = classes or [str(k) for k in range(int(found.max(initial=0)) + 1)]
+        return ImageDataset.whole(partial(_row, images.detach().cpu().float()), found, names)
 
     def choose(self, subset: Subset) -> ImageDataset:
         """The samples that a rule picks; they keep their positions."""
@@ -92,7 +113,7 @@ class _LazyLoader(Loader):
         yield from super().__iter__()
 
 
-class ImageDataModule(L.LightningDataModule, ABC):
+class ImageDataModule(Recorded, L.LightningDataModule, ABC):
     """Loads three splits of images.
 
     Shuffling depends on ``seed`` and the epoch alone; augmentation is the task's, keyed by sample. So an interrupted
@@ -129,6 +150,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self._splits: dict[str, ImageDataset] = {}
         self.finished: Collection[int] = ()
         """Positions that an evaluation leaves out, as they are recorded already; the same on all processes."""
+
+    # Which images are evaluated does not depend on these; where a folder lies does not count, its file names do.
+    irrelevant = frozenset({"root", "batch_size", "num_workers", "download", "seed", "val_subset"})
+
+    def identity(self) -> dict[str, Any]:
+        """What says which images are evaluated, see ``recorded.identity``."""
+        names = self.names_sha256
+        return identity(data=self) | ({f"data.names{SHA256}": names} if names else {})
 
     @abstractmethod
     def split(self, name: str) -> ImageDataset:
@@ -240,6 +269,10 @@ def _collate(samples: list[dict[str, Any]]) -> Batch:
     if len(shapes) > 1:
         raise InputError(f"images of shapes {shapes[0]} and {shapes[1]} make no batch: give the data a size")
     return default_collate(samples)
+
+
+def _row(images: Tensor, item: int) -> Tensor:
+    return images[item]
 
 
 def _read_at(read: Callable[[int], Tensor], positions: Indices, item: int) -> Tensor:

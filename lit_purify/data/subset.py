@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_purify.errors import InputError
+from lit_purify.recorded import Recorded
 
 Indices = NDArray[np.int64]
 
 
-class Subset(ABC):
+class Subset(Recorded, ABC):
     """A rule that picks positions of a split."""
 
     @abstractmethod

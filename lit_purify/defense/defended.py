@@ -12,9 +12,10 @@ from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
 from lit_purify.models import Classifier
+from lit_purify.recorded import Recorded
 
 
-class DefendedClassifier(nn.Module):
+class DefendedClassifier(Recorded, nn.Module):
     """logits = classifier(purify(image)): a fixed function of image and noise.
 
     It stays in evaluation mode, whatever ``train()`` is called from outside: some attack libraries set the mode that

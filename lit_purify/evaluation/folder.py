@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import reprlib
@@ -11,37 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-
 from lit_purify.errors import InputError
 from lit_purify.evaluation.records import Record, read_records, uncollected, write_records, write_whole
-from lit_purify.models.sources import locate
+from lit_purify.recorded import SHA256
 
-_IRRELEVANT = (
-    "config",
-    "run",
-    "trainer",
-    "verbose",
-    "watch",
-    "ckpt_path",
-    "weights_only",
-    "data.init_args.batch_size",
-    "data.init_args.num_workers",
-    "data.init_args.download",
-    "data.init_args.seed",
-    "data.init_args.val_subset",
-    "model.init_args.baseline",
-    "model.init_args.gallery",
-)
-"""Keys that do not change a record (``seed_everything`` does, of a network whose weights are not read from a file),"""
-_RELEVANT = ("trainer.precision", "trainer.plugins")
-"""but for these."""
-_NOT_EVALUATED = "data.init_args.val_subset."
-"""What earlier versions took down as well."""
-_FILE_KEYS = ("path", "checkpoint")
-_SHA256 = " (sha256)"
-DATA = "data (sha256 of names)"
-"""Of an identity: what the evaluated images are called."""
+_SHOWN = 5
+"""Differing settings that an error message lists."""
 
 
 class RunFolder:
@@ -94,8 +68,8 @@ class RunFolder:
     def hashes(self) -> dict[str, str]:
         """sha256 of the files that the run depends on, by their path."""
         settings = json.loads(self.identity.read_text())
-        hashes = {key.removesuffix(_SHA256): value for key, value in settings.items() if key.endswith(_SHA256)}
-        return {settings[key]: value for key, value in hashes.items()}
+        hashes = {key.removesuffix(SHA256): value for key, value in settings.items() if key.endswith(SHA256)}
+        return {settings[key]: value for key, value in hashes.items() if key in settings}
 
     def part(self, rank: int) -> Path:
         """Where a process other than rank zero appends its records: every file has one writer."""
@@ -153,47 +127,38 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def write_config(self, text: str, write: bool) -> None:
-        """Writes the configuration of a run."""
-        if write:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.config, text)
-
-    def claim(self, text: str, write: bool, data: str | None = None) -> None:
+    def claim(self, identity: Mapping[str, Any], config: str | None, write: bool) -> None:
         """Makes the folder this run's own; a process that writes locks it before it looks at anything.
 
         Args:
-            text: The resolved configuration, YAML.
+            identity: What the records depend on.
+            config: The resolved configuration, YAML; ``None`` where there is none.
             write: Whether this process writes.
-            data: Hash of the names of the images, where they are files.
 
         Raises:
             InputError: The folder holds records of a run with other settings, or another run is writing there.
         """
         if write:
             self.lock()
-        identity = identify(yaml.safe_load(text)) | ({DATA: data} if data else {})
         before = self._identity_before()
-        if before is None:
-            if self.collect(write=False):
-                raise InputError(
-                    f"{self.path} holds records, but no {self.identity.name} that says of which settings: choose "
-                    "another folder with --run, or remove that one"
-                )
-            before = identity
-        there, here = comparable(before), comparable(identity)
-        differing = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
-        if DATA in before and data not in (None, before[DATA]):
-            differing.append(DATA)
+        if before is None and self.collect(write=False):
+            raise InputError(
+                f"{self.path} holds records, but no {self.identity.name} that says of which settings: choose another "
+                "folder, or remove that one"
+            )
+        there, here = comparable(before or identity), comparable(identity)
+        differing = [key for key in {**here, **there} if there.get(key) != here.get(key)]
         # Without records there is nothing that other settings could mix with.
         if differing and self.collect(write=False):
-            shown = "; ".join(f"{key}: {_short(before, key)} there, {_short(identity, key)} here" for key in differing)
+            shown = [f"{key}: {_short(there, key)} there, {_short(here, key)} here" for key in differing[:_SHOWN]]
+            more = f"; {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
             raise InputError(
-                f"{self.path} holds a run with other settings (differing: {len(differing)}; {shown}): "
-                "choose another folder with --run, or remove that one"
+                f"{self.path} holds a run with other settings ({'; '.join(shown)}{more}): choose another folder, or "
+                "remove that one"
             )
         if write:
-            self.write_config(text, write)
+            if config is not None:
+                write_whole(self.config, config)
             write_whole(self.identity, json.dumps(identity, indent=1))
 
     def _identity_before(self) -> dict[str, Any] | None:
@@ -204,12 +169,12 @@ class RunFolder:
             if not isinstance(found, dict):
                 raise ValueError("no settings in it")
         except ValueError as error:
-            raise InputError(f"{self.identity}: damaged ({error}): choose another folder with --run") from error
+            raise InputError(f"{self.identity}: damaged ({error}): choose another folder") from error
         return found
 
 
 def _taken(path: Path) -> str:
-    return f"{path}: another run is writing there; wait for it, or give another --run"
+    return f"{path}: another run is writing there; wait for it, or choose another folder"
 
 
 def _short(settings: Mapping[str, Any], key: str) -> str:
@@ -217,47 +182,10 @@ def _short(settings: Mapping[str, Any], key: str) -> str:
     return reprlib.repr(settings[key]).strip("'") if key in settings else "nothing"
 
 
-def identify(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that records depend on, flat, with the hash of every file that they name."""
-    flat = {
-        key: value
-        for key, value in _flatten(settings, "")
-        if key in _RELEVANT or not any(key == name or key.startswith(name + ".") for name in _IRRELEVANT)
-    }
-    if flat.get("model.init_args.skip_lost"):
-        # Which attack comes first decides what is left to the others.
-        flat["order of the attacks"] = list(settings["model"]["init_args"]["attacks"])
-    for key, value in list(flat.items()):
-        if key.rpartition(".")[2] in _FILE_KEYS and isinstance(value, str) and (path := locate(value)).exists():
-            flat[key + _SHA256] = path_sha256(path)
-    return flat
-
-
 def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity such that those of runs with equal records are equal: a file is its content, wherever it lies."""
-    kept = {
-        key: value
-        for key, value in identity.items()
-        if key + _SHA256 not in identity and key not in (*_IRRELEVANT, DATA) and not key.startswith(_NOT_EVALUATED)
-    }
-    if str(kept.get("trainer.precision")) in ("None", "32"):
-        kept["trainer.precision"] = "32-true"
-    return kept
+    """An identity such that those of runs with equal records are equal: a file is its content, wherever it lies.
 
-
-def path_sha256(path: Path) -> str:
-    """Hash of a file, or of the names and hashes of the files in a folder."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        listing = "".join(f"{path_sha256(file)} {file.relative_to(path)}\n" for file in files)
-        return hashlib.sha256(listing.encode()).hexdigest()
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flatten(value: Any, prefix: str) -> list[tuple[str, Any]]:  # noqa: ANN401
-    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        value = dict(enumerate(value))
-    if not isinstance(value, Mapping):
-        return [(prefix, value)]
-    return [pair for key, inner in value.items() for pair in _flatten(inner, f"{prefix}.{key}" if prefix else str(key))]
+    What made a network does not count beside its weights' hash.
+    """
+    made = {key.removesuffix(f".weights{SHA256}") for key in identity if key.endswith(f".weights{SHA256}")}
+    return {key: value for key, value in identity.items() if key + SHA256 not in identity and key not in made}

@@ -72,7 +72,7 @@ class ClassifierTask(TrainingTask):
         training = self.classifier.training
         self.classifier.eval()
         try:
-            return attack(lambda x, _: self.classifier(x), image, label, noise, chunk=len(image))
+            return attack(self.classifier, image, label, noise, chunk=len(image))
         finally:
             self.classifier.train(training)
 

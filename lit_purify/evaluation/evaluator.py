@@ -1,0 +1,331 @@
+"""The evaluator: a defense, an attack and a batch go in, records and pictures come out."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_purify.attacks import Attack
+from lit_purify.data.base import Batch, ImageDataset
+from lit_purify.defense import Attacked, BareClassifier, Exact, Gradient, Purifier, defend
+from lit_purify.errors import InputError
+from lit_purify.evaluation.records import Key, Record
+from lit_purify.functional.chunks import fitting, logits_in_chunks
+from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
+from lit_purify.functional.threat import l2_norm, linf_norm
+from lit_purify.models import Classifier
+from lit_purify.recorded import identity
+
+ENSEMBLE = "ensemble"
+"""The worst case over several attacks has this name, or begins with it."""
+_SKIPPING = "; leaves out samples that an earlier attack left wrong in all runs"
+
+
+@dataclass(frozen=True)
+class View:
+    """A sample's pictures: images (C, H, W) in [0, 1], mask (1, H, W) or ``None``, as in the first run."""
+
+    record: Record
+    original: Tensor
+    adversarial: Tensor
+    noised: Tensor
+    purified: Tensor
+    mask: Tensor | None
+
+
+class Ledger:
+    """What an evaluation knows already: which records exist, which samples are lost, clean predictions.
+
+    Attributes:
+        done: Keys of all records.
+        lost: Records of samples that were wrong in all runs.
+        clean: Clean predictions by (defense, sample, chunk): they are the same under every attack.
+        chunk: Rows of a network call that fit into memory; ``None`` before any call.
+    """
+
+    def __init__(self) -> None:
+        self.done: set[Key] = set()
+        self.lost: dict[Key, Record] = {}
+        self.clean: dict[tuple[str, int, int | None], list[int]] = {}
+        self.chunk: int | None = None
+
+    def note(self, records: Iterable[Record]) -> None:
+        """Takes down records."""
+        for record in records:
+            self.done.add(record.key)
+            self.clean[record.defense, record.index, record.chunk] = record.clean
+            if record.label not in record.adversarial:
+                self.lost[record.key] = record
+
+
+class Evaluator(nn.Module):
+    """Attacks every defense on the same samples, and classifies clean and adversarial images N times.
+
+    Clean and adversarial images see the same fresh noise; the attack draws noise of its own. All defenses share the
+    noise keys, so their differences are paired. A record depends on nothing but the arguments and its sample.
+
+    Args:
+        classifier: The classifier that purifiers defend.
+        defenses: Purifiers, or modules from [0, 1] images to logits, by name.
+        attacks: Attacks by name.
+        gradients: What attacks differentiate, by the attack's name; ``Exact()`` where none is given.
+        baseline: The defense that paired differences are taken to; ``None`` is the first.
+        runs: N.
+        chunk: Rows that networks are called with, always this many. Part of a result's identity: another number
+            changes results by rounding. At least 16 on a CPU: for fewer, kernels were seen to round differently with
+            another number of threads. Where memory is too small it is halved, and the records say so.
+        seed: Seed of all noise.
+        skip_lost: Do not attack a sample again that an earlier attack of the same threat model left wrong in all runs:
+            its record repeats the earlier one. Cheaper, and the ensemble of the attacks is the same; the rows of later
+            attacks then are those of all attacks so far.
+
+    Raises:
+        InputError: Arguments do not fit each other.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        defenses: Mapping[str, Purifier | nn.Module],
+        attacks: Mapping[str, Attack],
+        gradients: Mapping[str, Gradient] | None = None,
+        baseline: str | None = None,
+        runs: int = 8,
+        chunk: int = 64,
+        seed: int = 0,
+        skip_lost: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("runs", runs), ("chunk", chunk)):
+            if value < 1:
+                raise InputError(f"{name} = {value}: use at least 1")
+        for kind, named, letters in (("defenses", defenses, "-/"), ("attacks", attacks, "-")):
+            if not named:
+                raise InputError(f"{kind} is empty: give at least one")
+            for name in named:
+                if not isinstance(name, str) or not re.fullmatch(rf"[\w{letters}]+", name, re.ASCII):
+                    raise InputError(f"{kind}: the name {name!r} may hold letters, digits, '_' and '{letters}' only")
+        for name in attacks:
+            if name == ENSEMBLE or name.startswith(f"{ENSEMBLE}-"):
+                raise InputError(f"attacks: {name!r} names the worst case over all attacks; use another name")
+        self.baseline = next(iter(defenses)) if baseline is None else baseline
+        if self.baseline not in defenses:
+            raise InputError(f"baseline = {baseline!r} is not among the defenses {', '.join(defenses)}")
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
+        self.classifier, self.given = classifier, dict(defenses)
+        self.defenses = {name: defend(name, defense, classifier) for name, defense in defenses.items()}
+        # Moves them with this module.
+        self.modules_of_defenses = nn.ModuleList(self.defenses.values())
+        self.requires_grad_(False).eval()
+        self.attacks = dict(attacks)
+        self.gradients = dict(gradients or {})
+        self.views = self._views()
+        self.runs, self.chunk, self.seed, self.skip_lost = runs, chunk, seed, skip_lost
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every (defense, attack), in order."""
+        return [(defense, attack) for defense in self.defenses for attack in self.attacks]
+
+    def identity(self) -> dict[str, Any]:
+        """What records depend on beside the data: see ``recorded.identity``."""
+        order = {"order of the attacks": list(self.attacks)} if self.skip_lost else {}
+        return identity(
+            classifier=self.classifier,
+            defenses=self.given,
+            attacks=self.attacks,
+            gradients=self.gradients,
+            runs=self.runs,
+            chunk=self.chunk,
+            seed=self.seed,
+            skip_lost=self.skip_lost,
+            **order,
+        )
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What each result states beside its accuracies, in the order of ``pairs``."""
+        described = []
+        for defense, attack in self.pairs:
+            defended, how, view = self.defenses[defense], self.attacks[attack], self.views[defense, attack]
+            described.append(
+                {
+                    "defense": defense,
+                    "attack": attack,
+                    "attack_title": how.title,
+                    "norm": how.norm,
+                    "eps": how.eps,
+                    "attack_steps": how.steps,
+                    "eot": how.eot,
+                    # An attack that differentiates nothing, or another model, says so itself.
+                    "gradient": view.gradient if how.gradient == "exact" else how.gradient,
+                    "mask_gradient": "none" if how.gradient == "none" else view.mask_gradient,
+                    "queries": how.queries._asdict(),
+                    "stopping": how.stopping + (_SKIPPING if self.skip_lost else ""),
+                    "nfe_defense": defended.purifier.nfe,
+                    "nfe_attack": view.nfe,
+                    # Images that are classified in N runs: clean ones once for all attacks.
+                    "evaluations": 2 if attack == next(iter(self.attacks)) else 1,
+                    "levels": defended.purifier.levels,
+                    "attack_levels": view.levels,
+                    "undefended": defended.undefended and defended.classifier is self.classifier,
+                }
+            )
+        return described
+
+    def check(self, data: ImageDataset) -> None:
+        """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
+        first = data[0]["image"][None]
+        for name, defended in self.defenses.items():
+            try:
+                defended.classifier.check_image(first)
+                defended.classifier.check_classes(data.classes)
+            except InputError as error:
+                if defended.classifier is self.classifier:
+                    raise
+                raise InputError(f"defenses.{name}: {error}") from error
+            defended.purifier.check_image(first)
+        for attack in self.attacks.values():
+            attack.prepare(data.positions.tolist())
+
+    def remarks(self) -> list[str]:
+        """What to warn of, a line each."""
+        found = ((pair, view.remark) for pair, view in self.views.items() if view.remark)
+        return [f"{attack} on {defense}: {remark}" for (defense, attack), remark in found]
+
+    def evaluate(
+        self, batch: Batch, ledger: Ledger, shown: Iterable[int] = ()
+    ) -> Iterator[tuple[list[Record], list[View]]]:
+        """Evaluates what the ledger lacks of a batch: for every (defense, attack) the new records, and pictures.
+
+        Args:
+            batch: ``image`` (B, C, H, W) in [0, 1], ``label`` and ``index`` (B,).
+            ledger: What is known already; it is brought up to date.
+            shown: Samples (by index) of which pictures are taken.
+        """
+        self.classifier.check_image(batch["image"])
+        transferred: dict[tuple[str, Classifier, int, int], Tensor] = {}
+        for defense, attack in self.pairs:
+            indices = batch["index"].tolist()
+            todo = [k for k, index in enumerate(indices) if (defense, attack, index) not in ledger.done]
+            if not todo:
+                continue
+            before = {k: self._lost_before(defense, attack, indices[k], ledger) for k in todo}
+            records = [record for record in before.values() if record is not None]
+            views: list[View] = []
+            if left := [k for k in todo if before[k] is None]:
+                rows = torch.tensor(left, device=batch["image"].device)
+                part = {name: values[rows] for name, values in batch.items()}
+                made, views = self._fitted(defense, attack, part, ledger, transferred, set(shown))
+                records = sorted([*records, *made], key=lambda record: record.index)
+            ledger.note(records)
+            yield records, views
+
+    def _fitted(
+        self, defense: str, attack: str, batch: Batch, ledger: Ledger, transferred: dict[Any, Tensor], shown: set[int]
+    ) -> tuple[list[Record], list[View]]:
+        """In chunks that fit into memory."""
+        size = ledger.chunk or self.chunk
+        found, fitted = fitting(lambda n: self._evaluate(defense, attack, batch, ledger, transferred, shown, n), size)
+        if fitted != size:
+            print(
+                f"warning: out of memory with chunks of {size} rows: {defense} under {attack} and what follows on this "
+                f"process has {fitted}, and equals other results up to rounding only",
+                file=sys.stderr,
+            )
+        ledger.chunk = fitted
+        return found
+
+    def _evaluate(
+        self,
+        defense: str,
+        attack: str,
+        batch: Batch,
+        ledger: Ledger,
+        transferred: dict[Any, Tensor],
+        shown: set[int],
+        chunk: int,
+    ) -> tuple[list[Record], list[View]]:
+        started = time.perf_counter()
+        defended, image, label, index = self.defenses[defense], batch["image"], batch["label"], batch["index"]
+        noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
+        adversarial = self._perturbed(defense, attack, batch, transferred, chunk)
+        smaller = None if chunk == self.chunk else chunk
+
+        def classified(images: Tensor, noise: KeyedNoise) -> list[list[int]]:
+            runs = list(range(self.runs))
+            return logits_in_chunks(defended.attacked(), images, noise, runs, chunk).argmax(dim=2).tolist()
+
+        keys = [(defense, int(i), smaller) for i in index]
+        if new := [k for k, key in enumerate(keys) if key not in ledger.clean]:
+            rows = torch.tensor(new, device=image.device)
+            ledger.clean |= zip([keys[k] for k in new], classified(image[rows], noise.rows(rows)), strict=True)
+        clean, broken = [ledger.clean[key] for key in keys], classified(adversarial, noise)
+        delta = adversarial - image
+        linf, l2 = linf_norm(delta).tolist(), l2_norm(delta).tolist()
+        seconds = (time.perf_counter() - started) / len(image)
+        records = [
+            Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds, chunk=smaller)
+            for k, (i, y) in enumerate(zip(index, label, strict=True))
+        ]
+        pictured = [k for k, record in enumerate(records) if record.index in shown]
+        views = []
+        for first in range(0, len(pictured), chunk):
+            rows = torch.tensor(pictured[first : first + chunk], device=image.device)
+            with torch.no_grad():
+                trace = defended.trace(adversarial[rows], noise.rows(rows))
+            for k, row in enumerate(rows.tolist()):
+                mask = None if trace.mask is None else trace.mask[k].cpu()
+                original, attacked = image[row].cpu(), adversarial[row].cpu()
+                views.append(
+                    View(records[row], original, attacked, trace.noised[k].cpu(), trace.purified[k].cpu(), mask)
+                )
+        return records, views
+
+    def _perturbed(self, defense: str, attack: str, batch: Batch, transferred: dict[Any, Tensor], chunk: int) -> Tensor:
+        """Adversarial images; those of an attack on a bare classifier are the same for all its defenses."""
+        how, image, index = self.attacks[attack], batch["image"], batch["index"]
+        noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
+        keys = [(attack, self.defenses[defense].classifier, int(i), chunk) for i in index]
+        if how.target == "defense" or any(key not in transferred for key in keys):
+            adversarial = how(self.views[defense, attack], image, batch["label"], noise, chunk)
+            if how.target == "defense":
+                return adversarial
+            transferred.update(zip(keys, adversarial, strict=True))
+        return torch.stack([transferred[key] for key in keys])
+
+    def _lost_before(self, defense: str, attack: str, index: int, ledger: Ledger) -> Record | None:
+        """The record of a sample that needs no further attack."""
+        if not self.skip_lost:
+            return None
+        # Earlier in the order of the attacks: an interrupted run may have left a later one's record alone.
+        for earlier in itertools.takewhile(lambda name: name != attack, self.attacks):
+            how, other = self.attacks[attack], self.attacks[earlier]
+            if (how.norm, how.eps) == (other.norm, other.eps) and (found := ledger.lost.get((defense, earlier, index))):
+                return replace(found, attack=attack, lost_to=found.lost_to or earlier, seconds=0.0)
+        return None
+
+    def _views(self) -> dict[tuple[str, str], Attacked]:
+        """What each attack is handed of each defense."""
+        for name in self.gradients:
+            if name not in self.attacks:
+                raise InputError(f"gradients: {name!r} is not among the attacks {', '.join(self.attacks)}")
+            if self.attacks[name].target == "classifier":
+                raise InputError(f"gradients: {name} is handed the bare classifier in any case: leave it out")
+        views = {}
+        for defense, attack in self.pairs:
+            bare = self.attacks[attack].target == "classifier"
+            gradient = BareClassifier() if bare else self.gradients.get(attack, Exact())
+            try:
+                views[defense, attack] = gradient.attacked(self.defenses[defense])
+            except InputError as error:
+                raise InputError(f"gradients: {attack} on {defense}: {error}") from error
+        return views
