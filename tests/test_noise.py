@@ -40,6 +40,33 @@ def test_distribution():
     assert (correlation - torch.eye(4)).abs().max() < 0.02
 
 
+def by_hand(counter, key):
+    """One block of Philox4x32-10 on Python's integers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        p, q = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(q >> 32) ^ c[1] ^ k[0], q % 2**32, (p >> 32) ^ c[3] ^ k[1], p % 2**32]
+        k = [(k[0] + 0x9E3779B9) % 2**32, (k[1] + 0xBB67AE85) % 2**32]
+    return c
+
+
+@pytest.mark.parametrize("cached", [1, 8, 32768])
+def test_every_value_by_hand(monkeypatch, cached):
+    """Records of earlier commits rest on these bits, however many rows are drawn at a time."""
+    monkeypatch.setattr("lit_purify.functional.noise._CACHED", cached)
+    index, run, step = torch.tensor([0, 3, 2**32 - 1]), torch.tensor([0, 2**31, 7]), 2**32 - 2
+    keyed, like = KeyedNoise(2**32 - 5, index, run, ATTACK), torch.zeros(3, 3, 3, 2)
+    words = [
+        [word for block in range(5) for word in by_hand((block, step, r, i), (2**32 - 5, ATTACK))][:18]
+        for i, r in zip(index.tolist(), run.tolist(), strict=True)
+    ]
+    uniform = torch.tensor([[(word >> 8) * 2.0**-24 for word in row] for row in words])
+    assert keyed.uniform(step, like).flatten(1).equal(uniform)
+    pairs = torch.tensor(words, dtype=torch.float64).add(0.5).mul(2.0**-32).reshape(3, 9, 2)
+    normal = torch.polar((-2.0 * pairs[..., 0].log()).sqrt(), 2.0 * torch.pi * pairs[..., 1])
+    assert keyed.normal(step, like).flatten(1).equal(torch.view_as_real(normal).flatten(1).float())
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 1, 1), (3, 32, 32)])
 def test_a_row_depends_on_its_key_alone(shape):
     whole = noise(64).normal(2, torch.zeros(64, *shape))

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_CACHED = 32768
 
 EVALUATION, ATTACK, TRAINING = range(3)
 """Streams: noise drawn for different ends never shares a key; epoch e of a training has the stream TRAINING + e."""
@@ -79,13 +81,21 @@ class KeyedNoise:
         """Uniform noise in [0, 1) of the shape and type of ``like`` (B, ...)."""
         return self._draw(step, like, _to_uniform)
 
-    def _draw(self, step: int, like: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    def _draw(self, step: int, like: Tensor, transform: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
         size = math.prod(like.shape[1:])
+        blocks = -(-size // 4)
         index, run = self.index.to(like.device)[:, None], self.run.to(like.device)[:, None]
-        block = torch.arange(-(-size // 4), device=like.device)[None, :]
-        words = philox4x32((block, torch.full_like(block, step), run, index), (self.seed, self.stream))
-        values = transform(torch.stack(words, dim=-1))
-        return values.flatten(1)[:, :size].reshape(like.shape).to(like.dtype)
+        block = torch.arange(blocks, device=like.device)[None, :]
+        values = like.new_empty(len(like), blocks, 4)
+        # On CPUs the words of one part stay in the cache, and no operation starts threads.
+        part = max(1, _CACHED // max(1, blocks)) if like.device.type == "cpu" else max(1, len(like))
+        for start in range(0, len(like), part):
+            rows = slice(start, start + part)
+            counter = (block, torch.full_like(block[:, :1], step), run[rows], index[rows])
+            words = philox4x32(counter, (self.seed, self.stream))
+            for k in (0, 2):
+                transform(words[k], words[k + 1], values[rows, :, k : k + 2])
+        return values.flatten(1)[:, :size].reshape(like.shape)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -95,24 +105,45 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
         counter: Four broadcastable int64 tensors with values in 0 .. 2**32 - 1.
         key: Two integers in 0 .. 2**32 - 1.
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)  # type: ignore[no-untyped-call]
-    k0, k1 = key
-    for _ in range(10):
-        # The 64-bit product wraps in two's complement; masking after the shift recovers its unsigned high word.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _LOW) ^ c1 ^ k0, p1 & _LOW, ((p0 >> 32) & _LOW) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return c0, c1, c2, c3
+    # numpy's operations start faster than torch's: half the time of a small draw.
+    on_cpu = all(word.device.type == "cpu" for word in counter)
+    words: list[Any] = [word.numpy().view(np.uint64) if on_cpu else word for word in counter]
+    c0, c1, c2, c3 = words
+    # A 64-bit product wraps; masking after the shift recovers its unsigned high word. c1 and c3 keep whole products,
+    # since they only enter exclusive ors, which are masked.
+    for k in range(10):
+        k0, k1 = ((word + k * weyl) & _LOW for word, weyl in zip(key, _WEYL, strict=True))
+        if k < 2:
+            # The words still have the counters' own shapes, and broadcast.
+            p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+            c0, c2 = ((p1 >> 32) ^ c1 ^ k0) & _LOW, ((p0 >> 32) ^ c3 ^ k1) & _LOW
+        else:
+            p0, p1 = c0, c2
+            p0 *= _MULTIPLIERS[0]
+            p1 *= _MULTIPLIERS[1]
+            c0, c2 = c1, c3
+            for word, product, part in ((c0, p1, k0), (c2, p0, k1)):
+                word ^= product >> 32
+                word ^= part
+                word &= _LOW
+        c1, c3 = p1, p0
+        if k == 1:
+            none = (c0 ^ c2) & 0
+            c0, c1, c2, c3 = (word ^ none for word in (c0, c1, c2, c3))
+    c1 &= _LOW
+    c3 &= _LOW
+    return tuple(torch.from_numpy(word.view(np.int64)) if on_cpu else word for word in (c0, c1, c2, c3))
 
 
-def _to_uniform(words: Tensor) -> Tensor:
+def _to_uniform(first: Tensor, second: Tensor, out: Tensor) -> None:
     # 24 bits are what float32 holds, so 1.0 is never rounded to.
-    return (words >> 8).to(torch.float64) * 2.0**-24
+    for k, words in enumerate((first, second)):
+        out[..., k] = (words >> 8).to(torch.float64).mul_(2.0**-24)
 
 
-def _to_normal(words: Tensor) -> Tensor:
+def _to_normal(first: Tensor, second: Tensor, out: Tensor) -> None:
     """Box-Muller on pairs of words; in float64, so that float32 results do not depend on how a kernel is vectorized."""
-    uniform = (words.to(torch.float64) + 0.5) * 2.0**-32
-    radius = torch.sqrt(-2.0 * torch.log(uniform[..., 0::2]))
-    angle = (2.0 * math.pi) * uniform[..., 1::2]
-    return torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1).flatten(-2)
+    radius = first.to(torch.float64).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+    angle = second.to(torch.float64).add_(0.5).mul_(2.0 * math.pi * 2.0**-32)
+    out[..., 0] = angle.cos().mul_(radius)
+    out[..., 1] = angle.sin_().mul_(radius)
