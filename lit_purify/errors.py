@@ -1,4 +1,9 @@
-"""The one exception that a user's input can cause, and the exit status of a run that can go on."""
+"""The one exception that a user's input can cause, lines about choices made for the user, and an exit status."""
+
+import functools
+import sys
+
+import torch.distributed as dist
 
 
 class InputError(ValueError):
@@ -6,6 +11,13 @@ class InputError(ValueError):
 
     The command line prints it and ends with exit status 2; a library caller sees a plain ``ValueError``.
     """
+
+
+@functools.cache
+def notice(line: str) -> None:
+    """Says once, on stderr, what was chosen for the user; of several processes the first one says it."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+        print(line, file=sys.stderr, flush=True)
 
 
 INTERRUPTED = 75

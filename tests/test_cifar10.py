@@ -32,7 +32,9 @@ def shrunk(settings, root):
             if isinstance(value, list) and key != "rules":
                 node["init_args"][key] = [value[0], value[-1]] if key in ("level", "high", "jump", "tau") else value[:1]
     task |= {"runs": 1, "chunk": 1, "gallery": 0}
-    data |= {"root": str(root), "download": False, "batch_size": 1, "num_workers": 0}
+    settings["data"]["class_path"] = "CIFAR10Folder"
+    data.pop("download")
+    data |= {"root": str(root), "size": 32, "batch_size": 1, "num_workers": 0}
     data["subset"]["init_args"]["n"] = 1
     settings["trainer"] = {"logger": False, "accelerator": "cpu"}
     return settings
@@ -40,9 +42,9 @@ def shrunk(settings, root):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_experiment_runs_in_the_small(name, tmp_path):
-    write_images("CIFAR10", tmp_path / "data")
+    write_images("CIFAR10Folder", tmp_path / "data")
     (tmp_path / "data/test").rename(tmp_path / "data/train")
-    write_images("CIFAR10", tmp_path / "data")
+    write_images("CIFAR10Folder", tmp_path / "data")
     for path in (tmp_path / "data").rglob("*.png"):
         path.rename(path.with_name(f"{path.parent.name}-{path.name}"))
     settings = shrunk(CONFIGS[name], tmp_path / "data")

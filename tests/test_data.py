@@ -19,6 +19,7 @@ from lit_purify.data import (
     CIFAR10,
     SVHN,
     Balanced,
+    CIFAR10Folder,
     Digits,
     First,
     ImageDataModule,
@@ -130,7 +131,7 @@ def every(request, tmp_path, any_md5):
         return CIFAR10(tmp_path, batch_size=3), (3, 32, 32)
     if request.param == "cifar10 in folders":
         write_folders(tmp_path, {f"{part}/{name}": 2 for part in ("train", "test") for name in CIFAR10_CLASSES})
-        return CIFAR10(tmp_path, batch_size=3), (3, 32, 32)
+        return CIFAR10Folder(tmp_path, size=32, batch_size=3), (3, 32, 32)
     if request.param == "svhn":
         write_svhn(tmp_path)
         return SVHN(tmp_path, batch_size=3), (3, 32, 32)
@@ -231,6 +232,9 @@ def test_digits_are_cut_from_the_stated_permutation():
 def test_cifar10_from_its_files(tmp_path, any_md5):
     written = write_cifar10(tmp_path)
     data = CIFAR10(tmp_path)
+    # Pictures beside the files, also in folders that are named like splits, change nothing.
+    write_folders(tmp_path, {"test/cat": 1, "train/cat": 1})
+    assert data.names_sha256 is None
     # A tenth of 50 training images.
     val = sorted(np.random.RandomState(0).permutation(50)[:5])
     train = sorted(set(range(50)) - set(val))
@@ -244,7 +248,7 @@ def test_cifar10_from_its_files(tmp_path, any_md5):
 
 def test_cifar10_from_folders(tmp_path):
     folder_of = write_folders(tmp_path, {f"{part}/{name}": 4 for part in ("train", "test") for name in CIFAR10_CLASSES})
-    data = CIFAR10(tmp_path)
+    data = CIFAR10Folder(tmp_path)
     train, val, test = (grays(data.split(name)) for name in ("train", "val", "test"))
     assert sorted(train + val) == list(range(40))
     assert val == sorted(np.random.RandomState(0).permutation(40)[:4])
@@ -252,15 +256,15 @@ def test_cifar10_from_folders(tmp_path):
     for name in ("train", "val", "test"):
         split = data.split(name)
         assert [folder_of[g].split("/")[1] for g in grays(split)] == [CIFAR10_CLASSES[i] for i in split.labels]
-    assert data.name == f"CIFAR10({tmp_path.name})"
+    assert data.name == f"CIFAR10Folder({tmp_path.name})"
 
 
 def test_cifar10_labels_hold_when_only_some_classes_are_there(tmp_path):
     write_folders(tmp_path, {"test/cat": 1, "test/ship": 2})
-    assert CIFAR10(tmp_path).split("test").labels.tolist() == [3, 8, 8]
+    assert CIFAR10Folder(tmp_path).split("test").labels.tolist() == [3, 8, 8]
     (tmp_path / "test" / "tiger").mkdir()
-    with pytest.raises(InputError, match="'tiger' is not a class of CIFAR10"):
-        CIFAR10(tmp_path).split("test")
+    with pytest.raises(InputError, match="'tiger' is not a class of CIFAR10Folder"):
+        CIFAR10Folder(tmp_path).split("test")
 
 
 def test_validation_of_the_whole_cifar10_has_5000_images():

@@ -85,6 +85,8 @@ def shrunk(settings, folder):
     task |= {"runs": 1, "chunk": 2, "gallery": 1}
     data["root"] = str(folder / "data")
     data.pop("download", None)
+    if settings["data"]["class_path"] == "CIFAR10":
+        settings["data"]["class_path"], data["size"] = "CIFAR10Folder", 32
     settings["trainer"] = {"logger": False, "accelerator": "cpu"}
     return settings
 
@@ -105,7 +107,10 @@ def write_images(kind, folder):
     """A few images in a layout of the dataset."""
     if kind == "SVHN":
         return write_svhn(folder)
-    classes = {"CIFAR10": [f"test/{name}" for name in CIFAR10_CLASSES], "ImageNet": ["val/n01440764", "val/n01530575"]}
+    classes = {
+        "CIFAR10Folder": [f"test/{name}" for name in CIFAR10_CLASSES],
+        "ImageNet": ["val/n01440764", "val/n01530575"],
+    }
     draw = np.random.RandomState(0)
     for name in classes[kind]:
         (folder / name).mkdir(parents=True)

@@ -7,7 +7,7 @@
 # denoiser (configs/train/cifar10_denoiser_gpu.yaml) and the evaluation of 512 test images, all under FOLDER
 # (runs/cifar10_gpu). Each training may take MINUTES (25; 0 for no limit); after that, and after any other interruption,
 # the same command goes on where it was. TABLE=--dry_run estimates the evaluation in place of making it. Paths are seen from the root of the repository. FLAGS go to all four commands:
-# --data.init_args.root my/images, --data.init_args.download false ...; those that only one of train.py and eval.py knows are
+# --data CIFAR10Folder, --data.init_args.root my/images ...; those that only one of train.py and eval.py knows are
 # none of them.
 # The levels are those of configs/eval/cifar10.yaml, chosen for the network that ships; choose anew with
 # `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`.

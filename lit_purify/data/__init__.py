@@ -1,7 +1,7 @@
 """One LightningDataModule a dataset, on one base."""
 
 from lit_purify.data.base import ImageDataModule, ImageDataset
-from lit_purify.data.cifar10 import CIFAR10
+from lit_purify.data.cifar10 import CIFAR10, CIFAR10Folder
 from lit_purify.data.digits import Digits
 from lit_purify.data.folder import ImageFolder
 from lit_purify.data.imagenet import ImageNet
@@ -12,6 +12,7 @@ __all__ = [
     "CIFAR10",
     "SVHN",
     "Balanced",
+    "CIFAR10Folder",
     "Digits",
     "First",
     "ImageDataModule",

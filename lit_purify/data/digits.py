@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
+from lit_purify.data.subset import Subset
 from lit_purify.functional.images import resize
 
 _TRAIN, _VAL = 1097, 300
@@ -23,15 +23,25 @@ class Digits(ImageDataModule):
 
     Args:
         size: Height and width; 8 is the original, larger ones are resized bilinearly.
-        loading: As for every datamodule: batch_size, num_workers, subset, evaluate_on, seed.
+        batch_size: See ``ImageDataModule``, as for all that follow.
+        num_workers: Processes that read images.
+        subset: Which samples of the evaluated split count.
+        evaluate_on: The split that is evaluated.
+        seed: Of the shuffling.
+        val_subset: Which samples a training is validated on.
     """
 
     def __init__(
         self,
         size: int = 8,
-        **loading: Any,  # noqa: ANN401
+        batch_size: int = 64,
+        num_workers: int = 0,
+        subset: Subset | None = None,
+        evaluate_on: str = "test",
+        seed: int = 0,
+        val_subset: Subset | None = None,
     ) -> None:
-        super().__init__(**loading)
+        super().__init__(batch_size, num_workers, subset, evaluate_on, seed, val_subset)
         self.size = size
 
     def split(self, name: str) -> ImageDataset:

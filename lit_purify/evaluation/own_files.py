@@ -9,18 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from lit_purify.data.folder import find_files, open_image
+from lit_purify.data.folder import IMAGE_KINDS, find_files, open_image
 from lit_purify.errors import InputError
 
 Existing = Literal["refuse", "skip", "replace"]
 
 KEY = "lit_purify"
 """Of the text in a PNG that says what it was made from, and what it was taken for."""
-
-_KINDS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
-"""Of what lies in a folder, these are images. Pillow also opens .mpg, .h5, .pdf, but not to give their pixels."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +72,9 @@ def plan(folder: Path, output: Path) -> tuple[list[Job], list[Path]]:
     if output.resolve().is_relative_to(root.resolve()) and folder.is_dir():
         raise InputError(f"--output {output}: lies in the input folder, whose files are not touched; name another")
     files = find_files(folder) if folder.is_dir() else [folder]
-    images = [file for file in files if file.name.lower().endswith(_KINDS) or not folder.is_dir()]
+    images = [file for file in files if file.name.lower().endswith(IMAGE_KINDS) or not folder.is_dir()]
     if not images:
-        raise InputError(f"--input {folder}: no images in it; it needs {', '.join(_KINDS)}")
+        raise InputError(f"--input {folder}: no images in it; it needs {', '.join(IMAGE_KINDS)}")
     names = [file.relative_to(root) for file in images]
     jobs = [Job(str(name), file, (output / name).with_suffix(".png")) for name, file in zip(names, images, strict=True)]
     owner: dict[Path, Job] = {}
