@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_purify.attacks import PGD, Attack, MaskShift, Queries, Square, Transfer
+from lit_purify.attacks import PGD, Attack, MaskShift, NotApplicableError, Queries, Square, Transfer
+from lit_purify.checks.findings import Comparison, Finding, Fixed, Verdict, holm, sign_flip, verdict
 from lit_purify.checks.gradcheck import Samples, check_gradient
-from lit_purify.checks.judging import Comparison, Fixed, Row, Verdict, holm, sign_flip, verdict
 from lit_purify.defense import (
     BPDA,
     Attacked,
@@ -26,12 +26,13 @@ from lit_purify.defense import (
     Zeros,
 )
 from lit_purify.defense.gradients import MaskGradient
-from lit_purify.functional.chunks import LogitsFunction, draws_in_chunks, logits_in_chunks
-from lit_purify.functional.losses import LossName, margin_loss, named_loss
+from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.losses import LossName, margin_loss
 from lit_purify.functional.noise import ATTACK, EVALUATION, START_STEP, KeyedNoise, Noise
 from lit_purify.functional.statistics import mean_interval, outcomes, paired_difference
 from lit_purify.functional.threat import Norm, l2_norm, project
 
+Model = Attacked | DefendedClassifier | AttackedFunction
 LEVEL, TOLERANCE, SAME_LIMIT = 0.05, 0.05, 1e-5
 """Chance to fail a sound defense by its comparisons; what an attack may overstate; largest relative difference."""
 _STEPS, _EOT, _RESTARTS = 20, 16, 2
@@ -54,7 +55,7 @@ class RandomNoise(Attack):
     def __init__(self, norm: Norm, eps: float) -> None:
         super().__init__(norm, eps)
 
-    def perturb(self, model: LogitsFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+    def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
         direction = noise.normal(START_STEP, image)
         length = l2_norm(direction).reshape(-1, 1, 1, 1)
@@ -103,38 +104,45 @@ class Audit:
     proposals: int = 100
     _seen: set[int] = field(default_factory=set)
 
-    def rows(self, name: str) -> Iterator[Row]:
+    def rows(self, name: str) -> Iterator[Finding]:
         """All checks, in a fixed order, as soon as each is known; ``name`` is the defense's."""
-        found = check_gradient(name, self.defended, self._moved())
-        for f in found:
-            yield Row(name, f.check, f.figure, f.limit, "pass" if f.passed else "fail", f.detail)
+        checked = check_gradient(name, self.defended, self._moved())
+        yield from checked
         try:
             self._probe()
         except RuntimeError as error:
-            if all(finding.passed for finding in found):
+            if all(finding.passed for finding in checked):
                 raise
-            yield Row(name, "attackable", 0.0, 1.0, "fail", f"no attack can follow this gradient: {error}")
+            yield Finding(name, "attackable", 0.0, 1.0, "fail", f"no attack can follow this gradient: {error}")
             return
-        spied = replace(self.view, model=self._spying(self.view.model))
-        self.adversarial = self.attack(spied, self.image, self.label, self._noise(ATTACK), self.chunk)
+        self.adversarial = self.attack(
+            self._spying(self.view.function), self.image, self.label, self._noise(ATTACK), self.chunk
+        )
         self.reference = self._outcomes(self.adversarial)
         for values in self._facts():
-            yield Row(name, *values)
+            yield Finding(name, *values)
         compared = list(self._comparisons())
-        chances = holm([sign_flip(c.excess, self.runs) for c in compared])
-        yield from (self._judged(name, c, chance) for c, chance in zip(compared, chances, strict=True))
+        chances = iter(holm([sign_flip(c.excess, self.runs) for c in compared if c.excess is not None]))
+        for found in compared:
+            if found.excess is None:
+                yield Finding(name, found.check, 0.0, None, "not applicable", found.other)
+            else:
+                yield self._judged(name, found, found.excess, next(chances))
 
-    def survival(self, attack: Attack, model: LogitsFunction, noise: Noise | None = None) -> Tensor:
+    def survival(self, attack: Attack, model: Model, noise: Noise | None = None) -> Tensor:
         """What survives an attack on a model in the defense: ``outcomes``, (B, 3)."""
         adversarial = attack(model, self.image, self.label, noise or self._noise(ATTACK), self.chunk)
         return self._outcomes(adversarial)
 
     def _outcomes(
-        self, image: Tensor, defended: LogitsFunction | None = None, noise: Noise | None = None, first: int = 0
+        self, image: Tensor, defended: DefendedClassifier | None = None, noise: Noise | None = None, first: int = 0
     ) -> Tensor:
         runs = list(range(first, first + self.runs))
-        logits = logits_in_chunks(defended or self.defended, image, noise or self._noise(EVALUATION), runs, self.chunk)
+        logits = self._logits(defended or self.defended, image, noise or self._noise(EVALUATION), runs)
         return outcomes(logits.argmax(dim=2), self.label)
+
+    def _logits(self, defended: DefendedClassifier, image: Tensor, noise: Noise, runs: list[int]) -> Tensor:
+        return logits_in_chunks(defended.attacked(), image, noise, runs, self.chunk)
 
     def _noise(self, stream: int) -> KeyedNoise:
         return KeyedNoise(self.seed, self.index, torch.zeros_like(self.index), stream)
@@ -149,21 +157,21 @@ class Audit:
         noise = self._noise(ATTACK)
         # Off the samples: there symmetries can hide what differs between two draws.
         image = RandomNoise(self.attack.norm, self.attack.eps)(self.view, self.image, self.label, noise)
-        seen = draws_in_chunks(self.view, margin_loss, image, self.label, noise, _DRAWS, self.chunk)
+        seen = draws_in_chunks(self.view.function, margin_loss, image, self.label, noise, _DRAWS, self.chunk)
         self.attacked = seen.logits
-        self.defending = logits_in_chunks(self.defended, image, noise, _DRAWS, self.chunk)
-        self.evaluated = logits_in_chunks(self.defended, image, self._noise(EVALUATION), _DRAWS, self.chunk)
+        self.defending = self._logits(self.defended, image, noise, _DRAWS)
+        self.evaluated = self._logits(self.defended, image, self._noise(EVALUATION), _DRAWS)
         self.randomized = _different(self.evaluated) > 1
 
-    def _spying(self, model: LogitsFunction) -> LogitsFunction:
+    def _spying(self, model: AttackedFunction) -> AttackedFunction:
         """The model, noting which draws it is asked for."""
 
-        def spied(image: Tensor, noise: Noise) -> Tensor:
+        def spied(image: Tensor, noise: Noise, mask: Tensor | None) -> Tensor:
             if isinstance(noise, KeyedNoise):
                 self._seen.update(noise.run.tolist())
-            return model(image, noise)
+            return model.logits(image, noise, mask)
 
-        return spied
+        return replace(model, logits=spied)
 
     def _facts(self) -> Iterator[tuple[str, float, float | None, Verdict, str]]:
         """Checks that stand for themselves."""
@@ -194,7 +202,7 @@ class Audit:
         """A view with the defense's outputs may still hand out another gradient."""
         kind, samples = self.view.mask_gradient, self._moved()
         sound = Exact("frozen" if kind == "none" else kind).attacked(self.defended)
-        given, own = samples.gradient(self.view), samples.gradient(sound)
+        given, own = samples.gradient(self.view.function), samples.gradient(sound.function)
         figure = float((given - own).abs().max()) / (float(own.abs().max()) or 1.0)
         said = "relative difference of the attack's gradient and the defense's"
         if figure <= SAME_LIMIT:
@@ -219,15 +227,17 @@ class Audit:
     def _frozen(self) -> tuple[str, float, None, Verdict, str]:
         noise = Fixed(self.seed, self.index, torch.zeros_like(self.index), ATTACK)
         # All draws are the same one.
-        attack = varied(self.attack, eot=1, aggregate="mean")
-        adversarial = attack(self.view, self.image, self.label, noise, self.chunk)
+        adversarial = single_draw(self.attack)(self.view, self.image, self.label, noise, self.chunk)
         left = self._outcomes(adversarial, noise=noise)[:, _AVERAGE]
         said = f"owed to randomness: {_percent(float(left.mean()))} survive with one draw for attack and defense"
         return "frozen_noise", float((self.reference[:, _AVERAGE] - left).mean()), None, "note", said
 
-    def _unbounded(self) -> tuple[str, float, float, Verdict, str]:
+    def _unbounded(self) -> tuple[str, float, float | None, Verdict, str]:
         """Gray is within reach of every sample: what is right there by guessing is the most that may survive."""
-        shares = self.survival(enlarged(self.attack, self._everything / self.attack.eps), self.view)[:, _AVERAGE]
+        try:
+            shares = self.survival(self.attack.stronger(eps=self._everything), self.view)[:, _AVERAGE]
+        except NotApplicableError as error:
+            return "unbounded", 0.0, None, "not applicable", str(error)
         limit = float(self.label.bincount().max()) / len(self.label)
         left = mean_interval(shares, self.runs)
         said = f"survive at eps {self._everything:.3g}, at least {_percent(left.low)}; by guessing {_percent(limit)}"
@@ -261,58 +271,58 @@ class Audit:
         attack, view, defended = self.attack, self.view, self.defended
 
         def than(
-            check: str, other: Attack, model: LogitsFunction, said: str, meaning: str, rule: int = _AVERAGE
+            check: str, other: Callable[[], Attack], model: Model, said: str, meaning: str, rule: int = _AVERAGE
         ) -> Comparison:
-            left = self.survival(other, model)
+            try:
+                left = self.survival(other(), model)
+            except NotApplicableError as error:
+                return Comparison(check, None, rule, str(error), meaning)
             return Comparison(check, (self.reference - left)[:, rule], rule, said, meaning)
 
         wider = next((k for k in (4.0, 2.0) if k * attack.eps < self._everything), None)
         if wider is not None:
-            left = self.survival(enlarged(attack, wider), view)
-            excess, said = (left - self.reference)[:, _AVERAGE], f"eps in place of {wider:g} eps"
-            yield Comparison("wider", excess, _AVERAGE, said, "the gradient misleads")
+            eps = wider * attack.eps
+            found = than("wider", lambda: attack.stronger(eps=eps), view, f"eps in place of {wider:g} eps", "")
+            # More survives the larger ball than the smaller one: the other way around.
+            excess = None if found.excess is None else -found.excess
+            yield replace(found, excess=excess, meaning="the gradient misleads")
         if self.randomized:
             # Draws that the attack has not seen, of the noise that it saw.
             left = self._outcomes(self.adversarial, noise=self._noise(ATTACK), first=_UNSEEN)
             excess, said = (self.reference - left)[:, _AVERAGE], "the same images under the attack's noise"
             yield Comparison("same_noise", excess, _AVERAGE, said, "the defense tells attack from evaluation")
         said, masked = "random noise of equal norm", "the gradient is masked, or the attack weak"
-        yield than("noise", RandomNoise(attack.norm, attack.eps), view, said, masked)
+        yield than("noise", lambda: RandomNoise(attack.norm, attack.eps), view, said, masked)
         steps = max(2 * attack.steps, _STEPS)
-        yield than("more_steps", varied(attack, steps=steps), view, f"{steps} steps", "the attack is cut short")
+        yield than(
+            "more_steps", lambda: attack.stronger(steps=steps), view, f"{steps} steps", "the attack is cut short"
+        )
         if self.randomized:
             eot = max(2 * attack.eot, _EOT)
             meaning = "the attack averages over too few draws"
-            yield than("more_eot", varied(attack, eot=eot), view, f"{eot} draws a step", meaning)
-        if hasattr(attack, "restarts"):
-            restarts = _RESTARTS * attack.restarts
-            meaning = "one start is not enough"
-            yield than("restarts", varied(attack, restarts=restarts), view, f"{restarts} starts", meaning)
+            yield than("more_eot", lambda: attack.stronger(eot=eot), view, f"{eot} draws a step", meaning)
+        restarts = _RESTARTS * int(getattr(attack, "restarts", 1))
+        meaning = "one start is not enough"
+        yield than("restarts", lambda: attack.stronger(restarts=restarts), view, f"{restarts} starts", meaning)
         square = Square(attack.norm, attack.eps, self.proposals, max(1, attack.eot) if self.randomized else 1, p=0.3)
-        yield than("black_box", square, defended, f"Square, {self.proposals} proposals", masked)
+        yield than("black_box", lambda: square, defended, f"Square, {self.proposals} proposals", masked)
         bare = BareClassifier().attacked(defended)
-        transfer = Transfer(varied(attack, eot=1, aggregate="mean"))
-        yield than("transfer", transfer, bare, "the attack on the bare classifier", masked)
+        transfer = Transfer(single_draw(attack))
+        yield than("transfer", lambda: transfer, bare, "the attack on the bare classifier", masked)
         if self.view.gradient != "bpda" and type(defended.purifier) is not NoPurifier:
             said = "the identity for the purifier's gradient"
-            yield than("bpda", attack, BPDA().attacked(defended), said, "the purifier's own is shattered")
+            yield than("bpda", lambda: attack, BPDA().attacked(defended), said, "the purifier's own is shattered")
         if not self.exact:
             meaning = "what was attacked stands in badly for the defense"
-            yield than("exact", attack, Exact().attacked(defended), "the exact gradient", meaning)
+            yield than("exact", lambda: attack, Exact().attacked(defended), "the exact gradient", meaning)
         yield from self._aggregates(than)
         for loss in self._losses():
-            other = varied(attack, loss_name=loss, loss=named_loss(loss), targets=0)
-            yield than(f"loss_{loss}", other, view, f"the {loss} loss", "the configured loss saturates")
-        if getattr(attack, "loss_name", None) == "ce":
+            meaning = "the configured loss saturates"
+            yield than(f"loss_{loss}", partial(attack.stronger, loss=loss), view, f"the {loss} loss", meaning)
+        if getattr(attack, "loss", None) == "ce":
             scale = float(self.attacked.std(dim=2).mean()) or 1.0
-            said = "logits scaled to deviation 1"
-            yield than(
-                "scaled",
-                attack,
-                replace(view, model=lambda x, n: view(x, n) / scale),
-                said,
-                "the configured loss saturates",
-            )
+            said, meaning = "logits scaled to deviation 1", "the configured loss saturates"
+            yield than("scaled", lambda: attack, scaled(view.function, scale), said, meaning)
         rule = defended.purifier.mask
         if rule is not None and rule.relaxable:
             hidden = "the mask hides its gradient"
@@ -321,10 +331,10 @@ class Audit:
             for kind in kinds if self.exact else kinds[1:]:
                 if kind != self.view.mask_gradient:
                     said = f"the {kind} gradient of the mask"
-                    yield than(f"mask_{kind}", attack, Exact(kind).attacked(defended), said, hidden)
+                    yield than(f"mask_{kind}", lambda: attack, Exact(kind).attacked(defended), said, hidden)
             shift = MaskShift(attack.norm, attack.eps, attack.steps, self._step, eot=attack.eot, loss="margin")
             through, said = Exact("straight_through").attacked(defended), "an attack that first moves the mask"
-            yield than("mask_shift", shift, through, said, hidden)
+            yield than("mask_shift", lambda: shift, through, said, hidden)
 
     def _aggregates(self, than: Any) -> Iterator[Comparison]:  # noqa: ANN401
         """Attacks on the vote of N runs, and on the worst of them, each judged by what it is for."""
@@ -333,12 +343,13 @@ class Audit:
             return
         # A softmax that saturates leaves no weights to tell draws apart by.
         scale = max(1.0, float(self.attacked.std(dim=2).mean()) / _SOFT)
-        view = replace(self.view, model=lambda x, n: self.view(x, n) / scale)
+        view = scaled(self.view.function, scale)
         for kind, rule in (("vote", _MAJORITY), ("worst", _WORST)):
             if getattr(attack, "aggregate", None) != kind:
                 eot = max(attack.eot, self.runs)
                 # It is told apart from the configured attack by its aim: the loss that this aim is written in.
-                aimed = PGD(attack.norm, attack.eps, attack.steps, self._step, eot, "ce", aggregate=kind)  # type: ignore[arg-type]
+                steps = max(1, attack.steps)
+                aimed = partial(PGD, attack.norm, attack.eps, steps, self._step, eot, "ce", aggregate=kind)
                 meaning = f"the {_RULES[rule]} says little: it was not aimed at"
                 yield than(kind, aimed, view, f"an attack on the {kind}", meaning, rule)
 
@@ -350,27 +361,30 @@ class Audit:
     def _losses(self) -> list[LossName]:
         """Losses that the attack could raise, but does not."""
         losses: list[LossName] = ["ce", "margin", *(["dlr"] if self.attacked.shape[2] > 2 else [])]  # type: ignore[list-item]
-        own = getattr(self.attack, "loss_name", None)
-        return [loss for loss in losses if loss != own] if own is not None else []
+        own = getattr(self.attack, "loss", None)
+        return [loss for loss in losses if loss != own]
 
-    def _judged(self, name: str, found: Comparison, chance: float) -> Row:
-        gap = paired_difference(torch.zeros_like(found.excess), found.excess)
+    def _judged(self, name: str, found: Comparison, excess: Tensor, chance: float) -> Finding:
+        gap = paired_difference(torch.zeros_like(excess), excess)
         how = verdict(gap.value, chance, TOLERANCE, LEVEL)
         ends = f"[{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points more of the {_RULES[found.rule]} lost"
         tail = {"pass": "", "fail": f": {found.meaning}", "note": ": undecided, use more samples"}[how]
-        return Row(name, found.check, gap.value, TOLERANCE, how, f"{found.other}: {ends}, p = {chance:.2g}{tail}")
+        return Finding(name, found.check, gap.value, TOLERANCE, how, f"{found.other}: {ends}, p = {chance:.2g}{tail}")
 
 
-def varied(attack: Attack, **changes: Any) -> Attack:  # noqa: ANN401
-    """The same attack with some of its attributes changed; those that it does not have are left out."""
-    other = copy.copy(attack)
-    vars(other).update({name: value for name, value in changes.items() if hasattr(attack, name)})
-    return other
+def single_draw(attack: Attack) -> Attack:
+    """The same attack with one draw of noise a step, as far as it has draws."""
+    for changes in ({"eot": 1, "aggregate": "mean"}, {"eot": 1}):
+        try:
+            return attack.stronger(**changes)
+        except NotApplicableError:
+            continue
+    return attack
 
 
-def enlarged(attack: Attack, factor: float) -> Attack:
-    """The same attack in a ball ``factor`` times as large, with steps as much longer."""
-    return varied(attack, eps=factor * attack.eps, step_size=factor * getattr(attack, "step_size", 0.0))
+def scaled(function: AttackedFunction, scale: float) -> AttackedFunction:
+    """The same function with its logits divided by a number."""
+    return replace(function, logits=lambda image, noise, mask: function.logits(image, noise, mask) / scale)
 
 
 def _different(logits: Tensor) -> int:

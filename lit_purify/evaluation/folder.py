@@ -65,12 +65,6 @@ class RunFolder:
         named = ((record, f"{record.defense}.{record.attack}.{record.index:06d}.png") for record in records)
         return ((record, there[name]) for record, name in named if name in there)
 
-    def hashes(self) -> dict[str, str]:
-        """sha256 of the files that the run depends on, by their path."""
-        settings = json.loads(self.identity.read_text())
-        hashes = {key.removesuffix(SHA256): value for key, value in settings.items() if key.endswith(SHA256)}
-        return {settings[key]: value for key, value in hashes.items() if key in settings}
-
     def part(self, rank: int) -> Path:
         """Where a process other than rank zero appends its records: every file has one writer."""
         return self.records if rank == 0 else self.path / f"records.rank{rank}.jsonl"
@@ -189,3 +183,9 @@ def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
     """
     made = {key.removesuffix(f".weights{SHA256}") for key in identity if key.endswith(f".weights{SHA256}")}
     return {key: value for key, value in identity.items() if key + SHA256 not in identity and key not in made}
+
+
+def file_hashes(identity: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of the files that an identity names, by their path."""
+    keys = [key for key in identity if key + SHA256 in identity]
+    return {str(identity[key]): identity[key + SHA256] for key in keys}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from lit_purify.functional.noise import KeyedNoise
 
-Verdict = Literal["pass", "fail", "note"]
+Verdict = Literal["pass", "fail", "note", "not applicable"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """What one check of one defense found.
+class Finding:
+    """The result of one check of one defense.
 
     Attributes:
         defense: Its name.
-        check: What was checked.
+        check: Name of the check.
         figure: What was measured; for comparisons by how much the configured attack overstates robust accuracy.
-        limit: What it may be; ``None`` where nothing depends on it.
-        verdict: ``pass``, ``fail``, or ``note``: nothing to judge, or undecided.
+        limit: Largest figure that passes; ``None`` where nothing depends on it.
+        verdict: ``pass``, ``fail``, ``note`` (nothing to judge, or undecided) or ``not applicable``.
         reason: What that means, in words.
     """
 
@@ -35,9 +35,66 @@ class Row:
     verdict: Verdict
     reason: str
 
+    @property
+    def passed(self) -> bool:
+        """Whether it did not fail."""
+        return self.verdict != "fail"
+
     def json(self) -> dict[str, Any]:
-        """For ``audit.json``, where a figure that is not finite is ``null``."""
+        """For ``audit.json`` and ``gradcheck.json``, where a figure that is not finite is ``null``."""
         return {**asdict(self), "figure": self.figure if -torch.inf < self.figure < torch.inf else None}
+
+    def __str__(self) -> str:
+        """A line of a table."""
+        limit = "" if self.limit is None else f"{self.limit:.2g}"
+        shown = {"fail": "FAIL", "not applicable": "n/a"}.get(self.verdict, self.verdict)
+        return f"{shown:4}  {self.defense:14}  {self.check:18}  {self.figure:8.2g}  {limit:6}  {self.reason}"
+
+
+class Findings(list[Finding]):
+    """Findings of ``audit`` or ``gradcheck``, and the verdict over all of them.
+
+    Attributes:
+        undecided: Why they do not suffice for a verdict; empty where they do.
+        facts: What was checked: samples, runs, and the like, as JSON values.
+    """
+
+    undecided: str = ""
+    facts: Mapping[str, Any] = {}
+
+    @property
+    def failed(self) -> list[Finding]:
+        """Those that failed."""
+        return [finding for finding in self if not finding.passed]
+
+    @property
+    def verdict(self) -> Literal["passed", "failed", "undecided"]:
+        """Over all findings."""
+        return "failed" if self.failed else "undecided" if self.undecided else "passed"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is ``passed``."""
+        return self.verdict == "passed"
+
+    def json(self) -> dict[str, Any]:
+        """The content of ``audit.json`` or ``gradcheck.json``."""
+        state = {"schema": 1, "passed": self.passed, "undecided": self.verdict == "undecided"}
+        return {**state, **self.facts, "checks": [finding.json() for finding in self]}
+
+    @property
+    def conclusion(self) -> str:
+        """The last line."""
+        if self.verdict == "undecided":
+            return f"UNDECIDED: {self.undecided}"
+        if self.verdict == "passed":
+            return f"passed, {len(self)} checks"
+        blamed = dict.fromkeys(f"{finding.defense} ({finding.check})" for finding in self.failed)
+        return f"FAILED: not to be believed: {', '.join(blamed)}"
+
+    def __str__(self) -> str:
+        """The findings, a line each, and the conclusion."""
+        return "\n".join([*map(str, self), self.conclusion])
 
 
 @dataclass(frozen=True)
@@ -46,14 +103,14 @@ class Comparison:
 
     Attributes:
         check: Its name.
-        excess: What survives the configured attack minus what survives the other, (B,).
+        excess: What survives the configured attack minus what survives the other, (B,); ``None``: not applicable.
         rule: Which accuracy.
-        other: What the other attack is.
+        other: The other attack, in words; where there is none, why.
         meaning: What follows when it is the stronger one.
     """
 
     check: str
-    excess: Tensor
+    excess: Tensor | None
     rule: int
     other: str
     meaning: str

@@ -1,0 +1,387 @@
+"""What notebooks and scripts call: evaluate, check and use defenses in one process."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from lit_purify.attacks import Attack
+from lit_purify.checks.audit import audit_attack
+from lit_purify.checks.findings import Findings
+from lit_purify.checks.gradcheck import check_gradients
+from lit_purify.data.base import ImageDataset
+from lit_purify.data.subset import subset_sha256
+from lit_purify.defense import Exact, Gradient, Purifier, Trace, defend
+from lit_purify.errors import InputError
+from lit_purify.evaluation import Evaluator, Ledger, Record, View
+from lit_purify.evaluation.estimate import work
+from lit_purify.evaluation.folder import RunFolder, file_hashes
+from lit_purify.evaluation.module import check_records
+from lit_purify.evaluation.records import append_records, write_whole
+from lit_purify.functional.chunks import chunks
+from lit_purify.functional.images import check_unit_range
+from lit_purify.functional.noise import EVALUATION, KeyedNoise
+from lit_purify.models import Classifier
+from lit_purify.recorded import identity
+from lit_purify.report import pictures
+from lit_purify.report.finished import FinishedRun
+from lit_purify.report.html import page
+from lit_purify.report.summary import summarize, table
+
+Defenses = Purifier | nn.Module | Mapping[str, Purifier | nn.Module]
+Attacks = Attack | Mapping[str, Attack]
+Images = Tensor | Dataset[Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of an evaluation; printing it prints the table.
+
+    Attributes:
+        summary: The content of ``summary.json``: accuracies with 95 % intervals, paired differences, costs.
+        records: One record for each (defense, attack, sample).
+        identity: What the records depend on.
+        views: Pictures of the first samples.
+    """
+
+    summary: Mapping[str, Any]
+    records: Sequence[Record]
+    identity: Mapping[str, Any]
+    views: Sequence[View] = ()
+
+    def __str__(self) -> str:
+        """The table that ``eval.py`` prints."""
+        return table(self.summary)
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        from html import escape
+
+        return f"<pre>{escape(str(self))}</pre>"
+
+    def to_frame(self) -> Any:  # noqa: ANN401
+        """The results as a pandas data frame: a row for each (defense, attack).
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError("to_frame needs pandas: pip install pandas, or use .summary or .to_csv()") from error
+        return pandas.read_csv(io.StringIO(self.to_csv()))
+
+    def to_csv(self) -> str:
+        """The results as CSV: a row for each (defense, attack), accuracies with the ends of their intervals."""
+        stream = io.StringIO()
+        rules = [(kind, rule) for kind in ("clean", "robust") for rule in ("average", "worst", "majority")]
+        ends = ("", "_low", "_high")
+        writer = csv.writer(stream, lineterminator="\n")
+        names = ("defense", "attack", "norm", "eps", "gradient", "nfe_defense", "nfe_attack")
+        writer.writerow([*names, *(f"{kind}_{rule}{end}" for kind, rule in rules for end in ends)])
+        for result in self.summary["results"]:
+            values = [result[kind][rule][k] for kind, rule in rules for k in range(len(ends))]
+            writer.writerow([*(result[name] for name in names), *values])
+        return stream.getvalue()
+
+    def save_report(self, path: str | Path) -> None:
+        """Writes the report as one HTML file that opens without a network."""
+        run = FinishedRun.made(self.summary, self.records, self.identity, views=self.views)
+        write_whole(Path(path).expanduser(), page(run))
+
+
+def evaluate(
+    classifier: nn.Module,
+    defenses: Defenses,
+    attacks: Attacks,
+    images: Images,
+    labels: Tensor | None = None,
+    *,
+    runs: int = 8,
+    seed: int = 0,
+    chunk: int = 64,
+    baseline: str | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    gradients: Mapping[str, Gradient] | None = None,
+    skip_lost: bool = False,
+    batch_size: int = 64,
+    gallery: int = 12,
+) -> Result:
+    """Attacks every defense on the same samples, and reports what survives N runs with fresh noise.
+
+    For the same settings the records are those of ``eval.py``, bit for bit. The evaluation runs where the classifier
+    is: move it to a GPU first. Networks are put into evaluation mode.
+
+    Args:
+        classifier: Any module from images (B, C, H, W) in [0, 1] to logits (B, classes), or a ``Classifier``, whose
+            attention a mask needs.
+        defenses: By name: purifiers; other classifiers; somebody else's defenses, modules from [0, 1] images to logits.
+        attacks: By name: attacks of this library, or ``ForeignAttack`` around an attack of another one.
+        images: (N, C, H, W) floats in [0, 1]; or a dataset of (image, label) pairs, or a datamodule's split.
+        labels: (N,) integers; ``None`` for a dataset, which has its own.
+        runs: N.
+        seed: Seed of all noise.
+        chunk: Rows that networks are called with, always this many; part of a result's identity.
+        baseline: The defense that paired differences are taken to; ``None`` is the first.
+        folder: Run folder to write records, summary, pictures and report to; the same call goes on after an
+            interruption. ``None`` keeps everything in memory.
+        progress: Show a bar.
+        gradients: What attacks differentiate, by the attack's name; ``Exact()`` where none is given.
+        skip_lost: Do not attack samples again that an earlier attack left wrong in all runs.
+        batch_size: Samples that are evaluated together; changes no result.
+        gallery: Samples of which pictures are kept, the first of the evaluated ones.
+
+    Raises:
+        InputError: Arguments do not fit each other, or the folder holds a run with other settings.
+    """
+    own, data, device = _prepared(classifier, images, labels)
+    evaluator = Evaluator(
+        own, _named(defenses, "defense"), _named(attacks, "attack"), gradients, baseline, runs, chunk, seed, skip_lost
+    )
+    evaluator.to(device).check(data)
+    where = {"labels": torch.as_tensor(data.labels[data.positions]), "positions": torch.as_tensor(data.positions)}
+    about = evaluator.identity() | identity(data={**where, "first": data[0]["image"]})
+    home = None if folder is None else RunFolder(Path(folder).expanduser())
+    ledger, views = Ledger(), []
+    records: list[Record] = []
+    if home is not None:
+        home.claim(about, None, write=True)
+        records = home.collect(write=True)
+        check_records(records, evaluator)
+        ledger.note(records)
+        views = list(pictures.read(home.overlays, records))
+    try:
+        with contextlib.ExitStack() as stack:
+            stream = None if home is None else stack.enter_context(home.open_part(0))
+            for found, seen in _evaluated(evaluator, data, ledger, gallery, batch_size, device, progress):
+                for view in seen:
+                    views.append(view)
+                    if home is not None:
+                        # Pictures before records: a sample whose record exists is not shown again.
+                        pictures.write(view, home.overlays)
+                if stream is not None:
+                    append_records(stream, found)
+                records += found
+        facts = describe_data(evaluator, data, "images", "test") | {"files": file_hashes(about)}
+        summary = summarize(records, evaluator.describe(), facts, evaluator.baseline)
+        result = Result(summary, records, about, views)
+        if home is not None:
+            home.collect(write=True)
+            write_whole(home.summary, json.dumps(summary, indent=1) + "\n")
+            result.save_report(home.report)
+    finally:
+        if home is not None:
+            home.release()
+    return result
+
+
+def _evaluated(
+    evaluator: Evaluator,
+    data: ImageDataset,
+    ledger: Ledger,
+    gallery: int,
+    batch_size: int,
+    device: torch.device,
+    progress: bool,
+) -> Iterable[tuple[list[Record], list[View]]]:
+    cost = {(d["defense"], d["attack"]): work(d, evaluator.runs) for d in evaluator.describe()}
+    total = sum(cost[pair] for pair in evaluator.pairs for i in data.positions if (*pair, int(i)) not in ledger.done)
+    shown, style = data.positions[:gallery].tolist(), "{l_bar}{bar}| {elapsed}<{remaining}"
+    with tqdm(total=total, desc="attacking", disable=not progress, bar_format=style) as bar:
+        for first in range(0, len(data), batch_size):
+            items = [data[k] for k in range(first, min(first + batch_size, len(data)))]
+            batch = {"image": torch.stack([item["image"] for item in items]).to(device)}
+            batch |= {key: torch.tensor([item[key] for item in items], device=device) for key in ("label", "index")}
+            for records, views in evaluator.evaluate(batch, ledger, shown):
+                yield records, views
+                bar.update(cost[records[0].defense, records[0].attack] * len(records))
+
+
+def describe_data(evaluator: Evaluator, data: ImageDataset, name: str, split: str) -> dict[str, Any]:
+    """What a summary states of a whole evaluation."""
+    denoisers = {d.purifier.denoiser.title for d in evaluator.defenses.values() if d.purifier.nfe}
+    return {
+        "dataset": name,
+        "split": split,
+        "classes": list(data.classes),
+        "samples": len(data),
+        "subset_sha256": subset_sha256(data.positions),
+        "seed": evaluator.seed,
+        "runs": evaluator.runs,
+        "chunk": evaluator.chunk,
+        "classifier": evaluator.classifier.title,
+        "denoiser": ", ".join(sorted(denoisers)) or "none",
+        "versions": {name: version(name) for name in ("torch", "lightning")},
+    }
+
+
+def gradcheck(
+    classifier: nn.Module,
+    defenses: Defenses,
+    images: Images,
+    labels: Tensor | None = None,
+    *,
+    samples: int = 4,
+    seed: int = 0,
+) -> Findings:
+    """Checks that attacks differentiate what is defended, see ``checks.gradcheck.check_gradient``.
+
+    Args:
+        classifier: As in ``evaluate``.
+        defenses: As in ``evaluate``; or one defense.
+        images: As in ``evaluate``.
+        labels: As in ``evaluate``.
+        samples: How many are checked, from the first.
+        seed: Seed of all noise.
+
+    Returns:
+        Findings, a list; printing it prints a line for each, and the verdict.
+    """
+    own, data, device = _prepared(classifier, images, labels)
+    named = {name: defend(name, d, own).to(device) for name, d in _named(defenses, "defense").items()}
+    return check_gradients(named, data, samples, seed, device)
+
+
+def audit(
+    classifier: nn.Module,
+    defenses: Defenses,
+    attack: Attack,
+    images: Images,
+    labels: Tensor | None = None,
+    *,
+    gradient: Gradient | None = None,
+    samples: int = 32,
+    runs: int = 8,
+    proposals: int = 100,
+    seed: int = 0,
+    chunk: int = 64,
+) -> Findings:
+    """Checks whether robust accuracy under an attack holds up against other attacks, see ``checks.audit_checks``.
+
+    Args:
+        classifier: As in ``evaluate``.
+        defenses: As in ``evaluate``; or one defense.
+        attack: An attack of this library that follows a gradient.
+        images: As in ``evaluate``.
+        labels: As in ``evaluate``.
+        gradient: What the attack differentiates; ``None`` is ``Exact()``.
+        samples: How many are audited, from the first.
+        runs: N, with which each image is evaluated.
+        proposals: Steps of the black-box attack.
+        seed: Seed of all noise.
+        chunk: Rows that networks are called with, at most.
+
+    Returns:
+        Findings, a list; printing it prints a line for each, and the verdict.
+    """
+    own, data, device = _prepared(classifier, images, labels)
+    named = {name: defend(name, d, own).to(device) for name, d in _named(defenses, "defense").items()}
+    views = {name: (gradient or Exact()).attacked(defended) for name, defended in named.items()}
+    return audit_attack(views, attack, data, samples, runs, proposals, seed, chunk, device)
+
+
+def purify(
+    purifier: Purifier,
+    images: Tensor,
+    classifier: Classifier | None = None,
+    *,
+    seed: int = 0,
+    run: int = 0,
+    chunk: int = 64,
+) -> Trace:
+    """Purifies images; the noise of an image is keyed by its position, the seed and the run.
+
+    Args:
+        purifier: A purifier.
+        images: (N, C, H, W) floats in [0, 1].
+        classifier: Its attention makes the mask of a purifier that has one.
+        seed: Seed of the noise.
+        run: Another run draws other noise.
+        chunk: Rows that networks are called with.
+
+    Returns:
+        Purified and noised images (N, C, H, W) in [0, 1], and the masks (N, 1, H, W).
+
+    Raises:
+        InputError: The purifier has a mask, and no classifier is given.
+    """
+    check_unit_range(images)
+    purifier.check_image(images[:1])
+    rule = purifier.mask
+    if rule is not None and classifier is None:
+        raise InputError("classifier: this purifier's mask is made from a classifier's attention: give one")
+    index = torch.arange(len(images), device=images.device)
+    noise, parts = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION), []
+    with torch.no_grad():
+        for rows, real in chunks(len(images), chunk, images.device):
+            image, keyed = images[rows], noise.rows(rows)
+            mask = None if rule is None or classifier is None else rule(classifier, image, keyed)
+            parts.append([None if x is None else x[:real] for x in vars(purifier.trace(image, keyed, mask)).values()])
+    joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
+    purified, noised, mask = joined
+    assert purified is not None
+    assert noised is not None
+    return Trace(purified, noised, mask)
+
+
+def _prepared(
+    classifier: nn.Module, images: Images, labels: Tensor | None
+) -> tuple[Classifier, ImageDataset, torch.device]:
+    """The classifier, the evaluated samples, and where networks are."""
+    device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
+    if isinstance(images, ImageDataset):
+        return as_classifier(classifier, images[0]["image"]), images, device
+    if not isinstance(images, Tensor):
+        images, labels = _stacked(images)
+    if labels is None:
+        raise InputError("labels are missing: give one integer for each image")
+    check_unit_range(images)
+    own = as_classifier(classifier, images[0])
+    return own, ImageDataset.of(images, torch.as_tensor(labels), [str(k) for k in range(own.num_classes)]), device
+
+
+def _stacked(dataset: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+    try:
+        items = [dataset[k] for k in range(len(dataset))]
+        pairs = [(item["image"], item["label"]) if isinstance(item, Mapping) else (item[0], item[1]) for item in items]
+        return torch.stack([image for image, _ in pairs]), torch.tensor([int(label) for _, label in pairs])
+    except (TypeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+        raise InputError(f"images: give a tensor and labels, or a dataset of (image tensor, label): {error}") from error
+
+
+def as_classifier(module: nn.Module, image: Tensor) -> Classifier:
+    """A module as a classifier of images of one size, in evaluation mode; its classes are those of its output.
+
+    Args:
+        module: From images (B, C, H, W) in [0, 1] to logits.
+        image: (C, H, W).
+
+    Raises:
+        InputError: It does not give logits (1, classes) of one image.
+    """
+    module.eval()
+    if isinstance(module, Classifier):
+        return module
+    with torch.no_grad():
+        logits = module(image[None].to(next((p.device for p in module.parameters()), torch.device("cpu"))))
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"classifier: {type(module).__name__} gives {shape} for one image, not logits (1, classes)")
+    return Classifier(module, image.shape[-1], logits.shape[1], image.shape[0])
+
+
+def _named(given: Any, name: str) -> dict[str, Any]:  # noqa: ANN401
+    return dict(given) if isinstance(given, Mapping) else {name: given}
