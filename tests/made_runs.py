@@ -1,6 +1,5 @@
 """Folders of finished evaluations that no model has written, with names that would do harm as HTML."""
 
-import hashlib
 import json
 import random
 from html.parser import HTMLParser
@@ -8,12 +7,11 @@ from html.parser import HTMLParser
 import torch
 import yaml
 from test_summary import described
-from torchvision.utils import save_image
 
-from lit_purify.evaluation import Record
-from lit_purify.evaluation.folder import RunFolder
-from lit_purify.evaluation.records import write_records
-from lit_purify.functional.rendering import panels
+from lit_purify.evaluation import Record, View
+from lit_purify.evaluation.folder import RunFolder, comparable
+from lit_purify.evaluation.records import identity_sha256, write_records
+from lit_purify.report import pictures
 from lit_purify.report.summary import summarize
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>\"&'</pre>$x_{$"
@@ -52,18 +50,15 @@ def finished_run(path, samples=range(10, 30), seed=0, attacks=ATTACKS, **setting
     generator = torch.Generator().manual_seed(seed)
     for record in records:
         if record.index < samples[0] + 2:
-            images = torch.rand(5, 3, 8, 8, generator=generator).mul(255).round() / 255
-            mask = (images[:1, 0] > 0.5).float()
-            name = f"{record.defense}.{record.attack}.{record.index:06d}"
-            save_image(panels(images, mask, overlay=2), folder.overlays / f"{name}.png")
-            if record.defense == "paper":
-                save_image(mask, folder.overlays / f"{name}.mask.png")
+            images = torch.rand(4, 3, 8, 8, generator=generator).mul(255).round() / 255
+            mask = (images[:1, 0] > 0.5).float() if record.defense == "paper" else None
+            pictures.write(View(record, *images, mask), folder.overlays)
     return path
 
 
-def write_verdict(run, command, passed=True, stale=False):
+def write_verdict(run, command, passed=True, stale=False, samples=(1, 2)):
     identity = json.loads((run / "identity.json").read_text())
-    digest = hashlib.sha256(json.dumps({} if stale else identity, sort_keys=True).encode()).hexdigest()
+    digest = identity_sha256({} if stale else comparable(identity))
     check = {
         "defense": "paper",
         "check": "restarts",
@@ -71,7 +66,7 @@ def write_verdict(run, command, passed=True, stale=False):
         "limit": 0.05,
         "verdict": "pass" if passed else "fail",
     }
-    content = {"passed": passed, "samples": [1, 2], "settings_sha256": digest, "attack": "pgd", "runs": 2}
+    content = {"passed": passed, "samples": list(samples), "settings_sha256": digest, "attack": "pgd", "runs": 2}
     (run / f"{command}.json").write_text(json.dumps({**content, "checks": [{**check, "reason": HOSTILE}]}))
 
 

@@ -343,7 +343,7 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_smaller_chunks_and_s
     said = capsys.readouterr()
     assert "out of memory with chunks of 16 rows" in said.err
     for text in (said.out, (tmp_path / "halved" / "report.html").read_text()):
-        assert "16, but 16 records with 8, for want of memory: equal to others up to rounding only" in text
+        assert "16, but 16 records with 8 (too little memory): equal to others up to rounding only" in text
 
 
 def test_two_processes_make_one_run_of_wandb_with_the_overlays_of_both(tmp_path):

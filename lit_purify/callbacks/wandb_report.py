@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import wandb
 from lightning.pytorch.callbacks import Callback
-from PIL import Image
 
 from lit_purify.callbacks.wandb_run import log_settings, wandb_run
+from lit_purify.evaluation import EvaluationListener, Record, RobustnessTask, View
 from lit_purify.evaluation.estimate import peak_memory
 from lit_purify.evaluation.folder import RunFolder
-from lit_purify.evaluation.module import EvaluationListener, RobustnessTask, View
-from lit_purify.evaluation.records import Record
-from lit_purify.functional.rendering import spans
+from lit_purify.functional.rendering import PANELS, enlarged
+from lit_purify.report import pictures
+from lit_purify.report.pictures import pil, strip
 from lit_purify.report.summary import RULES
 
-_PANELS = ("original", "adversarial", "mask", "noised", "purified")
+_LABELS = {0: "weak", 1: "strong"}
 
 
 class WandbReport(Callback, EvaluationListener):
@@ -42,13 +41,13 @@ class WandbReport(Callback, EvaluationListener):
         facts = {
             "subset_sha256": data.subset_sha256,
             "samples": len(data.evaluated),
-            "nfe": {result["defense"]: result["nfe_defense"] for result in pl_module.describe()},
+            "nfe": {result["defense"]: result["nfe_defense"] for result in pl_module.evaluator.describe()},
         }
         log_settings(logger, RunFolder(Path(trainer.default_root_dir)), facts)
         run = logger.experiment
         run.define_metric("running/samples", hidden=True)
-        names = [f"robust/{defense}/{attack}" for defense, attack in pl_module.pairs]
-        for name in (*names, *(f"clean/{defense}" for defense in pl_module.defenses), "images_per_second"):
+        names = [f"robust/{defense}/{attack}" for defense, attack in pl_module.evaluator.pairs]
+        for name in (*names, *(f"clean/{defense}" for defense in pl_module.evaluator.defenses), "images_per_second"):
             run.define_metric(f"running/{name}", step_metric="running/samples")
         self.told = time.perf_counter()
 
@@ -64,7 +63,7 @@ class WandbReport(Callback, EvaluationListener):
         defense, attack = records[0].defense, records[0].attack
         logger.log_metrics(
             {
-                "running/samples": task.completed,
+                "running/samples": len(task.ledger.done),
                 f"running/robust/{defense}/{attack}": task.running(defense, attack),
                 f"running/clean/{defense}": task.running(defense),
                 "running/images_per_second": speed,
@@ -78,13 +77,10 @@ class WandbReport(Callback, EvaluationListener):
         if logger is None or not isinstance(pl_module, RobustnessTask):
             return
         folder = RunFolder(Path(trainer.default_root_dir))
-        classes = trainer.datamodule.classes  # type: ignore[attr-defined]
         if folder.summary.exists():
             logger.log_media(_figures(json.loads(folder.summary.read_text())))
-        logger.log_media(_pictures(folder, classes))
-        drawn = folder.path / "frontier.png"
-        if drawn.exists():
-            logger.experiment.log({"frontier_drawn": wandb.Image(str(drawn))})
+        views = list(pictures.read(folder.overlays, folder.collect(write=False)))
+        logger.log_media(_pictures(views, trainer.datamodule.classes))  # type: ignore[attr-defined]
         kept = [folder.config, folder.identity, folder.records, folder.summary, folder.report, folder.overlays]
         logger.log_files("evaluation", "evaluation", kept)
 
@@ -111,32 +107,8 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     return logged
 
 
-def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
-    """The samples whose pictures lie in the folder, whichever process has written them."""
-    rows: list[list[Any]] = []
-    overlays: list[wandb.Image] = []
-    strips: list[wandb.Image] = []
-    for record, strip in folder.pictured(folder.collect(write=False)):
-        images = dict(zip(_PANELS, _cut(strip), strict=True))
-        mask = strip.with_suffix(".mask.png")
-        caption = f"{record.defense}, {record.attack}, sample {record.index}"
-        strips.append(wandb.Image(str(strip), caption=caption))
-        shown = _masked(images["adversarial"], mask, caption) if mask.exists() else None
-        if shown is not None:
-            overlays.append(shown)
-        rows.append(
-            [
-                record.defense,
-                record.attack,
-                record.index,
-                classes[record.label],
-                *(", ".join(classes[p] for p in predictions) for predictions in (record.clean, record.adversarial)),
-                *(sum(p == record.label for p in ps) / len(ps) for ps in (record.clean, record.adversarial)),
-                record.linf,
-                record.l2,
-                *(shown if name == "mask" else wandb.Image(image) for name, image in images.items()),
-            ]
-        )
+def _pictures(views: Sequence[View], classes: Sequence[str]) -> dict[str, Any]:
+    """Strips, adversarial images with their mask as a layer, and a table of samples."""
     columns = [
         "defense",
         "attack",
@@ -149,20 +121,24 @@ def _pictures(folder: RunFolder, classes: Sequence[str]) -> dict[str, Any]:
         "linf",
         "l2",
     ]
-    logged = {"samples": wandb.Table(columns=[*columns, *_PANELS], data=rows), "pictures": strips, "masks": overlays}
-    return {key: value for key, value in logged.items() if value != []}
-
-
-def _cut(path: Path) -> list[Image.Image]:
-    """The panels of a picture of the gallery."""
-    with Image.open(path) as strip:
-        return [strip.crop((left, 0, right, strip.height)) for left, right in spans(strip.width, len(_PANELS))]
-
-
-def _masked(image: Image.Image, path: Path, caption: str) -> wandb.Image:
-    """An image with its mask as a layer of its own."""
-    with Image.open(path) as mask:
-        layer = np.array(mask.convert("L").resize(image.size, Image.Resampling.NEAREST)) > 127
-    labels = {0: "weak", 1: "strong"}
-    masks = {"strong_noise": {"mask_data": layer.astype(np.uint8), "class_labels": labels}}
-    return wandb.Image(image, caption=caption, masks=masks)
+    table = wandb.Table(columns=[*columns, *PANELS, "mask"])
+    strips, masks = [], []
+    for view in views:
+        record = view.record
+        caption = f"{record.defense}, {record.attack}, sample {record.index}"
+        strips.append(wandb.Image(pil(strip(view)), caption=caption))
+        masked = None
+        if view.mask is not None:
+            layer = {"mask_data": (enlarged(view.mask)[0] > 0.5).numpy().astype("uint8"), "class_labels": _LABELS}
+            masked = wandb.Image(pil(enlarged(view.adversarial)), caption=caption, masks={"strong_noise": layer})
+            masks.append(masked)
+        both = (record.clean, record.adversarial)
+        table.add_data(
+            *(record.defense, record.attack, record.index, classes[record.label]),
+            *(", ".join(classes[p] for p in predictions) for predictions in both),
+            *(sum(p == record.label for p in predictions) / len(predictions) for predictions in both),
+            *(record.linf, record.l2),
+            *(wandb.Image(pil(enlarged(getattr(view, name)))) for name in PANELS),
+            masked,
+        )
+    return {"samples": table, "pictures": strips} | ({"masks": masks} if masks else {}) if views else {}

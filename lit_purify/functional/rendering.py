@@ -8,8 +8,8 @@ from torch import Tensor
 
 TINT = (0.95, 0.35, 0.10)
 """Color of what a mask covers."""
-GAP = 4
-"""White pixels between panels."""
+PANELS = ("original", "adversarial", "noised", "purified")
+"""Images that show a sample, in order; its mask is a layer over the adversarial one."""
 
 
 def overlaid(image: Tensor, mask: Tensor, strength: float = 0.45) -> Tensor:
@@ -18,14 +18,19 @@ def overlaid(image: Tensor, mask: Tensor, strength: float = 0.45) -> Tensor:
     return image + strength * mask * (tint - image)
 
 
-def panels(images: Tensor, mask: Tensor, overlay: int, pixels: int = 128, gap: int = GAP) -> Tensor:
+def enlarged(images: Tensor, pixels: int = 128) -> Tensor:
+    """Images (..., H, W) enlarged without smoothing, to at least so many pixels of height."""
+    scale = max(1, -(-pixels // images.shape[-2]))
+    return repeat(images, "... h w -> ... (h s) (w t)", s=scale, t=scale)
+
+
+def panels(images: Tensor, mask: Tensor, overlay: int, gap: int = 4) -> Tensor:
     """Images side by side, enlarged without smoothing, with the mask drawn over one of them.
 
     Args:
         images: (n, C, H, W) in [0, 1], gray or color.
         mask: (1, H, W) in {0, 1}.
         overlay: Which image carries the mask.
-        pixels: Least height of a panel.
         gap: White pixels between panels.
 
     Returns:
@@ -33,13 +38,14 @@ def panels(images: Tensor, mask: Tensor, overlay: int, pixels: int = 128, gap: i
     """
     color = images.expand(-1, 3, -1, -1).clone()
     color[overlay] = overlaid(color[overlay], mask)
-    scale = max(1, -(-pixels // images.shape[-2]))
-    large = repeat(color, "n c h w -> n c (h s) (w t)", s=scale, t=scale)
-    large = torch.nn.functional.pad(large, (0, gap), value=1.0)
+    large = torch.nn.functional.pad(enlarged(color), (0, gap), value=1.0)
     return rearrange(large, "n c h w -> c h (n w)")[..., :-gap]
 
 
-def spans(width: int, count: int, gap: int = GAP) -> list[tuple[int, int]]:
-    """First column of each of ``count`` panels in an image of ``panels``, and the column after its last."""
-    each = (width - (count - 1) * gap) // count
-    return [(k * (each + gap), k * (each + gap) + each) for k in range(count)]
+def picture_name(defense: str, attack: str, index: int) -> str:
+    """File name of a sample's pictures, without its ending: another one for each (defense, attack, index).
+
+    Names of defenses and attacks may hold letters, digits, '-', '_', '.' and '/', but no ',' and no '+'.
+    """
+    defense, attack = (name.translate({ord("."): ",", ord("/"): "+"}) for name in (defense, attack))
+    return f"{defense}.{attack}.{index:06d}"

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from lit_purify.errors import InputError
-from lit_purify.evaluation.folder import DATA
 from lit_purify.functional.statistics import Interval, paired_difference, unpaired_difference
-from lit_purify.report import plots
-from lit_purify.report.finished import FinishedRun, Threat, attacks_of, radius, threat_name
-from lit_purify.report.html import render
-from lit_purify.report.summary import clean_outcomes, groups_of, percent, robust_outcomes, signed
+from lit_purify.report.finished import FinishedRun, Threat, radius, threat_name
+from lit_purify.report.html import best, render
+from lit_purify.report.summary import KINDS, attacks_of, groups_of, outcomes_of, percent, signed
 
 GENERATOR = "lit_purify compare"
 """What a page of a comparison says that it was made by."""
@@ -32,7 +30,7 @@ class Row:
     Attributes:
         run: Name of the run.
         result: Of ``summary.json``.
-        other: Name of the counterpart, empty where there is none.
+        other: Name of the counterpart, empty if there is none.
         clean: Difference of the clean average, in [-1, 1].
         robust: Difference of the robust average.
         remarks: What the differences rest on, and what else differs between the two.
@@ -44,6 +42,11 @@ class Row:
     clean: Interval | None = None
     robust: Interval | None = None
     remarks: str = ""
+
+    @property
+    def title(self) -> str:
+        """Run and defense."""
+        return f"{self.run}: {self.result['defense']}"
 
 
 class Comparison:
@@ -59,40 +62,43 @@ class Comparison:
     def __init__(self, folders: Sequence[Path]) -> None:
         if len(folders) < 2:
             raise InputError("compare takes two run folders or more, the first is what the others are compared to")
-        self.runs = {name: FinishedRun.read(path) for name, path in zip(_names(folders), folders, strict=True)}
+        named = zip(_names(folders), folders, strict=True)
+        self.runs = {name: FinishedRun.read(path, look=False) for name, path in named}
         self.first = next(iter(self.runs))
         self.pairing = {name: _pairing(self.runs[self.first], run) for name, run in self.runs.items()}
         threats = dict.fromkeys(threat for run in self.runs.values() for threat in run.threats)
-        self.rows = {threat: self._rows(threat) for threat in threats}
-
-    def _rows(self, threat: Threat) -> list[Row]:
-        return [
-            self._row(name, result, threat) for name, run in self.runs.items() for result in run.threats.get(threat, [])
-        ]
+        self.rows = {
+            threat: [
+                self._row(name, result, threat)
+                for name, run in self.runs.items()
+                for result in run.threats.get(threat, {}).values()
+            ]
+            for threat in threats
+        }
 
     def _row(self, name: str, result: Mapping[str, Any], threat: Threat) -> Row:
         """The counterpart has the same name, or else is the first run's baseline."""
         first, run = self.runs[self.first], self.runs[name]
-        known = {other["defense"]: other for other in first.threats.get(threat, [])}
+        known = first.threats.get(threat, {})
         other = known.get(result["defense"], known.get(first.summary["baseline"]))
         if name == self.first or other is None:
             return Row(name, result)
         remarks = [] if _how(first, other) == _how(run, result) else ["another attack"]
         if first.summary["runs"] != run.summary["runs"]:
             remarks.append(f"{run.summary['runs']} runs for {first.summary['runs']}")
+        found = {}
         if self.pairing[name]:
             remarks.append(f"not paired ({re.split('[:,]', self.pairing[name])[0]})")
-            clean, robust = (
-                unpaired_difference(Interval(*other[kind]["average"]), Interval(*result[kind]["average"]))
-                for kind in ("clean", "robust")
-            )
+            for kind in KINDS:
+                before, after = (Interval(*each[kind]["average"]) for each in (other, result))
+                found[kind] = unpaired_difference(before, after)
         else:
-            before, after = _averages(first, other), _averages(run, result)
-            shared = sorted(before.keys() & after.keys())
+            for kind in KINDS:
+                pair = _averages(first, other, kind), _averages(run, result, kind)
+                shared = sorted(pair[0].keys() & pair[1].keys())
+                found[kind] = paired_difference(*(torch.stack([values[k] for k in shared]) for values in pair))
             remarks.append(f"{len(shared)} shared samples")
-            pair = [torch.stack([values[index] for index in shared]) for values in (before, after)]
-            clean, robust = (paired_difference(pair[0][:, kind], pair[1][:, kind]) for kind in (0, 1))
-        return Row(name, result, other["defense"], clean, robust, ", ".join(remarks))
+        return Row(name, result, other["defense"], **found, remarks=", ".join(remarks))
 
     @property
     def differing(self) -> dict[str, dict[str, Any]]:
@@ -104,9 +110,8 @@ class Comparison:
     def page(self) -> str:
         """``compare.html``."""
         drawings = {
-            threat: plots.frontier(
-                [(_title(row), row.result["clean"]["average"], row.result["robust"]["average"]) for row in rows],
-                f"Clean against robust accuracy, {threat_name(threat)}",
+            f"Clean against robust accuracy, {threat_name(threat)}": best(
+                [row.result for row in rows], [row.title for row in rows]
             )
             for threat, rows in self.rows.items()
         }
@@ -116,20 +121,16 @@ class Comparison:
         """What is printed."""
         lines = [f"{name}: not paired, {reason}" for name, reason in self.pairing.items() if reason]
         for threat, rows in self.rows.items():
-            width = max(len(_title(row)) for row in rows)
+            width = max(len(row.title) for row in rows)
             head = f"{'clean':>20}  {'robust':>20}  {'less ' + self.first + ':':16}{'clean':>20}  {'robust':>20}"
             lines += ["", f"{threat[0]} <= {radius(threat)}, average accuracy in %", f"{'':{width}}  {head}"]
             for row in rows:
-                line = f"{_title(row):{width}}"
-                line += "".join(f"  {percent(row.result[kind]['average']):>20}" for kind in ("clean", "robust"))
-                if row.clean is not None and row.robust is not None:
+                line = f"{row.title:{width}}"
+                line += "".join(f"  {percent(row.result[kind]['average']):>20}" for kind in KINDS)
+                if row.other:
                     line += f"  {row.other:16}{signed(row.clean):>20}  {signed(row.robust):>20}  {row.remarks}"
                 lines.append(line)
         return "\n".join(lines)
-
-
-def _title(row: Row) -> str:
-    return f"{row.run}: {row.result['defense']}"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -138,21 +139,18 @@ def _names(folders: Sequence[Path]) -> list[str]:
     for path in whole:
         if whole.count(path) > 1:
             raise InputError(f"{path}: named twice; give each run once")
-    for parts in range(1, max(len(path.parts) for path in whole) + 1):
-        names = ["/".join(path.parts[-parts:]) for path in whole]
-        if len(set(names)) == len(names):
-            break
-    return names
+    named = (["/".join(path.parts[-parts:]) for path in whole] for parts in range(1, 1000))
+    return next(names for names in named if len(set(names)) == len(names))
 
 
 def _pairing(first: FinishedRun, run: FinishedRun) -> str:
-    """Why the samples of two runs cannot be paired; empty where they can."""
+    """Why the samples of two runs cannot be paired; empty if they can."""
     for key in ("dataset", "split", "classifier"):
         if first.summary[key] != run.summary[key]:
             return f"another {key}: {run.summary[key]}, not {first.summary[key]}"
-    if _classifier(first) != _classifier(run):
+    if _settings(first, "classifier") != _settings(run, "classifier"):
         return "the classifier has other settings or another file"
-    if _data(first) != _data(run):
+    if _settings(first, "data") != _settings(run, "data"):
         return "the data have other settings, and samples of one number may be other images"
     before, after = (
         {record.index: record.label for records in each.pairs.values() for record in records} for each in (first, run)
@@ -165,19 +163,14 @@ def _pairing(first: FinishedRun, run: FinishedRun) -> str:
     return ""
 
 
-def _data(run: FinishedRun) -> dict[str, Any]:
-    """Where the images come from, but for which of them were chosen."""
+def _settings(run: FinishedRun, part: str) -> dict[str, Any]:
+    """Of the classifier or the data, without the choice of samples, and with files by their content, not their path."""
+    settings = {re.sub(r"\b(model|init_args)\.", "", key): value for key, value in run.identity.items()}
     return {
         key: value
-        for key, value in run.identity.items()
-        if key == DATA or (key.startswith("data.") and not key.startswith("data.init_args.subset"))
+        for key, value in settings.items()
+        if re.match(rf"{part}\b", key) and not key.startswith("data.subset") and f"{key} (sha256)" not in settings
     }
-
-
-def _classifier(run: FinishedRun) -> dict[str, Any]:
-    """Its settings, with the content of files in place of their paths."""
-    settings = {key: value for key, value in run.identity.items() if key.startswith("model.init_args.classifier.")}
-    return {key: value for key, value in settings.items() if f"{key} (sha256)" not in settings}
 
 
 def _how(run: FinishedRun, result: Mapping[str, Any]) -> list[list[Any]]:
@@ -186,8 +179,7 @@ def _how(run: FinishedRun, result: Mapping[str, Any]) -> list[list[Any]]:
     return sorted(([attacks[name].get(key) for key in _HOW] for name in attacks_of(result)), key=str)
 
 
-def _averages(run: FinishedRun, result: Mapping[str, Any]) -> dict[int, Tensor]:
-    """By sample the share (2,) of right runs, clean and attacked."""
-    clean, robust = clean_outcomes(run.pairs, result)[:, 0], robust_outcomes(run.pairs, result)[:, 0]
+def _averages(run: FinishedRun, result: Mapping[str, Any], kind: str) -> dict[int, Tensor]:
+    """By sample the share of right runs."""
     indices = [record.index for record in groups_of(run.pairs, result)[0]]
-    return dict(zip(indices, torch.stack((clean, robust), dim=1), strict=True))
+    return dict(zip(indices, outcomes_of(run.pairs, result, kind)[:, 0], strict=True))

@@ -1,36 +1,22 @@
-"""A finished evaluation, as its folder tells of it."""
+"""A finished evaluation: what a report and a comparison are made of."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lit_purify.errors import InputError
+from lit_purify.evaluation import View
 from lit_purify.evaluation.folder import RunFolder, comparable
-from lit_purify.evaluation.records import identity_sha256
-from lit_purify.report.summary import Pairs, by_pair
+from lit_purify.evaluation.records import Record, identity_sha256
+from lit_purify.report import pictures
+from lit_purify.report.summary import Pairs, Summary, attacks_of, by_pair
 
 Threat = tuple[str, float]
 """Norm and radius."""
-
-_INTERVAL = [Real, Real, Real]
-_ACCURACIES = {"average": _INTERVAL, "worst": _INTERVAL, "majority": _INTERVAL}
-_TEXTS = ("dataset", "split", "subset_sha256", "classifier", "denoiser", "baseline")
-_SUMMARY: dict[str, Any] = {**dict.fromkeys(_TEXTS, str), **dict.fromkeys(("samples", "runs", "chunk", "seed"), int)}
-_SUMMARY |= {"versions": dict, "files": dict}
-_RESULT: dict[str, Any] = dict.fromkeys(("defense", "attack", "attack_title", "norm", "gradient", "stopping"), str)
-_RESULT |= dict.fromkeys(("attack_steps", "eot", "nfe_defense", "nfe_attack"), int) | dict.fromkeys(
-    ("eps", "seconds"), Real
-)
-_RESULT |= {"levels": list, "linf": Real, "l2": Real, "clean": _ACCURACIES, "robust": _ACCURACIES}
-_VERDICT = {"passed": bool, "samples": list, "checks": list}
-_CHECK = {"defense": str, "check": str}
-"""What pages are made of; what else these files hold may be missing, as in those of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -39,48 +25,89 @@ class Verdict:
 
     Attributes:
         command: ``audit`` or ``gradcheck``.
-        state: ``missing`` where the command was not given, ``unreadable`` where its file is damaged; of an audit also
-            ``undecided``, on too few samples.
-        stale: It is about other settings than those of the evaluation.
-        content: Of its file.
-        damage: Why it is unreadable, and what mends it.
+        state: ``passed``, ``failed``, ``undecided`` (an audit of too few samples), ``missing`` or ``unreadable``.
+        stale: Whether it was made for other settings than those of the evaluation.
+        content: Content of its file.
     """
 
     command: str
-    state: Literal["passed", "failed", "undecided", "missing", "unreadable"]
-    stale: bool
-    content: Mapping[str, Any]
-    damage: str = ""
+    state: str
+    stale: bool = False
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path, command: str, identity: Mapping[str, Any]) -> Verdict:
+        """Reads ``audit.json`` or ``gradcheck.json``, whether it came before the evaluation or after it."""
+        path = folder / f"{command}.json"
+        if not path.is_file():
+            return cls(command, "missing")
+        try:
+            content = json.loads(path.read_text())
+            state = "undecided" if content.get("undecided") else "passed" if content["passed"] else "failed"
+            stale = content["settings_sha256"] != identity_sha256(comparable(identity))
+            found = cls(command, state, stale, content)
+            # A page shows these.
+            _ = found.samples, found.blamed
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return cls(command, "unreadable")
+        return found
+
+    @property
+    def samples(self) -> int:
+        """The number of samples that the verdict rests on."""
+        return len(self.content["samples"])
 
     @property
     def blamed(self) -> list[str]:
         """The checks that failed, with their defense."""
-        failed = [c for c in self.content.get("checks", []) if c.get("verdict") == "fail" or c.get("passed") is False]
-        return [f"{check['defense']}: {check['check']}" for check in failed]
+        names = [(f"{check['defense']}: {check['check']}", check) for check in self.content["checks"]]
+        return [name for name, check in names if check.get("verdict") == "fail" or check.get("passed") is False]
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What an evaluation has left.
+    """A finished evaluation, read from a run's folder or made in memory.
 
     Attributes:
-        folder: Where.
-        summary: Content of ``summary.json``.
-        pairs: The records that it was made of.
+        summary: Content of ``summary.json``, see ``summarize``.
+        pairs: The records behind it, by (defense, attack).
         identity: Settings that the records depend on.
+        config: The configuration as YAML; ``None`` if the evaluation had none.
+        views: Samples to look at.
+        verdicts: Of the audit and of the check of the gradients.
+        path: The run's folder, if there is one.
     """
 
-    folder: RunFolder
     summary: Mapping[str, Any]
     pairs: Pairs
     identity: Mapping[str, Any]
+    config: str | None = None
+    views: Sequence[View] = ()
+    verdicts: Sequence[Verdict] = ()
+    path: Path | None = None
 
     @classmethod
-    def read(cls, path: Path) -> FinishedRun:
-        """Reads a run's folder, which may be given by its ``summary.json`` as well.
+    def made(
+        cls,
+        summary: Mapping[str, Any],
+        records: Iterable[Record],
+        identity: Mapping[str, Any],
+        config: str | None = None,
+        views: Sequence[View] = (),
+    ) -> FinishedRun:
+        """A run that has no folder; for the arguments see the attributes."""
+        return cls(summary, by_pair(records), identity, config, views)
+
+    @classmethod
+    def read(cls, path: Path, look: bool = True) -> FinishedRun:
+        """Reads a run's folder.
+
+        Args:
+            path: The folder, or its ``summary.json``.
+            look: Whether the configuration and the pictures are read too.
 
         Raises:
-            InputError: It holds no finished evaluation.
+            InputError: The folder holds no finished evaluation, or a file in it is missing or damaged.
         """
         folder = RunFolder(path.parent if path.name == "summary.json" else path)
         if not folder.path.is_dir():
@@ -89,14 +116,8 @@ class FinishedRun:
             unfinished = folder.records.exists()
             remedy = "the same eval.py command finishes it" if unfinished else "give a folder that eval.py has written"
             raise InputError(f"{folder.path}: no finished evaluation, summary.json is missing; {remedy}")
-        summary, identity = read_json(folder.summary), read_json(folder.identity)
-        if summary.get("schema") != 1 or not summary.get("results"):
-            raise InputError(f"{folder.summary}: not a summary that this version reads; give the eval.py command again")
-        _check(folder.summary, summary, _SUMMARY)
-        for k, result in enumerate(summary["results"]):
-            _check(folder.summary, result, _RESULT, f"results.{k}")
-        _check_pairs(folder.summary, summary["results"])
-        wanted = {(r["defense"], attack) for r in summary["results"] for attack in r.get("attacks", [r["attack"]])}
+        summary, identity = Summary.read(folder.summary), _identity(folder.identity)
+        wanted = {(result["defense"], attack) for result in summary["results"] for attack in attacks_of(result)}
         pairs = {pair: rs for pair, rs in by_pair(folder.collect(write=False)).items() if pair in wanted}
         for defense, attack in sorted(wanted):
             count = len(pairs.get((defense, attack), []))
@@ -105,50 +126,44 @@ class FinishedRun:
                     f"{folder.records}: {count} records of {defense} under {attack}, {summary['samples']} in "
                     "summary.json; give the eval.py command again, or choose another folder with --run"
                 )
-        return cls(folder, summary, pairs, identity)
+        verdicts = [Verdict.read(folder.path, command, identity) for command in ("audit", "gradcheck")]
+        if not look:
+            return cls(summary, pairs, identity, verdicts=verdicts, path=folder.path)
+        attacked = (
+            record for result in summary["results"] for record in pairs.get((result["defense"], result["attack"]), [])
+        )
+        try:
+            # A run of the Python API has no configuration.
+            config = folder.config.read_text() if folder.config.exists() else None
+            views = list(pictures.read(folder.overlays, attacked))
+        except OSError as error:
+            raise InputError(
+                f"{error.filename or folder.overlays}: {str(error.strerror or error).lower()}, so there is no report; "
+                "put the file back, or choose another folder with --run"
+            ) from error
+        return cls(summary, pairs, identity, config, views, verdicts, folder.path)
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of the classes; their numbers where a summary of an earlier version does not name them."""
+        """Names of the classes; their numbers if the summary does not name them."""
         highest = max(max(r.label, *r.clean, *r.adversarial) for records in self.pairs.values() for r in records)
-        return self.summary.get("classes") or [str(k) for k in range(highest + 1)]
-
-    def verdict(self, command: str) -> Verdict:
-        """Of the folder's ``audit`` or ``gradcheck``, whether it came before the evaluation or after it."""
-        path = self.folder.path / f"{command}.json"
-        if not path.is_file():
-            return Verdict(command, "missing", False, {})
-        try:
-            content = read_json(path, command)
-            _check(path, content, _VERDICT, command=command)
-            for k, check in enumerate(content["checks"]):
-                _check(path, check, _CHECK, f"checks.{k}", command)
-        except InputError as error:
-            return Verdict(command, "unreadable", False, {}, str(error))
-        # The first as earlier versions took it.
-        current = [identity_sha256(settings) for settings in (self.identity, comparable(self.identity))]
-        stale = content.get("settings_sha256") not in current
-        state: Literal["passed", "failed", "undecided"] = "passed" if content.get("passed") else "failed"
-        return Verdict(command, "undecided" if content.get("undecided") else state, stale, content)
+        return self.summary["classes"] or [str(k) for k in range(highest + 1)]
 
     @property
-    def verdicts(self) -> list[Verdict]:
-        """Both of them."""
-        return [self.verdict("audit"), self.verdict("gradcheck")]
-
-    @property
-    def threats(self) -> dict[Threat, list[Mapping[str, Any]]]:
-        """By threat model each defense's result under all attacks of it: their ensemble where there are several."""
+    def threats(self) -> dict[Threat, dict[str, Mapping[str, Any]]]:
+        """By threat model and defense the result under all attacks: that of their ensemble if there are several."""
         found: dict[Threat, dict[str, Mapping[str, Any]]] = {}
         for result in self.summary["results"]:
             # Ensembles come last.
             found.setdefault((result["norm"], result["eps"]), {})[result["defense"]] = result
-        return {threat: list(results.values()) for threat, results in found.items()}
+        return found
 
 
-def attacks_of(result: Mapping[str, Any]) -> list[str]:
-    """The attacks behind a result."""
-    return list(result.get("attacks", [result["attack"]]))
+def _identity(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give the eval.py command again") from error
 
 
 def threat_name(threat: Threat) -> str:
@@ -157,50 +172,10 @@ def threat_name(threat: Threat) -> str:
 
 
 def radius(threat: Threat) -> str:
-    """In 255ths where that is what was meant."""
+    """In 255ths if the radius is a whole number of them that a short decimal does not give."""
     norm, eps = threat
     levels = 255 * eps
     short = len(f"{eps:.6g}".lstrip("0.")) <= 2
     if norm == "linf" and not short and abs(levels - round(levels)) < 1e-4:
         return f"{round(levels)}/255"
     return f"{eps:.4g}"
-
-
-def read_json(path: Path, command: str = "") -> dict[str, Any]:
-    """Content of a file that ``eval.py`` writes.
-
-    Raises:
-        InputError: It is missing or damaged.
-    """
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); {_again(command)}") from error
-    _check(path, found, {}, command=command)
-    return found
-
-
-def _check(path: Path, found: Any, wanted: Any, key: str = "", command: str = "") -> None:  # noqa: ANN401
-    """Raises an ``InputError`` that names the first key whose value is missing or of another kind than is wanted."""
-    kind = type(wanted) if isinstance(wanted, (dict, list)) else wanted
-    if not isinstance(found, kind) or (kind is list and wanted is not list and len(found) != len(wanted)):
-        fault = f"{key} is missing" if found is None else f"{key or 'its content'} is not what eval.py writes there"
-        raise InputError(f"{path}: {fault}; {_again(command)}")
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for name, inner in wanted.items():
-            _check(path, found.get(name), inner, f"{key}.{name}".lstrip("."), command)
-    elif isinstance(wanted, list):
-        for k, (each, inner) in enumerate(zip(found, wanted, strict=True)):
-            _check(path, each, inner, f"{key}.{k}", command)
-
-
-def _check_pairs(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Tables have a row for every defense and a column for every attack."""
-    found = [(result["defense"], result["attack"]) for result in results]
-    for defense, attack in itertools.product(*map(dict.fromkeys, zip(*found, strict=True))):
-        if (defense, attack) not in found:
-            raise InputError(f"{path}: results has none of {defense} under {attack}; {_again()}")
-
-
-def _again(command: str = "") -> str:
-    return f"give the eval.py {command + ' ' if command else ''}command again"

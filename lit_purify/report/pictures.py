@@ -1,21 +1,23 @@
-"""The gallery of a page: single samples, from the overlays of a run."""
+"""Pictures of single samples: in a run's folder, and as addresses in a page."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from lit_purify.evaluation.records import Record
-from lit_purify.functional.rendering import TINT, spans
+from lit_purify.evaluation import View
+from lit_purify.evaluation.records import Record, write_whole
+from lit_purify.functional.rendering import PANELS, TINT, panels, picture_name
 from lit_purify.functional.statistics import outcomes
-from lit_purify.report.finished import FinishedRun
 
 OUTCOMES = {
     "broken": "broken in every run",
@@ -23,68 +25,76 @@ OUTCOMES = {
     "survived": "survived every run",
     "wrong": "wrong when clean",
 }
-PANELS = ("original", "adversarial", "overlay", "noised", "purified")
 _EXACT, _LARGEST = 160, 192
-"""Pixels: panels up to the first are kept exactly, larger ones are shrunk to the second and compressed."""
+"""Pixels: in a page images up to the first are exact, larger ones are shrunk to the second and compressed."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A sample under one defense and one attack.
-
-    Attributes:
-        record: What became of it.
-        outcome: A key of ``OUTCOMES``.
-        panels: What it looked like, addresses of images by name, without the overlay.
-        exact: The panels are not compressed.
-        mask: A layer to be laid over the adversarial image, where the defense has one.
-        clean: How often each class was predicted, in words.
-        attacked: The same for the adversarial image.
-    """
-
-    record: Record
-    outcome: str
-    panels: Mapping[str, str]
-    exact: bool
-    mask: str | None
-    clean: str
-    attacked: str
+def write(view: View, overlays: Path) -> None:
+    """Writes ``NAME.png``, a strip for people, ``NAME.mask.png`` if there is a mask, and ``panels/NAME.PANEL.png``."""
+    (overlays / "panels").mkdir(parents=True, exist_ok=True)
+    name = picture_name(*view.record.key)
+    files = {f"panels/{name}.{panel}.png": getattr(view, panel) for panel in PANELS}
+    if view.mask is not None:
+        files[f"{name}.mask.png"] = view.mask
+    # The strip comes last: where it is, the others are too.
+    for file, image in {**files, f"{name}.png": strip(view)}.items():
+        stream = io.BytesIO()
+        pil(image).save(stream, format="png")
+        write_whole(overlays / file, stream.getvalue())
 
 
-def pictures(run: FinishedRun) -> list[Picture]:
-    """Of all samples that were drawn, in order, with defenses and attacks in the order of the summary."""
-    classes = run.classes
-    attacked = [result for result in run.summary["results"] if "attacks" not in result]
-    records = [record for result in attacked for record in run.pairs[result["defense"], result["attack"]]]
-    found = [_picture(record, path, classes) for record, path in run.folder.pictured(records)]
-    return sorted(found, key=lambda picture: picture.record.index)
+def read(overlays: Path, records: Iterable[Record]) -> Iterator[View]:
+    """The samples that have pictures, whichever process has written them; there may be many records without."""
+    there = {path.name for path in overlays.glob("*.png")}
+    for record in records:
+        name = picture_name(*record.key)
+        if f"{name}.png" in there:
+            images = {panel: _image(overlays / "panels" / f"{name}.{panel}.png") for panel in PANELS}
+            mask = _image(overlays / f"{name}.mask.png") if f"{name}.mask.png" in there else None
+            yield View(record, mask=mask, **images)
+
+
+def strip(view: View) -> Tensor:
+    """Original, adversarial, adversarial with the mask, noised and purified image side by side."""
+    mask = torch.zeros_like(view.original[:1]) if view.mask is None else view.mask
+    images = [view.original, view.adversarial, view.adversarial, view.noised, view.purified]
+    return panels(torch.stack(images), mask, overlay=2)
+
+
+def pil(image: Tensor) -> Image.Image:
+    """Of an image (C, H, W) in [0, 1], gray or color."""
+    return to_pil_image((255 * image).round().clamp(0, 255).byte())
+
+
+def _image(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        return pil_to_tensor(image).float() / 255
 
 
 def outcome(record: Record) -> str:
-    """What the runs of a sample say, a key of ``OUTCOMES``; wrong when clean is what the vote gets wrong."""
+    """A key of ``OUTCOMES``; a sample is wrong when clean if the vote gets its clean image wrong."""
     right = sum(prediction == record.label for prediction in record.adversarial)
     if not outcomes(torch.tensor([record.clean]), torch.tensor([record.label]))[0, 2]:
         return "wrong"
     return "broken" if right == 0 else "survived" if right == len(record.adversarial) else "shaken"
 
 
-def _picture(record: Record, path: Path, classes: Sequence[str]) -> Picture:
-    with Image.open(path) as strip:
-        exact = strip.height <= _EXACT
-        panels = {
-            name: _address(strip.crop((left, 0, right, strip.height)), exact)
-            for name, (left, right) in zip(PANELS, spans(strip.width, len(PANELS)), strict=True)
-            if name != "overlay"
-        }
-    mask, layer = path.with_suffix(".mask.png"), None
-    if mask.is_file():
-        with Image.open(mask) as small:
-            alpha = small.convert("L")
-            tint = Image.new("RGB", alpha.size, tuple(round(255 * value) for value in TINT))
-            tint.putalpha(alpha)
-            layer = _address(tint, exact=True)
-    clean, attacked = (_counted(predictions, classes) for predictions in (record.clean, record.adversarial))
-    return Picture(record, outcome(record), panels, exact, layer, clean, attacked)
+def shown(view: View, classes: Sequence[str]) -> Mapping[str, Any]:
+    """What a page shows of a sample: outcome, predictions in words, and its images as addresses."""
+    record, layer = view.record, None
+    exact = max(view.original.shape[-2:]) <= _EXACT
+    if view.mask is not None:
+        tint = torch.tensor(TINT).reshape(3, 1, 1).expand(-1, *view.mask.shape[1:])
+        layer = _address(pil(torch.cat([tint, view.mask])), exact=True)
+    return {
+        "record": record,
+        "outcome": outcome(record),
+        "clean": _counted(record.clean, classes),
+        "attacked": _counted(record.adversarial, classes),
+        "panels": {name: _address(pil(getattr(view, name)), exact) for name in PANELS},
+        "exact": exact,
+        "mask": layer,
+    }
 
 
 def _counted(predictions: Sequence[int], classes: Sequence[str]) -> str:
