@@ -69,7 +69,8 @@ class Launch:
     def __init__(self, command, argv, log, world=1, spoil=None, ranks=None):
         place = {}
         if world > 1:
-            argv = [*argv, "--trainer.devices", str(world), "--trainer.strategy", "ddp"]
+            if not any("--trainer.strategy" in word for word in argv):
+                argv = [*argv, "--trainer.devices", str(world), "--trainer.strategy", "ddp"]
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
@@ -79,7 +80,7 @@ class Launch:
         for rank in range(world) if ranks is None else ranks:
             own = {**place, "LOCAL_RANK": str(rank), "RANK": str(rank)} if world > 1 else {}
             self.processes.append(
-                CONTEXT.Process(target=_run, args=(command, list(argv), own, self.logs[rank], spoil, rank))
+                CONTEXT.Process(target=run_command, args=(command, list(argv), own, self.logs[rank], spoil, rank))
             )
             self.processes[-1].start()
 
@@ -154,7 +155,7 @@ def recorded(run):
     return found
 
 
-def _run(command, argv, environment, log, spoil, rank):
+def run_command(command, argv, environment, log, spoil, rank):
     os.environ.update(environment)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(stream, 1)

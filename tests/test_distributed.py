@@ -1,4 +1,4 @@
-"""Evaluations over several processes, interrupted and taken up again: the same records, each once."""
+"""Evaluations over several processes, which are killed and taken up again: the same records, each once."""
 
 import io
 import json
@@ -10,23 +10,27 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import count, repeat
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch.distributed as dist
-from processes import finish, launch, recorded, result, tiny
-from torch.distributed import HashStore
+import torch
+from processes import CONTEXT, Launch, finish, launch, recorded, result, run_command, tiny
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from lit_purify import cli
 from lit_purify.callbacks import RecordWriter
-from lit_purify.data import ImageFolder, claims
+from lit_purify.cli import base
+from lit_purify.data import ImageFolder
 from lit_purify.data.claims import Claims
-from lit_purify.errors import InputError
+from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.evaluation import Record, RobustnessTask, read_records
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.evaluation.records import append_records, write_records
+from lit_purify.functional.chunks import fitting
+from lit_purify.models import ResNetClassifier
 
 sys.path.insert(0, str(Path(__file__).parent / "campaigns"))
 
@@ -46,27 +50,130 @@ def whole(config):
     return config.parent / "whole"
 
 
-@pytest.mark.parametrize(("world", "batch"), [(2, 1), (3, 2), (4, 5)])
-def test_records_depend_on_neither_processes_nor_batches(config, whole, tmp_path, world, batch):
-    finish(config, tmp_path / "run", world, [BATCH, str(batch), "--data.init_args.num_workers", "1"])
+def test_records_depend_on_neither_processes_nor_batches(config, whole, tmp_path):
+    finish(config, tmp_path / "run", 3, [BATCH, "2", "--data.init_args.num_workers", "1"])
     assert result(tmp_path / "run") == result(whole)
 
 
 def test_fewer_samples_than_processes(tmp_path):
     config = tiny(tmp_path / "tiny.yaml", samples=2)
     finish(config, tmp_path / "one")
-    said = finish(config, tmp_path / "four", 4)
+    said = finish(config, tmp_path / "three", 3)
     assert "Warning" not in said
-    assert result(tmp_path / "four") == result(tmp_path / "one")
+    assert result(tmp_path / "three") == result(tmp_path / "one")
 
 
 def test_kills(tmp_path):
-    """Three rounds of the campaign, with two interruptions each: one of every kind."""
-    counts, failures = campaign(tmp_path, rounds=3, seed=49, worlds=(1, 3))
+    """Two rounds of the campaign, with three interruptions each: one of every kind."""
+    counts, failures = campaign(tmp_path, rounds=2, seed=1, worlds=(1, 3))
     assert not failures
     assert all(counts[kind] == 1 for kind in KINDS)
     assert counts["unfinished"] >= 3
     assert counts["records found"] > 0
+
+
+# A process dies, hangs or does not come.
+
+
+class Dies:
+    """Lets a process kill itself after its third batch: that rank in that attempt."""
+
+    def __init__(self, *deaths):
+        self.deaths = deaths
+
+    def __call__(self, rank):
+        base._LAUNCHER = 1.0
+        write, batches = RecordWriter.on_evaluated, count(1)
+
+        def on_evaluated(*args):
+            write(*args)
+            attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+            if (attempt, rank) in self.deaths and next(batches) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        RecordWriter.on_evaluated = on_evaluated
+
+
+def worker(argv, folder, spoil):
+    rank, attempt = (int(os.environ[name]) for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"))
+    run_command("evaluate", argv, {}, folder / f"log.{attempt}.{rank}", spoil, rank)
+
+
+def torchrun(argv, folder, spoil):
+    """``torchrun --max-restarts 3 --nproc_per_node 2 -- eval.py ...``, with workers that are forked."""
+    settings = LaunchConfig(1, 1, 2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=3)
+    settings.start_method = "fork"
+    elastic_launch(settings, worker)(argv, folder, spoil)
+
+
+def test_torchrun_recovers_by_itself(tmp_path):
+    """Rank one is killed in the middle, then rank zero; nobody gives the command again."""
+    config, run = tiny(tmp_path / "tiny.yaml", samples=30), tmp_path / "run"
+    finish(config, tmp_path / "alone")
+    argv = ["--config", str(config), f"--run={run}", BATCH, "1"]
+    launcher = CONTEXT.Process(target=torchrun, args=(argv, tmp_path, Dies((0, 1), (1, 0))))
+    launcher.start()
+    launcher.join(100)
+    said = "".join(path.read_text() for path in sorted(tmp_path.glob("log.*")))
+    assert launcher.exitcode == 0, said
+    assert len(list(tmp_path.glob("log.*"))) == 3 * 2
+    assert said.count("goes on after") == 2
+    assert "Traceback" not in said
+    assert result(run) == result(tmp_path / "alone")
+
+
+def test_who_lost_another_process_ends_and_the_same_command_goes_on(tmp_path):
+    """With rank zero the store is gone; no launcher ends the others."""
+    config, run = tiny(tmp_path / "tiny.yaml", samples=30), tmp_path / "run"
+    launched = launch(config, run, 2, [BATCH, "1"], Dies((0, 0)))
+    assert launched.wait() == [-signal.SIGKILL, INTERRUPTED], launched.said
+    assert "error: another process of this run ended" in launched.said
+    assert "Traceback" not in launched.said
+    assert "goes on after" in finish(config, run)
+    assert len(result(run)[0]) == 30
+
+
+def test_nobody_waits_longer_than_the_timeout_for_who_does_not_come(config, tmp_path):
+    """For rank one, and for rank zero."""
+    argv = ["--config", str(config), f"--run={tmp_path / 'run'}", "--trainer.strategy=DDPStrategy"]
+    argv += ["--trainer.strategy.timeout=0:00:02", "--trainer.devices=2"]
+    launches = [Launch("evaluate", argv, tmp_path / f"{rank}", 2, Dies(), ranks=[rank]) for rank in (0, 1)]
+    for launched in launches:
+        assert launched.wait(30) == [INTERRUPTED], launched.said
+        assert "error: another process of this run ended, or did not answer in time" in launched.said
+        assert "Traceback" not in launched.said
+
+
+def test_nobody_waits_longer_than_the_timeout_for_who_hangs(config, tmp_path):
+    argv = ["--config", str(config), f"--run={tmp_path / 'run'}", BATCH, "1", "--trainer.strategy=DDPStrategy"]
+    argv += ["--trainer.strategy.timeout=0:00:03", "--trainer.devices=2"]
+    launched = Launch("evaluate", argv, tmp_path / "log", 2, spoil=Dies())
+    launched.until(lambda: recorded(tmp_path / "run"))
+    launched.kill(signal.SIGSTOP, {1})
+    launched.processes[0].join(30)
+    assert launched.wait(0) == [INTERRUPTED, -signal.SIGKILL], launched.said
+
+
+def test_lightning_names_the_process_that_died(tmp_path):
+    """Of those that it started itself."""
+    child = tmp_path / "child.py"
+    child.write_text("import os; print(os.getpid(), flush=True); os.kill(os.getpid(), 9)")
+    argv = ["--config", str(tiny(tmp_path / "tiny.yaml")), f"--run={tmp_path / 'run'}"]
+    argv += ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    launched = Launch("evaluate", argv, tmp_path / "log", spoil=Starts(child))
+    assert launched.wait(30) == [-signal.SIGKILL], launched.said
+    process, said = launched.said.split("\n", 1)
+    assert f"[rank: 1] Child process with PID {process} terminated with code -9" in said
+
+
+class Starts:
+    """Lets Lightning start processes that execute another script."""
+
+    def __init__(self, script):
+        self.script = script
+
+    def __call__(self, rank):
+        sys.argv = [str(self.script)]
 
 
 def test_what_lives_on_of_a_killed_run_does_not_disturb_the_next(tmp_path):
@@ -344,19 +451,6 @@ def test_claims_in_any_order_give_every_item_once(monkeypatch, world, items):
     assert len(found) == len(Claims(lambda: np.arange(items), 3, world, 0))
 
 
-def test_whichever_process_is_free_takes_the_next_batch(monkeypatch):
-    """By a counter that they share, a new one in every pass."""
-    store = HashStore()
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
-    for number in range(2):
-        # Both in this process, which would count them as two passes.
-        monkeypatch.setattr(claims, "_PASSES", repeat(number))
-        first, second = (iter(Claims(lambda: np.arange(8), 1, 2, rank)) for rank in (0, 1))
-        taken = [next(each) for each in (first, first, first, second, first, second)]
-        assert taken == [[0], [1], [2], [3], [4], [5]]
-
-
 def test_equal_samples_are_shared_out_equally():
     """No process gets more batches, or samples, than when they are dealt out in advance."""
     for world, size, items in ((2, 64, 200), (3, 4, 13), (4, 10, 47)):
@@ -364,3 +458,45 @@ def test_equal_samples_are_shared_out_equally():
         samples = [sum(map(len, share)) for share in shares]
         assert max(samples) - min(samples) <= 1
         assert max(map(len, shares)) == -(-items // (size * world))
+
+
+# Memory
+
+
+def test_a_chunk_that_fits_is_found_and_another_error_is_none_of_memory():
+    tried = []
+
+    def compute(size):
+        tried.append(size)
+        if size > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return -size
+
+    assert fitting(compute, 50) == (-6, 6)
+    assert tried == [50, 25, 12, 6]
+    with pytest.raises(RuntimeError, match="a bug"):
+        fitting(lambda size: (_ for _ in ()).throw(RuntimeError("a bug")), 4)
+    with pytest.raises(InputError, match="chunk = 1: lower"):
+        fitting(lambda size: (_ for _ in ()).throw(RuntimeError("DefaultCPUAllocator: can't allocate memory")), 4)
+
+
+def test_out_of_memory_an_evaluation_goes_on_with_smaller_chunks(config, whole, monkeypatch, tmp_path, capsys):
+    def predictions(run):
+        return [(record.key, record.clean, record.adversarial) for record in read_records(run / "records.jsonl")]
+
+    forward, seen = ResNetClassifier.forward, []
+
+    def limited(self, image):
+        seen.append(len(image))
+        if len(image) > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, image)
+
+    monkeypatch.setattr(ResNetClassifier, "forward", limited)
+    cli.evaluate(["--config", str(config), f"--run={tmp_path / 'halved'}"])
+    assert seen.count(16) == 1
+    assert predictions(tmp_path / "halved") == predictions(whole)
+    assert {record.chunk for record in read_records(tmp_path / "halved" / "records.jsonl")} == {8}
+    summary = json.loads((tmp_path / "halved" / "summary.json").read_text())
+    assert (summary["chunk"], summary["smaller_chunks"]) == (16, {"8": 13})
+    assert "out of memory with chunks of 16 rows" in capsys.readouterr().err

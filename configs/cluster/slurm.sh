@@ -18,7 +18,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -u
-# Made by a task that was stopped, or lost another, so that the same command goes on: exit status 75. The status of srun
+# Made by a task that was stopped, or lost another one: exit status 75, the same command goes on. The status of srun
 # may be that of a task which SLURM killed because another had failed.
 export GOES_ON="$PWD/.slurm-$SLURM_JOB_ID"
 rm -f "$GOES_ON"
@@ -27,7 +27,7 @@ trap : TERM
 srun --kill-on-bad-exit=1 \
   bash -c 'trap : TERM USR1; "$@"; status=$?; [ $status -ne 75 ] || touch "$GOES_ON"; exit $status' - \
   python "${@//%a/${SLURM_ARRAY_TASK_ID:-}}" \
-  --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" --trainer.strategy ddp
+  --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
 status=$?
 if [ -e "$GOES_ON" ]; then
   rm "$GOES_ON"

@@ -8,7 +8,6 @@ from lit_purify.callbacks.stopping import Stopping
 from lit_purify.callbacks.wandb_report import WandbReport
 from lit_purify.callbacks.wandb_run import WandbRun
 from lit_purify.callbacks.wandb_training import WandbTraining
-from lit_purify.callbacks.watch import Watch
 
 __all__ = [
     "Gallery",
@@ -19,5 +18,4 @@ __all__ = [
     "WandbReport",
     "WandbRun",
     "WandbTraining",
-    "Watch",
 ]

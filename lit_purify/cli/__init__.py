@@ -2,7 +2,7 @@
 
 import os
 
-# Before torch is imported: a connection that ends is told in one line by the watch, not in C++ stacks as well.
+# Before torch is imported: a lost connection is reported in one line, not in C++ stacks as well.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from lit_purify.cli.evaluation import evaluate

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -18,15 +19,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Imported for their classes: what is imported can be named in a configuration by its short name.
-from lit_purify.callbacks import Watch
-from lit_purify.callbacks.watch import leave
-from lit_purify.cli.messages import check_checkpoint, check_configs, essence, explanation
+from lit_purify.cli.messages import check_checkpoint, check_configs, essence, explanation, lost_connection
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import INTERRUPTED, InputError
 from lit_purify.evaluation.folder import RunFolder
+from lit_purify.private import leave, renew_store
 
 # What a configuration that is written leaves out: the other commands could not read it.
 _OF_ONE_COMMAND = ("ckpt_path", "verbose", "weights_only", "samples", "runs", "proposals")
+
+_LAUNCHER = 7.0
+"""Seconds that a launcher may take to notice that a process has died."""
 
 
 class Parser(LightningArgumentParser):
@@ -88,6 +91,10 @@ class CommandLine(LightningCLI):
             if message is None:
                 # Not the user's to mend: the traceback says more.
                 raise
+            if lost_connection(error):
+                # Launchers look every five seconds: they end this process, and name the one that died.
+                time.sleep(_LAUNCHER)
+                fail(message, every_rank=True, status=INTERRUPTED)
             # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
             fail(message, every_rank=self.running)
         finally:
@@ -99,7 +106,6 @@ class CommandLine(LightningCLI):
         parser.add_argument(
             "--run", type=str | None, default=None, help="Folder of this run (default: runs/NAME_OF_THE_CONFIG)."
         )
-        parser.add_lightning_class_args(Watch, "watch")
 
     @property
     def _settings(self) -> Any:  # noqa: ANN401
@@ -128,6 +134,9 @@ class CommandLine(LightningCLI):
         stated = yaml.safe_load(str(self._parser(self.subcommand).dump(settings, skip_none=False)))
         self.resolved = yaml.safe_dump({k: v for k, v in stated.items() if k not in _OF_ONE_COMMAND}, sort_keys=False)
         settings.trainer.default_root_dir = settings.run
+        if "TORCHELASTIC_RUN_ID" in os.environ and settings.trainer.devices == "auto":
+            local = int(os.environ["LOCAL_WORLD_SIZE"])
+            settings.trainer.devices, settings.trainer.num_nodes = local, int(os.environ["WORLD_SIZE"]) // local
         for callback in settings.trainer.callbacks or []:
             if callback.class_path.endswith(".ModelCheckpoint") and callback.init_args.get("dirpath") is None:
                 callback.init_args.dirpath = str(self.folder.path / "checkpoints")
@@ -137,16 +146,16 @@ class CommandLine(LightningCLI):
                 logger.init_args.save_dir = settings.run
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:  # noqa: ANN401
-        """Also makes its processes watch each other, if it has several."""
+        """Also checks that the trainer counts the processes that a launcher has started."""
+        renew_store(rank())
         trainer = super().instantiate_trainer(**kwargs)
         launched = int(os.environ.get("WORLD_SIZE", trainer.world_size))
         if launched != trainer.world_size:
             # Each would take itself for the only one.
             raise InputError(
                 f"{launched} processes were started (WORLD_SIZE), the trainer has {trainer.world_size}: add "
-                f"--trainer.devices {launched} --trainer.strategy ddp (with several nodes --trainer.num_nodes)"
+                f"--trainer.devices {launched} (with several nodes --trainer.num_nodes)"
             )
-        self._get(self.config_init, "watch").attend(trainer)
         return trainer
 
     def instantiate_classes(self) -> None:
@@ -174,13 +183,12 @@ def helped(given: list[str], page: str) -> list[str]:
     return ["--help" if word == "--help_all" else word for word in given]
 
 
-def fail(message: str, every_rank: bool = False) -> NoReturn:
-    """Ends with one line and exit status 2."""
+def fail(message: str, every_rank: bool = False, status: int = 2) -> NoReturn:
+    """Ends with one line, and exit status 2 for wrong input."""
     own = rank()
     if own == 0 or every_rank:
         print(f"{Path(sys.argv[0]).name}: error: {message}" + (f" [rank {own}]" if own else ""), file=sys.stderr)
-    sys.stderr.flush()
-    sys.exit(2)
+    leave(status)
 
 
 def rank() -> int:

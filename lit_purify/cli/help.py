@@ -25,7 +25,7 @@ settings
   --model.init_args.defenses.NAME.init_args.steps N      steps of a defense; likewise level, high, low ...
   --data.init_args.batch_size N    samples between two records on the disk
   --data.init_args.subset.init_args.n N                  how many samples
-  --trainer.devices N              processes or GPUs; several need --trainer.strategy ddp
+  --trainer.devices N              processes or GPUs
   --trainer.logger false           nothing to Weights & Biases
   gradcheck, audit:
   --samples N                      how many of the evaluated samples, from the first (gradcheck: 4, audit: 32)
@@ -63,7 +63,7 @@ settings
   --data.init_args.root FOLDER     where the images lie
   --data.init_args.batch_size N    samples a step and process
   --trainer.max_steps N            how long
-  --trainer.devices N              processes or GPUs; several need --trainer.strategy ddp
+  --trainer.devices N              processes or GPUs
   --trainer.precision bf16-mixed   faster on GPUs
   --trainer.logger false           nothing to Weights & Biases
   --seed_everything N              of weights, noise and shuffling

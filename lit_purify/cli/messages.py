@@ -19,10 +19,19 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 # What is imported here can be named in a configuration by its short name, and is suggested where a name is wrong.
 from lit_purify import attacks, callbacks, data, defense, evaluation, models, training
-from lit_purify.callbacks.watch import lost_connection
 from lit_purify.defense import Purifier
 from lit_purify.errors import InputError
 from lit_purify.evaluation.folder import RunFolder
+
+_LOST = (
+    "by peer|remote process exited|Connection reset|Connection refused|Broken pipe|Failed to recv|remote server"
+    "|timed out (waiting|after)|wait timeout"
+)
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone or does not answer."""
+    return isinstance(error, RuntimeError) and re.search(_LOST, str(error), re.IGNORECASE) is not None
 
 
 def explanation(error: Exception, folder: RunFolder | None) -> str | None:
@@ -40,7 +49,10 @@ def explanation(error: Exception, folder: RunFolder | None) -> str | None:
     if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
         return "ckpt_path: the checkpoint is of another network than the one configured"
     if lost_connection(error):
-        return "another process of this run ended, and says why, or the network between them failed"
+        return (
+            "another process of this run ended, or did not answer in time (30 minutes; --trainer.strategy DDPStrategy "
+            "--trainer.strategy.timeout HH:MM:SS): the launcher names it; the same command goes on from here"
+        )
     if not isinstance(error, OSError):
         return None
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -52,6 +52,7 @@ class Claims(Sampler[list[int]]):
         key = f"lit_purify/claims/{next(_PASSES)}"
         if self.world == 1 or not (dist.is_available() and dist.is_initialized()):
             return count(self.rank, self.world)
-        # The processes' common counter: no collective, so none waits for another.
-        store = dist.distributed_c10d._get_default_store()
+        assert dist.group.WORLD is not None
+        # The processes' common counter: no collective, so none waits for another. A restart has a new store.
+        store = dist.group.WORLD.get_group_store()
         return (store.add(key, 1) - 1 for _ in count())

@@ -105,7 +105,7 @@ def srun_of(job):
 def evaluation(folder):
     alone([*EVALUATION, f"--run={folder / 'alone'}"])
     run = folder / "run"
-    argv = [*EVALUATION, f"--run={run}", "--watch.silence=10"]
+    argv = [*EVALUATION, f"--run={run}"]
     job = submit(argv, folder, "time over")
     until(begun(run), job)
     os.kill(srun_of(job), signal.SIGUSR1)

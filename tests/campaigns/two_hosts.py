@@ -3,8 +3,8 @@
     python tests/campaigns/two_hosts.py FOLDER
 
 Needs root and iproute2; takes some minutes of two cores. Records of an evaluation over both hosts are those of one
-process; when the link goes down in the middle, each host names the other's process and ends; when it is up again, the
-same command goes on, to the same records. Of a training likewise: the same weights.
+process; when the link goes down in the middle, both hosts end; when it is up again, the same command
+goes on, to the same records. Of a training likewise: the same weights.
 """
 
 import json
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent.parent
 HOSTS = {"lp-a": "10.77.0.1", "lp-b": "10.77.0.2"}
-SILENCE = 10
+TIMEOUT = ["--trainer.strategy=DDPStrategy", "--trainer.strategy.timeout=0:00:10"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
 EVALUATION = [
     "eval.py",
@@ -101,11 +101,9 @@ def cut(argv, folder, label, begun):
     for process, name in zip(processes, HOSTS, strict=True):
         process.wait(timeout=600)
         print(f"{label}: torchrun on {name} ended {time.monotonic() - down:.0f} s after the link, {process.returncode}")
-    for name, other, rank in (("lp-a", "lp-b", 1), ("lp-b", "lp-a", 0)):
+    for name in HOSTS:
         said = (folder / f"{label}.{name}.log").read_text()
-        line = next((line for line in said.splitlines() if "no sign of life" in line), "nothing of the kind")
-        print(f"{label}: {name} said: {line}")
-        assert f"no sign of life for {SILENCE} s from rank {rank} ({other}, process" in line, said[-3000:]
+        assert "another process of this run ended, or did not answer in time" in said, said[-3000:]
     ip("-n", "lp-b", "link", "set", "lp0", "up")
 
 
@@ -116,7 +114,7 @@ def records(run):
 
 def evaluation(folder):
     alone([*EVALUATION, f"--run={folder / 'alone'}"])
-    argv = [*EVALUATION, f"--watch.silence={SILENCE}", "--run"]
+    argv = [*EVALUATION, *TIMEOUT, "--run"]
     for process in start([*argv, str(folder / "whole")], folder, "whole"):
         assert process.wait(timeout=600) == 0
     assert records(folder / "whole") == records(folder / "alone")
@@ -146,7 +144,7 @@ def training_config(folder):
 def training(folder):
     argv = ["train.py", "fit", f"--config={training_config(folder)}"]
     alone([*argv, f"--run={folder / 'trained'}", "--data.init_args.batch_size=32"])
-    argv += [f"--watch.silence={SILENCE}", "--ckpt_path=last", "--run"]
+    argv += [*TIMEOUT, "--ckpt_path=last", "--run"]
     run = folder / "trained_cut"
     cut([*argv, str(run)], folder, "training", (run / "checkpoints" / "last.ckpt").exists)
     for process in start([*argv, str(run)], folder, "training_again"):
