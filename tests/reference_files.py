@@ -42,7 +42,7 @@ class Case:
         return getattr(readers, f"load_{self.dialect}")(path, **self.options)
 
     def build(self, state):
-        return getattr(readers, f"{self.dialect}_unet")(state, **self.options)
+        return getattr(readers, f"load_{self.dialect}")(state, **self.options)
 
     def reference(self, x, t):
         return apply(self.network, self.state(), x, self.label(t.to(x.dtype)), **self.shape)

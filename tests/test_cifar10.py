@@ -91,7 +91,7 @@ def test_weights_are_of_the_networks_of_their_recipes(file, recipe, kind):
     network = read(ROOT / f"checkpoints/{file}.safetensors")
     task = yaml.safe_load((ROOT / f"configs/train/{recipe}.yaml").read_text())["model"]["init_args"]
     wanted = task[kind]["init_args"]
-    assert {key: network.config[key] for key in wanted} == wanted
+    assert {key: network.arguments[key] for key in wanted} == wanted
     if kind == "denoiser":
         assert network.schedule.trained == task["max_level"]
 

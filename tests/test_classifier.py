@@ -198,15 +198,15 @@ def test_impossible_depths_are_refused(depth):
 
 
 def test_timm_cnn_features():
-    wrapped = TimmClassifier("test_resnet", num_classes=7, size=64).eval()
-    image = pictures(2, size=64)
+    wrapped = TimmClassifier("test_resnet", num_classes=7, size=128)
+    image = pictures(2, size=128)
     features = wrapped.features(image)
     assert wrapped(image).shape == (2, 7)
     assert len(features) >= 4
     assert all(f.ndim == 4 and f.shape[0] == 2 and f.shape[2] == f.shape[3] for f in features)
     assert [f.shape[-1] for f in features] == sorted((f.shape[-1] for f in features), reverse=True)
     assert torch.allclose(features[-1], wrapped.network.forward_features(wrapped.normalize(image)), atol=1e-5)
-    named = TimmClassifier("test_resnet", num_classes=7, size=64, blocks=["layer4"]).eval()
+    named = TimmClassifier("test_resnet", num_classes=7, size=64, blocks=["layer4"])
     named.load_state_dict(wrapped.state_dict())
     assert torch.allclose(named.features(image)[0], features[-1], atol=1e-5)
 
@@ -425,7 +425,7 @@ def test_classifier_files_round_trip(tmp_path, make, dtype):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert type(loaded) is type(source)
     assert not loaded.training
-    assert loaded.config == source.config
+    assert loaded.arguments == source.arguments
     assert loaded.blocks == source.blocks
     assert loaded.origin == "some.safetensors"
     assert loaded.title.endswith(", some.safetensors")
@@ -443,7 +443,7 @@ def test_denoiser_files_round_trip(tmp_path, unet, images, dtype):
     assert not loaded.training
     assert loaded.origin == "some.safetensors"
     assert loaded.title.endswith("M parameters, some.safetensors")
-    assert loaded.config == unet.config
+    assert loaded.arguments == unet.arguments
     assert torch.allclose(loaded(images, t), unet(images, t), atol=1e-6 if dtype == torch.float32 else 1e-2)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
@@ -482,7 +482,7 @@ def test_our_files_are_checkpoints_too(tmp_path):
 
 
 def test_networks_that_no_configuration_rebuilds_are_not_saved(tmp_path):
-    with pytest.raises(InputError, match="Classifier has no config"):
+    with pytest.raises(InputError, match="Classifier is built from other objects"):
         save_network(Classifier(Small(), size=16, num_classes=10), tmp_path / "some.safetensors")
     assert not list(tmp_path.iterdir())
 

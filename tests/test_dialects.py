@@ -99,23 +99,23 @@ IMAGENET = {
     "head_width": 64,
 }
 PUBLISHED = {
-    "score_sde, DDPM++ deep": (readers.score_sde_unet, score_sde, 32, CIFAR10 | {"blocks": 8}, 106_632_579),
+    "score_sde, DDPM++ deep": (readers.load_score_sde, score_sde, 32, CIFAR10 | {"blocks": 8}, 106_632_579),
     "score_sde, NCSN++ deep": (
-        readers.score_sde_unet,
+        readers.load_score_sde,
         score_sde,
         32,
         CIFAR10 | {"blocks": 8, "fir": True, "pyramid": True},
         107_521_411,
     ),
-    "guided-diffusion, 256x256": (readers.guided_diffusion_unet, guided_diffusion, 256, IMAGENET, 552_814_086),
+    "guided-diffusion, 256x256": (readers.load_guided_diffusion, guided_diffusion, 256, IMAGENET, 552_814_086),
     "improved-diffusion, CIFAR-10": (
-        readers.improved_diffusion_unet,
+        readers.load_improved_diffusion,
         guided_diffusion,
         32,
         CIFAR10 | {"blocks": 3, "attention": (16, 8), "heads": 4, "updown": False},
         52_546_438,
     ),
-    "ddpm, CIFAR-10": (readers.ddpm_unet, ddpm, 32, CIFAR10, 35_746_307),
+    "ddpm, CIFAR-10": (readers.load_ddpm, ddpm, 32, CIFAR10, 35_746_307),
 }
 
 
@@ -210,15 +210,15 @@ def test_schedules():
 
 def test_schedules_that_are_asked_for():
     state = CASES["guided"].state()
-    assert_schedule(readers.guided_diffusion_unet(state, size=SIZE, schedule="cosine", steps=1000), cosine_abar(1000))
+    assert_schedule(readers.load_guided_diffusion(state, size=SIZE, schedule="cosine", steps=1000), cosine_abar(1000))
     # Of four times as many steps, each a quarter as large.
-    linear = readers.guided_diffusion_unet(state, size=SIZE, schedule="linear", steps=4000)
+    linear = readers.load_guided_diffusion(state, size=SIZE, schedule="linear", steps=4000)
     assert_schedule(linear, linear_abar(4000, 1e-4 / 4, 2e-2 / 4))
 
 
 def test_a_schedule_that_is_not_there_is_refused():
     with pytest.raises(InputError, match="quadratic") as caught:
-        readers.guided_diffusion_unet(CASES["guided"].state(), size=SIZE, schedule="quadratic")
+        readers.load_guided_diffusion(CASES["guided"].state(), size=SIZE, schedule="quadratic")
     one_line(caught)
 
 
@@ -330,7 +330,7 @@ def test_head_widths_must_divide():
     state = CASES["guided"].state()
     for width in (48, 256):
         with pytest.raises(InputError, match=str(width)) as caught:
-            readers.guided_diffusion_unet(state, size=SIZE, head_width=width)
+            readers.load_guided_diffusion(state, size=SIZE, head_width=width)
         one_line(caught)
 
 
@@ -350,7 +350,7 @@ def test_a_folder_must_be_whole(tmp_path):
 
 def test_score_sde_in_discrete_time():
     state = draw(score_sde, 16, width=32, multipliers=(1, 2), blocks=1, attention=(8,))
-    discrete, continuous = (readers.score_sde_unet(state, 16, continuous=kind) for kind in (False, True))
+    discrete, continuous = (readers.load_score_sde(state, 16, continuous=kind) for kind in (False, True))
     x = torch.randn(2, 3, 16, 16)
     shape = {"width": 32, "multipliers": (1, 2), "blocks": 1, "attention": (8,)}
     for t in (1, 700):
@@ -374,4 +374,4 @@ def test_damaged_weights_are_refused():
     state = draw(score_sde, 16, width=32, multipliers=(1, 2), blocks=1, attention=(8,))
     state["all_modules.0.weight"][0, 0] = torch.nan
     with pytest.raises(InputError, match="not finite"):
-        readers.score_sde_unet(state, 16)
+        readers.load_score_sde(state, 16)

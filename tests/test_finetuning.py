@@ -463,7 +463,7 @@ def test_export_writes_the_average_of_a_checkpoint(run, tmp_path, capsys):
     assert not torch.equal(exported["stem.weight"], state["current_model_state"]["denoiser.stem.weight"])
     loaded = load_denoiser(str(tmp_path / "model.safetensors"))
     assert load_denoiser(str(run / "model.safetensors")).schedule.trained == loaded.schedule.trained == 900
-    assert loaded.config["width"] == 8
+    assert loaded.arguments["width"] == 8
     assert torch.equal(loaded.stem.weight, exported["stem.weight"])
     train([*command, str(tmp_path / "half.safetensors"), "--half", "true"])
     half = load_file(tmp_path / "half.safetensors")
@@ -487,7 +487,7 @@ def test_export_without_a_checkpoint_converts_what_is_configured(config, tmp_pat
         ]
     )
     expected, converted = load_denoiser(WEIGHTS["denoiser"]), load_denoiser(str(path))
-    assert converted.config == expected.config
+    assert converted.arguments == expected.arguments
     # The configured training has not taken place.
     assert converted.schedule.trained is None
     for name, value in expected.state_dict().items():

@@ -162,7 +162,7 @@ def test_recomputed_gradient_has_the_same_bits(name, unet, classifier, images):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_agrees_with_finite_differences(name, unet, classifier):
     """In float64, along random directions. The mask is hard: it does not move under so small a change."""
-    unet64, classifier64 = (network.__class__(**network.config).double().eval() for network in (unet, classifier))
+    unet64, classifier64 = (network.__class__(**network.arguments).double().eval() for network in (unet, classifier))
     unet64.load_state_dict(unet.state_dict())
     classifier64.load_state_dict(classifier.state_dict())
     model = DefendedClassifier(every(unet64, classifier64)[name], classifier64)

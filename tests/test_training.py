@@ -102,7 +102,7 @@ def test_resuming_takes_the_very_steps_it_would_have_taken(config, tmp_path):
     last = torch.load(tmp_path / "checkpoints" / "epoch=3.ckpt", weights_only=True)
     assert torch.equal(through["stem.weight"], last["state_dict"]["denoiser.stem.weight"])
     assert not torch.equal(through["stem.weight"], last["current_model_state"]["denoiser.stem.weight"])
-    assert load_denoiser(tmp_path / "through" / "model.safetensors").config["width"] == 8
+    assert load_denoiser(tmp_path / "through" / "model.safetensors").arguments["width"] == 8
 
 
 def denoiser_task(**options):

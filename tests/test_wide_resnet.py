@@ -149,7 +149,7 @@ def test_logits_and_groups_are_those_of_the_layout(tmp_path, layout, depth, widt
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_public_sizes_are_read_in_every_key(monkeypatch, layout, depth, width, parameters):
     files = {name: torch.empty(shape, device="meta") for name, shape in shapes(layout, depth, width).items()}
-    monkeypatch.setattr(wide_resnet, "read_state_dict", lambda path: files)
+    monkeypatch.setattr(wide_resnet, "read_state_dict", lambda path, which: files)
     with torch.device("meta"):
         classifier = WideResNetClassifier(depth, width, checkpoint="some.pt", **NORMALIZED[layout])
     learned = [v for k, v in files.items() if not k.rpartition(".")[2].startswith(("running", "num"))]
@@ -243,9 +243,8 @@ def test_weights_of_another_network_are_refused(tmp_path, layout, change, size, 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("prefix", "stray"), [("", "conv1.weight"), ("0.", "init_conv.weight")])
-def test_two_names_for_one_tensor_are_refused(tmp_path, prefix, stray):
-    content = {**{prefix + name: value for name, value in weights("deepmind").items()}, stray: torch.zeros(16, 3, 3, 3)}
+def test_two_names_for_one_tensor_are_refused(tmp_path):
+    content = {**weights("deepmind"), "conv1.weight": torch.zeros(16, 3, 3, 3)}
     with pytest.raises(InputError, match="two names"):
         loaded(tmp_path / "w.pt", content, mean=MEAN, std=STD)
 
@@ -281,8 +280,8 @@ def test_files_round_trip(tmp_path, layout):
     path = tmp_path / "some.safetensors"
     save_network(source, path)
     again = load_classifier(path)
-    assert again.config == source.config
-    assert again.config["padding"] == ("same" if layout == "deepmind" else "symmetric")
+    assert again.arguments == source.arguments | {"checkpoint": None}
+    assert again.arguments["padding"] == ("same" if layout == "deepmind" else "symmetric")
     assert again.blocks == options["blocks"]
     assert torch.equal(again(pictures()), source(pictures()))
     # As weights without their configuration, too: the padding shows in the names.
@@ -290,7 +289,7 @@ def test_files_round_trip(tmp_path, layout):
         WideResNetClassifier(10, 2, 16, checkpoint=path, **options).eval()(pictures()), again(pictures())
     )
     wrong = "symmetric" if layout == "deepmind" else "same"
-    with pytest.raises(InputError, match=f"need padding = '{again.config['padding']}'"):
+    with pytest.raises(InputError, match=f"need padding = '{again.arguments['padding']}'"):
         WideResNetClassifier(10, 2, 16, checkpoint=path, padding=wrong, **options)
     if layout == "deepmind":
         with pytest.raises(InputError, match="give mean and std"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -12,12 +12,15 @@ from timm.data.config import resolve_data_config
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
-from lit_purify.errors import InputError
-from lit_purify.models.weights import load_into, read_state_dict
+from lit_purify.errors import InputError, notice
+from lit_purify.models.weights import Which, load_into, read_state_dict
+from lit_purify.recorded import Recorded
+
+Layout = Literal["channels_first", "channels_last"]
 
 
-class Classifier(nn.Module):
-    """Wraps any network: images in [0, 1] go in, logits come out.
+class Classifier(Recorded, nn.Module):
+    """Wraps any network, in evaluation mode: images in [0, 1] go in, logits come out.
 
     Args:
         network: From normalized images (B, C, size, size) to logits (B, num_classes).
@@ -27,12 +30,14 @@ class Classifier(nn.Module):
         mean: Subtracted from each channel of a [0, 1] image (one value, or one a channel).
         std: What each channel is divided by.
         blocks: Names of the modules of ``network`` whose outputs (B, C_m, h_m, w_m) make the attention mask; may be
-            empty when the network has timm's ``forward_intermediates``, whose stages are then taken.
+            empty when the network has timm's ``forward_intermediates``: then its stages are taken, those with cells of
+            more than 4 pixels only where they have at least 4x4.
         checkpoint: File with the network's state_dict; ``None`` leaves the network as it is.
+        which: Of a checkpoint that holds a network and the average of its weights, what is read.
+        layout: Of blocks whose shape does not tell it (C_m = h_m = w_m): (B, C, h, w) is ``channels_first``.
 
     Attributes:
         origin: The file that its weights come from.
-        config: The arguments that rebuild it; a subclass sets them, and only then ``save_network`` takes it.
     """
 
     mean: Tensor
@@ -48,6 +53,8 @@ class Classifier(nn.Module):
         std: Sequence[float] = (1.0,),
         blocks: Sequence[str] = (),
         checkpoint: Path | None = None,
+        which: Which = "average",
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
@@ -64,14 +71,19 @@ class Classifier(nn.Module):
             some = ", ".join(list(modules)[1:9])
             raise InputError(f"blocks: the network has no module {unknown[0]!r}; it has {some} ...")
         self.network, self.size, self.num_classes, self.channels = network, size, num_classes, channels
-        self.blocks = list(blocks)
+        self.blocks, self.layout = list(blocks), layout
         self.origin = "not loaded from a file" if checkpoint is None else Path(checkpoint).name.partition("#")[0]
-        self.config: dict[str, Any] = {}
         # Not part of the state_dict: they are configuration, and foreign weights do not hold them.
         self.register_buffer("mean", torch.tensor(list(mean)).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(list(std)).reshape(1, -1, 1, 1), persistent=False)
+        self.settle(size=size, mean=list(mean), std=list(std))
         if checkpoint is not None:
-            load_into(network, read_state_dict(checkpoint), str(checkpoint))
+            load_into(network, read_state_dict(checkpoint, which), str(checkpoint), which)
+        self.eval()
+
+    def settle(self, **values: Any) -> None:  # noqa: ANN401
+        """States arguments that were left to the model or to the file, so that it can be built without the file."""
+        self.arguments |= {name: value for name, value in values.items() if name in self.arguments}
 
     @property
     def title(self) -> str:
@@ -84,7 +96,9 @@ class Classifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W) in [0, 1]."""
-        return self.network(self.normalize(image))
+        found = self.network(self.normalize(image))
+        # An object with logits is what networks of the package transformers put out.
+        return getattr(found, "logits", found)
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Activations (B, C_m, h_m, w_m) of the blocks on images (B, C, H, W) in [0, 1].
@@ -97,13 +111,17 @@ class Classifier(nn.Module):
             intermediates = getattr(self.network, "forward_intermediates", None)
             if intermediates is None:
                 raise InputError("an attention mask needs blocks of the classifier: name some, e.g. [layer1, layer2]")
-            return list(intermediates(normalized, intermediates_only=True, output_fmt="NCHW"))
+            return self._fine(list(intermediates(normalized, intermediates_only=True, output_fmt="NCHW")), image)
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401
                 if not isinstance(output, Tensor) or output.ndim != 4:
-                    raise InputError(f"blocks: {name} does not put out a tensor (B, C, h, w), which a mask needs")
+                    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                    raise InputError(
+                        f"blocks: {name} does not put out a tensor (B, C, h, w), which a mask needs, but {shape}; name "
+                        "other blocks, or, of transformers in timm, none"
+                    )
                 # A later module may work in place.
                 found[name] = output.clone()
 
@@ -118,15 +136,43 @@ class Classifier(nn.Module):
         unused = [name for name in self.blocks if name not in found]
         if unused:
             raise InputError(f"blocks: the network does not call its module {unused[0]!r}")
+        layouts = {name: _layout(feature) for name, feature in found.items()}
+        # A network mostly has one layout: blocks that tell theirs speak for those that do not.
+        told = set(layouts.values()) - {None}
+        for name, layout in layouts.items():
+            layout = layout or self.layout or (next(iter(told)) if len(told) == 1 else None)
+            if layout is None:
+                shape = tuple(found[name].shape)
+                raise InputError(f"blocks: {name} puts out {shape}: give layout, channels_first or channels_last")
+            if layout == "channels_last":
+                found[name] = found[name].movedim(-1, 1)
+            if _is_coarse(found[name], image):
+                notice(
+                    f"blocks: {name} has {_cells(found[name])} cells for images of {_pixels(image)} pixels: its mask "
+                    "covers whole corners; leave it out"
+                )
         return [found[name] for name in self.blocks]
+
+    def _fine(self, features: list[Tensor], image: Tensor) -> list[Tensor]:
+        """Those that say where in the image something is."""
+        fine = [feature for feature in features if not _is_coarse(feature, image)]
+        finest = max(min(feature.shape[-2:]) for feature in features)
+        kept = fine or [feature for feature in features if min(feature.shape[-2:]) == finest]
+        coarse = [feature for feature in features if _is_coarse(feature, image)]
+        if coarse:
+            of = f"attention of {type(self.network).__name__} for images of {_pixels(image)} pixels: "
+            left_out = f"{len(features) - len(kept)} of its {len(features)} blocks are left out, with "
+            few = f"masks are coarse, the finest block has only {_cells(kept[0])} cells"
+            notice(of + (left_out + f"fewer than 4x4 cells ({_cells(coarse[-1])})" if fine else few))
+        return kept
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raises an ``InputError`` when a dataset has another number of classes: its labels would mean other things."""
         if len(classes) != self.num_classes:
             some = ", ".join(classes[:3]) + (" ..." if len(classes) > 3 else "")
             raise InputError(
-                f"the data has {len(classes)} classes ({some}), the classifier "
-                f"{self.num_classes}: labels would be out of its range or mean others; set num_classes, or choose data"
+                f"the data has {len(classes)} classes ({some}) but the classifier has {self.num_classes}: set "
+                "num_classes or use matching data"
             )
 
     def check_image(self, image: Tensor) -> None:
@@ -135,8 +181,21 @@ class Classifier(nn.Module):
         if tuple(image.shape[1:]) != expected:
             raise InputError(
                 f"the classifier takes images of shape {expected}, the data has {tuple(image.shape[1:])}: give both "
-                "one size and as many channels (of a folder: data.init_args.size, data.init_args.channels)"
+                "one size and as many channels"
             )
+
+    def check_output(self, image: Tensor) -> None:
+        """One forward pass; raises an ``InputError`` unless it gives float logits (B, num_classes) with a gradient."""
+        with torch.enable_grad():
+            found = self(image.detach().requires_grad_())
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != (len(image), self.num_classes):
+            raise InputError(
+                f"the classifier puts out {shape} for {len(image)} images, where logits ({len(image)}, "
+                f"{self.num_classes}) are needed: set num_classes, or wrap the network"
+            )
+        if not found.is_floating_point() or not found.requires_grad:
+            raise InputError("the classifier's logits have no gradient: no attack can use it; does it run in no_grad?")
 
 
 class TimmClassifier(Classifier):
@@ -154,6 +213,8 @@ class TimmClassifier(Classifier):
         checkpoint: File with a state_dict.
         pretrained: Download timm's weights (needs a network); not together with ``checkpoint``.
         options: Further arguments of the model, e.g. ``{pad_type: same}``.
+        which: Of a checkpoint that holds a network and the average of its weights, what is read.
+        layout: See ``Classifier``.
     """
 
     def __init__(
@@ -168,6 +229,8 @@ class TimmClassifier(Classifier):
         checkpoint: Path | None = None,
         pretrained: bool = False,
         options: dict[str, Any] | None = None,
+        which: Which = "average",
+        layout: Layout | None = None,
     ) -> None:
         if not timm.is_model(name):
             near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
@@ -182,30 +245,31 @@ class TimmClassifier(Classifier):
         except OSError as error:
             raise InputError(f"the weights of {name} cannot be downloaded: give a checkpoint instead") from error
         own = resolve_data_config({}, model=network)  # type: ignore[no-untyped-call]
-        super().__init__(
-            network,
-            size=size or int(own["input_size"][-1]),
-            num_classes=num_classes,
-            channels=channels,
-            mean=mean or own["mean"],
-            std=std or own["std"],
-            blocks=blocks,
-            checkpoint=checkpoint,
-        )
+        size, mean, std = size or int(own["input_size"][-1]), mean or own["mean"], std or own["std"]
+        super().__init__(network, size, num_classes, channels, mean, std, blocks, checkpoint, which, layout)
         if pretrained:
             self.origin = f"weights of timm ({network.pretrained_cfg.get('tag') or 'untagged'})"
-        self.config = {
-            "name": name,
-            "num_classes": num_classes,
-            "size": self.size,
-            "channels": channels,
-            "mean": list(mean or own["mean"]),
-            "std": list(std or own["std"]),
-            "blocks": list(blocks),
-            "options": options,
-        }
 
 
 def imagenet_synsets() -> list[str]:
     """WordNet ids of the 1,000 ImageNet classes, in the order of their labels."""
     return list(ImageNetInfo("imagenet-1k").label_names())  # type: ignore[no-untyped-call]
+
+
+def _layout(feature: Tensor) -> Layout | None:
+    """Which of the last three axes are places: two that are equal, where the third is not."""
+    a, b, c = feature.shape[1:]
+    return "channels_first" if b == c != a else "channels_last" if a == b != c else None
+
+
+def _is_coarse(feature: Tensor, image: Tensor) -> bool:
+    """Whether a block has fewer than 4x4 cells, of more than 4 pixels."""
+    return min(feature.shape[-2:]) < min(4, _pixels(image) // 4)
+
+
+def _pixels(image: Tensor) -> int:
+    return min(image.shape[-2:])
+
+
+def _cells(feature: Tensor) -> str:
+    return f"{feature.shape[-2]}x{feature.shape[-1]}"

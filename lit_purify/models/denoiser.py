@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 from torch import Tensor, nn
 
 from lit_purify.errors import InputError
 from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.schedule import Schedule
+from lit_purify.recorded import Recorded
 
 
-class Denoiser(nn.Module, ABC):
+class Denoiser(Recorded, nn.Module, ABC):
     """Predicts the noise in a noised image: ``eps = denoiser(x_t, t)``.
 
     Attributes:
@@ -20,7 +20,6 @@ class Denoiser(nn.Module, ABC):
         size: Height and width of the images.
         schedule: The noise schedule it was trained with; ``t`` counts its noising steps.
         origin: The file that its weights come from.
-        config: The arguments that rebuild it; only with them ``save_network`` takes it.
         gradient_checkpointing: Whether it keeps few activations for a backward pass and recomputes the others.
     """
 
@@ -28,7 +27,6 @@ class Denoiser(nn.Module, ABC):
     size: int
     schedule: Schedule
     origin: str = "not loaded from a file"
-    config: dict[str, Any]
     gradient_checkpointing: bool = False
 
     @property
@@ -53,5 +51,5 @@ class Denoiser(nn.Module, ABC):
         if tuple(image.shape[1:]) != expected:
             raise InputError(
                 f"the denoiser takes images of shape {expected}, the data has {tuple(image.shape[1:])}: give both "
-                "one size and as many channels (of a folder: data.init_args.size, data.init_args.channels)"
+                "one size and as many channels"
             )

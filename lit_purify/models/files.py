@@ -10,39 +10,44 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
 from lit_purify.models.denoiser import Denoiser
 from lit_purify.models.sources import locate
 from lit_purify.models.weights import check_file, load_into
+from lit_purify.recorded import recorded
 
 _KEY = "lit_purify"
 Network = TypeVar("Network", Classifier, Denoiser)
 
 
 def save_network(
-    network: nn.Module, path: Path, info: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    network: Classifier | Denoiser, path: Path, info: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Writes ``network`` with its ``config``, atomically.
+    """Writes ``network`` with the arguments that build it, atomically.
 
     Args:
-        network: A denoiser or classifier whose ``config`` holds the arguments that build it.
+        network: A denoiser or classifier that is built from plain values.
         path: A ``.safetensors`` file.
         info: What else to remember (recipe, commit, figures), JSON values; ``max_level`` of a denoiser is the strongest
             level that it was trained on, and stronger ones are refused.
         dtype: How floats are stored; they are read as float32.
 
     Raises:
-        InputError: ``network`` has no ``config``, as a bare ``Classifier`` around any module, or weights that are NaN
-            or infinite.
+        InputError: ``network`` is built from other objects, as a bare ``Classifier`` around any module, or has weights
+            that are NaN or infinite.
     """
     kind = type(network)
-    config = getattr(network, "config", None)
-    if not config:
-        raise InputError(f"{kind.__name__} has no config that rebuilds it, so no file can hold it: keep its state_dict")
-    header = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": config, "info": info or {}}
+    # The weights of files are in this one.
+    arguments = {k: v for k, v in network.arguments.items() if not isinstance(v, Path) and k != "pretrained"}
+    header = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments, "info": info or {}}
+    try:
+        metadata = {_KEY: json.dumps(header)}
+    except TypeError as error:
+        raise InputError(
+            f"{kind.__name__} is built from other objects, so no file can rebuild it: keep its state_dict"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     inner = network.network if isinstance(network, Classifier) else network
@@ -58,7 +63,7 @@ def save_network(
         )
     try:
         # Written by Python: a full disk is then an OSError as everywhere.
-        partial.write_bytes(save(state, metadata={_KEY: json.dumps(header)}))
+        partial.write_bytes(save(state, metadata=metadata))
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -76,7 +81,8 @@ def saved_step(path: Path) -> int | None:
     return step if isinstance(step, int) else None
 
 
-def load_denoiser(path: str) -> Denoiser:
+@recorded
+def load_denoiser(path: Path) -> Denoiser:
     """A denoiser from a ``.safetensors`` file that ``train.py`` wrote.
 
     Args:
@@ -88,7 +94,8 @@ def load_denoiser(path: str) -> Denoiser:
     return _load(locate(path), Denoiser)  # type: ignore[type-abstract]
 
 
-def load_classifier(path: str) -> Classifier:
+@recorded
+def load_classifier(path: Path) -> Classifier:
     """A classifier from a ``.safetensors`` file that ``train.py`` wrote.
 
     Args:
@@ -130,5 +137,4 @@ def _load(path: Path, kind: type[Network]) -> Network:
     if isinstance(network, Denoiser):
         network.schedule = network.schedule.trained_to(header.get("info", {}).get("max_level"))
     network.origin = path.name
-    network.eval()
     return network

@@ -54,6 +54,7 @@ class MatchedSchedule(Denoiser):
         self.channels, self.size, self.origin = denoiser.channels, denoiser.size, denoiser.origin
         # Like the schedule's abar: neither part of the state_dict, nor rounded when the network is.
         self.levels = levels[:reachable]
+        self.eval()
 
     @property
     def title(self) -> str:

@@ -10,6 +10,7 @@ from torch.nn.functional import avg_pool2d, pad, relu
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
+from lit_purify.models.weights import Which
 
 
 class BasicBlock(nn.Module):
@@ -70,6 +71,7 @@ class ResNetClassifier(Classifier):
         mean: Subtracted from each channel of a [0, 1] image.
         std: What each channel is divided by.
         checkpoint: File with a state_dict; ``None`` leaves the network as initialized.
+        which: Of a checkpoint that holds a network and the average of its weights, what is read.
     """
 
     def __init__(
@@ -82,23 +84,7 @@ class ResNetClassifier(Classifier):
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         checkpoint: Path | None = None,
+        which: Which = "average",
     ) -> None:
-        super().__init__(
-            ResNet(depth, width, channels, num_classes),
-            size=size,
-            num_classes=num_classes,
-            channels=channels,
-            mean=mean,
-            std=std,
-            blocks=["layer1", "layer2", "layer3"],
-            checkpoint=checkpoint,
-        )
-        self.config = {
-            "depth": depth,
-            "size": size,
-            "num_classes": num_classes,
-            "channels": channels,
-            "width": width,
-            "mean": list(mean),
-            "std": list(std),
-        }
+        network, blocks = ResNet(depth, width, channels, num_classes), ("layer1", "layer2", "layer3")
+        super().__init__(network, size, num_classes, channels, mean, std, blocks, checkpoint, which)

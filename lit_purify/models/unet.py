@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -82,6 +83,8 @@ class UNet(Denoiser):
         middle_attention: Whether the middle has attention; ``None``: when any resolution has.
         up_attention: On the way up, attention after ``each`` block or after the ``last`` of a resolution (score_sde).
         input_pyramid: Whether the input, brought down step by step, is added at each resolution (NCSN++).
+        heads_up: Number of attention heads on the way up, where it is another than ``heads``.
+        sinusoids: Channels of the sinusoidal embedding of the level; ``None``: ``width``.
     """
 
     def __init__(
@@ -112,40 +115,14 @@ class UNet(Denoiser):
         middle_attention: bool | None = None,
         up_attention: Literal["each", "last"] = "each",
         input_pyramid: bool = False,
+        heads_up: int | None = None,
+        sinusoids: int | None = None,
     ) -> None:
         super().__init__()
         if size % 2 ** (len(multipliers) - 1):
             raise InputError(f"size = {size} cannot be halved {len(multipliers) - 1} times: use fewer multipliers")
         self.channels, self.size = channels, size
         self.schedule = Schedule.named(schedule, steps, beta_start, beta_end)
-        self.config = {
-            "channels": channels,
-            "size": size,
-            "width": width,
-            "multipliers": list(multipliers),
-            "blocks": blocks,
-            "attention": list(attention),
-            "head_width": head_width,
-            "dropout": dropout,
-            "steps": steps,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-            "schedule": schedule,
-            "embedding": embedding,
-            "level_scale": level_scale,
-            "level_shift": level_shift,
-            "frequency_shift": frequency_shift,
-            "scale_shift": scale_shift,
-            "groups": groups,
-            "group_width": group_width,
-            "norm_eps": norm_eps,
-            "rescale": rescale,
-            "resampling": resampling,
-            "heads": heads,
-            "middle_attention": middle_attention,
-            "up_attention": up_attention,
-            "input_pyramid": input_pyramid,
-        }
         self.style = style = Style(
             embedding or 2 * width,
             dropout,
@@ -158,10 +135,10 @@ class UNet(Denoiser):
             heads,
             head_width,
         )
-        self.width, self.frequency_shift = width, frequency_shift
+        self.sinusoids, self.frequency_shift = sinusoids or width, frequency_shift
         self.level_scale, self.level_shift = level_scale, level_shift
         inner = style.embedding
-        self.embed = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU())
+        self.embed = nn.Sequential(nn.Linear(self.sinusoids, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU())
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
 
         inside = resampling not in ("conv", "conv_end")
@@ -192,7 +169,7 @@ class UNet(Denoiser):
         if bool(attention) if middle_attention is None else middle_attention:
             middle.insert(1, Attention(current, style))
         self.middle = Stage(middle, "plain")
-        self.up = nn.ModuleList()
+        self.up, style = nn.ModuleList(), replace(style, heads=heads_up or heads)
         for level, target in reversed(list(enumerate(widths))):
             for block in range(blocks + 1):
                 layers = [ResidualBlock(current + skips.pop(), target, style)]
@@ -206,6 +183,7 @@ class UNet(Denoiser):
                 resolution *= 2
         self.norm = style.norm(current)
         self.head = zeroed(nn.Conv2d(current, channels, 3, padding=1))
+        self.eval()
 
     def forward(self, x: Tensor, t: Tensor | LevelMap) -> Tensor:
         """Predicted noise; see ``Denoiser``. Also takes the level of each pixel, (B, 1, H, W)."""
@@ -217,7 +195,7 @@ class UNet(Denoiser):
             # Twice, as in a map: kernels round differently for one row and for several.
             levels, weights = t[:, None].expand(-1, 2), None
         position = self.level_scale * (levels.double() - self.level_shift)
-        embedded = self.embed(sinusoidal(position, self.width, x.dtype, self.frequency_shift))
+        embedded = self.embed(sinusoidal(position, self.sinusoids, x.dtype, self.frequency_shift))
         conditioning = Conditioning(embedded, weights)
         # About a quarter faster on CPUs, more on GPUs; convolutions keep the layout from here on.
         x = x.contiguous(memory_format=torch.channels_last)

@@ -1,28 +1,43 @@
-"""Reading weights: one state_dict out of whatever people keep them in."""
+"""Reading weights: the state_dict of one network out of whatever people keep it in."""
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
 from lit_purify.models.public import remedy
 from lit_purify.models.sources import locate
 
-_CONTAINERS = ("state_dict", "model_state_dict", "model", "net", "params")
-_PREFIXES = ("module.", "model.", "network.")
+Which = Literal["average", "last"]
+"""Of a checkpoint that holds a network and the average of its weights, what is read."""
+
+_PLAIN = ("state_dict", "model_state_dict", "model", "net", "network", "params", "weights", "model_weights")
+# Lightning and RobustBench keep the average under the plain name, and the last weights under these.
+_LAST = ("current_model_state", "unaveraged_model_state_dict", *_PLAIN)
+_AVERAGE = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", *_PLAIN)
 
 
-def check_file(path: Path) -> None:
-    """Raises an ``InputError`` when ``path`` cannot hold weights."""
+class _Inert:
+    """Put in the place of whatever a file names that is neither a tensor nor a plain container."""
+
+    def __init__(self, *args: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+def check_file(path: Path) -> bytes:
+    """The first bytes of a file; raises an ``InputError`` when it cannot hold weights."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder; load_diffusers reads those of diffusers, for others name a file in it")
     if not path.is_file():
@@ -36,86 +51,141 @@ def check_file(path: Path) -> None:
         raise InputError(f"{path}: this is an HTML page, not weights; download the file itself")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path}: this is a git-lfs pointer, not weights; run 'git lfs pull'")
+    return head
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The state_dict in a ``.safetensors`` file or a file of ``torch.save``, float32, common prefixes removed.
+def read_state_dict(path: str | Path, which: Which = "average") -> dict[str, Tensor]:
+    """The state_dict in a ``.safetensors`` file or a file of ``torch.save``, float32.
 
     Args:
         path: The file; ``https://...#sha256=...`` or ``hf://organization/name/file`` is fetched first (``locate``).
+        which: Of a network and the average of its weights, what is read.
 
     Raises:
-        InputError: The file is missing, is not weights, or holds more than tensors and plain containers.
+        InputError: The file is missing, or holds no weights.
     """
-    return state_dict_in(read_container(path), path)
+    return state_dict_in(read_container(path), path, which)
 
 
 def read_container(path: str | Path) -> Any:  # noqa: ANN401
-    """Whatever a ``.safetensors`` file or a file of ``torch.save`` holds: tensors in plain containers.
+    """Whatever a ``.safetensors`` file or a file of ``torch.save`` holds; nothing in it is executed.
 
     Raises:
-        InputError: The file is missing, is not weights, or holds more.
+        InputError: The file is missing, or is not weights.
     """
     path = locate(path)
-    check_file(path)
-    found: Any
-    if path.suffix == ".safetensors":
+    head = check_file(path)
+    # A file of safetensors may have any name: it begins with the length of its header, which is JSON.
+    if path.suffix == ".safetensors" or head[4:9] == b"\0\0\0\0{":
         try:
-            found = load_file(path)
+            return load_file(path)
         except SafetensorError as error:
             raise InputError(f"{path}: not a safetensors file ({error}); is it complete?") from error
-    else:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise InputError(f"{path}: refused, not a file of plain tensors; save the state_dict alone") from error
-        except Exception as error:  # a damaged file makes the reader raise nearly anything
-            raise InputError(f"{path}: cannot be read as weights; is the download complete?") from error
-    return found
+    try:
+        strange = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)] if head[:2] == b"PK" else []
+        with safe_globals(strange):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path}: refused, not a file of plain tensors; save the state_dict alone") from error
+    except Exception as error:  # a damaged file makes the reader raise nearly anything
+        raise InputError(f"{path}: cannot be read as weights; is the download complete?") from error
 
 
-def state_dict_in(found: Any, path: str | Path) -> dict[str, Tensor]:  # noqa: ANN401
-    """The state_dict in a container, float32, common prefixes removed.
+def state_dict_in(found: Any, path: str | Path, which: Which = "average") -> dict[str, Tensor]:  # noqa: ANN401
+    """The state_dict in a container, float32, under the names that it has there.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or more than one.
     """
-    if isinstance(found, (list, tuple)) and found and isinstance(found[0], Mapping):
+    if isinstance(found, (list, tuple)) and found:
         found = found[0]  # (state_dict, optimizer, step, ...)
-    for key in _CONTAINERS:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"{path}: holds no state_dict (a mapping from names to tensors)")
-    prefix = _common_prefix(found)
-    return {
-        str(name).removeprefix(prefix): value.float() if value.is_floating_point() else value
-        for name, value in found.items()
-    }
+    while isinstance(found, Mapping) and (key := _entry(found, path, which)) is not None:
+        found = found[key]
+    state = {str(k): v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    if not state:
+        raise InputError(f"{path}: holds no state_dict (a mapping from names to tensors); save the state_dict alone")
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
-def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str, assign: bool = False) -> None:
+def _entry(found: Mapping[Any, Any], path: str | Path, which: Which) -> Any:  # noqa: ANN401
+    """The key under which a checkpoint holds the weights; ``None`` if it is the state_dict itself."""
+    last, average = (next((k for k in keys if _has_tensors(found.get(k))), None) for keys in (_LAST, _AVERAGE))
+    if last != average:
+        other = "last" if which == "average" else "average"
+        notice(
+            f"{path}: holds a network and its average: the {which} weights are read; which: {other} takes the others"
+        )
+    if last is not None or any(isinstance(value, Tensor) for value in found.values()):
+        return average if which == "average" else last
+    others = [k for k, v in found.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())]
+    if len(others) > 1:
+        raise InputError(f"{path}: holds several state_dicts ({', '.join(map(str, others))}); save one alone")
+    return others[0] if others else None
+
+
+def _has_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) or _has_tensors(v) for v in value.values())
+
+
+def behind(
+    state: Mapping[str, Tensor], names: Collection[str], origin: str, which: Which = "average"
+) -> tuple[str, dict[str, Tensor]]:
+    """The tensors of one network behind the prefix that wrappers gave it, such as ``module.``; others are left out.
+
+    Args:
+        state: Names and tensors.
+        names: Names of the network, without the prefix.
+        origin: What error messages call the file.
+        which: Of a network and the average of its weights, what is taken.
+
+    Returns:
+        The prefix that most of ``names`` have in ``state``, and what lies behind it.
+
+    Raises:
+        InputError: There are several such networks.
+    """
+    known, counts = set(names), Counter[str]()
+    for name in state:
+        parts = name.split(".")
+        counts.update(".".join([*parts[:k], ""]) for k in range(len(parts)) if ".".join(parts[k:]) in known)
+    whole = [prefix for prefix, count in counts.items() if count == len(known)]
+    averaged = [prefix for prefix in whole if re.search("ema|averag|shadow", prefix, re.IGNORECASE)]
+    if len(whole) == 2 and len(averaged) == 1:
+        notice(f"{origin}: holds a network and its average: the {which} weights are read (which: average or last)")
+        whole = averaged if which == "average" else [prefix for prefix in whole if prefix not in averaged]
+    if len(whole) > 1:
+        raise InputError(
+            f"{origin}: holds {len(whole)} such networks, behind {', '.join(map(repr, whole))}; save one alone"
+        )
+    prefix = whole[0] if whole else max(counts, key=counts.__getitem__, default="")
+    return prefix, {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def load_into(
+    network: nn.Module, state: Mapping[str, Tensor], origin: str, which: Which = "average", assign: bool = False
+) -> None:
     """Loads every tensor or none.
 
     Args:
         network: What is loaded.
-        state: Names and tensors.
+        state: Names and tensors; the names may have a prefix, and others may be beside them.
         origin: What error messages call them.
+        which: Of a network and the average of its weights, what is loaded.
         assign: Make the tensors the parameters, instead of copying them; for networks on the meta device.
 
     Raises:
         InputError: A name or a shape of ``state`` does not match the network.
     """
     own = network.state_dict()
-    # A network whose own names share a prefix gets it back.
-    prefix = _common_prefix(own)
-    state = {prefix + name.removeprefix(prefix): value for name, value in state.items()}
     # Counters of batch normalization do not enter a forward pass in evaluation, and older files lack them.
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    prefix, state = behind(state, needed, origin, which)
+    missing = [name for name in needed if name not in state]
     unexpected = [name for name in state if name not in own]
     if missing or unexpected:
         raise InputError(
-            f"{origin}: these weights are of another network: {len(state) - len(unexpected)} names match, "
+            f"{origin}: these weights are of another network: {len(state) - len(unexpected)} names match"
+            f"{f' behind {prefix!r}' if prefix else ''}, "
             f"{len(missing)} missing ({', '.join(missing[:2]) or 'none'}), "
             f"{len(unexpected)} unexpected ({', '.join(unexpected[:2]) or 'none'})"
         )
@@ -128,11 +198,3 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str, assi
         if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
             raise InputError(f"{origin}: {name} holds values that are not finite: the weights are damaged")
     network.load_state_dict(state, strict=False, assign=assign)
-
-
-def _common_prefix(names: Iterable[object]) -> str:
-    """What wrappers such as ``DataParallel`` put before every name, several of them in turn."""
-    rest, common = [str(name) for name in names], ""
-    while prefix := next((p for p in _PREFIXES if rest and all(name.startswith(p) for name in rest)), ""):
-        rest, common = [name.removeprefix(prefix) for name in rest], common + prefix
-    return common

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
-from lit_purify.models.weights import load_into, read_state_dict
+from lit_purify.models.weights import Which, behind, load_into, read_state_dict
 
 Activation = Literal["relu", "silu"]
 Padding = Literal["symmetric", "same"]
 
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+_NORMALIZATION = ("mean", "mu", "std", "sigma")
 _ROBUSTBENCH = "block1.layer.0.bn1.weight"
 # A name that every file of a layout has, and what makes RobustBench's names of those of the layout, one after another.
 _LAYOUTS = {
@@ -133,6 +134,7 @@ class WideResNetClassifier(Classifier):
             without a file ``symmetric``.
         blocks: Modules whose outputs make the attention mask.
         checkpoint: File with a state_dict; ``None`` leaves the network as initialized.
+        which: Of a checkpoint that holds a network and the average of its weights, what is read.
 
     Raises:
         InputError: Arguments that make no network, or a file that does not fit them in every name, shape and value
@@ -152,15 +154,18 @@ class WideResNetClassifier(Classifier):
         padding: Padding | None = None,
         blocks: Sequence[str] = ("block1", "block2", "block3"),
         checkpoint: Path | None = None,
+        which: Which = "average",
     ) -> None:
         state: dict[str, Tensor] = {}
         if checkpoint is not None:
-            found = read_state_dict(checkpoint)
-            state = robustbench_names(found, str(checkpoint))
+            found = read_state_dict(checkpoint, which)
+            state = robustbench_names(found, str(checkpoint), which)
             mean = _take_normalization(state, "mean", ("mean", "mu"), mean, str(checkpoint))
             std = _take_normalization(state, "std", ("std", "sigma"), std, str(checkpoint))
             trained: Padding = "same" if "block2.layer.0.conv1.1.weight" in state else "symmetric"
-            translated = trained == "same" or (_ROBUSTBENCH in state and _ROBUSTBENCH not in found)
+            # A number before the name says that something comes before the network.
+            plain = any(re.fullmatch(rf"\D*{re.escape(_ROBUSTBENCH)}", name) for name in found)
+            translated = trained == "same" or (_ROBUSTBENCH in state and not plain)
             if translated and (mean is None or std is None):
                 raise InputError(
                     f"{checkpoint}: networks with such names mostly normalize images: give mean and std, for CIFAR-10 "
@@ -172,49 +177,34 @@ class WideResNetClassifier(Classifier):
         mean, std, padding = mean or (0.0,), std or (1.0,), padding or "symmetric"
         if padding == "same" and size % 4:
             raise InputError(f"size = {size} is not a multiple of 4, which padding = 'same' needs")
-        super().__init__(
-            WideResNet(depth, width, channels, num_classes, activation, padding),
-            size=size,
-            num_classes=num_classes,
-            channels=channels,
-            mean=mean,
-            std=std,
-            blocks=blocks,
-        )
+        network = WideResNet(depth, width, channels, num_classes, activation, padding)
+        super().__init__(network, size, num_classes, channels, mean, std, blocks)
         if checkpoint is not None:
-            load_into(self.network, state, str(checkpoint))
+            load_into(self.network, state, str(checkpoint), which)
             self.origin = Path(checkpoint).name
-        self.config = {
-            "depth": depth,
-            "width": width,
-            "size": size,
-            "num_classes": num_classes,
-            "channels": channels,
-            "activation": activation,
-            "mean": list(mean),
-            "std": list(std),
-            "padding": padding,
-            "blocks": list(blocks),
-        }
+        self.settle(padding=padding)
 
 
-def robustbench_names(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+def robustbench_names(state: Mapping[str, Tensor], origin: str, which: Which = "average") -> dict[str, Tensor]:
     """The tensors of any of the three layouts under the names of ``WideResNet``; other names stay as they are."""
     for known, rules in _LAYOUTS.items():
-        for prefix in (name.removesuffix(known) for name in state if name.endswith(known)):
-            if not prefix or prefix.endswith("."):
-                renamed = {_rename(name, prefix, rules): tensor for name, tensor in state.items()}
-                if len(renamed) < len(state):
-                    raise InputError(
-                        f"{origin}: two names mean the same tensor; save the state_dict of one network alone"
-                    )
-                # Built by TRADES' code and never called.
-                return {name: tensor for name, tensor in renamed.items() if not name.startswith("sub_block1.")}
+        prefix, inside = behind(state, [known], origin, which)
+        if known in inside:
+            # Normalization may lie beside the network.
+            beside = {n: t for n, t in state.items() if n[: len(prefix)] != prefix and _leaf(n) in _NORMALIZATION}
+            renamed = {_rename(name, rules): tensor for name, tensor in (inside | beside).items()}
+            if len(renamed) < len(inside | beside):
+                raise InputError(f"{origin}: two names mean the same tensor; save the state_dict of one network alone")
+            # Built by TRADES' code and never called.
+            return {name: tensor for name, tensor in renamed.items() if not name.startswith("sub_block1.")}
     return dict(state)
 
 
-def _rename(name: str, prefix: str, rules: Sequence[tuple[str, str]]) -> str:
-    name = name.removeprefix(prefix)
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _rename(name: str, rules: Sequence[tuple[str, str]]) -> str:
     for pattern, new in rules:
         name = re.sub(pattern, new, name)
     return name
@@ -224,7 +214,7 @@ def _take_normalization(
     state: dict[str, Tensor], argument: str, names: Sequence[str], given: Sequence[float] | None, origin: str
 ) -> Sequence[float] | None:
     """Takes the buffers of these names out of ``state``: their values, which must be those given if any are."""
-    for name in [name for name in state if name.rpartition(".")[2] in names]:
+    for name in [name for name in state if _leaf(name) in names]:
         held = state.pop(name).flatten().tolist()
         values = held if given is None else list(given) * (len(held) if len(given) == 1 else 1)
         if len(values) != len(held) or any(abs(a - b) > 1e-5 for a, b in zip(values, held, strict=True)):

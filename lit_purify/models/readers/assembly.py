@@ -6,7 +6,8 @@ So a reader states the configuration, and the names of those layers in order; th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from lit_purify.errors import InputError
 from lit_purify.models.unet import UNet
-from lit_purify.models.weights import load_into
+from lit_purify.models.weights import behind, load_into, read_state_dict
 
 _MATRICES = ("q.weight", "k.weight", "v.weight", "qkv.weight", "out.weight")
+
+Source = Path | Mapping[str, Tensor]
+"""A file (``https://...#sha256=...`` or ``hf://organization/name/file`` is fetched), or the state_dict itself."""
 
 Layer = dict[str, Tensor]
 """Tensors of one layer, by the UNet's names within it."""
@@ -35,17 +39,21 @@ class Tensors:
     """A state_dict whose entries are taken out one by one, so that what is left over is known.
 
     Args:
-        state: Names and tensors.
+        source: A file, or names and tensors.
         dialect: Whose layout is expected: ``load_<dialect>`` reads it.
         origin: What error messages call the file.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], dialect: str, origin: str) -> None:
-        self._state, self._dialect, self.origin = dict(state), dialect, origin
+    def __init__(self, source: Source, dialect: str, origin: str | None = None) -> None:
+        state = source if isinstance(source, Mapping) else read_state_dict(source)
+        self.origin = origin or ("state_dict" if isinstance(source, Mapping) else str(source))
+        self._state, self._dialect = behind(state, [_SIGNS[dialect]], self.origin)[1], dialect
+        if _SIGNS[dialect] not in self._state:
+            self._state = dict(state)
         self._count = len(self._state)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._state
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
 
     def shape(self, name: str) -> torch.Size:
         """Shape of a tensor that stays."""
@@ -95,7 +103,11 @@ class Tensors:
     def _known(self, name: str) -> Tensor:
         if name in self._state:
             return self._state[name]
-        others = [dialect for dialect, sign in _SIGNS.items() if dialect != self._dialect and sign in self._state]
+        others = [
+            dialect
+            for dialect, sign in _SIGNS.items()
+            if dialect != self._dialect and any(f".{known}".endswith(f".{sign}") for known in self._state)
+        ]
         if others:
             loader = f"load_{others[0]}" + (" or load_improved_diffusion" if others[0] == "guided_diffusion" else "")
             raise InputError(f"{self.origin}: not of load_{self._dialect}: read it with {loader}")
@@ -109,7 +121,7 @@ def _joined(*parts: str) -> str:
 
 
 def assembled(config: dict[str, Any], ends: Layer, layers: Iterable[Layer], origin: str) -> UNet:
-    """A UNet with weights, in evaluation mode.
+    """A UNet with weights.
 
     Args:
         config: Its arguments.
@@ -128,15 +140,16 @@ def assembled(config: dict[str, Any], ends: Layer, layers: Iterable[Layer], orig
         state |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.items()}
     load_into(network, state, origin, assign=True)
     network.origin = origin.partition("#")[0].rstrip("/").rpartition("/")[2]
-    return network.eval()
+    return network
 
 
-def attention(layer: Layer, heads: int | None = None) -> Layer:
+def attention(layer: Layer, heads: int | None = None, ordered: bool = True) -> Layer:
     """Weights of 1x1 convolutions, whatever the file keeps them as; queries, keys and values in one.
 
     Args:
         layer: ``norm``, ``out`` and ``q``, ``k``, ``v`` or ``qkv``.
-        heads: Where ``qkv`` is ordered (head), (q k v), (channel): the number of heads.
+        heads: Number of heads, where it must divide the channels.
+        ordered: Whether ``qkv`` is ordered (q k v), (head), (channel), as here, and not (head), (q k v), (channel).
 
     Raises:
         InputError: The shapes are of something else.
@@ -151,7 +164,7 @@ def attention(layer: Layer, heads: int | None = None) -> Layer:
     for leaf in ("weight", "bias"):
         if f"q.{leaf}" in layer:
             layer[f"qkv.{leaf}"] = torch.cat([layer.pop(f"{part}.{leaf}") for part in "qkv"])
-        elif heads is not None:
+        elif not ordered:
             order = "(n three c) ... -> (three n c) ..."
             layer[f"qkv.{leaf}"] = rearrange(layer[f"qkv.{leaf}"], order, three=3, n=heads)
     for name in ("qkv.weight", "out.weight"):

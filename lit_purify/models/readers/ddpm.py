@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
 from lit_purify.models.readers.assembly import (
     Layer,
+    Source,
     Tensors,
     assembled,
     attention,
@@ -16,7 +13,7 @@ from lit_purify.models.readers.assembly import (
     noise_half,
 )
 from lit_purify.models.unet import UNet
-from lit_purify.models.weights import read_state_dict
+from lit_purify.recorded import recorded
 
 _RESIDUAL = {
     "norm1": "norm1",
@@ -36,11 +33,12 @@ _ENDS = {
 }
 
 
-def load_ddpm(path: str, size: int = 32, steps: int = 1000, dropout: float = 0.0) -> UNet:
+@recorded
+def load_ddpm(path: Source, size: int = 32, steps: int = 1000, dropout: float = 0.0) -> UNet:
     """A DDPM in the layout of its PyTorch ports; of a list (state_dict, optimizer, ...) the first entry.
 
     Args:
-        path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``.
+        path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``; or the state_dict.
         size: Height and width of its images.
         steps: T of the linear schedule, betas 1e-4 .. 2e-2.
         dropout: For fine-tuning.
@@ -48,18 +46,7 @@ def load_ddpm(path: str, size: int = 32, steps: int = 1000, dropout: float = 0.0
     Raises:
         InputError: The file is not one of these.
     """
-    return ddpm_unet(read_state_dict(path), size, steps, dropout, origin=str(path))
-
-
-def ddpm_unet(
-    state: Mapping[str, Tensor], size: int = 32, steps: int = 1000, dropout: float = 0.0, origin: str = "state_dict"
-) -> UNet:
-    """A UNet from a state_dict of DDPM.
-
-    Raises:
-        InputError: A tensor is missing or left over.
-    """
-    tensors = Tensors(state, "ddpm", origin)
+    tensors = Tensors(path, "ddpm")
     width, channels = tensors.shape("conv_in.weight")[:2]
     levels, blocks = tensors.count("down.{}."), tensors.count("down.0.block.{}.")
     widths = [int(tensors.shape(f"down.{k}.block.0.conv1.weight")[0]) for k in range(levels)]
@@ -67,7 +54,7 @@ def ddpm_unet(
         "channels": channels,
         "size": size,
         "width": width,
-        "multipliers": multipliers(widths, width, origin),
+        "multipliers": multipliers(widths, width, tensors.origin),
         "blocks": blocks,
         "attention": [size // 2**k for k in range(levels) if f"down.{k}.attn.0.q.weight" in tensors],
         "head_width": None,
@@ -102,4 +89,4 @@ def ddpm_unet(
     for k in reversed(range(levels)):
         level(f"up.{k}", blocks + 1, "upsample", "conv")
     tensors.finish()
-    return assembled(config, noise_half(ends, channels, origin), layers, origin)
+    return assembled(config, noise_half(ends, channels, tensors.origin), layers, tensors.origin)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
 from lit_purify.models.readers.assembly import (
     Layer,
     Tensors,
@@ -21,7 +21,8 @@ from lit_purify.models.readers.assembly import (
 )
 from lit_purify.models.sources import locate
 from lit_purify.models.unet import UNet
-from lit_purify.models.weights import read_state_dict
+from lit_purify.models.weights import Which, read_state_dict
+from lit_purify.recorded import recorded
 
 _RESIDUAL = {
     "norm1": "norm1",
@@ -66,29 +67,46 @@ _ONLY_SCHEDULER: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
-def load_diffusers(path: str, dropout: float = 0.0) -> UNet:
+@recorded
+def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None, which: Which = "average") -> UNet:
     """A ``UNet2DModel`` of diffusers, or the ``unet`` of an unconditional pipeline such as google/ddpm-cifar10-32.
 
     Args:
         path: The folder, or ``hf://organization/name``. A scheduler's configuration is looked for in it, in its
             ``scheduler`` folder and in that beside it; without one, the schedule is linear, 1000 steps.
         dropout: For fine-tuning.
+        size: Height and width of its images, where the folder does not say.
+        which: Of a training checkpoint that holds ``unet`` and its average ``unet_ema``, what is read.
 
     Raises:
         InputError: The folder lacks a file, or the network is of a kind that is not supported.
     """
     folder = locate(path)
-    inner = folder / "unet" if (folder / "unet" / "config.json").is_file() else folder
+    parts = [folder / name for name in ("unet_ema", "unet") if (folder / name / "config.json").is_file()]
+    if len(parts) == 2:
+        notice(f"{folder}: holds a network and its average: the {which} weights are read (which: average or last)")
+    inner = (parts or [folder])[-1 if which == "last" else 0]
     config = _json(inner / "config.json")
+    if size is not None:
+        config["sample_size"] = size
     schedulers = [
         place / "scheduler_config.json" for place in (folder / "scheduler", folder, inner, folder.parent / "scheduler")
     ]
     scheduler = next((_json(file) for file in schedulers if file.is_file()), None)
-    weights = [inner / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
-    present = [file for file in weights if file.is_file()]
-    if not present:
-        raise InputError(f"{inner}: holds no {weights[0].name} or {weights[1].name}")
-    return diffusers_unet(read_state_dict(present[0]), config, scheduler, dropout, origin=str(path))
+    return diffusers_unet(_weights(inner), config, scheduler, dropout, origin=str(path))
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """Those of one file, or of the shards that an index names; also of a variant such as fp16."""
+    name = "diffusion_pytorch_model"
+    for kind in ("safetensors", "bin"):
+        found = [file for file in sorted(folder.glob(f"{name}*.{kind}")) if "-of-" not in file.name]
+        if found:
+            return read_state_dict(min(found, key=lambda file: (len(file.name), file.name)))
+        for index in sorted(folder.glob(f"{name}*.{kind}.index*.json")):
+            shards = sorted(set(_json(index).get("weight_map", {}).values()))
+            return {key: value for shard in shards for key, value in read_state_dict(folder / shard).items()}
+    raise InputError(f"{folder}: holds no {name}.safetensors or {name}.bin")
 
 
 def diffusers_unet(
@@ -115,7 +133,12 @@ def diffusers_unet(
     missing = [name for name in needed if not config.get(name)]
     if missing or not isinstance(config["sample_size"], int):
         raise InputError(
-            f"{origin}: config.json gives no {(missing or ['single sample_size'])[0]}: is it of a UNet2DModel?"
+            f"{origin}: config.json gives no {(missing or ['single sample_size'])[0]}: "
+            + (
+                "is it of a UNet2DModel?"
+                if set(missing) - {"sample_size"}
+                else "give size, the images' height and width"
+            )
         )
     _check(config, _ONLY, origin)
     _check(scheduler, _ONLY_SCHEDULER, origin)

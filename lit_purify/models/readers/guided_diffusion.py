@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
-from torch import Tensor
-
-from lit_purify.errors import InputError
-from lit_purify.models.readers.assembly import Layer, Tensors, assembled, attention, multipliers, noise_half
+from lit_purify.errors import InputError, notice
+from lit_purify.models.readers.assembly import Layer, Source, Tensors, assembled, attention, multipliers, noise_half
 from lit_purify.models.unet import UNet
-from lit_purify.models.weights import read_state_dict
+from lit_purify.recorded import recorded
 
 _RESIDUAL = {
     "in_layers.0": "norm1",
@@ -30,8 +27,9 @@ _ENDS = {
 }
 
 
+@recorded
 def load_guided_diffusion(
-    path: str,
+    path: Source,
     size: int = 256,
     head_width: int | None = 64,
     heads: int | None = None,
@@ -39,87 +37,32 @@ def load_guided_diffusion(
     steps: int = 1000,
     rescale_timesteps: bool = False,
     dropout: float = 0.0,
+    heads_upsample: int | None = None,
+    new_attention_order: bool = False,
 ) -> UNet:
-    """An unconditional network of guided-diffusion, such as ``256x256_diffusion_uncond.pt``; see the ``_unet`` form.
+    """An unconditional network of guided-diffusion, such as ``256x256_diffusion_uncond.pt``.
+
+    What names and shapes show need not be given; what they do not show of attention is stated on stderr. A learned
+    variance is left out: samplers here use fixed ones.
 
     Args:
-        path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``.
+        path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``; or the state_dict.
         size: Height and width of its images.
-        head_width: Channels of an attention head.
-        heads: Number of attention heads, instead of ``head_width``.
+        head_width: Channels of an attention head (``num_head_channels``).
+        heads: Number of attention heads, instead of ``head_width`` (``num_heads``).
         schedule: Noise schedule that it was trained with.
         steps: T of the schedule.
         rescale_timesteps: Whether levels were rescaled to 0 .. 1000 for the embedding.
         dropout: For fine-tuning.
+        heads_upsample: Number of attention heads on the way up, where it is another (``num_heads_upsample``).
+        new_attention_order: Whether queries, keys and values were split before the heads
+            (``use_new_attention_order``).
 
     Raises:
-        InputError: The file is not one of these.
+        InputError: The file is not one of these, or the network is conditional.
     """
-    state = read_state_dict(path)
-    return guided_diffusion_unet(
-        state, size, head_width, heads, schedule, steps, rescale_timesteps, dropout, origin=str(path)
-    )
-
-
-def load_improved_diffusion(
-    path: str,
-    size: int = 32,
-    heads: int = 4,
-    schedule: Literal["linear", "cosine"] = "cosine",
-    steps: int = 4000,
-    rescale_timesteps: bool = True,
-    dropout: float = 0.0,
-) -> UNet:
-    """An unconditional network of improved-diffusion, such as ``cifar10_uncond_50M_500K.pt``.
-
-    The defaults are those of that file.
-
-    Args:
-        path: See ``load_guided_diffusion``.
-        size: See ``load_guided_diffusion``.
-        heads: Number of attention heads.
-        schedule: See ``load_guided_diffusion``.
-        steps: See ``load_guided_diffusion``.
-        rescale_timesteps: See ``load_guided_diffusion``.
-        dropout: See ``load_guided_diffusion``.
-    """
-    state = read_state_dict(path)
-    return improved_diffusion_unet(state, size, heads, schedule, steps, rescale_timesteps, dropout, origin=str(path))
-
-
-def improved_diffusion_unet(
-    state: Mapping[str, Tensor],
-    size: int = 32,
-    heads: int = 4,
-    schedule: Literal["linear", "cosine"] = "cosine",
-    steps: int = 4000,
-    rescale_timesteps: bool = True,
-    dropout: float = 0.0,
-    origin: str = "state_dict",
-) -> UNet:
-    """``guided_diffusion_unet`` with the defaults of improved-diffusion: the layout is the same."""
-    return guided_diffusion_unet(state, size, None, heads, schedule, steps, rescale_timesteps, dropout, origin)
-
-
-def guided_diffusion_unet(
-    state: Mapping[str, Tensor],
-    size: int = 256,
-    head_width: int | None = 64,
-    heads: int | None = None,
-    schedule: Literal["linear", "cosine"] = "linear",
-    steps: int = 1000,
-    rescale_timesteps: bool = False,
-    dropout: float = 0.0,
-    origin: str = "state_dict",
-) -> UNet:
-    """A UNet from a state_dict of guided-diffusion; what the names and shapes show need not be given.
-
-    Of a learned variance nothing is kept: samplers here use fixed ones.
-
-    Raises:
-        InputError: A tensor is missing or left over, or the network is conditional.
-    """
-    tensors = Tensors(state, "guided_diffusion", origin)
+    tensors = Tensors(path, "guided_diffusion")
+    origin = tensors.origin
     if "label_emb.weight" in tensors:
         raise InputError(f"{origin}: is class-conditional, but a purifier knows no label: take an unconditional one")
     width, channels = tensors.shape("input_blocks.0.0.weight")[:2]
@@ -145,12 +88,14 @@ def guided_diffusion_unet(
         "attention": [size // 2**n for n, k in enumerate(first) if f"input_blocks.{k}.1.qkv.weight" in tensors],
         "head_width": head_width,
         "heads": heads,
+        "heads_up": heads_upsample,
         "dropout": dropout,
         "schedule": schedule,
         "steps": steps,
         "beta_start": 0.1 / steps,
         "beta_end": 20.0 / steps,
-        "embedding": 4 * width,
+        "embedding": tensors.shape("time_embed.0.weight")[0],
+        "sinusoids": tensors.shape("time_embed.0.weight")[1],
         "level_scale": 1000.0 / steps if rescale_timesteps else 1.0,
         "level_shift": 1.0,
         "scale_shift": tensors.shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0],
@@ -159,14 +104,21 @@ def guided_diffusion_unet(
         "middle_attention": "middle_block.1.qkv.weight" in tensors,
     }
 
+    if any(name.endswith(".qkv.weight") for name in tensors):
+        order = "new" if new_attention_order else "legacy"
+        many = f"heads of {head_width} channels" if heads is None and head_width else f"{heads or 1} heads"
+        up_too = f", {heads_upsample} on the way up" if heads_upsample else ""
+        notice(f"{origin}: read as: {order} attention order, {many}{up_too}; heads and new_attention_order change it")
+
     def layer(prefix: str) -> Layer:
         if f"{prefix}.qkv.weight" in tensors:
             taken = tensors.layer(prefix, _ATTENTION)
-            channels_here = len(taken["norm.weight"])
-            if head_width is not None and heads is None and channels_here % head_width:
-                raise InputError(f"{origin}: {channels_here} channels do not divide into heads of {head_width}")
-            count = heads or (1 if head_width is None else channels_here // head_width)
-            return attention(taken, count)
+            here = len(taken["norm.weight"])
+            count = (heads_upsample if prefix.startswith("output") else None) or heads
+            if count is None and head_width is not None and here % head_width:
+                raise InputError(f"{origin}: {here} channels do not divide into heads of {head_width}")
+            count = count or (1 if head_width is None else here // head_width)
+            return attention(taken, count, ordered=new_attention_order)
         for resample, own in (("op", ""), ("conv", "conv")):
             if f"{prefix}.{resample}.weight" in tensors:
                 return tensors.layer(prefix, {resample: own})
@@ -181,3 +133,23 @@ def guided_diffusion_unet(
     layers = [layer(prefix) for prefix in prefixes]
     tensors.finish()
     return assembled(config, noise_half(ends, channels, origin), layers, origin)
+
+
+@recorded
+def load_improved_diffusion(
+    path: Source,
+    size: int = 32,
+    heads: int = 4,
+    schedule: Literal["linear", "cosine"] = "cosine",
+    steps: int = 4000,
+    rescale_timesteps: bool = True,
+    dropout: float = 0.0,
+    heads_upsample: int | None = None,
+) -> UNet:
+    """An unconditional network of improved-diffusion; the defaults are those of ``cifar10_uncond_50M_500K.pt``.
+
+    The layout is that of ``load_guided_diffusion``, and so are the arguments.
+    """
+    return load_guided_diffusion(
+        path, size, None, heads, schedule, steps, rescale_timesteps, dropout, heads_upsample=heads_upsample
+    )

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from lit_purify.errors import InputError
-from lit_purify.models.readers.assembly import Layer, Tensors, assembled, attention, cosines_first, multipliers
+from lit_purify.models.readers.assembly import Layer, Source, Tensors, assembled, attention, cosines_first, multipliers
 from lit_purify.models.unet import UNet
 from lit_purify.models.weights import read_container, state_dict_in
+from lit_purify.recorded import recorded
 
 _RESIDUAL = {
     "GroupNorm_0": "norm1",
@@ -22,11 +23,14 @@ _RESIDUAL = {
 }
 
 
-def load_score_sde(path: str, size: int = 32, continuous: bool = True, dropout: float = 0.0) -> UNet:
-    """A VP network of score_sde, such as ``checkpoint_8.pth``; of a training checkpoint, the averaged weights count.
+@recorded
+def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropout: float = 0.0) -> UNet:
+    """A VP network of score_sde with BigGAN blocks, such as ``checkpoint_8.pth``: DDPM++, or NCSN++ by its pyramid.
+
+    Of a training checkpoint the averaged weights count.
 
     Args:
-        path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``.
+        path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``; or the state_dict.
         size: Height and width of its images.
         continuous: Whether it was trained in continuous time; otherwise with 1000 linear steps.
         dropout: For fine-tuning.
@@ -34,25 +38,12 @@ def load_score_sde(path: str, size: int = 32, continuous: bool = True, dropout: 
     Raises:
         InputError: The file is not one of these.
     """
-    found = read_container(path)
-    state = state_dict_in(found, path)
-    if isinstance(found, Mapping) and "ema" in found:
-        state |= _averaged(found["ema"], state, str(path))
-    return score_sde_unet(state, size, continuous, dropout, origin=str(path))
-
-
-def score_sde_unet(
-    state: Mapping[str, Tensor],
-    size: int = 32,
-    continuous: bool = True,
-    dropout: float = 0.0,
-    origin: str = "state_dict",
-) -> UNet:
-    """A UNet from a state_dict of score_sde with BigGAN blocks; with an input pyramid it is NCSN++, else DDPM++.
-
-    Raises:
-        InputError: A tensor is missing or left over, or the network is of another kind.
-    """
+    state, origin = path, "state_dict"
+    if not isinstance(path, Mapping):
+        found, origin = read_container(path), str(path)
+        state = state_dict_in(found, path)
+        if isinstance(found, Mapping) and "ema" in found:
+            state |= _averaged(found["ema"], state, origin)
     tensors = Tensors(state, "score_sde", origin)
     tensors.ignore("sigmas")
     if tensors.shape("all_modules.0.weight")[:1] == tensors.shape("all_modules.2.weight")[:1]:
@@ -124,7 +115,7 @@ def _attention(tensors: Tensors, name: str) -> Layer:
 
 def _averaged(ema: Any, state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:  # noqa: ANN401
     """The averaged parameters, which are listed without names in the order of the network's parameters."""
-    names = [name for name in state if name != "sigmas"]
+    names = [name for name in state if not name.endswith("sigmas")]
     values = ema.get("shadow_params", []) if isinstance(ema, Mapping) else []
     fits = len(values) == len(names) and all(
         isinstance(value, Tensor) and value.shape == state[name].shape
