@@ -1,112 +1,239 @@
-"""The command line of ``eval.py``."""
+"""The command line of ``eval.py``: a shell around what notebooks call."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-from lightning.pytorch.cli import LightningArgumentParser
+import lightning as L
+import torch
+from jsonargparse import Namespace
 
+from lit_purify.attacks import Attack
 from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stopping, WandbReport
-from lit_purify.checks.audit import AuditingTrainer
-from lit_purify.cli.base import CommandLine, fail, helped, rank
+from lit_purify.checks.audit import audit_attack
+from lit_purify.checks.findings import Findings
+from lit_purify.checks.gradcheck import check_gradients
+from lit_purify.cli.common import fail, guarded, helped, rank, unwrapped
 from lit_purify.cli.compare import compare
 from lit_purify.cli.help import EVALUATE
-from lit_purify.cli.messages import COMMANDS
+from lit_purify.cli.messages import COMMANDS, check_configs
+from lit_purify.cli.settings import Parser, arguments, dump, evaluation_parser, run_folder
+from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError
-from lit_purify.evaluation import FrontierTask, RobustnessTask
-from lit_purify.evaluation.estimate import EstimatingTrainer
-from lit_purify.evaluation.folder import RunFolder, comparable, identify
-from lit_purify.evaluation.frontier import expand
-from lit_purify.evaluation.own_images import PurifyingTrainer
+from lit_purify.evaluation import Evaluator, RobustnessTask
+from lit_purify.evaluation.estimate import Estimate
+from lit_purify.evaluation.folder import RunFolder, comparable
+from lit_purify.evaluation.own_images import Existing, purify_files
+from lit_purify.evaluation.records import identity_sha256, write_whole
+from lit_purify.private import renew_store
 from lit_purify.report.html import write_report
 
-_DEFAULT_EVALUATION = "configs/eval/digits.yaml"
-_DEFAULT_FRONTIER = "configs/eval/digits_frontier.yaml"
+_DEFAULTS = {"frontier": "configs/eval/digits_frontier.yaml"}
+_DEFAULT = "configs/eval/digits.yaml"
 
 
-class _EvaluationTrainer(AuditingTrainer, EstimatingTrainer, PurifyingTrainer):
-    """A trainer with all commands of ``eval.py``."""
+class Evaluation:
+    """What a configuration describes: networks, defenses, attacks and data, made and checked.
+
+    Args:
+        settings: Of the parser.
+        made: The same with its classes made.
+        config: The resolved configuration, YAML.
+    """
+
+    def __init__(self, settings: Namespace, made: Namespace, config: str, folder: RunFolder) -> None:
+        self.config, self.folder, self.settings = config, folder, settings
+        self.data: ImageDataModule = made.data
+        self.gallery: int = made.gallery
+        denoiser = None if made.denoiser is None else made.denoiser.eval()
+        self.evaluator = Evaluator(
+            made.classifier.eval(),
+            {name: _defense(name, make, denoiser) for name, make in made.defenses.items()},
+            made.attacks,
+            made.gradients,
+            made.baseline,
+            made.runs,
+            made.chunk,
+            made.seed,
+            made.skip_lost,
+        )
+        self.trainer_arguments: dict[str, Any] = vars(made.trainer)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the records depend on."""
+        precision = str(self.trainer_arguments.get("precision"))
+        stated = {} if precision in ("None", "32", "32-true") else {"precision": precision}
+        return self.evaluator.identity() | self.data.identity() | stated
+
+    def prepare(self) -> None:
+        """Fetches and reads the data; refuses what does not fit."""
+        self.data.prepare_data()
+        self.evaluator.check(self.data.evaluated)
+
+    def trainer(self, *callbacks: L.Callback, logged: bool) -> L.Trainer:
+        """A trainer for the evaluation."""
+        given = dict(self.trainer_arguments)
+        own = given.pop("callbacks", None) or []
+        renew_store(rank())
+        given |= _launched(given)
+        return L.Trainer(
+            **given | ({} if logged else {"logger": False}),
+            callbacks=[*callbacks, *own],
+            default_root_dir=str(self.folder.path),
+            # An attack differentiates, which Lightning's inference mode forbids.
+            inference_mode=False,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+        )
+
+    def device(self) -> torch.device:
+        """Where a command of one process runs."""
+        chosen = str(self.trainer_arguments.get("accelerator", "auto"))
+        cuda = chosen in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        if chosen in ("gpu", "cuda") and not cuda:
+            raise InputError(f"trainer.accelerator = {chosen}: torch finds none; take cpu, or leave it out")
+        return torch.device("cuda" if cuda else "cpu")
 
 
-class _EvaluationCLI(CommandLine):
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
-        """Also turns the families of a frontier into the defenses that they stand for."""
-        super().parse_arguments(parser, args)
-        if self._settings.get("ckpt_path"):
-            raise InputError("ckpt_path: an evaluation has its networks from classifier and denoiser: name files there")
-        if families := self._settings.model.init_args.get("families"):
-            settings = self.config.as_dict()
-            settings[self.config.subcommand]["model"]["init_args"]["points"] = expand(families)
-            self.config = parser.parse_object(settings)
+def _defense(name: str, make: Any, denoiser: Any) -> Any:  # noqa: ANN401
+    if isinstance(make, torch.nn.Module):
+        return make
+    try:
+        return make(denoiser)
+    except InputError as error:
+        raise InputError(f"defenses.{name}: {error}") from error
+    except AttributeError as error:
+        if denoiser is None:
+            raise InputError(f"defenses.{name}: a purifier needs a denoiser: set one, by its path or class") from error
+        raise
 
-    def before_instantiate_classes(self) -> None:
-        super().before_instantiate_classes()
-        if self.subcommand != "test":
-            # Records nothing: whom the run would tell of it is not for that.
-            self._settings.trainer.logger = False
-        else:
-            # The report prints the table; Lightning's own would repeat it.
-            self._settings.verbose = False
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The one that was given: to make the parsers of all takes seconds."""
-        return {self.argv[0]: {"model", "dataloaders", "datamodule"}}
+def _launched(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Devices and strategy of processes that torchrun has started, where the settings leave them open."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or given.get("devices", "auto") != "auto":
+        return {}
+    strategy = given.get("strategy", "auto")
+    nodes = {"devices": local, "num_nodes": world // local, "strategy": "ddp" if strategy == "auto" else strategy}
+    return nodes | ({} if torch.cuda.is_available() else {"accelerator": "cpu"})
 
-    def before_test(self) -> None:
-        """What can be refused is refused before a logger writes anything."""
-        assert self.folder is not None
-        first = self.trainer.is_global_zero
-        if first:
-            # The data may have to be fetched; the other processes look in their setup.
-            self.datamodule.prepare_data()
-            self.model.check(self.datamodule)
-        self.folder.claim(self.resolved, write=first, data=self.datamodule.names_sha256 if first else None)
-        self.running = True
 
-    def before_gradcheck(self) -> None:
-        """Its verdict is about the records beside it: with records of other settings the folder is refused."""
-        assert self.folder is not None
-        assert isinstance(self.trainer, AuditingTrainer)
-        self.folder.claim(self.resolved, write=False)
-        self.trainer.settings = comparable(identify(yaml.safe_load(self.resolved)))
+def test(evaluation: Evaluation) -> None:
+    """Attacks every defense, and writes records, summary and report."""
+    callbacks = Stopping(), Gallery(), RecordWriter(), Progress(), Report(), WandbReport()
+    # Pictures before records: a sample whose record exists is not shown again.
+    trainer = evaluation.trainer(*callbacks, logged=True)
+    launched = int(os.environ.get("WORLD_SIZE", trainer.world_size))
+    if launched != trainer.world_size:
+        # Each would take itself for the only one.
+        raise InputError(
+            f"{launched} processes were started (WORLD_SIZE), the trainer has {trainer.world_size}: add "
+            f"--trainer.devices {launched} --trainer.strategy ddp (with several nodes --trainer.num_nodes)"
+        )
+    first = trainer.is_global_zero
+    if first:
+        # The data may have to be fetched; the other processes look in their setup.
+        evaluation.prepare()
+    identity = evaluation.identity if first else {}
+    if first:
+        evaluation.folder.claim(identity, evaluation.config, write=True)
+    task = RobustnessTask(evaluation.evaluator, evaluation.gallery)
+    trainer.test(task, datamodule=evaluation.data, verbose=False)
 
-    def after_gradcheck(self) -> None:
-        """The report shows the verdict, if there is one already. Exit status 1 when a check has failed."""
-        assert self.folder is not None
-        assert isinstance(self.trainer, AuditingTrainer)
-        if self.trainer.is_global_zero and self.folder.summary.exists():
-            write_report(self.folder)
-        if not self.trainer.passed:
-            sys.exit(1)
 
-    before_audit, after_audit = before_gradcheck, after_gradcheck
+def estimate(evaluation: Evaluation) -> None:
+    """Measures what the evaluation will cost, and writes nothing."""
+    evaluation.prepare()
+    folder, data = evaluation.folder, evaluation.data
+    done = {record.key for record in folder.collect(write=False)}
+    given = {**evaluation.trainer_arguments, **_launched(evaluation.trainer_arguments)}
+    devices, nodes = given.get("devices", 1), int(given.get("num_nodes") or 1)
+    processes = nodes * (devices if isinstance(devices, int) and devices > 0 else 1)
+    device = evaluation.device()
+    print(f"{data.name} ({data.evaluate_on}), {len(data.evaluated)} samples, {evaluation.evaluator.runs} runs each")
+    measured = Estimate(evaluation.evaluator.to(device), data.evaluated, data.batch_size, done, processes)
+    print(f"{measured}\nNothing was written.")
 
-    def before_estimate(self) -> None:
-        """As a test, but that nothing is written."""
-        assert self.folder is not None
-        assert isinstance(self.trainer, EstimatingTrainer)
-        self.folder.claim(self.resolved, write=False)
-        self.trainer.records = self.folder.collect(write=False)
-        self.model.resume(self.trainer.records, count=False)
 
-    def before_purify(self) -> None:
-        """What is made states the settings that it was made by."""
-        assert isinstance(self.trainer, PurifyingTrainer)
-        self.trainer.settings = identify(yaml.safe_load(self.resolved))
-        self.running = True
+def check(evaluation: Evaluation, command: Literal["gradcheck", "audit"], options: Namespace) -> bool:
+    """Checks the defenses, and writes ``gradcheck.json`` or ``audit.json``; returns whether they passed."""
+    evaluation.prepare()
+    evaluator, folder, data = evaluation.evaluator, evaluation.folder, evaluation.data
+    # The verdict is about the records beside it: with records of other settings the folder is refused.
+    folder.claim(evaluation.identity, None, write=False)
+    device = evaluation.device()
+    evaluator.to(device)
 
-    def after_purify(self) -> None:
-        """The configuration lies beside the images. Exit status 1 when some of them could not be read."""
-        assert isinstance(self.trainer, PurifyingTrainer)
-        RunFolder(Path(self._settings.output).expanduser()).write_config(self.resolved, write=rank() == 0)
-        if self.trainer.unreadable:
-            sys.exit(1)
+    def say(line: str) -> None:
+        print(line, flush=True)
 
-    before_predict, after_predict = before_purify, after_purify
+    count = min(options.samples, len(data.evaluated))
+    if command == "gradcheck":
+        say(f"Gradients of {count} samples of {data.name} ({data.evaluate_on})")
+        found = check_gradients(evaluator.defenses, data.evaluated, options.samples, evaluator.seed, device, say)
+    else:
+        name, attack = _followed(evaluator.attacks)
+        say(f"Audit of {name} ({attack.title}, eps {attack.eps:.4g}) on {count} samples of {data.name}")
+        views = {defense: evaluator.views[defense, name] for defense in evaluator.defenses}
+        found = audit_attack(
+            views,
+            attack,
+            data.evaluated,
+            options.samples,
+            options.audit_runs,
+            options.proposals,
+            evaluator.seed,
+            evaluator.chunk,
+            device,
+            say,
+        )
+        found.facts = {"attack": name, **found.facts}
+    _write_verdict(evaluation, command, found)
+    print(f"{command}: {found.conclusion}")
+    return found.passed
+
+
+def _followed(attacks: Mapping[str, Attack]) -> tuple[str, Attack]:
+    """The first attack that follows a gradient of the defense."""
+    usable = [(name, a) for name, a in attacks.items() if (a.gradient, a.target) == ("exact", "defense")]
+    if not usable:
+        names = ", ".join(attacks)
+        raise InputError(f"attacks: none of {names} follows a gradient of the defense: add one, such as PGD")
+    return usable[0]
+
+
+def _write_verdict(evaluation: Evaluation, command: str, found: Findings) -> None:
+    data, folder = evaluation.data, evaluation.folder
+    about = {"dataset": data.name, "split": data.evaluate_on}
+    digest = identity_sha256(comparable(evaluation.identity))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    content = {**found.json(), **about, "settings_sha256": digest}
+    write_whole(folder.path / f"{command}.json", json.dumps(content, indent=1) + "\n")
+    if folder.summary.exists():
+        write_report(folder)
+
+
+def purify(evaluation: Evaluation, command: Literal["purify", "predict"], options: Namespace) -> bool:
+    """Takes people's own images through a defense; returns whether all could be read."""
+    trainer = evaluation.trainer(Stopping(), Progress(), logged=False)
+    return purify_files(
+        evaluation.evaluator,
+        evaluation.data,
+        trainer,
+        options.input,
+        options.output,
+        options.defense,
+        options.existing,
+        options.overlays,
+        classify=command == "predict",
+        config=evaluation.config,
+    )
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
@@ -126,28 +253,67 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
         return
     given = helped(given, EVALUATE)
     command = given.pop(0) if given and given[0] in COMMANDS else "test"
-    # An evaluation like any other, of many defenses.
-    frontier = command == "frontier"
-    command = "test" if frontier else command
-    if "--dry_run" in given:
-        if command != "test":
-            fail(f"--dry_run goes with test and frontier, not with {command}: leave it out")
-        given.remove("--dry_run")
-        command = "estimate"
-    if not any(word in ("-h", "--help", "-c") or word.split("=")[0] == "--config" for word in given):
-        given = ["--config", _DEFAULT_FRONTIER if frontier else _DEFAULT_EVALUATION, *given]
-    _EvaluationCLI(
-        FrontierTask if frontier else RobustnessTask,
-        [command, *given],
-        trainer_class=_EvaluationTrainer,
-        # An attack differentiates, which Lightning's inference mode forbids.
-        inference_mode=False,
-        use_distributed_sampler=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        # Pictures before records: a sample whose record is there is not shown again.
-        callbacks=[Stopping(), Gallery(), RecordWriter(), Progress(), Report(), WandbReport()]
-        if command == "test"
-        else [Stopping(), Progress()],
-    )
+    dry = "--dry_run" in given
+    if dry and command not in ("test", "frontier"):
+        fail(f"--dry_run goes with test and frontier, not with {command}: leave it out")
+    given = [word for word in given if word != "--dry_run"]
+    if (dry or command in ("gradcheck", "audit")) and rank() != 0:
+        # These run once: the first process speaks for all.
+        return
+    if not any(word in ("--help", "--config") or word.startswith("--config=") for word in given):
+        given = ["--config", _DEFAULTS.get(command, _DEFAULT), *given]
+    with guarded() as state:
+        Parser.configs = check_configs(given)
+        parser = evaluation_parser()
+        _add_options(parser, command)
+        settings = parser.parse_args(arguments(given))
+        folder = state.folder = RunFolder(run_folder(settings, command))
+        config = dump(parser, settings, *_OPTIONS)
+        _place(settings, folder.path)
+        evaluation = Evaluation(settings, _made(parser, settings), config, folder)
+        # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
+        state.running = True
+        if dry:
+            estimate(evaluation)
+        elif command in ("gradcheck", "audit"):
+            sys.exit(0 if check(evaluation, command, settings) else 1)  # type: ignore[arg-type]
+        elif command in ("purify", "predict"):
+            sys.exit(0 if purify(evaluation, command, settings) else 1)  # type: ignore[arg-type]
+        else:
+            test(evaluation)
+
+
+_OPTIONS = ("samples", "audit_runs", "proposals", "input", "output", "defense", "existing", "overlays")
+
+
+def _add_options(parser: Parser, command: str) -> None:
+    """What belongs to one command."""
+    add: Callable[..., Any] = parser.add_argument
+    if command in ("gradcheck", "audit"):
+        count = {"gradcheck": 4, "audit": 32}[command]
+        add("--samples", type=int, default=count, help="How many of the evaluated samples, from the first.")
+    if command == "audit":
+        add("--audit_runs", type=int, default=8, help="Runs of each image.")
+        add("--proposals", type=int, default=100, help="Steps of the black-box attack.")
+    if command in ("purify", "predict"):
+        add("--input", type=Path, required=True, help="A folder of images at any depth, or one image.")
+        add("--output", type=Path, required=True, help="The folder to write; subfolders are kept.")
+        add("--defense", type=str | None, default=None, help="Name of the defense (default: the first with a mask).")
+        add("--existing", type=Existing, default="refuse", help="skip goes on, replace writes anew what was made here.")
+        add("--overlays", type=bool, default=True, help="Write NAME.mask.png and NAME.overlay.png too.")
+
+
+def _place(settings: Namespace, folder: Path) -> None:
+    """Points loggers to the run's folder."""
+    loggers = settings.trainer.logger
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if isinstance(logger, Namespace) and logger.init_args.get("save_dir") in (None, "."):
+            logger.init_args.save_dir = str(folder)
+
+
+def _made(parser: Parser, settings: Namespace) -> Namespace:
+    """The settings with their classes made."""
+    try:
+        return parser.instantiate(settings)
+    except Exception as error:
+        raise unwrapped(error) from error

@@ -151,6 +151,8 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         self.finished: Collection[int] = ()
         """Positions that an evaluation leaves out, as they are recorded already; the same on all processes."""
 
+    resize: int | None = None
+    """What the shorter side of an image is resized to before its center is cropped; ``None`` is the size."""
     # Which images are evaluated does not depend on these; where a folder lies does not count, its file names do.
     irrelevant = frozenset({"root", "batch_size", "num_workers", "download", "seed", "val_subset"})
 

@@ -107,12 +107,12 @@ class Evaluator(nn.Module):
         for name, value in (("runs", runs), ("chunk", chunk)):
             if value < 1:
                 raise InputError(f"{name} = {value}: use at least 1")
-        for kind, named, letters in (("defenses", defenses, "-/"), ("attacks", attacks, "-")):
+        for kind, named, letters in (("defenses", defenses, "/-"), ("attacks", attacks, "-")):
             if not named:
                 raise InputError(f"{kind} is empty: give at least one")
             for name in named:
                 if not isinstance(name, str) or not re.fullmatch(rf"[\w{letters}]+", name, re.ASCII):
-                    raise InputError(f"{kind}: the name {name!r} may hold letters, digits, '_' and '{letters}' only")
+                    raise InputError(f"{kind}: the name {name!r} may hold letters, digits, _ {letters} only")
         for name in attacks:
             if name == ENSEMBLE or name.startswith(f"{ENSEMBLE}-"):
                 raise InputError(f"attacks: {name!r} names the worst case over all attacks; use another name")

@@ -21,17 +21,20 @@ from lit_purify.data import ImageDataModule
 from lit_purify.data.folder import read_image
 from lit_purify.defense import DefendedClassifier
 from lit_purify.errors import InputError
-from lit_purify.evaluation.module import RobustnessTask
+from lit_purify.evaluation.evaluator import Evaluator
+from lit_purify.evaluation.folder import comparable
 from lit_purify.evaluation.own_files import KEY, Existing, Job, left_to_do, plan, said_by
 from lit_purify.evaluation.records import identity_sha256, write_whole
 from lit_purify.functional.chunks import chunks
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.functional.rendering import panels
+from lit_purify.models import Classifier
+from lit_purify.recorded import identity
 
 
 class _Sources(Dataset[dict[str, Any]]):
-    def __init__(self, jobs: Sequence[Job], channels: int, size: int) -> None:
-        self.jobs, self.channels, self.size = jobs, channels, size
+    def __init__(self, jobs: Sequence[Job], channels: int, size: int, shorter: int | None) -> None:
+        self.jobs, self.channels, self.size, self.shorter = jobs, channels, size, shorter
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -39,7 +42,8 @@ class _Sources(Dataset[dict[str, Any]]):
     def __getitem__(self, item: int) -> dict[str, Any]:
         job = self.jobs[item]
         try:
-            return {"image": read_image(job.source, self.channels, self.size), "sha256": job.sha256(), "item": item}
+            image = read_image(job.source, self.channels, self.size, self.shorter)
+            return {"image": image, "sha256": job.sha256(), "item": item}
         except InputError as error:
             return {"name": job.name, "unreadable": str(error)}
 
@@ -68,7 +72,7 @@ class Purification(L.LightningModule):
         chunk: Rows that networks are called with, always this many.
         seed: Of the noise.
         settings_sha256: Stated in every file.
-        num_workers: Processes that read images.
+        data: Says what the shorter side is resized to, and how many processes read images.
     """
 
     def __init__(
@@ -80,21 +84,21 @@ class Purification(L.LightningModule):
         chunk: int,
         seed: int,
         settings_sha256: str,
-        num_workers: int = 0,
+        data: ImageDataModule,
     ) -> None:
         super().__init__()
         self.defended, self.jobs, self.overlays, self.chunk, self.seed = defended, jobs, overlays, chunk, seed
         self.classify, self.runs = runs is not None, runs or 1
-        self.settings_sha256, self.num_workers = settings_sha256, num_workers
+        self.settings_sha256, self.data = settings_sha256, data
         self.unreadable: dict[str, str] = {}
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This process's share, in batches that fill a chunk."""
         self.mine = self.jobs[self.trainer.global_rank :: self.trainer.world_size]
         taker = self.defended.classifier
-        sources = _Sources(self.mine, taker.channels, taker.size)
+        sources = _Sources(self.mine, taker.channels, taker.size, self.data.resize)
         fitting = max(1, self.chunk // self.runs)
-        return DataLoader(sources, batch_size=fitting, num_workers=self.num_workers, collate_fn=_collated)
+        return DataLoader(sources, batch_size=fitting, num_workers=self.data.num_workers, collate_fn=_collated)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> int:
         """Purifies and writes a batch; returns how many files it had."""
@@ -106,7 +110,7 @@ class Purification(L.LightningModule):
         noise = KeyedNoise(self.seed, key, torch.zeros_like(key), EVALUATION).runs(list(range(n)))
         purified, noised, masks, predictions = [], [], [], []
         for rows, real in chunks(len(image) * n, self.chunk, self.device):
-            trace = self.defended.purifier.trace(image[rows // n], noise.rows(rows))
+            trace = self.defended.trace(image[rows // n], noise.rows(rows))
             first = (rows[:real] % n == 0).nonzero().flatten()
             purified.append(trace.purified[first])
             noised.append(trace.noised[first])
@@ -147,148 +151,104 @@ def _save(image: Tensor, path: Path, said: Any) -> None:  # noqa: ANN401
     write_whole(path, stream.getvalue())
 
 
-class PurifyingTrainer(L.Trainer):
-    """A trainer that can also purify people's own images."""
+def purify_files(
+    evaluator: Evaluator,
+    data: ImageDataModule,
+    trainer: L.Trainer,
+    folder: Path,
+    output: Path,
+    defense: str | None = None,
+    existing: Existing = "refuse",
+    overlays: bool = True,
+    classify: bool = False,
+    config: str = "",
+) -> bool:
+    """Purifies images, and writes them as PNG under their own names, with masks and overlays beside them.
 
-    settings: Mapping[str, Any] = {}
-    """What identifies the evaluation, flat: stated in every file, as a hash of what concerns the defense."""
-    unreadable: Sequence[str] = ()
-    """Why files of the last command could not be read, a line each; on rank zero."""
+    Files are turned upright as their EXIF says, laid on white where they are transparent, and brought to the
+    classifier's size (as the data does it: the shorter side resized, the center cropped) and channels. Hidden files do
+    not count. Files that cannot be read stop none of the others, and are named at the end.
 
-    def purify(
-        self,
-        model: L.LightningModule,
-        datamodule: L.LightningDataModule,
-        input: Path,
-        output: Path,
-        defense: str | None = None,
-        existing: Existing = "refuse",
-        overlays: bool = True,
-    ) -> None:
-        """Purifies images, and writes them as PNG under their own names, with masks and overlays beside them.
+    Args:
+        evaluator: One of its defenses is used; its ``runs`` are N.
+        data: It is not read; it names the classes, and says what the shorter side is resized to.
+        trainer: Runs the prediction, on any number of processes.
+        folder: A folder of images at any depth, or one image.
+        output: The folder to write; subfolders are kept.
+        defense: Name of the defense; ``None`` takes the first with a mask, or else the first that purifies.
+        existing: ``refuse`` to write anything where files exist; ``skip`` those that were made from the same image by
+            the same settings, which goes on after an interruption; ``replace`` those that were made here.
+        overlays: Write NAME.mask.png and NAME.overlay.png too.
+        classify: Also classify each image N times, and write ``predictions.csv``: the file, the class that most runs
+            agree on (of several the first), its name, its share of the runs, and the class of each run.
+        config: Is written beside the images as ``config.yaml``.
 
-        Args:
-            model: An evaluation, of whose defenses one is used.
-            datamodule: Its data, which is not read.
-            input: A folder of images at any depth, or one image. They are turned upright as their EXIF says, laid on
-                white where they are transparent, and brought to the classifier's size (the shorter side resized, the
-                center cropped) and channels. Hidden files do not count; files whose names end otherwise than images'
-                are left out and counted. A file that cannot be read stops none of the others, and is named at the end.
-            output: The folder to write; subfolders are kept.
-            defense: Name of the defense; ``None`` takes the first with a mask, or else the first that purifies.
-            existing: What becomes of files that are there: ``refuse`` to write anything; ``skip`` those that were made
-                from the same image by the same settings, which goes on after an interruption; ``replace`` those
-                that were made here.
-            overlays: Write NAME.mask.png and NAME.overlay.png too.
+    Returns:
+        Whether all files could be read.
 
-        Raises:
-            InputError: Nothing can be made of the input, or files are in the way.
-        """
-        self._purify(model, datamodule, input, output, defense, existing, overlays, classify=False)
-
-    def predict(  # type: ignore[override]
-        self,
-        model: L.LightningModule,
-        datamodule: L.LightningDataModule,
-        input: Path,
-        output: Path,
-        defense: str | None = None,
-        existing: Existing = "refuse",
-        overlays: bool = True,
-    ) -> None:
-        """Purifies images as ``purify`` does, classifies each N times, and writes ``predictions.csv``.
-
-        Its columns: the file, the class that most runs agree on (of several the first), its name where the data knows
-        names, its share of the runs, and the class of each run.
-
-        Args:
-            model: As for ``purify``; its ``runs`` are N.
-            datamodule: Its data, which knows the names of the classes.
-            input: As for ``purify``.
-            output: As for ``purify``.
-            defense: As for ``purify``.
-            existing: As for ``purify``.
-            overlays: As for ``purify``.
-        """
-        self._purify(model, datamodule, input, output, defense, existing, overlays, classify=True)
-
-    def _purify(
-        self,
-        model: L.LightningModule,
-        data: L.LightningDataModule,
-        folder: Path,
-        output: Path,
-        defense: str | None,
-        existing: Existing,
-        overlays: bool,
-        classify: bool,
-    ) -> None:
-        assert isinstance(model, RobustnessTask)
-        assert isinstance(data, ImageDataModule)
-        folder, output = Path(folder).expanduser(), Path(output).expanduser()
-        name = _choose(model, defense)
-        defended = model.defenses[name]
-        assert isinstance(defended, DefendedClassifier)
-        defended.purifier.check_image(torch.empty(1, model.classifier.channels, *2 * [model.classifier.size]))
-        runs = model.runs if classify else None
-        settings_sha256 = self._identity(model, name, runs)
-        jobs, left_out = plan(folder, output)
-        table = output / "predictions.csv"
-        finally_written = [output / "config.yaml", *([table] if classify else [])]
-        todo = left_to_do(jobs, finally_written, existing, settings_sha256)
-        if 0 < len(todo) < self.world_size:
-            raise InputError(f"{len(todo)} images are fewer than {self.world_size} processes: use fewer devices")
-        if self.is_global_zero:
-            others = f"; {len(left_out)} other files left out, such as {left_out[0]}" if left_out else ""
-            there = f", {len(jobs) - len(todo)} of them there already" if len(todo) < len(jobs) else ""
-            of = f" (of {', '.join(model.defenses)})" if defense is None and len(model.defenses) > 1 else ""
-            print(f"{len(jobs)} images of {folder}{there}{others}; defense {name}{of}", flush=True)
-        task = Purification(
-            defended, todo, runs, overlays, model.chunk, model.seed, settings_sha256, data.num_workers
-        ).eval()
-        try:
-            if todo:
-                L.Trainer.predict(self, task, return_predictions=False)
-        except SystemExit:
-            # Lightning's answer to an interruption.
-            if self.is_global_zero:
-                print(f"\n{output}: stopped; the same command with --existing skip goes on from here", flush=True)
-            raise
-        unreadable = task.unreadable
-        if len(unreadable) == len(jobs):
-            raise InputError(next(iter(unreadable.values())) + (f" ({len(jobs)} alike)" if len(jobs) > 1 else ""))
-        if self.is_global_zero:
-            self.unreadable = [unreadable[name] for name in sorted(unreadable)]
-            if classify:
-                _write_table(table, [job for job in jobs if job.name not in unreadable], _names(model, data))
-            print(f"Purified: {output}" + (f"\nPredictions: {table}" if classify else ""))
-            if unreadable:
-                print("\n".join((f"Not made, {len(unreadable)} of {len(jobs)}:", *self.unreadable)))
-
-    def _identity(self, model: RobustnessTask, defense: str, runs: int | None) -> str:
-        """Hash of all that a purified image, or its predictions, depend on beside the image."""
-        own = tuple(f"model.init_args.{part}." for part in ("classifier", "denoiser", f"defenses.{defense}"))
-        others = {"chunk": model.chunk, "seed": model.seed, "runs": runs, "precision": self.precision}
-        relevant = {key: value for key, value in self.settings.items() if key.startswith(own)}
-        return identity_sha256({**relevant, **others})
+    Raises:
+        InputError: Nothing can be made of the input, or files are in the way.
+    """
+    folder, output = folder.expanduser(), output.expanduser()
+    name = _choose(evaluator.defenses, defense)
+    defended = evaluator.defenses[name]
+    taker = defended.classifier
+    defended.purifier.check_image(torch.empty(1, taker.channels, taker.size, taker.size))
+    runs = evaluator.runs if classify else None
+    about = identity(classifier=taker, purifier=defended.purifier, data=data.resize)
+    settings = {**about, "chunk": evaluator.chunk, "seed": evaluator.seed, "runs": runs, "precision": trainer.precision}
+    settings_sha256 = identity_sha256(comparable(settings))
+    jobs, left_out = plan(folder, output)
+    table = output / "predictions.csv"
+    finally_written = [output / "config.yaml", *([table] if classify else [])]
+    todo = left_to_do(jobs, finally_written, existing, settings_sha256)
+    if 0 < len(todo) < trainer.world_size:
+        raise InputError(f"{len(todo)} images are fewer than {trainer.world_size} processes: use fewer devices")
+    if trainer.is_global_zero:
+        others = f"; {len(left_out)} other files left out, such as {left_out[0]}" if left_out else ""
+        there = f", {len(jobs) - len(todo)} of them exist already" if len(todo) < len(jobs) else ""
+        of = f" (of {', '.join(evaluator.defenses)})" if defense is None and len(evaluator.defenses) > 1 else ""
+        print(f"{len(jobs)} images of {folder}{there}{others}; defense {name}{of}", flush=True)
+        print(f"{taker.title}, images of {taker.size}x{taker.size} in {taker.channels} channels", flush=True)
+    task = Purification(defended, todo, runs, overlays, evaluator.chunk, evaluator.seed, settings_sha256, data).eval()
+    try:
+        if todo:
+            trainer.predict(task, return_predictions=False)
+    except SystemExit:
+        # Lightning's answer to an interruption.
+        if trainer.is_global_zero:
+            print(f"\n{output}: stopped; the same command with --existing skip goes on from here", flush=True)
+        raise
+    unreadable = task.unreadable
+    if len(unreadable) == len(jobs):
+        raise InputError(next(iter(unreadable.values())) + (f" ({len(jobs)} alike)" if len(jobs) > 1 else ""))
+    if trainer.is_global_zero:
+        if classify:
+            _write_table(table, [job for job in jobs if job.name not in unreadable], _names(taker, data))
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / "config.yaml", config)
+        print(f"Purified: {output}" + (f"\nPredictions: {table}" if classify else ""))
+        if unreadable:
+            reasons = (unreadable[name] for name in sorted(unreadable))
+            print("\n".join((f"Not made, {len(unreadable)} of {len(jobs)}:", *reasons)))
+    return not unreadable
 
 
-def _choose(model: RobustnessTask, name: str | None) -> str:
+def _choose(defenses: Mapping[str, DefendedClassifier], name: str | None) -> str:
     if name is None:
-        purifiers = {key: d.purifier for key, d in model.defenses.items() if isinstance(d, DefendedClassifier)}
-        purifying = [key for key, purifier in purifiers.items() if purifier.nfe]
+        purifying = [key for key, defended in defenses.items() if defended.purifier.nfe]
         if not purifying:
-            raise InputError(f"defenses: none of {', '.join(model.defenses)} purifies; add one, or name it: --defense")
-        return next((key for key in purifying if purifiers[key].mask is not None), purifying[0])
-    if name not in model.defenses:
-        raise InputError(f"--defense {name}: the configuration has {', '.join(model.defenses)}; name one of these")
+            raise InputError(f"defenses: none of {', '.join(defenses)} purifies: add one, or name it")
+        return next((key for key in purifying if defenses[key].purifier.mask is not None), purifying[0])
+    if name not in defenses:
+        raise InputError(f"defense {name}: the configuration has {', '.join(defenses)}; name one of these")
     return name
 
 
-def _names(model: RobustnessTask, data: ImageDataModule) -> Sequence[str] | None:
+def _names(classifier: Classifier, data: ImageDataModule) -> Sequence[str] | None:
     """Of the classes; ``None`` where the data is not at hand, or is not what the classifier was made for."""
     try:
-        model.classifier.check_classes(data.classes)
+        classifier.check_classes(data.classes)
     except (InputError, OSError) as error:
         print(f"classes are given by their numbers alone: {error}")
         return None
