@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import http.client
 import os
 import re
-import socket
 import string
 import sys
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
-from lit_purify.errors import InputError
+import torch
 
-_TIMEOUT = 30.0
-"""Seconds without a byte after which a connection counts as cut."""
-_RETRIES = 4
-"""Connections in a row that may bring nothing new, once one has brought something."""
-_PAUSE = 1.0
-"""Seconds before the first of them; each waits that much longer than the one before."""
-_BLOCK = 1 << 20
+from lit_purify.errors import InputError
 
 # Early repositories keep the scheduler's settings beside the network's.
 _MODEL = ["config.json", "scheduler_config.json", "scheduler/scheduler_config.json", "unet/config.json"]
@@ -82,11 +72,13 @@ def _from_web(address: str) -> Path:
         if path.is_file():
             return path
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".lock"):
-            # Another process may have finished while this one waited.
+        with (folder / ".lock").open("w") as lock:
+            # One process downloads, the others wait.
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.is_file():
-                _download(url, folder.name, folder / ".partial")
-                (folder / ".partial").replace(path)
+                for left in folder.glob("*.partial"):
+                    left.unlink()
+                _download(url, folder.name, path)
     except OSError as error:
         # Not of the network: those have become an InputError.
         raise InputError(
@@ -102,122 +94,32 @@ def _file_name(url: str) -> str:
     return re.sub(r"[^\w.+-]", "_", last).lstrip(".")[-100:] or "weights"
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock of a process that was killed is gone with it."""
-    with path.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Waiting for another process that downloads to {path.parent}", file=sys.stderr, flush=True)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
-
-
-def _download(url: str, sha256: str, partial: Path) -> None:
-    """Completes ``partial``, which an earlier call may have begun; leaves none of other content."""
-    resumed = _size(partial) > 0
-    _fetch(url, partial)
-    if resumed and _sha256(partial) != sha256:
-        # The file may have been another one then, or the machine went down before it was all on the disk.
-        partial.unlink()
-        _fetch(url, partial)
-    if (found := _sha256(partial)) != sha256:
-        with partial.open("rb") as stream:
-            page = stream.read(512).lstrip().startswith(b"<")
-        partial.unlink()
-        hint = "is it the file you mean, and whole? Nothing was kept"
-        if page:
-            hint = "it looks like an HTML page, not weights: give the address of the file itself"
-        raise InputError(f"{url}: has SHA-256 {found}, expected {sha256}; {hint}")
-
-
-class _InterruptedError(Exception):
-    """The network failed; the message says how."""
-
-
-def _fetch(url: str, partial: Path) -> None:
-    """Appends to ``partial`` what is missing, over as many connections as bring something new."""
-    # The first connection gets one try: where there is no network, waiting does not help.
-    best, left = _size(partial), 0
-    while True:
-        try:
-            return _append(url, partial)
-        except _InterruptedError as error:
-            size = _size(partial)
-            left = _RETRIES if size > best else left - 1
-            best = max(best, size)
-            if left < 0:
-                raise InputError(
-                    f"{url}: cannot be downloaded: {error}; is there a network? If not, fetch the file by hand and "
-                    "give its local path"
-                ) from error
-        time.sleep(_PAUSE * (1 + _RETRIES - left))
-
-
-def _append(url: str, partial: Path) -> None:
-    """One connection: asks for what follows the bytes that are there."""
-    start = _size(partial)
-    headers = {"User-Agent": "lit_purify"} | ({"Range": f"bytes={start}-"} if start else {})
+def _download(url: str, sha256: str, path: Path) -> None:
+    """Places the whole file, or nothing."""
+    print(f"Downloading {url} to {path.parent}", file=sys.stderr, flush=True)
+    # Spaces and letters beyond ASCII have to be escaped.
+    escaped = urllib.parse.quote(url, safe=string.punctuation)
+    by_hand = "fetch the file by hand and give its local path"
     try:
-        # Spaces and letters beyond ASCII have to be escaped.
-        request = urllib.request.Request(urllib.parse.quote(url, safe=string.punctuation), headers=headers)
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        torch.hub.download_url_to_file(escaped, str(path), sha256, progress=sys.stderr.isatty())
     except urllib.error.HTTPError as error:
-        if error.code == 416 and start:
-            return  # There is no more: the hash tells whether it is all.
-        raise InputError(
-            f"{url}: the server answered {error.code} {error.reason}; check the address, or fetch the file by hand "
-            "and give its local path"
-        ) from error
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _InterruptedError(_reason(error)) from error
-    with response:
-        if response.status != 206:
-            start = 0  # A server that knows no ranges sends everything again.
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            partial.unlink()  # A server that takes them otherwise is not asked for one.
-            return _append(url, partial)
-        total = None if response.length is None else start + response.length
-        size = f" ({total / 1e6:.1f} MB{f', {start / 1e6:.1f} MB are here' if start else ''})" if total else ""
-        print(f"Downloading {url}{size} to {partial.parent}", file=sys.stderr, flush=True)
-        with partial.open("ab" if start else "wb") as stream:
-            for block in _blocks(response):
-                stream.write(block)
-            stream.flush()
-            os.fsync(stream.fileno())
-    if total is not None and _size(partial) < total:
-        raise _InterruptedError(f"the connection was cut after {_size(partial)} of {total} bytes")
-
-
-def _blocks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """What arrives, as soon as it does; separates errors of the network from those of the disk."""
-    try:
-        while block := response.read1(_BLOCK):
-            yield block
-    except (OSError, http.client.HTTPException) as error:
-        raise _InterruptedError(_reason(error)) from error
+        reason = f"the server answered {error.code} {error.reason}; check the address, or {by_hand}"
+        raise InputError(f"{url}: {reason}") from error
+    except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
+        reason = f"cannot be downloaded: {_reason(error)}; is there a network? If not, {by_hand}"
+        raise InputError(f"{url}: {reason}") from error
+    except RuntimeError as error:
+        hint = "is it the file you mean, and whole? Nothing was kept"
+        with suppress(Exception), urllib.request.urlopen(escaped) as page:
+            if page.read(512).lstrip().startswith(b"<"):
+                hint = "it is an HTML page, not weights: give the address of the file itself"
+        raise InputError(f"{url}: {_reason(error)}; {hint}") from error
 
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
         error = error.reason
-    if isinstance(error, socket.gaierror):
-        return "the name of the host cannot be resolved"
-    if isinstance(error, TimeoutError):
-        return f"no answer within {_TIMEOUT:.0f} seconds"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _from_hub(address: str) -> Path:
@@ -232,6 +134,14 @@ def _from_hub(address: str) -> Path:
     # Takes a moment to import, and only those who name the hub need it.
     from huggingface_hub import errors, hf_hub_download, snapshot_download
 
+    # The first that fits: those that follow are more general.
+    reasons = (
+        (errors.GatedRepoError, "its terms have to be accepted on its page, after that log in with 'hf auth login'"),
+        (errors.RepositoryNotFoundError, "no such repository; if it is private, log in with 'hf auth login'"),
+        (errors.RevisionNotFoundError, f"the repository has no revision {revision}"),
+        (errors.LocalEntryNotFoundError, "not in the cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"),
+        (errors.EntryNotFoundError, f"the repository has no file {file}"),
+    )
     try:
         if file:
             return Path(hf_hub_download(repository, file, revision=revision))
@@ -241,29 +151,8 @@ def _from_hub(address: str) -> Path:
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_MODEL + names))
             if any((folder / name).is_file() for name in names):
                 return folder
-    except errors.GatedRepoError as error:
-        reason = f"is gated: accept its terms at https://huggingface.co/{repository} and log in with 'hf auth login'"
-        raise InputError(f"{address}: {reason}") from error
-    except errors.RepositoryNotFoundError as error:
-        reason = "no such repository; check organization and name, or log in with 'hf auth login' if it is private"
-        raise InputError(f"{address}: {reason}") from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(f"{address}: the repository has no revision {revision}; check what follows '@'") from error
-    except errors.LocalEntryNotFoundError as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, errors.OfflineModeIsEnabled):
-            reason = "HF_HUB_OFFLINE is set"
-        elif isinstance(cause, errors.HfHubHTTPError):
-            reason = f"the hub answered: {_reason(cause)}"
-        else:
-            reason = f"the hub cannot be reached ({_reason(cause)})"
-        raise InputError(
-            f"{address}: not in the cache, and {reason}; mend that, or fetch it by hand and give its local path"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise InputError(f"{address}: the repository has no file {file}; check what follows the name") from error
-    except Exception as error:  # of several HTTP libraries, as the hub's versions go
-        raise InputError(
-            f"{address}: cannot be fetched ({_reason(error)}); fetch it by hand and give its local path"
-        ) from error
+    # Of several HTTP libraries, as the hub's versions go.
+    except Exception as error:
+        reason = next((text for kind, text in reasons if isinstance(error, kind)), _reason(error))
+        raise InputError(f"{address}: {reason}; mend that, or fetch it by hand and give its local path") from error
     raise InputError(f"{address}: holds no diffusers UNet2DModel; name a file of it: {address.rstrip('/')}/FILE")
