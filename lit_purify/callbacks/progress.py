@@ -10,19 +10,16 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
+from lit_purify.evaluation import EvaluationListener, Record, RobustnessTask, View
 from lit_purify.evaluation.estimate import duration, gibibytes, peak_memory, work
-from lit_purify.evaluation.module import EvaluationListener, RobustnessTask, View
 from lit_purify.evaluation.own_images import Purification
-from lit_purify.evaluation.records import Record
-
-_SELDOM, _OFTEN = 600.0, 10.0
-"""Seconds after which a log gets a line in any case, and between two lines at least."""
 
 
 class Progress(Callback, EvaluationListener):
-    """What is done, running robust accuracy, time left, peak memory; of several processes, rank zero speaks for all.
+    """Shows running robust accuracy, time left and peak memory; of several processes, rank zero speaks for all.
 
-    Time left is told by the work that is left, a part of which is known by experience: defenses differ in cost.
+    The bar counts the cost of samples, in network calls, as defenses differ in cost. Without a terminal a line is
+    printed for every tenth of the cost.
     """
 
     bar: tqdm | None = None
@@ -32,31 +29,29 @@ class Progress(Callback, EvaluationListener):
     ) -> None:
         """Begins."""
         if batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, RobustnessTask):
+            evaluator, done = pl_module.evaluator, pl_module.ledger.done
+            self.cost = {(d["defense"], d["attack"]): work(d, evaluator.runs) for d in evaluator.describe()}
             samples = len(trainer.datamodule.evaluated)  # type: ignore[attr-defined]
-            described = pl_module.describe()
-            self.work = {(d["defense"], d["attack"]): work(d, pl_module.runs) for d in described}
-            total = samples * len(described)
-            left = 1.0 - pl_module.completed / total
-            self._begin(
-                "attacking", "samples x defenses", total, pl_module.completed, left * samples * sum(self.work.values())
-            )
+            left = samples * sum(self.cost.values()) - sum(self.cost[key[:2]] for key in done)
+            self._begin("attacking", left)
 
     def on_evaluated(
         self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
     ) -> None:
         """Counts records."""
-        if self.bar is not None:
-            pair = records[0].defense, records[0].attack
-            count = len(records) * trainer.world_size
-            accuracy = f"{' under '.join(pair)}: {100 * task.running(*pair):.1f} % robust"
-            self._advance(count, count * self.work[pair], accuracy, trainer)
+        pair = records[0].defense, records[0].attack
+        self._advance(
+            trainer,
+            len(records) * (self.cost[pair] if self.bar is not None else 0),
+            f"{' under '.join(pair)}: {100 * task.running(*pair):.1f} % robust, ",
+        )
 
     def on_predict_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Begins."""
         if batch_idx == 0 and trainer.is_global_zero and isinstance(pl_module, Purification):
-            self._begin("purifying", "images", len(pl_module.jobs), 0, len(pl_module.jobs))
+            self._begin("purifying", len(pl_module.jobs))
 
     def on_predict_batch_end(
         self,
@@ -68,9 +63,8 @@ class Progress(Callback, EvaluationListener):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts images."""
-        if self.bar is not None and isinstance(outputs, int):
-            count = outputs * trainer.world_size
-            self._advance(count, count, "", trainer)
+        if isinstance(outputs, int):
+            self._advance(trainer, outputs, "")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Closes the bar."""
@@ -81,44 +75,25 @@ class Progress(Callback, EvaluationListener):
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Closes the bar, so that what is said of the error gets a line of its own."""
+        """Closes the bar, so that an error message gets a line of its own."""
         self._close()
 
-    def _begin(self, verb: str, unit: str, total: int, done: int, left: float) -> None:
-        self.started = self.said = monotonic()
-        self.unit, self.left, self.spent = unit, left, 0.0
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            desc=verb,
-            file=sys.stderr,
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-            mininterval=0.0,
-            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} " + unit + "{postfix}",
-        )
-        self.done, self.said_at, self.total = done, done, total
+    def _begin(self, verb: str, total: int) -> None:
+        style = "{desc} |{bar}| {percentage:3.0f} % {postfix}"
+        self.bar, self.total, self.done, self.started = None, total, 0, monotonic()
+        self.bar = tqdm(total=total, desc=verb, bar_format=style, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
-    def _advance(self, count: int, spent: float, accuracy: str, trainer: L.Trainer) -> None:
-        assert self.bar is not None
-        now, before = monotonic(), self.done
-        self.done, self.spent = min(self.done + count, self.total), self.spent + spent
-        left = (now - self.started) * max(0.0, self.left - self.spent) / self.spent
-        said = [
-            accuracy,
-            f"{duration(left)} left",
-            f"peak memory {gibibytes(peak_memory(trainer.strategy.root_device))}",
-        ]
-        text = ", ".join(part for part in said if part)
+    def _advance(self, trainer: L.Trainer, cost: int, accuracy: str) -> None:
+        if self.bar is None:
+            return
+        before, self.done = self.done, min(self.total, self.done + cost * trainer.world_size)
+        left = (monotonic() - self.started) * (self.total - self.done) / max(1, self.done)
+        memory = gibibytes(peak_memory(trainer.strategy.root_device))
+        text = f"{accuracy}{duration(left)} left, peak memory {memory}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.done - before)
-        tenth = 10 * self.done // self.total > 10 * self.said_at // self.total
-        since = now - self.said
-        if self.bar.disable and (since >= _SELDOM or (tenth and since >= _OFTEN)):
-            self.said, self.said_at = now, self.done
-            print(
-                f"{100 * self.done // self.total} %: {self.done} of {self.total} {self.unit}, {text}", file=sys.stderr
-            )
+        if self.bar.disable and 10 * self.done // self.total > 10 * before // self.total:
+            print(f"{100 * self.done // self.total} %: {text}", file=sys.stderr)
 
     def _close(self) -> None:
         if self.bar is not None:

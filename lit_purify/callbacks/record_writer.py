@@ -43,11 +43,11 @@ class RecordWriter(Callback, EvaluationListener):
             if labels.get(record.index) != record.label:
                 raise InputError(
                     f"{folder.path} holds a record of sample {record.index} with label {record.label}, which these "
-                    "images do not have: choose another folder with --run"
+                    "images do not have: choose another run folder"
                 )
         pl_module.resume(records, count=trainer.is_global_zero)
         pairs = Counter(record.index for record in records)
-        data.finished = [index for index, found in pairs.items() if found == len(pl_module.pairs)]
+        data.finished = [index for index, found in pairs.items() if found == len(pl_module.evaluator.pairs)]
         self.stream = folder.open_part(trainer.global_rank)
         if records and trainer.is_global_zero:
             print(f"{folder.path}: goes on after {len(records)} records")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import sys
@@ -16,8 +17,9 @@ from lightning.fabric.loggers.logger import _DummyExperiment, rank_zero_experime
 from lightning.pytorch.loggers import WandbLogger
 
 from lit_purify.errors import InputError
-from lit_purify.evaluation.folder import RunFolder, identify
+from lit_purify.evaluation.folder import RunFolder
 from lit_purify.evaluation.records import write_whole
+from lit_purify.recorded import SHA256
 
 _REFUSED = re.compile(r'"level":"ERROR[^"]*","msg":"((?:filestream|file transfer|runfiles|runupserter): .*?)["\\]')
 """Uploads that a server has refused, in the log of wandb, which tells of them in no other way."""
@@ -183,5 +185,6 @@ def wandb_run(trainer: L.Trainer) -> WandbRun | None:
 def log_settings(logger: WandbRun, folder: RunFolder, facts: Mapping[str, Any]) -> None:
     """Makes the run's settings, the hashes of the files that they name, and facts the config of the W&B run."""
     settings = yaml.safe_load(folder.config.read_text())
-    hashes = {key: value for key, value in identify(settings).items() if key.endswith(" (sha256)")}
+    identity = json.loads(folder.identity.read_text()) if folder.identity.exists() else {}
+    hashes = {key: value for key, value in identity.items() if key.endswith(SHA256)}
     logger.experiment.config.update({**settings, "sha256": hashes, **facts}, allow_val_change=True)

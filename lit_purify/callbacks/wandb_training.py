@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_purify.callbacks.wandb_run import WandbRun, log_settings, wandb_run
 from lit_purify.evaluation.estimate import peak_memory
-from lit_purify.evaluation.folder import RunFolder, path_sha256
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.recorded import path_sha256
 from lit_purify.training import TrainingTask
 from lit_purify.training.export import Export
 

@@ -90,6 +90,8 @@ class Evaluation:
             inference_mode=False,
             use_distributed_sampler=False,
             enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
         )
 
     def device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ from lit_purify.models import Classifier, Denoiser
 
 _CLASS = {"class_path", "init_args", "dict_kwargs"}
 _LOADERS = {"denoiser": "lit_purify.models.load_denoiser", "classifier": "lit_purify.models.load_classifier"}
-_OWN = ("callbacks", "default_root_dir", "inference_mode", "use_distributed_sampler", "enable_checkpointing")
-"""Arguments of the trainer that an evaluation sets itself."""
+_TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "deterministic", "benchmark")
+"""Arguments of the trainer that mean something in an evaluation."""
 
 
 class Parser(ArgumentParser):
@@ -71,10 +72,10 @@ def evaluation_parser() -> Parser:
     parser.add_argument("--skip_lost", type=bool, default=False, help="Leave out what an earlier attack took entirely.")
     parser.add_argument("--gallery", type=int, default=12, help="Samples whose pictures are shown.")
     parser.add_argument("--data", type=ImageDataModule, required=True, help="The evaluated images.")
-    parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=set(_OWN))
+    others = set(inspect.signature(L.Trainer).parameters) - set(_TRAINER)
+    parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=others)
     parser.add_argument("--trainer.callbacks", type=list[L.Callback] | None, default=None, help="Callbacks of yours.")
     parser.set_defaults({"trainer.logger": {"class_path": f"{callbacks.__name__}.WandbRun"}})
-    parser.set_defaults({"trainer.enable_progress_bar": False, "trainer.enable_model_summary": False})
     return parser
 
 
