@@ -6,6 +6,7 @@ import atexit
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -39,3 +40,12 @@ def renew_store(rank: int) -> None:
         with socket.create_server(("", 0)) as free:
             agent.set(key, str(free.getsockname()[1]))
     os.environ |= {"MASTER_PORT": agent.get(key).decode(), shared: "False"}
+
+
+def stage_artifacts(folder: Path) -> None:
+    """Lets wandb stage tables and artifacts in the run's folder: HOME may be full or read-only.
+
+    No setting says where, only these variables.
+    """
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        os.environ.setdefault(name, str((folder / "wandb").resolve()))
