@@ -74,7 +74,7 @@ class _TrainingCLI(CommandLine):
             assert self.folder is not None
             if trainer.is_global_zero:
                 self.folder.lock()
-            self.folder.write_config(self.resolved, write=trainer.is_global_zero)
+                self.folder.write_config(self.resolved)
             self.running = True
 
         for logger in self.trainer.loggers:

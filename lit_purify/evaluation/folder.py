@@ -121,6 +121,11 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
+    def write_config(self, text: str) -> None:
+        """Writes the resolved configuration, YAML."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.config, text)
+
     def claim(self, identity: Mapping[str, Any], config: str | None, write: bool) -> None:
         """Makes the folder this run's own; a process that writes locks it before it looks at anything.
 
@@ -152,7 +157,7 @@ class RunFolder:
             )
         if write:
             if config is not None:
-                write_whole(self.config, config)
+                self.write_config(config)
             write_whole(self.identity, json.dumps(identity, indent=1))
 
     def _identity_before(self) -> dict[str, Any] | None:
