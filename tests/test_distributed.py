@@ -22,7 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lit_purify import cli
 from lit_purify.callbacks import RecordWriter
-from lit_purify.cli import base
+from lit_purify.cli import common as base
 from lit_purify.data import ImageFolder
 from lit_purify.data.claims import Claims
 from lit_purify.errors import INTERRUPTED, InputError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from lit_purify.cli.common import fail, guarded, helped, rank, unwrapped
 from lit_purify.cli.compare import compare
 from lit_purify.cli.help import EVALUATE
 from lit_purify.cli.messages import COMMANDS, check_configs
-from lit_purify.cli.settings import Parser, arguments, dump, evaluation_parser, run_folder
+from lit_purify.cli.settings import Parser, arguments, dump, evaluation_parser, launched, place_loggers, run_folder
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, RobustnessTask
@@ -81,7 +80,7 @@ class Evaluation:
         given = dict(self.trainer_arguments)
         own = given.pop("callbacks", None) or []
         renew_store(rank())
-        given |= _launched(given)
+        given |= launched(given)
         return L.Trainer(
             **given | ({} if logged else {"logger": False}),
             callbacks=[*callbacks, *own],
@@ -116,28 +115,11 @@ def _defense(name: str, make: Any, denoiser: Any) -> Any:  # noqa: ANN401
         raise
 
 
-def _launched(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Devices and strategy of processes that torchrun has started, where the settings leave them open."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world == 1 or "TORCHELASTIC_RUN_ID" not in os.environ or given.get("devices", "auto") != "auto":
-        return {}
-    strategy = given.get("strategy", "auto")
-    nodes = {"devices": local, "num_nodes": world // local, "strategy": "ddp" if strategy == "auto" else strategy}
-    return nodes | ({} if torch.cuda.is_available() else {"accelerator": "cpu"})
-
-
 def test(evaluation: Evaluation) -> None:
     """Attacks every defense, and writes records, summary and report."""
     callbacks = Stopping(), Gallery(), RecordWriter(), Progress(), Report(), WandbReport()
     # Pictures before records: a sample whose record exists is not shown again.
     trainer = evaluation.trainer(*callbacks, logged=True)
-    launched = int(os.environ.get("WORLD_SIZE", trainer.world_size))
-    if launched != trainer.world_size:
-        # Each would take itself for the only one.
-        raise InputError(
-            f"{launched} processes were started (WORLD_SIZE), the trainer has {trainer.world_size}: add "
-            f"--trainer.devices {launched} --trainer.strategy ddp (with several nodes --trainer.num_nodes)"
-        )
     first = trainer.is_global_zero
     if first:
         # The data may have to be fetched; the other processes look in their setup.
@@ -154,7 +136,7 @@ def estimate(evaluation: Evaluation) -> None:
     evaluation.prepare()
     folder, data = evaluation.folder, evaluation.data
     done = {record.key for record in folder.collect(write=False)}
-    given = {**evaluation.trainer_arguments, **_launched(evaluation.trainer_arguments)}
+    given = {**evaluation.trainer_arguments, **launched(evaluation.trainer_arguments)}
     devices, nodes = given.get("devices", 1), int(given.get("num_nodes") or 1)
     processes = nodes * (devices if isinstance(devices, int) and devices > 0 else 1)
     device = evaluation.device()
@@ -271,7 +253,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
         settings = parser.parse_args(arguments(given))
         folder = state.folder = RunFolder(run_folder(settings, command))
         config = dump(parser, settings, *_OPTIONS)
-        _place(settings, folder.path)
+        place_loggers(settings, folder.path)
         evaluation = Evaluation(settings, _made(parser, settings), config, folder)
         # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
         state.running = True
@@ -303,14 +285,6 @@ def _add_options(parser: Parser, command: str) -> None:
         add("--defense", type=str | None, default=None, help="Name of the defense (default: the first with a mask).")
         add("--existing", type=Existing, default="refuse", help="skip goes on, replace writes anew what was made here.")
         add("--overlays", type=bool, default=True, help="Write NAME.mask.png and NAME.overlay.png too.")
-
-
-def _place(settings: Namespace, folder: Path) -> None:
-    """Points loggers to the run's folder."""
-    loggers = settings.trainer.logger
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        if isinstance(logger, Namespace) and logger.init_args.get("save_dir") in (None, "."):
-            logger.init_args.save_dir = str(folder)
 
 
 def _made(parser: Parser, settings: Namespace) -> Namespace:

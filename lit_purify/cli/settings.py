@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,12 +44,18 @@ class Parser(ArgumentParser):
         fail(essence(message, self.configs))
 
 
-def evaluation_parser() -> Parser:
-    """The parser of all commands that evaluate."""
+def make_parser(program: str, description: str) -> Parser:
+    """A parser that reads configurations."""
     jsonargparse.set_loader("lit_purify", load, (yaml.YAMLError, InputError))
-    parser = Parser(prog="eval.py", parser_mode="lit_purify", description="Settings of an evaluation.")
+    parser = Parser(prog=program, parser_mode="lit_purify", description=description)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it replace its settings.")
     parser.add_argument("--run", type=Path | None, default=None, help="Run folder (default: runs/NAME_OF_CONFIG).")
+    return parser
+
+
+def evaluation_parser() -> Parser:
+    """The parser of all commands that evaluate."""
+    parser = make_parser("eval.py", "Settings of an evaluation.")
     parser.add_argument("--classifier", type=Classifier, required=True, help="The classifier: a path, or a class.")
     parser.add_argument(
         "--denoiser", type=Denoiser | None, default=None, help="The denoiser of all purifiers: a path, or a class."
@@ -153,3 +159,32 @@ def dump(parser: ArgumentParser, settings: Namespace, *left_out: str) -> str:
     stated = yaml.safe_load(parser.dump(settings, format="yaml", skip_validation=True))
     kept = {key: value for key, value in stated.items() if key not in ("config", "run", *left_out)}
     return yaml.safe_dump(kept, sort_keys=False)
+
+
+def place_loggers(settings: Namespace, folder: Path) -> None:
+    """Points loggers to the run's folder."""
+    loggers = settings.trainer.logger
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if isinstance(logger, Namespace) and logger.init_args.get("save_dir") in (None, "."):
+            logger.init_args.save_dir = str(folder)
+
+
+def launched(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Devices and strategy of processes that torchrun has started, where the settings leave them open.
+
+    Raises:
+        InputError: The settings name another number of processes: each would take itself for the only one.
+    """
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if world == 1:
+        return {}
+    devices, nodes = given.get("devices", "auto"), int(given.get("num_nodes") or 1)
+    if "TORCHELASTIC_RUN_ID" in os.environ and devices == "auto":
+        devices, nodes = local, world // local
+    if isinstance(devices, int) and devices * nodes != world:
+        raise InputError(
+            f"{world} processes were started (WORLD_SIZE), the trainer has {devices * nodes}: add --trainer.devices "
+            f"{local} (with several nodes --trainer.num_nodes)"
+        )
+    strategy = given.get("strategy", "auto")
+    return {"devices": devices, "num_nodes": nodes, "strategy": "ddp" if strategy == "auto" else strategy}

@@ -22,6 +22,24 @@ _KEY = "lit_purify"
 Network = TypeVar("Network", Classifier, Denoiser)
 
 
+def header(network: Classifier | Denoiser, info: dict[str, Any]) -> str:
+    """JSON of the class and the arguments that build a network.
+
+    Raises:
+        InputError: ``network`` is built from other objects, as a bare ``Classifier`` around any module.
+    """
+    kind = type(network)
+    # The weights of files are in this one.
+    arguments = {k: v for k, v in network.arguments.items() if not isinstance(v, Path) and k != "pretrained"}
+    content = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments, "info": info}
+    try:
+        return json.dumps(content)
+    except TypeError as error:
+        raise InputError(
+            f"{kind.__name__} is built from other objects, so no file can rebuild it: keep its state_dict"
+        ) from error
+
+
 def save_network(
     network: Classifier | Denoiser, path: Path, info: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
 ) -> None:
@@ -38,16 +56,7 @@ def save_network(
         InputError: ``network`` is built from other objects, as a bare ``Classifier`` around any module, or has weights
             that are NaN or infinite.
     """
-    kind = type(network)
-    # The weights of files are in this one.
-    arguments = {k: v for k, v in network.arguments.items() if not isinstance(v, Path) and k != "pretrained"}
-    header = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments, "info": info or {}}
-    try:
-        metadata = {_KEY: json.dumps(header)}
-    except TypeError as error:
-        raise InputError(
-            f"{kind.__name__} is built from other objects, so no file can rebuild it: keep its state_dict"
-        ) from error
+    metadata = {_KEY: header(network, info or {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     inner = network.network if isinstance(network, Classifier) else network

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_purify.errors import InputError
 from lit_purify.models import Classifier, Denoiser
-from lit_purify.models.files import save_network, saved_step
+from lit_purify.models.files import header, save_network, saved_step
 from lit_purify.training.task import TrainingTask
 
 
@@ -52,44 +52,29 @@ class Export(Callback):
         write_network(pl_module.network, path, self.half, info)
 
 
-class ExportingTrainer(L.Trainer):
-    """A trainer that can also write the network of a checkpoint."""
+def export_network(task: TrainingTask, path: Path, half: bool = False, checkpoint: Path | None = None) -> None:
+    """Writes a network with its configuration as safetensors.
 
-    def export(
-        self,
-        model: L.LightningModule,
-        datamodule: L.LightningDataModule | None = None,
-        output: Path | None = None,
-        half: bool = False,
-        ckpt_path: Path | None = None,
-        weights_only: bool | None = None,
-    ) -> None:
-        """Writes a network with its configuration as safetensors.
+    Args:
+        task: A training task.
+        path: The file.
+        half: Store 16-bit floats: half the size; they are read as float32.
+        checkpoint: A checkpoint of the training, whose weight average is taken if it has one; ``None`` writes the
+            network as it is configured: a public checkpoint, read and written.
 
-        Args:
-            model: A training task.
-            datamodule: Not used.
-            output: The file; ``None`` writes ``model.safetensors`` in the run's folder.
-            half: Store 16-bit floats: half the size; they are read as float32.
-            ckpt_path: A checkpoint of the training, whose weight average is taken if it has one; ``None`` writes the
-                network as it is configured: a public checkpoint, read and written.
-            weights_only: Not used; of checkpoints only tensors are read.
-        """
-        if not isinstance(model, TrainingTask):
-            raise InputError(f"{type(model).__name__} trains no network that could be exported")
-        check_export(model.network, output)
-        info: dict[str, Any] = {"origin": model.network.origin}
-        if ckpt_path is not None:
-            info |= {"step": _take_up(model, ckpt_path), **model.facts}
-        if self.is_global_zero:
-            write_network(model.network, output or Path(self.default_root_dir) / "model.safetensors", half, info)
+    Raises:
+        InputError: The network cannot be written there.
+    """
+    check_export(task.network, path)
+    info: dict[str, Any] = {"origin": task.network.origin}
+    if checkpoint is not None:
+        info |= {"step": _take_up(task, checkpoint), **task.facts}
+    write_network(task.network, path, half, info)
 
 
 def check_export(network: Classifier | Denoiser, path: Path | None) -> None:
     """Raises an ``InputError`` when ``network`` cannot be written to ``path``."""
-    if not getattr(network, "config", None):
-        kind = type(network).__name__
-        raise InputError(f"{kind} has no config that rebuilds it, so no file can hold it: leave Export out")
+    header(network, {})
     if path is not None and path.suffix != ".safetensors":
         raise InputError(f"{path}: networks are written as safetensors: let the name end in .safetensors")
 
