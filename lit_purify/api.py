@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from lit_purify.checks.audit import audit_attack
 from lit_purify.checks.findings import Findings
 from lit_purify.checks.gradcheck import check_gradients
 from lit_purify.data.base import ImageDataset
-from lit_purify.data.subset import subset_sha256
 from lit_purify.defense import Exact, Gradient, Purifier, Trace, defend
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, Ledger, Record, View
@@ -175,7 +173,7 @@ def evaluate(
                 if stream is not None:
                     append_records(stream, found)
                 records += found
-        facts = describe_data(evaluator, data, "images", "test") | {"files": file_hashes(about)}
+        facts = evaluator.facts(data, "images", "test") | {"files": file_hashes(about)}
         summary = summarize(records, evaluator.describe(), facts, evaluator.baseline)
         result = Result(summary, records, about, views)
         if home is not None:
@@ -208,24 +206,6 @@ def _evaluated(
             for records, views in evaluator.evaluate(batch, ledger, shown):
                 yield records, views
                 bar.update(cost[records[0].defense, records[0].attack] * len(records))
-
-
-def describe_data(evaluator: Evaluator, data: ImageDataset, name: str, split: str) -> dict[str, Any]:
-    """What a summary states of a whole evaluation."""
-    denoisers = {d.purifier.denoiser.title for d in evaluator.defenses.values() if d.purifier.nfe}
-    return {
-        "dataset": name,
-        "split": split,
-        "classes": list(data.classes),
-        "samples": len(data),
-        "subset_sha256": subset_sha256(data.positions),
-        "seed": evaluator.seed,
-        "runs": evaluator.runs,
-        "chunk": evaluator.chunk,
-        "classifier": evaluator.classifier.title,
-        "denoiser": ", ".join(sorted(denoisers)) or "none",
-        "versions": {name: version(name) for name in ("torch", "lightning")},
-    }
 
 
 def gradcheck(

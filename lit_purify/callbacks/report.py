@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lit_purify.api import describe_data
 from lit_purify.errors import InputError
 from lit_purify.evaluation import RobustnessTask
 from lit_purify.evaluation.folder import RunFolder, file_hashes
@@ -41,7 +40,7 @@ class Report(Callback):
                 "run the same command again to go on"
             )
         used = [record for record in records if record.key in wanted]
-        facts = describe_data(evaluator, data.evaluated, data.name, data.evaluate_on)
+        facts = evaluator.facts(data.evaluated, data.name, data.evaluate_on)
         facts["files"] = file_hashes(json.loads(folder.identity.read_text()))
         facts["smaller_chunks"] = dict(Counter(record.chunk for record in used if record.chunk is not None))
         summary = summarize(used, evaluator.describe(), facts, evaluator.baseline)

@@ -60,7 +60,7 @@ def _check(settings: Namespace, command: str, folder: RunFolder) -> None:
     last, given = folder.path / "checkpoints" / "last.ckpt", settings.ckpt_path
     if command == "fit" and given is None and last.is_file():
         raise InputError(
-            f"{folder.path} holds a training already: go on with --ckpt_path {last}, or choose another folder with --run"
+            f"{folder.path} holds a training already: go on with --ckpt_path last, or choose another folder with --run"
         )
     if given is not None and str(given) == "last":
         settings.ckpt_path = last if last.is_file() else None

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_purify.attacks import Attack
 from lit_purify.data.base import Batch, ImageDataset
+from lit_purify.data.subset import subset_sha256
 from lit_purify.defense import Attacked, BareClassifier, Exact, Gradient, Purifier, defend
 from lit_purify.errors import InputError
 from lit_purify.evaluation.records import Key, Record
@@ -180,6 +182,29 @@ class Evaluator(nn.Module):
                 }
             )
         return described
+
+    def facts(self, data: ImageDataset, name: str, split: str) -> dict[str, Any]:
+        """What a summary states of a whole evaluation.
+
+        Args:
+            data: The evaluated samples.
+            name: Name of the dataset.
+            split: Name of the split.
+        """
+        denoisers = {d.purifier.denoiser.title for d in self.defenses.values() if d.purifier.nfe}
+        return {
+            "dataset": name,
+            "split": split,
+            "classes": list(data.classes),
+            "samples": len(data),
+            "subset_sha256": subset_sha256(data.positions),
+            "seed": self.seed,
+            "runs": self.runs,
+            "chunk": self.chunk,
+            "classifier": self.classifier.title,
+            "denoiser": ", ".join(sorted(denoisers)) or "none",
+            "versions": {package: version(package) for package in ("torch", "lightning")},
+        }
 
     def check(self, data: ImageDataset) -> None:
         """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
