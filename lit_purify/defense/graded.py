@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lit_purify.defense.masks import Mask
+from lit_purify.defense.masks import Mask, SaliencyMask, Wrapped
 from lit_purify.errors import InputError
-from lit_purify.functional import mask as F
 from lit_purify.functional.levels import MAX_DISTINCT
 from lit_purify.functional.noise import Noise
 from lit_purify.models import Classifier
@@ -42,32 +41,25 @@ class Votes(Mask):
         return _mean([rule.relaxed(classifier, image, noise, temperature) for rule in self.rules])
 
 
-class Proportional(Mask):
-    """The saliency itself: max_m G_m, each G_m scaled to [0, 1], rounded to {0, 1/L, .., 1}.
+class Proportional(SaliencyMask):
+    """The saliency itself: max_m G_m, each G_m scaled to [0, 1], rounded to {0, 1/L, .., 1}; relaxed, not rounded.
 
     Args:
         grades: L.
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = of_image = True
-
     def __init__(self, grades: int, power: float = 2.0) -> None:
         _check_grades(grades)
         self.grades, self.power = grades, power
 
-    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """See ``Mask``."""
-        return (self.relaxed(classifier, image, noise, 0.0) * self.grades).round() / self.grades
-
-    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
-        """Before the rounding, at any temperature."""
-        size = (image.shape[-2], image.shape[-1])
-        maps = F.saliency(classifier.features(image), size, self.power)
-        return F.minmax_normalize(maps).amax(dim=1, keepdim=True)
+    def cut(self, maps: Tensor, temperature: float | None) -> Tensor:
+        """See ``SaliencyMask``."""
+        highest = maps.amax(dim=1, keepdim=True)
+        return (highest * self.grades).round() / self.grades if temperature is None else highest
 
 
-class OtherAttention(Mask):
+class OtherAttention(Wrapped):
     """A rule that looks at the attention of another classifier than the defended one.
 
     Args:
@@ -76,16 +68,16 @@ class OtherAttention(Mask):
     """
 
     def __init__(self, of: Mask, network: Classifier) -> None:
-        self.of, self.network = of, network.requires_grad_(False)
-        self.grades, self.relaxable, self.of_image = of.grades, of.relaxable, of.of_image
+        super().__init__(of)
+        self.network = network.requires_grad_(False)
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
-        return self.of.build(self._at(image), image, noise)
+        return super().build(self._at(image), image, noise)
 
     def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
         """See ``Mask``."""
-        return self.of.relaxed(self._at(image), image, noise, temperature)
+        return super().relaxed(self._at(image), image, noise, temperature)
 
     def _at(self, image: Tensor) -> Classifier:
         """A rule is no module: nobody else moves its network."""

@@ -117,21 +117,6 @@ class HeterogeneousPurifier(Purifier):
             x = self.calling(last=s == self.lower[-1]).ddim(x, t, s)
         return Trace(to_image(x), to_image(start), mask)
 
-    def with_steps(self, steps: int) -> HeterogeneousPurifier:
-        """See ``Purifier``; resampling stays as it is."""
-        return type(self)(
-            self.denoiser,
-            self.mask,
-            self.high,
-            self.low,
-            steps,
-            self.resampling,
-            self.jump,
-            self.resampling_steps,
-            self.end,
-            self.recompute,
-        )
-
     @property
     def start(self) -> list[int]:
         """On the mask and elsewhere."""
@@ -221,10 +206,6 @@ class VariableIntensityPurifier(Purifier):
             eps = self.calling(last=k == self.steps - 1).predict(x, LevelMap(levels, nearest))
             x = blend([step_back(x, eps, at(walk[k]), at(walk[k + 1])) for walk in walks])
         return Trace(to_image(x), to_image(start), mask)
-
-    def with_steps(self, steps: int) -> VariableIntensityPurifier:
-        """See ``Purifier``."""
-        return type(self)(self.denoiser, self.mask, self.high, self.low, steps, self.recompute)
 
     @property
     def start(self) -> list[int]:

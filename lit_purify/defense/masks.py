@@ -59,32 +59,34 @@ class Mask(Recorded, ABC):
         return self(classifier, image, noise)
 
 
-class SoftmaxThreshold(Mask):
-    """The paper's rule: M = union_m [softmax(G_m) > tau] (Pei et al. 2025, section 3.2).
-
-    A softmax over all pixels sums to 1, so ``tau`` is of the order of 1 / (H W).
-
-    Args:
-        tau: Threshold in (0, 1).
-        power: p of G_m = sum_c |A_m,c|^p.
-    """
+class SaliencyMask(Mask):
+    """A rule that cuts the normalized attention maps G_m = sum_c |A_m,c|^p of the classifier's blocks."""
 
     relaxable = of_image = True
+    power: float
 
-    def __init__(self, tau: float, power: float = 2.0) -> None:
-        self.tau, self.power = _fraction("tau", tau), power
+    def maps(self, classifier: Classifier, image: Tensor) -> Tensor:
+        """Normalized maps (B, K, H, W): each G_m scaled to [0, 1]."""
+        return F.minmax_normalize(self.saliency(classifier, image))
+
+    def saliency(self, classifier: Classifier, image: Tensor) -> Tensor:
+        """The maps G_m, (B, K, H, W)."""
+        return F.saliency(classifier.features(image), (image.shape[-2], image.shape[-1]), self.power)
+
+    @abstractmethod
+    def cut(self, maps: Tensor, temperature: float | None) -> Tensor:
+        """The mask (B, 1, H, W) of normalized maps; with a temperature, sigmoids stand for thresholds."""
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
-        return F.threshold_union(F.softmax_normalize(_saliency(classifier, image, self.power)), self.tau)
+        return self.cut(self.maps(classifier, image), None)
 
     def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
-        """See ``Mask``; the maps are of the order of ``tau``, and so is the width: ``temperature * tau``."""
-        maps = F.softmax_normalize(_saliency(classifier, image, self.power))
-        return F.soft_threshold_union(maps, self.tau, temperature * self.tau)
+        """See ``Mask``."""
+        return self.cut(self.maps(classifier, image), temperature)
 
 
-class MinMaxThreshold(Mask):
+class MinMaxThreshold(SaliencyMask):
     """The released code's rule on CIFAR-10: every G_m scaled to [0, 1], then M = union_m [G_m > tau].
 
     Args:
@@ -92,22 +94,40 @@ class MinMaxThreshold(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = of_image = True
-
     def __init__(self, tau: float = 0.9, power: float = 2.0) -> None:
         self.tau, self.power = _fraction("tau", tau), power
 
-    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """See ``Mask``."""
-        return F.threshold_union(F.minmax_normalize(_saliency(classifier, image, self.power)), self.tau)
-
-    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
-        """See ``Mask``."""
-        maps = F.minmax_normalize(_saliency(classifier, image, self.power))
+    def cut(self, maps: Tensor, temperature: float | None) -> Tensor:
+        """See ``SaliencyMask``."""
+        if temperature is None:
+            return F.threshold_union(maps, self.tau)
         return F.soft_threshold_union(maps, self.tau, temperature)
 
 
-class TopFraction(Mask):
+class SoftmaxThreshold(MinMaxThreshold):
+    """The paper's rule: M = union_m [softmax(G_m) > tau] (Pei et al. 2025, section 3.2).
+
+    A softmax over all pixels sums to 1, so ``tau`` is of the order of 1 / (H W), and so is the width of the relaxed
+    mask's sigmoids: ``temperature * tau``.
+
+    Args:
+        tau: Threshold in (0, 1).
+        power: p of G_m = sum_c |A_m,c|^p.
+    """
+
+    def __init__(self, tau: float, power: float = 2.0) -> None:
+        super().__init__(tau, power)
+
+    def maps(self, classifier: Classifier, image: Tensor) -> Tensor:
+        """Softmax of each G_m over all pixels."""
+        return F.softmax_normalize(self.saliency(classifier, image))
+
+    def cut(self, maps: Tensor, temperature: float | None) -> Tensor:
+        """See ``SaliencyMask``."""
+        return super().cut(maps, None if temperature is None else temperature * self.tau)
+
+
+class TopFraction(SaliencyMask):
     """The released code's rule on ImageNet: the top fraction of max_m G_m, each G_m scaled to [0, 1].
 
     Args:
@@ -115,18 +135,13 @@ class TopFraction(Mask):
         power: p of G_m = sum_c |A_m,c|^p.
     """
 
-    relaxable = of_image = True
-
     def __init__(self, fraction: float = 0.15, power: float = 2.0) -> None:
         self.fraction, self.power = _fraction("fraction", fraction), power
 
-    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """See ``Mask``."""
-        return F.top_fraction(F.minmax_normalize(_saliency(classifier, image, self.power)), self.fraction)
-
-    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
-        """See ``Mask``."""
-        maps = F.minmax_normalize(_saliency(classifier, image, self.power))
+    def cut(self, maps: Tensor, temperature: float | None) -> Tensor:
+        """See ``SaliencyMask``."""
+        if temperature is None:
+            return F.top_fraction(maps, self.fraction)
         return F.soft_top_fraction(maps, self.fraction, temperature)
 
 
@@ -168,51 +183,50 @@ class RandomArea(Mask):
         return F.top_count(noise.uniform(MASK_STEP, image[:, :1]), count)
 
 
-class Inverse(Mask):
-    """What another rule leaves out.
+class Wrapped(Mask):
+    """Another rule, with the image changed before it or the mask after it.
 
     Args:
         of: The other rule.
     """
 
     def __init__(self, of: Mask) -> None:
-        self.of, self.grades = of, of.grades
-        self.relaxable, self.of_image = of.relaxable, of.of_image
+        self.of, self.grades, self.relaxable, self.of_image = of, of.grades, of.relaxable, of.of_image
+
+    def before(self, image: Tensor) -> Tensor:
+        """The image (B, C, H, W) that the other rule sees."""
+        return image
+
+    def after(self, mask: Tensor) -> Tensor:
+        """The mask (B, 1, H, W) from that of the other rule."""
+        return mask
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
-        return 1.0 - self.of.build(classifier, image, noise)
+        return self.after(self.of.build(classifier, self.before(image), noise))
 
     def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
         """See ``Mask``."""
-        return 1.0 - self.of.relaxed(classifier, image, noise, temperature)
+        return self.after(self.of.relaxed(classifier, self.before(image), noise, temperature))
 
 
-class Rolled(Mask):
-    """Another rule's mask moved by half the image, around the border: its shape, where the classifier looks away.
+class Inverse(Wrapped):
+    """What another rule leaves out."""
 
-    Args:
-        of: The other rule.
-    """
+    def after(self, mask: Tensor) -> Tensor:
+        """Ones for zeros."""
+        return 1.0 - mask
 
-    def __init__(self, of: Mask) -> None:
-        self.of, self.grades = of, of.grades
-        self.relaxable, self.of_image = of.relaxable, of.of_image
 
-    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """See ``Mask``."""
-        return self._moved(self.of.build(classifier, image, noise))
+class Rolled(Wrapped):
+    """Another rule's mask moved by half the image, around the border: its shape, where the classifier looks away."""
 
-    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
-        """See ``Mask``."""
-        return self._moved(self.of.relaxed(classifier, image, noise, temperature))
-
-    @staticmethod
-    def _moved(mask: Tensor) -> Tensor:
+    def after(self, mask: Tensor) -> Tensor:
+        """Moved by half the height and width."""
         return mask.roll((mask.shape[-2] // 2, mask.shape[-1] // 2), dims=(-2, -1))
 
 
-class Renormalized(Mask):
+class Renormalized(Wrapped):
     """Another rule, to which the classifier is shown (image - mean) / std in place of the image.
 
     The released code of Pei et al. (2025) makes its masks from u = 2 image - 1, normalized by ImageNet's mean m and
@@ -227,24 +241,17 @@ class Renormalized(Mask):
     def __init__(self, of: Mask, mean: Sequence[float], std: Sequence[float]) -> None:
         if not all(value > 0.0 for value in std):
             raise InputError(f"std = {list(std)}: use numbers above 0")
-        self.of, self.mean, self.std = of, list(mean), list(std)
-        self.relaxable, self.grades, self.of_image = of.relaxable, of.grades, of.of_image
+        super().__init__(of)
+        self.mean, self.std = list(mean), list(std)
 
-    def _shown(self, image: Tensor) -> Tensor:
+    def before(self, image: Tensor) -> Tensor:
+        """(image - mean) / std."""
         # Filled, not copied: a GPU would have to be waited for.
         mean, std = (
             torch.cat([image.new_full((1, 1, 1, 1), value) for value in values], dim=1)
             for values in (self.mean, self.std)
         )
         return (image - mean) / std
-
-    def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """See ``Mask``."""
-        return self.of.build(classifier, self._shown(image), noise)
-
-    def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
-        """See ``Mask``."""
-        return self.of.relaxed(classifier, self._shown(image), noise, temperature)
 
 
 class Relaxed(Mask):
@@ -276,11 +283,6 @@ class Relaxed(Mask):
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         return self(classifier, image, noise)
-
-
-def _saliency(classifier: Classifier, image: Tensor, power: float) -> Tensor:
-    size = (image.shape[-2], image.shape[-1])
-    return F.saliency(classifier.features(image), size, power)
 
 
 def _fraction(name: str, value: float) -> float:

@@ -7,7 +7,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -93,13 +93,17 @@ class Purifier(Recorded, nn.Module, ABC):
         """The levels that the image is noised to, strongest first, after rounding."""
         return self.levels[:1]
 
-    def with_steps(self, steps: int) -> Purifier:
+    def with_steps(self, steps: int) -> Self:
         """The same purifier, of the same networks, in another number of steps.
 
         Raises:
-            InputError: There is none.
+            InputError: It has no argument ``steps``.
         """
-        raise InputError(f"{type(self).__name__} has no version with other steps: use Exact or BPDA")
+        if "steps" not in self.arguments:
+            raise InputError(f"{type(self).__name__} has no version with other steps: use Exact or BPDA")
+        # A view may have a rule of its own.
+        kept: dict[str, Any] = {name: getattr(self, name) for name in ("mask", "recompute") if name in self.arguments}
+        return type(self)(**{**self.arguments, **kept, "steps": steps})
 
     def with_mask(self, mask: Mask) -> Self:
         """The same purifier, of the same networks, steered by another rule."""
@@ -158,7 +162,7 @@ class NoPurifier(Purifier):
         """No network call."""
         return 0
 
-    def with_steps(self, steps: int) -> NoPurifier:
+    def with_steps(self, steps: int) -> Self:
         """Itself: there are no steps."""
         return self
 
@@ -215,11 +219,10 @@ class GradualPurifier(Purifier):
                     x = euler_back(x, eps, at(t), at(s), noise.normal(drawn, x))
         return Trace(to_image(x), to_image(start))
 
-    def with_steps(self, steps: int) -> GradualPurifier:
+    def with_steps(self, steps: int) -> Self:
         """See ``Purifier``; so many in each round."""
-        level = [grid_[0] for grid_ in self.grids]
-        counts = [steps] * len(level)
-        return GradualPurifier(self.denoiser, level, counts, self.sampler, self.recompute)
+        counts: Any = [steps] * len(self.grids) if isinstance(self.arguments["steps"], Sequence) else steps
+        return super().with_steps(counts)
 
     @property
     def levels(self) -> list[int]:
@@ -258,10 +261,6 @@ class UniformPurifier(GradualPurifier):
         recompute: bool = True,
     ) -> None:
         super().__init__(denoiser, [level], [steps], sampler, recompute)
-
-    def with_steps(self, steps: int) -> UniformPurifier:
-        """See ``Purifier``."""
-        return type(self)(self.denoiser, self.start[0], steps, self.sampler, self.recompute)
 
 
 def positive(name: str, value: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Self
 
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -39,15 +40,15 @@ class ResizedPurifier(Purifier):
         purified, noised = (_bilinear(x, image.shape[-1]) for x in (trace.purified, trace.noised))
         return Trace(purified, noised, mask)
 
-    def with_steps(self, steps: int) -> ResizedPurifier:
+    def with_steps(self, steps: int) -> Self:
         """See ``Purifier``."""
         return self._with(purifier=self.purifier.with_steps(steps))
 
-    def without_recomputation(self) -> ResizedPurifier:
+    def without_recomputation(self) -> Self:
         """See ``Purifier``."""
         return self._with(purifier=self.purifier.without_recomputation())
 
-    def with_mask(self, mask: Mask) -> ResizedPurifier:
+    def with_mask(self, mask: Mask) -> Self:
         """See ``Purifier``."""
         return self._with(purifier=self.purifier.with_mask(mask), mask=mask)
 
