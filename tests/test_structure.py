@@ -1,20 +1,33 @@
-"""The shape of the library: who may import whom."""
+"""The shape of the library: who may import whom, and how large each room may be."""
 
 import ast
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lit_purify"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
+BUDGETS = {
+    "functional": 1300,
+    "models": 2200,
+    "defense": 1500,
+    "attacks": 1200,
+    "data": 850,
+    "evaluation": 1500,
+    "checks": 800,
+    "training": 750,
+    "report": 1000,
+    "callbacks": 600,
+    "cli": 650,
+}
+"""Lines of each room at most; the whole library has 12,400, the tests have 12,500."""
 _BASE = {"errors", "recorded", "functional"}
-_EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation", "private"}
+_EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
+_ALL = _EVALUATED | {"checks", "training", "report", "callbacks", "private", "api"}
 ALLOWED = {
     "errors": set(),
-    "private": {"errors"},
+    "private": set(),
     "recorded": {"errors"},
     "functional": {"errors"},
     "models": _BASE,
@@ -23,14 +36,16 @@ ALLOWED = {
     "data": _BASE | {"models", "private"},
     "evaluation": _EVALUATED,
     "checks": _EVALUATED,
-    "training": _EVALUATED,
+    "training": _EVALUATED | {"private"},
     "report": _EVALUATED,
-    "callbacks": _EVALUATED | {"checks", "training", "report"},
-    "cli": _EVALUATED | {"checks", "training", "report", "callbacks"},
+    "callbacks": _EVALUATED | {"checks", "training", "report", "private"},
+    "api": _EVALUATED | {"checks", "report"},
+    "__init__": {"api", "attacks", "defense", "models"},
+    "cli": _ALL,
 }
 """What each room may import of the others; imports go down only."""
 FOREIGN = {
-    "lightning": {"data", "evaluation", "checks", "training", "callbacks", "cli", "private"},
+    "lightning": {"data", "evaluation", "training", "callbacks", "cli", "private"},
     "wandb": {"callbacks", "private"},
     "timm": {"models"},
     "matplotlib": {"report"},
@@ -57,21 +72,27 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_go_down_only(path):
-    own = part(path)
-    for name in imports(path):
-        words = name.split(".")
-        if words[0] == "lit_purify" and words[1] != "__version__":
-            assert words[1] == own or words[1] in ALLOWED[own], f"{own} imports {words[1]}"
-        if words[0] in FOREIGN:
-            assert own in FOREIGN[words[0]], f"{own} imports {words[0]}"
+def test_imports_go_down_only():
+    for path in FILES:
+        own = part(path)
+        for name in imports(path):
+            words = name.split(".")
+            if words[0] == "lit_purify" and words[1] != "__version__":
+                assert words[1] == own or words[1] in ALLOWED[own], f"{path} imports {words[1]}"
+            if words[0] in FOREIGN:
+                assert own in FOREIGN[words[0]], f"{path} imports {words[0]}"
         # Where downloads are kept belongs to the machine, not to a run.
         if re.search(r"\benviron\b|getenv|sys\.argv", path.read_text()) and path.name != "sources.py":
-            assert own in ("cli", "private"), f"{own} reads arguments or the environment"
+            assert own in ("cli", "private"), f"{path} reads arguments or the environment"
 
 
-def test_files_stay_small():
-    lines = {path: len(path.read_text().splitlines()) for path in FILES}
-    assert max(lines.values()) <= 400
+def lines(folder):
+    return sum(len(path.read_text().splitlines()) for path in folder.rglob("*.py"))
+
+
+def test_the_house_stays_small():
+    assert {room: lines(PACKAGE / room) for room, most in BUDGETS.items() if lines(PACKAGE / room) > most} == {}
+    assert lines(PACKAGE) <= 12_400
+    assert lines(ROOT / "tests") <= 12_500
+    assert max(len(path.read_text().splitlines()) for path in FILES) <= 400
     assert all(len((ROOT / name).read_text().splitlines()) <= 15 for name in ("train.py", "eval.py"))
