@@ -20,7 +20,7 @@ from lit_purify.data.subset import subset_sha256
 from lit_purify.defense import Attacked, BareClassifier, Exact, Gradient, Purifier, defend
 from lit_purify.errors import InputError
 from lit_purify.evaluation.records import Key, Record
-from lit_purify.functional.chunks import fitting, logits_in_chunks
+from lit_purify.functional.chunks import logits_in_chunks, out_of_memory
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.functional.threat import l2_norm, linf_norm
 from lit_purify.models import Classifier
@@ -257,17 +257,24 @@ class Evaluator(nn.Module):
     def _fitted(
         self, defense: str, attack: str, batch: Batch, ledger: Ledger, transferred: dict[Any, Tensor], shown: set[int]
     ) -> tuple[list[Record], list[View]]:
-        """In chunks that fit into memory."""
-        size = ledger.chunk or self.chunk
-        found, fitted = fitting(lambda n: self._evaluate(defense, attack, batch, ledger, transferred, shown, n), size)
-        if fitted != size:
+        """In chunks that fit into memory: where it runs out, with half the rows."""
+        while True:
+            size = ledger.chunk = ledger.chunk or self.chunk
+            try:
+                return self._evaluate(defense, attack, batch, ledger, transferred, shown, size)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            # Here what the error held is free.
+            torch.cuda.empty_cache()
+            if size == 1:
+                raise InputError("out of memory with chunk = 1: use smaller batches, or a larger device")
+            ledger.chunk = size // 2
             print(
                 f"warning: out of memory with chunks of {size} rows: {defense} under {attack} and what follows on this "
-                f"process has {fitted}, and equals other results up to rounding only",
+                f"process has {ledger.chunk}, and equals other results up to rounding only",
                 file=sys.stderr,
             )
-        ledger.chunk = fitted
-        return found
 
     def _evaluate(
         self,

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_purify.errors import InputError
 from lit_purify.functional.noise import Noise
-
-T = TypeVar("T")
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, classes), label (B, ...)) -> loss of each sample (B,), which the attacker raises."""
@@ -58,26 +55,8 @@ def chunks(count: int, size: int, device: torch.device) -> Iterator[tuple[Tensor
         yield rows, min(size, count - start)
 
 
-def fitting(compute: Callable[[int], T], size: int) -> tuple[T, int]:
-    """``compute(size)``, repeated with half the size while memory runs out; also the size that fitted.
-
-    Raises:
-        InputError: Memory runs out even with chunks of one row.
-    """
-    while True:
-        try:
-            return compute(size), size
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-        # Here what the error held is free.
-        torch.cuda.empty_cache()
-        if size == 1:
-            raise InputError("out of memory with chunk = 1: use smaller batches, or a larger device")
-        size //= 2
-
-
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether a computation failed because memory ran out."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
