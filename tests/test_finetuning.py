@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from test_wandb import transactions
 from wandb.proto import wandb_internal_pb2
 
-from lit_purify.callbacks import Export, Previews
 from lit_purify.cli import train
 from lit_purify.data import Digits
 from lit_purify.data.subset import Balanced
@@ -30,7 +29,7 @@ from lit_purify.defense import HeterogeneousPurifier, TopFraction, UniformPurifi
 from lit_purify.errors import InputError
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.models import Classifier, ResNetClassifier, UNet, load_classifier, load_denoiser
-from lit_purify.training import ClassifierTask, DenoiserTask
+from lit_purify.training import ClassifierTask, DenoiserTask, Export, Previews
 from lit_purify.training.checkpoints import WholeCheckpoints
 from lit_purify.training.denoiser import Purified, psnr
 
@@ -340,7 +339,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 import torch
-from lit_purify.callbacks import checkpoints
+from lit_purify.training import checkpoints
 from lit_purify.cli import train
 
 class Half:

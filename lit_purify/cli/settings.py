@@ -137,7 +137,7 @@ def arguments(given: Sequence[str]) -> list[str]:
 def _written(flag: str, value: str) -> str:
     """The value of a flag; a path of a network as its loader."""
     name = flag.removeprefix("--")
-    role = "classifier" if name.startswith("defenses.") and name.count(".") == 1 else name
+    role = "classifier" if name.startswith("defenses.") and name.count(".") == 1 else name.rpartition(".")[2]
     if flag.startswith("--") and role in _LOADERS and _is_file(value):
         return yaml.safe_dump(network(role, value), default_flow_style=True, width=10**6).strip()
     return value

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.plugins import CheckpointIO
 
-from lit_purify.callbacks import Stopping, WandbTraining
-from lit_purify.callbacks.wandb_run import WandbRun
+from lit_purify.callbacks import Stopping, WandbRun, WandbTraining
 from lit_purify.cli.common import State, guarded, helped, rank, unwrapped
 from lit_purify.cli.help import TRAIN
 from lit_purify.cli.messages import check_checkpoint, check_configs
-from lit_purify.cli.settings import Parser, arguments, dump, launched, make_parser, place_loggers, run_folder
+from lit_purify.cli.settings import (
+    Parser,
+    arguments,
+    dump,
+    launched,
+    make_parser,
+    place_loggers,
+    run_folder,
+)
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.private import renew_store
-from lit_purify.training import TrainingTask
+from lit_purify.training import Averaging, Export, TrainingProgress, TrainingTask, measure
 from lit_purify.training.checkpoints import WholeCheckpoints
 from lit_purify.training.export import export_network
 
@@ -31,21 +39,20 @@ _PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")
 _COMMANDS = ("fit", "validate", "export")
 
 
-def _parser(command: str) -> Parser:
+def _parser() -> Parser:
     parser = make_parser("train.py", "Settings of a training.")
-    parser.add_argument("--model", type=TrainingTask, required=True, help="What is trained, and how.")
-    parser.add_argument("--data", type=ImageDataModule | None, default=None, help="The images.")
-    parser.add_argument("--seed_everything", type=int, default=0, help="Seed of weights, noise and shuffling.")
-    parser.add_argument(
-        "--ckpt_path", type=Path | None, default=None, help="Go on from this checkpoint; 'last' is the run's own."
-    )
-    if command == "export":
-        parser.add_argument(
-            "--output", type=Path | None, default=None, help="The file (default: RUN/model.safetensors)."
-        )
-        parser.add_argument("--half", type=bool, default=False, help="Store 16-bit floats: half the size.")
-    own = {"default_root_dir", "use_distributed_sampler"}
+    add: Callable[..., Any] = parser.add_argument
+    add("--model", type=TrainingTask, required=True, help="What is trained, and how.")
+    add("--data", type=ImageDataModule | None, default=None, help="The images.")
+    add("--seed_everything", type=int, default=0, help="Seed of weights, noise and shuffling.")
+    add("--average", type=float, default=0.999, help="Decay of the average of the weights; 0 keeps none.")
+    add("--ckpt_path", type=Path | None, default=None, help="Go on from this checkpoint; 'last' is the run's own.")
+    add("--output", type=Path | None, default=None, help="The network's file (default: RUN/model.safetensors).")
+    add("--half", type=bool, default=False, help="Store 16-bit floats: half the size.")
+    own = {"default_root_dir", "use_distributed_sampler", "callbacks"}
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=own)
+    add("--trainer.callbacks", type=list[L.Callback] | None, default=None, help="Callbacks of yours.")
+    parser.set_defaults({"trainer.logger": {"class_path": f"{WandbRun.__module__}.WandbRun"}})
     parser.set_defaults({"trainer.enable_progress_bar": sys.stderr.isatty()})
     return parser
 
@@ -70,43 +77,56 @@ def _check(settings: Namespace, command: str, folder: RunFolder) -> None:
         check_checkpoint(Path(settings.ckpt_path))
 
 
-def _trainer(settings: Namespace, made: Namespace, folder: RunFolder) -> L.Trainer:
+def _trainer(made: Namespace, folder: RunFolder, own: Sequence[L.Callback] = ()) -> L.Trainer:
     renew_store(rank())
     given = vars(made.trainer)
     callbacks = given.pop("callbacks", None) or []
+    # A callback of the user replaces the default one of its kind.
+    kinds = (WeightAveraging, Export, ModelCheckpoint)
+    taken = [kind for kind in kinds if any(isinstance(callback, kind) for callback in callbacks)]
+    own = [callback for callback in (*own, ModelCheckpoint(save_last=True)) if not isinstance(callback, tuple(taken))]
+    callbacks = [*own, *callbacks, Stopping(), WandbTraining()]
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+            # As Lightning keeps it.
+            callback.dirpath = os.path.realpath(folder.path / "checkpoints")
+    plugins = given.pop("plugins", None) or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins = [*plugins, WholeCheckpoints()]
     trainer = L.Trainer(
         **given | launched(given),
-        callbacks=[*(callbacks if isinstance(callbacks, list) else [callbacks]), Stopping()],
+        plugins=plugins,
+        callbacks=callbacks,
         default_root_dir=str(folder.path),
         use_distributed_sampler=False,
     )
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = WholeCheckpoints()
     return trainer
 
 
-def _fit(trainer: L.Trainer, task: TrainingTask, made: Namespace, config: str, state: State) -> None:
-    """Configuration and W&B wait until the first batches have shown that data and networks fit."""
+def _fit(made: Namespace, config: str, state: State) -> None:
     folder, stepped = state.folder, False
     assert folder is not None
 
     def place(trainer: L.Trainer, task: L.LightningModule, stage: str) -> None:
-        # Before WeightAveraging copies the task: else its average stays on the CPU, and every step waits for that.
+        # Before the average copies the task: else it stays on the CPU, and every step waits for that.
         task.to(trainer.strategy.root_device)
 
     def start(trainer: L.Trainer, task: L.LightningModule) -> None:
+        # Configuration and W&B wait until the first batches have shown that data and networks fit.
         nonlocal stepped
         if trainer.is_global_zero:
             folder.lock()
             folder.write_config(config)
         state.running = stepped = True
 
+    own: list[L.Callback] = [LambdaCallback(setup=place, on_train_start=start), TrainingProgress()]
+    own += [Averaging(made.average)] if made.average else []
+    trainer = _trainer(made, folder, [*own, Export(made.output, made.half)])
     for logger in trainer.loggers:
         if isinstance(logger, WandbRun):
             logger.held = True
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks[:] = [LambdaCallback(setup=place, on_train_start=start), *callbacks, WandbTraining()]
-    trainer.fit(task, datamodule=made.data, ckpt_path=made.ckpt_path)
+    trainer.fit(made.model, datamodule=made.data, ckpt_path=made.ckpt_path)
     if not stepped and trainer.is_global_zero:
         print("nothing left to do: the training has had all its steps (trainer.max_steps, trainer.max_epochs)")
 
@@ -117,21 +137,21 @@ def train(argv: Sequence[str] | None = None) -> None:
     with guarded() as state:
         if not given or given[0] not in _COMMANDS:
             raise InputError(f"say what to do, one of {', '.join(_COMMANDS)}: fit --config FILE trains")
-        command = given.pop(0)
+        command, dry = given.pop(0), "--dry_run" in given
+        if dry and command != "fit":
+            raise InputError(f"--dry_run goes with fit, not with {command}: leave it out")
+        given = [word for word in given if word != "--dry_run"]
         Parser.configs = check_configs(given)
-        parser = _parser(command)
+        parser = _parser()
         settings = parser.parse_args(arguments(given))
         folder = state.folder = RunFolder(run_folder(settings, command))
-        _check(settings, command, folder)
+        _check(settings, "" if dry else command, folder)
         config = dump(parser, settings, "ckpt_path", "output", "half")
-        for callback in _listed(settings.trainer.callbacks):
-            if callback.class_path.endswith(".ModelCheckpoint") and callback.init_args.get("dirpath") is None:
-                callback.init_args.dirpath = str(folder.path / "checkpoints")
         place_loggers(settings, folder.path)
         L.seed_everything(settings.seed_everything, workers=True, verbose=False)
-        if command == "export":
-            # Reads a file and writes one: the devices, loggers and callbacks of the run are not for that.
-            settings.trainer = Namespace()  # type: ignore[no-untyped-call]
+        if command == "export" or dry:
+            # The loggers and callbacks of the run are not for that.
+            settings.trainer.callbacks, settings.trainer.logger = None, False
         try:
             made = parser.instantiate(settings)
         except Exception as error:
@@ -142,13 +162,10 @@ def train(argv: Sequence[str] | None = None) -> None:
             return
         if made.data is None:
             raise InputError("no data given: name a datamodule in the configuration, or with --data")
-        trainer = _trainer(settings, made, folder)
-        if command == "fit":
-            _fit(trainer, made.model, made, config, state)
+        if dry:
+            print(measure(made.model, made.data, vars(made.trainer)))
+        elif command == "fit":
+            _fit(made, config, state)
         else:
             state.running = True
-            trainer.validate(made.model, datamodule=made.data, ckpt_path=made.ckpt_path)
-
-
-def _listed(found: Any) -> list[Any]:  # noqa: ANN401
-    return found if isinstance(found, list) else [found] if found is not None else []
+            _trainer(made, folder).validate(made.model, datamodule=made.data, ckpt_path=made.ckpt_path)

@@ -1,9 +1,20 @@
 """Training the denoiser and the classifier, and writing what was trained."""
 
+from lit_purify.training.averaging import Averaging
 from lit_purify.training.classifier import ClassifierTask
 from lit_purify.training.denoiser import DenoiserTask
 from lit_purify.training.export import Export
 from lit_purify.training.previews import Previews
+from lit_purify.training.progress import TrainingProgress, measure
 from lit_purify.training.task import TrainingTask
 
-__all__ = ["ClassifierTask", "DenoiserTask", "Export", "Previews", "TrainingTask"]
+__all__ = [
+    "Averaging",
+    "ClassifierTask",
+    "DenoiserTask",
+    "Export",
+    "Previews",
+    "TrainingProgress",
+    "TrainingTask",
+    "measure",
+]
