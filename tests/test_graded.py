@@ -70,8 +70,8 @@ def test_what_a_rule_depends_on_is_what_its_parts_depend_on(classifier):
 def test_every_pixel_walks_down_from_its_own_level(name, classifier, images):
     """Against the sampler written with whole maps of levels; the denoiser takes every pixel for itself."""
     denoiser, rule, high, low, steps = GaussianDenoiser(size=8), RULES[name], 300, 120, 3
-    purifier = VariableIntensityPurifier(denoiser, classifier, rule, high, low, steps)
-    trace = purifier.trace(images, keyed(6))
+    purifier = VariableIntensityPurifier(denoiser, rule, high, low, steps)
+    trace = purifier.trace(images, keyed(6), rule(classifier, images, keyed(6)))
     start = (low + (high - low) * rule(classifier, images, keyed(6)).double() + 0.5).floor()
     u, at = to_diffusion(images), lambda t: denoiser.schedule.at(t).float()
     maps = [(start * (steps - k) / steps + 0.5).floor().long() for k in range(steps + 1)]
@@ -84,9 +84,9 @@ def test_every_pixel_walks_down_from_its_own_level(name, classifier, images):
     assert (purifier.start[0], purifier.start[-1], len(purifier.start)) == (high, low, rule.grades + 1)
 
 
-def test_walks_start_at_whole_levels(classifier):
+def test_walks_start_at_whole_levels():
     """131.25 is 131, two thirds of which are 87; of 131.25 they would be 88."""
-    purifier = VariableIntensityPurifier(GaussianDenoiser(size=8), classifier, RULES["votes"], 300, 75, 3)
+    purifier = VariableIntensityPurifier(GaussianDenoiser(size=8), RULES["votes"], 300, 75, 3)
     assert purifier.walks(4)[1] == [131, 87, 44, 0]
     assert purifier.walks(1) == [[75, 50, 25, 0], [300, 200, 100, 0]]
 
@@ -94,7 +94,7 @@ def test_walks_start_at_whole_levels(classifier):
 def test_rules_that_agree_are_one_rule(unet, classifier, images):
     rule = TopFraction(0.3)
     one, two = (
-        VariableIntensityPurifier(unet, classifier, mask, 300, 100, 2)(images, keyed(6))
+        VariableIntensityPurifier(unet, mask, 300, 100, 2)(images, keyed(6), mask(classifier, images, keyed(6)))
         for mask in (rule, Votes([rule, rule]))
     )
     assert torch.equal(one, two)
@@ -102,8 +102,8 @@ def test_rules_that_agree_are_one_rule(unet, classifier, images):
 
 @pytest.mark.parametrize("name", ["votes", "proportional"])
 def test_gradients_lead_through_the_grades(name, unet, classifier, images):
-    defended = DefendedClassifier(VariableIntensityPurifier(unet, classifier, RULES[name], 400, 150, 2), classifier)
-    views = {kind: Exact(kind).attacked(defended).model for kind in ("frozen", "straight_through", "soft")}
+    defended = DefendedClassifier(VariableIntensityPurifier(unet, RULES[name], 400, 150, 2), classifier)
+    views = {kind: Exact(kind).attacked(defended).function for kind in ("frozen", "straight_through", "soft")}
     gradients = {}
     for kind, view in views.items():
         leaf = images.clone().requires_grad_()
@@ -118,8 +118,8 @@ def test_gradients_lead_through_the_grades(name, unet, classifier, images):
 def test_a_relaxed_mask_tells_the_denoiser_the_nearest_grade(classifier, images):
     """It blends two grades, but pixels have one level each: that of the grade that they are nearer to."""
     denoiser, rule = GaussianDenoiser(size=8), TopFraction(0.3)
-    defended = DefendedClassifier(VariableIntensityPurifier(denoiser, classifier, rule, 400, 100, 1), classifier)
-    Exact("soft", 0.5).attacked(defended).model(images, keyed(6))
+    defended = DefendedClassifier(VariableIntensityPurifier(denoiser, rule, 400, 100, 1), classifier)
+    Exact("soft", 0.5).attacked(defended).function(images, keyed(6))
     relaxed = rule.relaxed(classifier, images, keyed(6), 0.5)
     assert ((relaxed > 0.5) & (relaxed < 0.9)).any()
     assert torch.equal(denoiser.calls[0] == 400, relaxed > 0.5)
@@ -146,7 +146,7 @@ def test_attention_of_another_network(classifier, images):
         (lambda d, c: Votes([]), "0 grades"),
         (lambda d, c: Votes([NESTED]), "several grades cannot vote"),
         (lambda d, c: Proportional(64), "use 1 to 63"),
-        (lambda d, c: HeterogeneousPurifier(d, c, NESTED, 200, 100, 4), "use VariableIntensityPurifier"),
+        (lambda d, c: HeterogeneousPurifier(d, NESTED, 200, 100, 4), "use VariableIntensityPurifier"),
         (
             lambda d, c: OtherAttention(TopFraction(0.3), c)(c, torch.rand(1, 3, 8, 8), keyed(1)),
             "channels|shape",

@@ -1,5 +1,8 @@
 import pytest
 import torch
+from sklearn.datasets import load_sample_image
+from torch import nn
+from torch.nn.functional import avg_pool2d, interpolate
 
 from lit_purify.defense import (
     Inverse,
@@ -13,9 +16,11 @@ from lit_purify.defense import (
     Zeros,
 )
 from lit_purify.defense.masks import Relaxed
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
 from lit_purify.functional import mask as F
+from lit_purify.functional.images import resize
 from lit_purify.functional.noise import KeyedNoise
+from lit_purify.models import Classifier
 
 
 def noise(count, run=0):
@@ -122,3 +127,60 @@ def test_thresholds_out_of_range(rule):
 def test_relaxation_needs_a_temperature():
     with pytest.raises(InputError, match="temperature ="):
         Relaxed(TopFraction(0.3), True, 0.0)
+
+
+# Where a network of coarse blocks looks, on photographs.
+
+
+class LooksAtTheFlower(nn.Module):
+    """Five stages, as a ResNet-18 has, which see orange; the last one has 2x2 cells at 64 pixels."""
+
+    def forward_intermediates(self, x, intermediates_only, output_fmt):
+        orange = (x[:, :1] - x[:, 1:].mean(dim=1, keepdim=True)).clamp(min=0)
+        return [avg_pool2d(orange, 2**k) for k in range(1, 6)]
+
+
+def flowers():
+    """A flower in the middle of an image of 64 pixels, and in each quadrant."""
+    photo = torch.tensor(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None] / 255
+    flower, leaves = resize(photo[..., 75:365, 160:450], 24), resize(photo[..., :190, 450:640], 64)
+    images = leaves.repeat(5, 1, 1, 1)
+    for image, (top, left) in zip(images, [(20, 20), (4, 4), (4, 36), (36, 4), (36, 36)], strict=True):
+        image[:, top : top + 24, left : left + 24] = flower[0]
+    return images
+
+
+def shares(mask, side, places):
+    """Part of each mask's area that lies in squares of ``side`` pixels at ``places``, (B, places)."""
+    squares = [mask[:, 0, y : y + side, x : x + side].sum(dim=(1, 2)) for y, x in places]
+    return torch.stack(squares, dim=1) / mask.sum(dim=(1, 2, 3))[:, None]
+
+
+QUADRANTS, CORNERS = [(y, x) for y in (0, 32) for x in (0, 32)], [(y, x) for y in (0, 48) for x in (0, 48)]
+
+
+@pytest.mark.parametrize("rule", [TopFraction(0.15), TopFraction(0.3), MinMaxThreshold(0.5), MinMaxThreshold(0.9)])
+def test_masks_lie_on_the_flower(rule, capsys):
+    notice.cache_clear()
+    mask = rule(Classifier(LooksAtTheFlower(), size=64, num_classes=2), flowers(), noise(5))
+    assert "1 of its 5 blocks are left out, with fewer than 4x4 cells (2x2)\n" in capsys.readouterr().err
+    assert shares(mask, 32, QUADRANTS)[1:].diagonal().min() > 0.75
+    assert shares(mask, 32, QUADRANTS)[0].max() < 0.45
+    assert shares(mask, 16, CORNERS)[0].sum() < 0.05
+
+
+def test_coarse_blocks_are_warned_about_and_have_no_plateaus(capsys):
+    """Asked for by name they count; the strongest of 2x2 cells is a hill then, and not a whole corner."""
+    notice.cache_clear()
+    network = nn.Sequential(nn.AvgPool2d(16), nn.AvgPool2d(2))
+    one, two = (Classifier(network, size=64, num_classes=2, blocks=[name]).features(flowers()) for name in "01")
+    said = capsys.readouterr().err
+    assert said == "blocks: 1 has 2x2 cells for images of 64 pixels: its mask covers whole corners; leave it out\n"
+    for feature in (one[0], two[0]):
+        maps = F.saliency([feature], (64, 64))
+        assert ((maps == maps.amax(dim=(2, 3), keepdim=True)).sum(dim=(1, 2, 3)) <= 4).all()
+    # Centers of cells keep their value; blocks as fine as published ones are resized as published.
+    assert torch.equal(F.enlarged(two[0][:, :1], (2, 2)), two[0][:, :1])
+    for cells, size in ((8, 32), (7, 224), (2, 8)):
+        maps = torch.rand(2, 1, cells, cells)
+        assert torch.equal(F.enlarged(maps, (size, size)), interpolate(maps, size=(size, size), mode="bilinear"))

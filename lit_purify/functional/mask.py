@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate
 
 
 def saliency(features: Sequence[Tensor], size: tuple[int, int], power: float = 2.0) -> Tensor:
-    """G_m = sum_c |A_m,c|^p of every block, bilinearly resized to the image.
+    """G_m = sum_c |A_m,c|^p of every block, resized to the image (``enlarged``).
 
     Args:
         features: K activations (B, C_m, h_m, w_m).
@@ -21,7 +21,30 @@ def saliency(features: Sequence[Tensor], size: tuple[int, int], power: float = 2
         (B, K, H, W), not negative.
     """
     maps = [feature.abs().pow(power).sum(dim=1, keepdim=True) for feature in features]
-    return torch.cat([interpolate(m, size=size, mode="bilinear", align_corners=False) for m in maps], dim=1)
+    return torch.cat([enlarged(m, size) for m in maps], dim=1)
+
+
+def enlarged(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (B, 1, h, w) bilinearly resized to (B, 1, H, W), without plateaus at the borders of coarse ones.
+
+    Bilinear interpolation repeats the outermost cells beyond their centers: a whole corner of the image then has the
+    value of the corner cell. Maps of fewer than 7x7 cells, of more than 4 pixels each, fall there as they do between
+    two cells, towards their least value. Maps as fine as in published evaluations (8x8 at 32 pixels, 7x7 at 224) are
+    resized as published.
+    """
+    resized = interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    cells = maps.shape[-2:]
+    if min(cells) >= 7 or all(pixels <= 4 * count for pixels, count in zip(size, cells, strict=True)):
+        return resized
+    low = maps.amin(dim=(-2, -1), keepdim=True)
+    rows, columns = (_fading(count, pixels, maps) for count, pixels in zip(cells, size, strict=True))
+    return low + rows[:, None] * columns * (resized - low)
+
+
+def _fading(cells: int, pixels: int, like: Tensor) -> Tensor:
+    """1 between the centers of the outermost cells, falling by 1 over the length of a cell beyond them."""
+    place = (torch.arange(pixels, device=like.device, dtype=like.dtype) + 0.5) * cells / pixels - 0.5
+    return 1.0 - torch.maximum(-place, place - (cells - 1)).clamp(min=0.0)
 
 
 def softmax_normalize(maps: Tensor) -> Tensor:
