@@ -3,26 +3,42 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from lit_purify.cli import evaluate, train
+from lit_purify.cli import evaluate
+from lit_purify.cli.settings import evaluation_parser, load
+from lit_purify.cli.training import training_parser
+from lit_purify.evaluation import Evaluator
 
 ROOT = Path(__file__).parent.parent
 # Those of sweeps are in the format of W&B: see test_wandb.py.
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweep")
 
 
-# Those of protocols run in test_protocols.py.
+# Protocols are made in test_protocols.py, the evaluations of CIFAR-10 in test_cifar10.py.
 @pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if path.parent.name != "protocols"], ids=lambda p: f"{p.parent.name}-{p.stem}"
+    "path",
+    [path for path in CONFIGS if path.parent.name == "train" or path.stem.startswith(("digits", "folder"))],
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
 )
-def test_config_is_valid(path, capsys):
-    run, command = (train, ["fit"]) if path.parent.name == "train" else (evaluate, [])
-    with pytest.raises(SystemExit) as exit_:
-        run([*command, "--config", str(path), "--print_config"])
-    assert not exit_.value.code
-    parsed = yaml.safe_load(capsys.readouterr().out)
-    assert parsed["model"]["class_path"].startswith("lit_purify.training.")
+def test_config_is_valid(path, monkeypatch):
+    """What names shipped weights alone is made too."""
+    monkeypatch.chdir(ROOT)
+    parser = training_parser() if path.parent.name == "train" else evaluation_parser()
+    settings = parser.parse_args(["--config", str(path)])
+    if path.parent.name == "train":
+        assert settings.model.class_path.startswith("lit_purify.training.")
+    elif path.stem != "folder":
+        made_evaluator(parser.instantiate(settings))
+
+
+def made_evaluator(made):
+    """The evaluator of an instantiated configuration."""
+    defenses = {
+        name: make if isinstance(make, torch.nn.Module) else make(made.denoiser) for name, make in made.defenses.items()
+    }
+    return Evaluator(made.classifier, defenses, made.attacks, made.gradients, made.baseline, made.runs, made.chunk)
 
 
 def scientific(node):
@@ -35,9 +51,9 @@ def scientific(node):
 
 
 STATED = {
-    "PGD": {"norm", "eps", "steps", "step_size", "eot", "loss", "select", "random_start"},
-    "MaskShift": {"norm", "eps", "steps", "step_size", "eot", "loss", "select", "random_start", "shift_steps"},
-    "APGD": {"norm", "eps", "steps", "eot", "loss", "targets", "select"},
+    "PGD": {"norm", "eps", "steps", "step_size", "eot", "loss"},
+    "MaskShift": {"norm", "eps", "steps", "step_size", "eot", "loss", "shift_steps"},
+    "APGD": {"norm", "eps", "steps", "eot", "loss", "select"},
     "Square": {"norm", "eps", "steps", "eot", "p"},
     "UniformPurifier": {"level", "steps", "sampler"},
     "GradualPurifier": {"level", "steps", "sampler"},
@@ -51,5 +67,17 @@ STATED = {
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_scientific_parameters_are_stated(path):
     """A change of class keeps arguments of the same name, so a default must not stand in for a stated value."""
-    for name, given in scientific(yaml.safe_load(path.read_text())):
+    for name, given in scientific(load(path.read_text())):
         assert STATED.get(name, set()) <= given, name
+
+
+@pytest.mark.parametrize("task", ["RobustnessTask", "lit_purify.tasks.FrontierTask"])
+def test_a_configuration_of_the_first_version_is_refused_in_one_line(task, tmp_path, capsys):
+    old = tmp_path / "old.yaml"
+    old.write_text(yaml.safe_dump({"seed_everything": 0, "model": {"class_path": task, "init_args": {"runs": 8}}}))
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(["--config", str(old)])
+    assert exit_.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert f"{old}: written for version 0.1: move what is under model.init_args to the top level" in line

@@ -1,28 +1,23 @@
 """Published protocols: each configuration runs with small networks in the layouts it names, and refuses without."""
 
 import copy
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torchvision
-import yaml
-from conftest import GaussianDenoiser
-from PIL import Image
 from reference_files import CASES
-from test_data import CIFAR10_CLASSES, write_svhn
+from test_configs import made_evaluator
 from test_wide_resnet import weights
 from torch import nn
 
-from lit_purify import defense
+import lit_purify as lp
 from lit_purify.cli import evaluate
-from lit_purify.models import WideResNetClassifier
+from lit_purify.cli.settings import evaluation_parser, load
 from lit_purify.models.public import remedy
 
 FOLDER = Path(__file__).parent.parent / "configs" / "eval" / "protocols"
-PROTOCOLS = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
+PROTOCOLS = {path.stem: load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
 LAYOUTS = {"Standard.pt": "robustbench", "svhn_wrn28_10.pt": "authors", "wresnet-70-16.pt": "deepmind"}
 LAYOUTS["wrn-70-16-dropout.pt"] = "robustbench"
 DIALECTS = {"checkpoint_8.pth": "DDPM++", "256x256_diffusion_uncond.pt": "guided", "svhn_ddpm.pt": "ddpm, list"}
@@ -60,9 +55,8 @@ def named_files(settings):
 
 
 def shrunk(settings, folder):
-    """The same protocol with networks, images and numbers of everything made small."""
+    """The same protocol with networks and numbers of everything made small."""
     settings = copy.deepcopy(settings)
-    task, data = settings["model"]["init_args"], settings["data"]["init_args"]
     for node in list(nodes(settings)):
         kind, args = node["class_path"].rpartition(".")[2], node.get("init_args", {})
         for key, value in args.items():
@@ -71,23 +65,17 @@ def shrunk(settings, folder):
             elif key == "steps" and not kind.startswith("load_"):
                 most = 1 if "eot" in args else 2 if kind in ("Surrogate", "BPDA") else 3
                 args[key] = [1] * len(value) if isinstance(value, list) else min(value, most)
-            elif key in ("eot", "n", "draws", "targets"):
+            elif key in ("eot", "targets"):
                 args[key] = min(value, 2 if "aggregate" in args else 1)
             elif key in ("path", "checkpoint"):
                 args[key] = str(write_weights(Path(value).name, folder))
+            elif value == "torchvision.models.resnet50":
+                args[key] = "test_protocols.Small"
         if kind == "WideResNetClassifier":
             args["width"] = 1
-        elif kind == "resnet50":
-            node["class_path"] = "test_protocols.Small"
         elif kind == "TimmClassifier":
             args |= {"name": "test_vit", "options": {"img_size": args["size"], "patch_size": 14}}
             del args["checkpoint"]
-    task |= {"runs": 1, "chunk": 2, "gallery": 1}
-    data["root"] = str(folder / "data")
-    data.pop("download", None)
-    if settings["data"]["class_path"] == "CIFAR10":
-        settings["data"]["class_path"], data["size"] = "CIFAR10Folder", 32
-    settings["trainer"] = {"logger": False, "accelerator": "cpu"}
     return settings
 
 
@@ -103,41 +91,35 @@ def write_weights(name, folder):
     return path
 
 
-def write_images(kind, folder):
-    """A few images in a layout of the dataset."""
-    if kind == "SVHN":
-        return write_svhn(folder)
-    classes = {
-        "CIFAR10Folder": [f"test/{name}" for name in CIFAR10_CLASSES],
-        "ImageNet": ["val/n01440764", "val/n01530575"],
-    }
-    draw = np.random.RandomState(0)
-    for name in classes[kind]:
-        (folder / name).mkdir(parents=True)
-        for k in range(2):
-            image = Image.fromarray(draw.randint(0, 256, (40, 52, 3), dtype=np.uint8))
-            image.save(folder / name / f"{k}.png")
-
-
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_protocol_runs_in_the_small(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(torchvision.datasets.svhn, "check_integrity", lambda path, md5=None: Path(path).is_file())
+def test_protocol_runs_in_the_small(name, tmp_path):
+    """Every attack is made, the first one runs."""
     settings = shrunk(PROTOCOLS[name], tmp_path)
-    write_images(settings["data"]["class_path"], tmp_path / "data")
-    config = tmp_path / "small.yaml"
-    config.write_text(yaml.safe_dump(settings, sort_keys=False))
-    evaluate(["--config", str(config), "--run", str(tmp_path / "run")])
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    task = PROTOCOLS[name]["model"]["init_args"]
-    rows = [row for row in summary["results"] if "attacks" not in row]
+    made = instantiated(settings)
+    rows = made_evaluator(made).describe()
     assert [(row["defense"], row["attack"]) for row in rows] == [
-        (defense, attack) for defense in task["defenses"] for attack in task["attacks"]
+        (defense, attack) for defense in settings["defenses"] for attack in settings["attacks"]
     ]
     for row in rows:
-        assert (row["gradient"] in ("exact", "none")) == (row["attack"] not in task.get("gradients", {}))
+        assert (row["gradient"] in ("exact", "none")) == (row["attack"] not in settings.get("gradients", {}))
+    size, first = settings["data"]["init_args"].get("size", 32), rows[0]["attack"]
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    defenses = {key: make(made.denoiser) for key, make in made.defenses.items()}
+    gradients = {first: made.gradients[first]} if first in (made.gradients or {}) else None
+    small = {"runs": 1, "chunk": 1, "gradients": gradients, "progress": False}
+    result = lp.evaluate(
+        made.classifier, defenses, {first: made.attacks[first]}, image, torch.zeros(1, dtype=torch.int64), **small
+    )
+    assert (result.records[0].defense, result.records[0].attack) == (rows[0]["defense"], first)
 
 
-@pytest.mark.parametrize("name", ["lee_kim_cifar10", "pei_svhn", "diffpure_imagenet"])
+def instantiated(settings):
+    """The parser changes what it is given."""
+    parser = evaluation_parser()
+    return parser.instantiate(parser.parse_object(copy.deepcopy(settings)))
+
+
+@pytest.mark.parametrize("name", ["pei_svhn", "diffpure_imagenet"])
 def test_missing_weights_are_named_before_images_are_fetched(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
@@ -157,17 +139,6 @@ def test_every_file_of_weights_is_explained(name):
     assert len(found) == 2
     for file, reader in found.items():
         assert f" {reader} reads it" in remedy(Path("checkpoints", file)), file
-
-
-def made(node):
-    """What a configuration's class builds, given a denoiser and a classifier."""
-    if not isinstance(node, dict) or "class_path" not in node:
-        return node
-    args = {key: made(value) for key, value in node.get("init_args", {}).items()}
-    kind = getattr(defense, node["class_path"])
-    if issubclass(kind, defense.Purifier):
-        return lambda denoiser, classifier: kind(denoiser, classifier, **args)
-    return kind(**args)
 
 
 def release(steps, strength):
@@ -194,15 +165,13 @@ COSTS = {
 @pytest.mark.parametrize("name", COSTS)
 def test_calls_and_levels_are_the_published_ones(name):
     attack, nfe_defense, nfe_attack, levels = COSTS[name]
-    task = PROTOCOLS[name]["model"]["init_args"]
-    (purifier,) = (made(node) for node in task["defenses"].values())
-    networks = GaussianDenoiser(), WideResNetClassifier(10, 1)
-    defended = defense.DefendedClassifier(purifier(*networks), networks[1])
-    gradient = made(task.get("gradients", {}).get(attack, {"class_path": "Exact"}))
-    view = gradient.attacked(defended)
-    assert (defended.purifier.nfe, view.nfe) == (nfe_defense, nfe_attack)
-    assert view.levels == levels
+    networks = {"denoiser": "conftest.GaussianDenoiser"}
+    networks["classifier"] = {"class_path": "WideResNetClassifier", "init_args": {"depth": 10, "width": 1}}
+    evaluator = made_evaluator(instantiated(PROTOCOLS[name] | networks))
+    (row,) = [row for row in evaluator.describe() if row["attack"] == attack]
+    assert (row["nfe_defense"], row["nfe_attack"], row["attack_levels"]) == (nfe_defense, nfe_attack, levels)
     if name.endswith("compat"):
+        (defended,) = evaluator.defenses.values()
         walked = release(500, 0.2 if "cifar" in name else 0.4)
         assert [*defended.purifier.levels, defended.purifier.end] == walked
 
@@ -248,7 +217,7 @@ STEERED = {
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_numbers_are_the_published_ones(name):
-    task, data = PROTOCOLS[name]["model"]["init_args"], PROTOCOLS[name]["data"]["init_args"]
+    task, data = PROTOCOLS[name], PROTOCOLS[name]["data"]["init_args"]
     runs, count, attacks = NUMBERS[name]
     assert (task["runs"], data["subset"]["init_args"]["n"]) == (runs, count)
     found = {key: each["init_args"] for key, each in task["attacks"].items()}

@@ -7,7 +7,7 @@
 # denoiser (configs/train/cifar10_denoiser_gpu.yaml) and the evaluation of 512 test images, all under FOLDER
 # (runs/cifar10_gpu). Each training may take MINUTES (25; 0 for no limit); after that, and after any other interruption,
 # the same command goes on where it was. TABLE=--dry_run estimates the evaluation in place of making it. Paths are seen from the root of the repository. FLAGS go to all four commands:
-# --data CIFAR10Folder, --data.init_args.root my/images ...; those that only one of train.py and eval.py knows are
+# --data CIFAR10Folder, --data.root my/images ...; those that only one of train.py and eval.py knows are
 # none of them.
 # The levels are those of configs/eval/cifar10.yaml, chosen for the network that ships; choose anew with
 # `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`.
@@ -32,20 +32,17 @@ train() {
   return "$status"
 }
 
-wide=(--model.init_args.classifier.init_args.depth 32 --model.init_args.classifier.init_args.width 64
-  --trainer.precision bf16-mixed --data.init_args.num_workers 8)
+wide=(--model.classifier.depth 32 --model.classifier.width 64 --trainer.precision bf16-mixed --data.num_workers 8)
 train classifier cifar10_classifier "${wide[@]}" --trainer.max_epochs 60 "$@"
 train adversarial cifar10_classifier_adversarial "${wide[@]}" --trainer.max_epochs 30 \
-  --model.init_args.attack.init_args.steps 7 --model.init_args.attack.init_args.step_size 2/255 "$@"
-train denoiser cifar10_denoiser_gpu --model.init_args.classifier.init_args.path "$folder/classifier/model.safetensors" "$@"
+  --model.attack.steps 7 --model.attack.step_size 2/255 "$@"
+train denoiser cifar10_denoiser_gpu --model.classifier "$folder/classifier/model.safetensors" "$@"
 
-steps=100
 attacks=()
 for attack in pgd apgd pgd_l2 apgd_l2; do
-  attacks+=(--model.init_args.attacks.$attack.init_args.steps "$steps")
+  attacks+=(--attacks.$attack.steps 100)
 done
 "$python" eval.py --config configs/eval/cifar10.yaml --run "$folder/table" \
-  --model.init_args.classifier.init_args.path "$folder/classifier/model.safetensors" \
-  --model.init_args.denoiser.init_args.path "$folder/denoiser/model.safetensors" \
-  --model.init_args.defenses.adversarial.init_args.network.init_args.path "$folder/adversarial/model.safetensors" \
-  --data.init_args.subset.init_args.n 512 --data.init_args.batch_size 128 --model.init_args.chunk 128 "${attacks[@]}" ${TABLE:+"$TABLE"} "$@"
+  --classifier "$folder/classifier/model.safetensors" --denoiser "$folder/denoiser/model.safetensors" \
+  --defenses.adversarial "$folder/adversarial/model.safetensors" \
+  --data.subset.n 512 --data.batch_size 128 --chunk 128 "${attacks[@]}" ${TABLE:+"$TABLE"} "$@"

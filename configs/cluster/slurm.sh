@@ -5,7 +5,7 @@
 #   sbatch --nodes 1 configs/cluster/slurm.sh train.py fit --config configs/train/cifar10_denoiser_gpu.yaml \
 #     --ckpt_path last
 #   sbatch --array 0-4 --nodes 1 configs/cluster/slurm.sh eval.py --config configs/eval/cifar10.yaml \
-#     --run runs/seed%a --model.init_args.seed %a
+#     --run runs/seed%a --seed %a
 #
 # Preempted, or two minutes before its time is over, the job saves what it has and goes back into the queue; from there
 # it goes on. In an array, %a stands for the number of the element.

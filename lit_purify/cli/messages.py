@@ -84,6 +84,12 @@ def check_configs(argv: Sequence[str]) -> list[dict[str, Any]]:
             raise InputError(f"{path}: not a text file of YAML: is it a configuration?") from error
         if not isinstance(found, dict):
             raise InputError(f"{path}: holds no settings (key: value lines): is it a configuration?")
+        task = found["model"].get("class_path") if isinstance(found.get("model"), dict) else None
+        if str(task).endswith(("RobustnessTask", "FrontierTask")):
+            raise InputError(
+                f"{path}: written for version 0.1: move what is under model.init_args to the top level, remove "
+                "seed_everything, and name each point of a family FAMILY/POINT under defenses (CHANGELOG.md)"
+            )
         contents.append(found)
     return contents
 
@@ -142,6 +148,10 @@ def essence(message: str, configs: Sequence[dict[str, Any]] = ()) -> str:
         if m[1] and not m[1].startswith("-"):
             return f"unexpected argument {m[1]}; {_nearest(m[1], COMMANDS) or _USAGE}"
         name = (m[1] or m[2]).removeprefix("--")
+        if name.startswith("model.init_args."):
+            # Flags of version 0.1 of eval.py; train.py has a model.
+            short = name.removeprefix("model.").replace("init_args.", "")
+            return f"there is no setting {name}; did you mean {short}?"
         first, dot, rest = name.partition(".")
         if name in _SETTINGS:
             return f"there is no setting {name} of this command; --help_all lists all"

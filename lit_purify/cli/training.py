@@ -39,7 +39,8 @@ _PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")
 _COMMANDS = ("fit", "validate", "export")
 
 
-def _parser() -> Parser:
+def training_parser() -> Parser:
+    """The parser of ``train.py``."""
     parser = make_parser("train.py", "Settings of a training.")
     add: Callable[..., Any] = parser.add_argument
     add("--model", type=TrainingTask, required=True, help="What is trained, and how.")
@@ -142,7 +143,7 @@ def train(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--dry_run goes with fit, not with {command}: leave it out")
         given = [word for word in given if word != "--dry_run"]
         Parser.configs = check_configs(given)
-        parser = _parser()
+        parser = training_parser()
         settings = parser.parse_args(arguments(given))
         folder = state.folder = RunFolder(run_folder(settings, command))
         _check(settings, "" if dry else command, folder)
