@@ -2,6 +2,7 @@ import errno
 import pickle
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, batch_norm, conv2d, linear, relu
 
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
 from lit_purify.models import (
     Classifier,
     ResNetClassifier,
@@ -166,6 +167,51 @@ def test_blocks_that_make_no_mask_are_refused(blocks, message):
         Classifier(Small(), size=16, num_classes=10, blocks=blocks).features(pictures())
 
 
+class Last(nn.Module):
+    """Modules whose outputs are (B, h, w, C), as those of Swin transformers, and one that is (B, C, h, w)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv, self.last, self.first = nn.Conv2d(3, width, 1), nn.Identity(), nn.Identity()
+
+    def forward(self, x):
+        h = self.conv(x)
+        return self.first(self.last(h.movedim(1, -1)).movedim(-1, 1)).mean(dim=(2, 3))
+
+
+def test_channels_may_be_last():
+    network, image = Last(5), pictures()
+    found = Classifier(network, 16, 10, blocks=["last", "first"]).features(image)
+    assert all(torch.equal(feature, network.conv(image)) for feature in found)
+    # Of a shape that does not tell, another block does, or the argument.
+    network = Last(16)
+    found = Classifier(network, 16, 10, blocks=["last"], layout="channels_last").features(image)
+    assert torch.equal(found[0], network.conv(image))
+    with pytest.raises(InputError, match=r"last puts out .*: give layout"):
+        Classifier(network, 16, 10, blocks=["last"]).features(image)
+
+
+def test_what_a_network_puts_out_is_checked():
+    image = pictures(2)
+
+    def check(make):
+        network = Small()
+        network.forward = lambda x, forward=network.forward: make(forward(x))
+        wrapped = Classifier(network, size=16, num_classes=10)
+        wrapped.check_output(image)
+        return wrapped(image)
+
+    assert check(lambda out: SimpleNamespace(logits=out)).shape == (2, 10)
+    for make, message in (
+        (lambda out: out[:, :1], r"\(2, 1\) for 2 images, where logits \(2, 10\)"),
+        (lambda out: (out, out), "tuple"),
+        (lambda out: out[:, :, None, None], r"\(2, 10, 1, 1\)"),
+        (lambda out: out.detach(), "no gradient"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check(make)
+
+
 # ResNet.
 
 
@@ -271,27 +317,88 @@ def test_imagenet_has_1000_classes():
 # Weights of others.
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".th", ".safetensors"])
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
-@pytest.mark.parametrize("container", [None, "state_dict", "net"])
-def test_foreign_weights_load(tmp_path, suffix, prefix, container):
+def behind(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+class Odd:
+    """Something that a training keeps beside its weights, and that runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code of the file ran')",)
+
+
+FORMS = {
+    "plain": lambda s: s,
+    "compiled, in DDP": lambda s: behind("module._orig_mod.", s),
+    "averaged by torch": lambda s: {"n_averaged": torch.tensor(7), **behind("module.", s)},
+    "Lightning": lambda s: {"state_dict": {**behind("net.", s), "criterion.weight": torch.ones(10)}, "epoch": 1},
+    "train.py": lambda s: {"state_dict": behind("classifier.network.", s), "current_model_state": {}},
+    "any one key": lambda s: {"my_weights": s, "classes": ["a"], "optimizer": {"state": {0: {"m": torch.ones(2)}}}},
+    "nested": lambda s: {"model": {"state_dict": s}, "step": torch.tensor(3)},
+    "beside other values": lambda s: {**s, "epoch": 3, "args": SimpleNamespace(lr=0.1), "odd": Odd()},
+    "in a list": lambda s: [s, {"state": {}}, 3],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_as_wrappers_save_them_load(tmp_path, form):
     source = resnet()
-    state = {prefix + name: value for name, value in source.network.state_dict().items()}
-    path = tmp_path / f"weights{suffix}"
-    if suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state if container is None else {container: state, "epoch": 3, "accuracy": 0.9}, path)
-    loaded = ResNetClassifier(8, 16, 10, width=4, checkpoint=path).eval()
+    torch.save(FORMS[form](source.network.state_dict()), tmp_path / "w.pt")
+    loaded = ResNetClassifier(8, 16, 10, width=4, checkpoint=tmp_path / "w.pt")
     assert torch.equal(loaded(pictures()), source(pictures()))
-    assert loaded.origin == path.name
-    assert loaded.title == f"ResNet, {path.name}"
+    assert loaded.title == "ResNet, w.pt"
+    assert not loaded.training
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_names_that_begin_like_a_wrapper_load(tmp_path, prefix):
+@pytest.mark.parametrize("name", ["w.safetensors", "w.bin", "0a1b"])
+def test_safetensors_of_any_name_load(tmp_path, name):
+    source = resnet()
+    save_file(behind("model.", source.network.state_dict()), tmp_path / name)
+    loaded = ResNetClassifier(8, 16, 10, width=4, checkpoint=tmp_path / name)
+    assert torch.equal(loaded(pictures()), source(pictures()))
+
+
+AVERAGES = {
+    "timm": lambda last, average: {"state_dict": last, "state_dict_ema": average},
+    "torchvision": lambda last, average: {
+        "model": last,
+        "model_ema": {"n_averaged": torch.tensor(3), **behind("module.", average)},
+    },
+    "Lightning": lambda last, average: {"state_dict": behind("net.", average), "current_model_state": last},
+    "one module": lambda last, average: {"state_dict": {**behind("net.", last), **behind("net_ema.", average)}},
+}
+
+
+@pytest.mark.parametrize("form", AVERAGES)
+def test_averages_are_read_and_stated(tmp_path, form, capsys):
+    notice.cache_clear()
+    last, average = resnet(), randomized(resnet(), seed=5)
+    held = AVERAGES[form](last.network.state_dict(), average.network.state_dict())
+    torch.save(held, tmp_path / "w.pt")
+    for which, source in (("average", average), ("last", last)):
+        loaded = ResNetClassifier(8, 16, 10, width=4, checkpoint=tmp_path / "w.pt", which=which)
+        assert torch.equal(loaded(pictures()), source(pictures()))
+        assert f"holds a network and its average: the {which} weights are read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda s: {**behind("a.", s), **behind("b.", s)}, "2 such networks, behind 'a.', 'b.'"),
+        (lambda s: {"student": s, "teacher": s}, r"several state_dicts \(student, teacher\)"),
+        (lambda s: behind("net.", {**s, "fc.bias": torch.zeros(1)}), "names match behind 'net.', 0 missing"),
+    ],
+)
+def test_weights_in_doubt_are_refused(tmp_path, form, message):
+    torch.save(form(resnet().network.state_dict()), tmp_path / "w.pt")
+    with pytest.raises(InputError, match=message):
+        ResNetClassifier(8, 16, 10, width=4, checkpoint=tmp_path / "w.pt")
+
+
+def test_names_that_begin_like_a_wrapper_load(tmp_path):
     source, target = (nn.ModuleDict({"model": nn.ModuleDict({"network": Small()})}) for _ in range(2))
-    torch.save({prefix + name: value for name, value in source.state_dict().items()}, tmp_path / "own.pt")
+    torch.save(behind("module.", source.state_dict()), tmp_path / "own.pt")
     Classifier(target, size=16, num_classes=10, checkpoint=tmp_path / "own.pt")
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
 
@@ -306,13 +413,6 @@ def test_half_precision_and_absent_counters_load(tmp_path):
     ResNetClassifier(8, 16, 10, width=4, checkpoint=tmp_path / "half.pt")
 
 
-class Harmful:
-    """Runs code when unpickled."""
-
-    def __reduce__(self):
-        return exec, ("raise SystemExit('code of the file ran')",)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -324,7 +424,7 @@ class Harmful:
         ("garbage.pt", bytes(range(200)), "garbage.pt"),
         ("damaged.pt", b"\x80\x02\x8a\x0a\xfc\x9c", "cannot be read as weights"),
         ("garbage.safetensors", bytes(range(200)), "not a safetensors file"),
-        ("harmful.pt", pickle.dumps({"state_dict": Harmful()}), "refused"),
+        ("harmful.pt", pickle.dumps({"state_dict": Odd()}), "refused"),
     ],
 )
 def test_files_that_are_no_weights_are_refused(tmp_path, name, content, message):

@@ -1,5 +1,8 @@
 import hashlib
+import io
+import os
 import pickle
+import struct
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,7 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from processes import CONTEXT
 from scipy.io import savemat
 from sklearn.datasets import load_digits
@@ -30,8 +33,9 @@ from lit_purify.data import (
     RandomChoice,
     RandomDraws,
 )
+from lit_purify.data.folder import read_image
 from lit_purify.data.torchvision_files import train_or_val
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -363,24 +367,32 @@ def test_without_test_folder_the_test_reads_val(tmp_path):
 
 
 def test_without_val_folder_it_is_cut_from_train(tmp_path):
-    write_folders(tmp_path, {"train/cat": 12, "train/dog": 8, "test/cat": 3})
+    write_folders(tmp_path, {"train/cat": 10, "train/dog": 10, "test/cat": 3})
     data = ImageFolder(tmp_path, val_fraction=0.2, split_seed=3)
-    assert grays(data.split("val")) == sorted(np.random.RandomState(3).permutation(20)[:4])
+    assert data.split("val").labels.tolist() == [0, 0, 1, 1]
     assert sorted(grays(data.split("train")) + grays(data.split("val"))) == list(range(20))
     assert grays(data.split("test")) == [20, 21, 22]
 
 
 @pytest.mark.parametrize("parent", ["", "train/"])
-def test_class_folders_alone_are_split_at_random(tmp_path, parent):
+def test_class_folders_alone_are_split_at_random_in_each_class(tmp_path, parent):
     write_folders(tmp_path, {f"{parent}cat": 12, f"{parent}dog": 8})
-    data = ImageFolder(tmp_path, val_fraction=0.1, test_fraction=0.25, split_seed=3)
-    order = np.random.RandomState(3).permutation(20)
-    train, val, test = (grays(data.split(name)) for name in ("train", "val", "test"))
-    assert (test, val, train) == (sorted(order[:5]), sorted(order[5:7]), sorted(order[7:]))
-    for name in ("train", "val", "test"):
-        split = data.split(name)
-        assert split.labels.tolist() == [int(gray >= 12) for gray in grays(split)]
-    assert test != grays(ImageFolder(tmp_path, test_fraction=0.25, split_seed=4).split("test"))
+    data = ImageFolder(tmp_path, val_fraction=0.25, test_fraction=0.25, split_seed=3)
+    splits = {name: grays(data.split(name)) for name in ("train", "val", "test")}
+    assert sorted(splits["train"] + splits["val"] + splits["test"]) == list(range(20))
+    for name, counts in {"train": [6, 4], "val": [3, 2], "test": [3, 2]}.items():
+        labels = data.split(name).labels.tolist()
+        assert labels == [int(gray >= 12) for gray in splits[name]] == [0] * counts[0] + [1] * counts[1]
+    for seed in (4, 5):
+        assert splits["test"] != grays(ImageFolder(tmp_path, test_fraction=0.25, split_seed=seed).split("test"))
+
+
+def test_splits_hold_every_class_where_they_can():
+    labels = np.array([0] * 500 + [1] * 40 + [2] * 11)
+    order = ImageFolder(Path()).order(labels)
+    assert sorted(order) == list(range(551))
+    for end in range(1, 552):
+        assert (np.abs(np.bincount(labels[order[:end]], minlength=3) - np.bincount(labels) * end / 551) < 1.5).all()
 
 
 def test_everything_can_be_tested_on(tmp_path):
@@ -478,14 +490,109 @@ def test_a_process_ends_whose_loader_has_workers_at_work():
     assert process.exitcode == 0
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_unreadable_images_are_named(tmp_path, num_workers):
+def test_unreadable_images_are_named(tmp_path):
     write_folders(tmp_path, {"test/some": 2})
     broken = tmp_path / "test" / "some" / "001.png"
     for damage in (b"", b"GIF", broken.read_bytes()[:45]):
         broken.write_bytes(damage)
         with pytest.raises(InputError, match=f"{broken}: cannot be read"):
-            list(ImageFolder(tmp_path, num_workers=num_workers).test_dataloader())
+            list(ImageFolder(tmp_path).test_dataloader())
+    with pytest.raises(InputError, match=f"{broken}: cannot be read"):
+        list(ImageFolder(tmp_path, num_workers=1).test_dataloader())
+
+
+def exif(orientation, kind):
+    """EXIF with an orientation and a resolution, which cannot be written again if its type is ``kind`` 10 (-1 / 0)."""
+    entries = struct.pack("<HHHIHHHHII", 2, 0x0112, 3, 1, orientation, 0, 0x011A, kind, 1, 38)
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + struct.pack("<Iii", 0, -1, 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_turned_whatever_else_their_exif_says(tmp_path, orientation):
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 32, 3), np.uint8).repeat(8, 0).repeat(8, 1))
+    image.save(tmp_path / "sound.jpg", exif=exif(orientation, 5))
+    image.save(tmp_path / "odd.jpg", exif=exif(orientation, 10))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "sound.jpg")))
+    assert np.array_equal((read_image(tmp_path / "odd.jpg", 3) * 255).round().byte().permute(1, 2, 0), expected)
+
+
+def test_whatever_pillow_raises_names_the_file(tmp_path):
+    data = io.BytesIO()
+    Image.new("L", (32, 24)).save(data, "TIFF")
+    tiff = bytearray(data.getvalue())
+    # One damaged byte: the kind of a number becomes that of a text.
+    tiff[tiff.index(struct.pack("<HH", 273, 4)) + 2] = 2
+    data = io.BytesIO()
+    Image.new("RGB", (32, 24)).save(data, "AVIF")
+    avif = data.getvalue()
+    cut = avif.index(b"mdat") + 4
+    for name, content in (("a.tif", bytes(tiff)), ("b.avif", avif[:cut] + bytes(len(avif) - cut))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}: cannot be read as an image"):
+            read_image(tmp_path / name, 3)
+
+
+def test_names_may_be_no_utf8(tmp_path):
+    """As old zip files leave them: shown with a replacement, in reports that are UTF-8."""
+    write_folders(tmp_path, {"test/some": 1, "test/other": 1})
+    (tmp_path / "test/some").rename(tmp_path / os.fsdecode(b"test/caf\xe9"))
+    (tmp_path / "test/other/000.png").rename(tmp_path / os.fsdecode(b"test/other/\xe9.png"))
+    data = ImageFolder(tmp_path)
+    assert data.split("test").classes == ["caf\ufffd", "other"]
+    assert grays(data.split("test")) == [0, 1]
+    assert len(data.names_sha256) == 64
+
+
+# What is a split and what a class, and what is left out.
+
+
+@pytest.mark.parametrize(
+    ("folders", "splits", "classes"),
+    [
+        (["Train/cat", "Train/dog", "TEST/cat"], None, ["cat", "dog"]),
+        (["training/cat", "testing/dog"], None, ["cat", "dog"]),
+        (["bus", "train"], False, ["bus", "train"]),
+        (["bus/2023", "train/2023", "train/2024"], False, ["bus", "train"]),
+        (["bus/2023", "train/2023", "train/2024"], True, ["2023", "2024"]),
+        (["valid", "invalid"], False, ["invalid", "valid"]),
+        (["test", "train"], False, ["test", "train"]),
+    ],
+)
+def test_splits_and_classes_of_like_names(tmp_path, folders, splits, classes):
+    write_folders(tmp_path, dict.fromkeys(folders, 4))
+    (tmp_path / "empty").mkdir()
+    data = ImageFolder(tmp_path, val_fraction=0.25, test_fraction=0.25, splits=splits)
+    assert [name for name in data.split("train").classes if name != "empty"] == classes
+    assert data.names_sha256
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["bus", "train"], "is train a split or, as bus beside it, a class.*splits: true or splits: false"),
+        (["bus/2023", "train/2023"], "is train a split"),
+        (["valid", "invalid"], "is valid a split or, as invalid"),
+        (["train/a", "val/a", "Validation/a"], "Validation and val may both be the val split"),
+        (["train", "test"], "give splits: false if"),
+    ],
+)
+def test_doubtful_layouts_are_refused(tmp_path, folders, message):
+    write_folders(tmp_path, dict.fromkeys(folders, 4))
+    with pytest.raises(InputError, match=message):
+        ImageFolder(tmp_path).split("train")
+
+
+def test_all_kinds_of_images_count_and_what_is_left_out_is_said(tmp_path, capsys):
+    notice.cache_clear()
+    write_folders(tmp_path, {"test/cat": 1, "test/dog": 1, "test/emu": 1})
+    for kind in ("gif", "jfif", "avif"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"test/cat/a.{kind}", "JPEG" if kind == "jfif" else None)
+    (tmp_path / "test/emu/000.png").rename(tmp_path / "test/emu/000.heic")
+    (tmp_path / "test/dog/notes.txt").touch()
+    assert ImageFolder(tmp_path).split("test").labels.tolist() == [0] * 4 + [1]
+    said = capsys.readouterr().err
+    assert "test: files that are no images are left out: 1 .txt, 1 .heic\n" in said
+    assert "test: class folders without images: emu\n" in said
 
 
 def test_deep_gray_images_are_not_clipped_silently(tmp_path):
@@ -584,9 +691,14 @@ def test_impossible_counts_are_refused(rule):
             rule(3, seed=-1).indices(LABELS)
 
 
-def test_balanced_needs_enough_of_every_class():
-    with pytest.raises(InputError, match="4 samples of class 1, the split has 1"):
-        Balanced(8).indices(np.array([0] * 20 + [1]))
+@pytest.mark.parametrize("labels", [[0] * 20 + [1], [0, 1, 1, 2, 2, 2], [1, 1, 1, 0, 2]])
+def test_balanced_names_the_largest_number_that_works(labels):
+    with pytest.raises(InputError, match=r"subset: n = 100: .*: use n = 1 \.\. (\d+)$") as raised:
+        Balanced(100).indices(np.array(labels))
+    most = int(str(raised.value).rpartition(" ")[2])
+    assert len(Balanced(most).indices(np.array(labels))) == most
+    with pytest.raises(InputError, match=f"n = {most + 1}"):
+        Balanced(most + 1).indices(np.array(labels))
 
 
 # Loaders over several processes.

@@ -208,7 +208,7 @@ class ImageFolder(ImageDataModule):
             kinds = ", ".join(f"{count} {suffix or 'without ending'}" for suffix, count in others.most_common(5))
             notice(f"{folder}: files that are no images are left out: {kinds}")
         if empty := [name for name in classes if not images[name] and (folder / name).is_dir()]:
-            notice(f"{folder}: {len(empty)} class folders hold no images, {_shown(empty[0])} is the first")
+            notice(f"{folder}: class folders without images: {', '.join(map(_shown, empty[:5]))}")
         paths = [file for found in images.values() for file in found]
         labels = [label for label, found in enumerate(images.values()) for _ in found]
         read = partial(_read_item, paths, self.channels, self.size, self.resize)

@@ -96,14 +96,17 @@ class Balanced(Subset):
 
     def indices(self, labels: Indices) -> Indices:
         """Class by class in turn, so that every prefix is balanced as well."""
-        _check_count(self.n, len(labels))
         order = random_state(self.seed).permutation(len(labels))
-        classes = np.unique(labels)
+        classes, counts = np.unique(labels, return_counts=True)
+        rarest = int(counts.argmin())
+        most = int(counts[rarest]) * len(classes) + rarest
+        if not 1 <= self.n <= most:
+            raise InputError(
+                f"subset: n = {self.n}: Balanced takes equally many of each of {len(classes)} classes, and class "
+                f"{classes[rarest]} has {counts[rarest]} of the split's {len(labels)} samples: use n = 1 .. {most}"
+            )
         groups = [order[labels[order] == c] for c in classes]
         wanted = [self.n // len(classes) + (i < self.n % len(classes)) for i in range(len(classes))]
-        for c, group, want in zip(classes, groups, wanted, strict=True):
-            if len(group) < want:
-                raise InputError(f"n = {self.n} needs {want} samples of class {c}, the split has {len(group)}")
         return np.array([g[k] for k in range(max(wanted)) for g, w in zip(groups, wanted, strict=True) if k < w])
 
 
@@ -146,5 +149,7 @@ def random_state(seed: int) -> np.random.RandomState:
 
 def _check_count(n: int, available: int) -> int:
     if not 1 <= n <= available:
-        raise InputError(f"n = {n} samples cannot be chosen from a split of {available}: use 1 .. {available}")
+        raise InputError(
+            f"subset: n = {n} samples cannot be chosen from a split of {available}: use n = 1 .. {available}"
+        )
     return n
