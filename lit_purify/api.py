@@ -249,7 +249,7 @@ def audit(
     seed: int = 0,
     chunk: int = 64,
 ) -> Findings:
-    """Checks whether robust accuracy under an attack holds up against other attacks, see ``checks.audit_checks``.
+    """Checks whether robust accuracy under an attack holds up against other attacks, see ``checks.audit``.
 
     Args:
         classifier: As in ``evaluate``.

@@ -6,11 +6,14 @@ m_i for its class and 0 for the others, and a change of size eps moves their dif
 (|w_a - w_b|_1 = 64): a sample withstands every Linf attack if and only if m_i > eps.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
-from lit_purify.attacks import PGD
+from lit_purify.attacks import PGD, Attack, Queries
 from lit_purify.defense import Attacked, DefendedClassifier, Gradient, Mask, NoPurifier, Trace
+from lit_purify.functional.chunks import plain
 from lit_purify.functional.noise import ATTACK
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models import Classifier, Denoiser
@@ -61,77 +64,77 @@ def classifier(scale=10.0):
 
 
 def defense(purifier=NoPurifier, scale=10.0, **arguments):
-    network = classifier(scale)
-    return DefendedClassifier(purifier(Idle(), network, **arguments), network)
+    return DefendedClassifier(purifier(Idle(), **arguments), classifier(scale))
+
+
+class Shown(NoPurifier):
+    """Shows the classifier what ``shown`` gives."""
+
+    def trace(self, image, noise, mask=None):
+        seen = self.shown(image, noise)
+        return Trace(seen, seen)
+
+
+def coin(image, noise, chance):
+    """True with a chance, once for each image."""
+    return noise.uniform(0, image[:, :, :1, :1]) < chance
 
 
 # Shattered, detached and misleading gradients
 
 
-class Quantized(NoPurifier):
+class Quantized(Shown):
     """Rounds to 256 levels."""
 
-    def trace(self, image, noise):
-        rounded = (image * 255).round() / 255
-        return Trace(rounded, rounded)
+    def shown(self, image, noise):
+        return (image * 255).round() / 255
 
 
-class Cut(NoPurifier):
+class Cut(Shown):
     """No gradient at all."""
 
-    def trace(self, image, noise):
-        return Trace(image.detach(), image.detach())
+    def shown(self, image, noise):
+        return image.detach()
 
 
-class Misleading(NoPurifier):
+class Misleading(Shown):
     """The value is right, the gradient is that of the negative."""
 
-    def trace(self, image, noise):
-        turned = 2.0 * image.detach() - image
-        return Trace(turned, turned)
+    def shown(self, image, noise):
+        return 2.0 * image.detach() - image
 
 
-class Plateaus(NoPurifier):
+class Plateaus(Shown):
     """Steps of 1/32 with a faint slope along waves in between: nonzero gradients that say nothing of the steps."""
 
-    def trace(self, image, noise):
-        stairs = (image * 32).round() / 32 + 1e-3 * torch.sin(700.0 * image)
-        return Trace(stairs, stairs)
+    def shown(self, image, noise):
+        return (image * 32).round() / 32 + 1e-3 * torch.sin(700.0 * image)
 
 
 # Randomness
 
 
-class Shaken(NoPurifier):
+class Shaken(Shown):
     """Multiplies a pixel's contrast by 1 + sigma n: of its gradient one draw has the right sign with Phi(1 / sigma)."""
 
-    def __init__(self, denoiser, network, sigma=2.0):
-        super().__init__(denoiser, network)
-        self.sigma = sigma
+    sigma = 2.0
 
-    def trace(self, image, noise):
-        shaken = 0.5 + (image - 0.5) * (1.0 + self.sigma * noise.normal(0, image))
-        return Trace(shaken, shaken)
+    def shown(self, image, noise):
+        return 0.5 + (image - 0.5) * (1.0 + self.sigma * noise.normal(0, image))
 
 
-class Blurred(NoPurifier):
+class Blurred(Shown):
     """Adds noise."""
 
-    def __init__(self, denoiser, network, sigma=0.3):
-        super().__init__(denoiser, network)
-        self.sigma = sigma
-
-    def trace(self, image, noise):
-        moved = image + self.sigma * noise.normal(0, image)
-        return Trace(moved, moved)
+    def shown(self, image, noise):
+        return image + 0.3 * noise.normal(0, image)
 
 
 class FrozenForTheAttack(Shaken):
     """Fresh noise for the evaluation, one draw for the attack."""
 
-    def trace(self, image, noise):
-        frozen = noise.stream == ATTACK
-        return super().trace(image, type(noise)(noise.seed, noise.index, 0 * noise.run, ATTACK) if frozen else noise)
+    def shown(self, image, noise):
+        return super().shown(image, replace(noise, run=0 * noise.run) if noise.stream == ATTACK else noise)
 
 
 class _OneDraw:
@@ -154,121 +157,114 @@ class FrozenPGD(PGD):
         return super().perturb(model, image, label, _OneDraw(noise), chunk)
 
 
-class Torn(NoPurifier):
+class Torn(Shown):
     """A loud view, drawn at times, and a faint one, drawn more often, that pull against each other.
 
     The average over draws follows the loud one and takes it from the defense, which keeps its vote by the other.
     """
 
-    def trace(self, image, noise):
+    def shown(self, image, noise):
         contrast = image - 0.5
         # Lost by less contrast, and by more.
         loud, faint = 10.0 * (contrast - 0.06 * contrast.sign()), 0.2 * contrast.sign() - contrast
-        seen = 0.5 + torch.where(noise.uniform(0, image[:, :, :1, :1]) < 0.3, loud, faint)
-        return Trace(seen, seen)
+        return 0.5 + torch.where(coin(image, noise, 0.3), loud, faint)
 
 
-class Rare(NoPurifier):
+class Rare(Shown):
     """Nothing is lost under the usual draw, which pulls the average away from what is lost under a rare one."""
 
-    def trace(self, image, noise):
+    def shown(self, image, noise):
         contrast = image - 0.5
         usual, rare = 10.0 * (contrast + 0.2 * contrast.sign()), 0.2 * contrast.sign() - contrast
-        seen = 0.5 + torch.where(noise.uniform(0, image[:, :, :1, :1]) < 0.2, rare, usual)
-        return Trace(seen, seen)
+        return 0.5 + torch.where(coin(image, noise, 0.2), rare, usual)
 
 
 class FewKeys(Shaken):
     """Three draws for the attack, as many as it likes for the evaluation."""
 
-    def trace(self, image, noise):
-        few = noise.stream == ATTACK
-        return super().trace(image, type(noise)(noise.seed, noise.index, noise.run % 3, ATTACK) if few else noise)
+    def shown(self, image, noise):
+        return super().shown(image, replace(noise, run=noise.run % 3) if noise.stream == ATTACK else noise)
 
 
-class OtherUnderAttack(NoPurifier):
+class OtherUnderAttack(Shown):
     """Under the attack's noise its negative."""
 
-    def trace(self, image, noise):
-        shown = 0.5 + (-1.0 if noise.stream == ATTACK else 1.0) * (image - 0.5)
-        return Trace(shown + 1e-6 * noise.normal(0, image), shown)
+    def shown(self, image, noise):
+        sign = -1.0 if noise.stream == ATTACK else 1.0
+        return 0.5 + sign * (image - 0.5) + 1e-6 * noise.normal(0, image)
 
 
-class Ablated(NoPurifier):
+class Ablated(Shown):
     """Honest: shows a tenth of the pixels, at random, the others gray."""
 
-    def trace(self, image, noise):
-        seen = torch.where(noise.uniform(0, image) < 0.1, image, torch.full_like(image, 0.5))
-        return Trace(seen, seen)
+    def shown(self, image, noise):
+        return torch.where(noise.uniform(0, image) < 0.1, image, torch.full_like(image, 0.5))
 
 
-class Halves(NoPurifier):
+class Halves(Shown):
     """Shows the classifier the upper or the lower half: on the samples themselves both give the same logits."""
 
-    def trace(self, image, noise):
-        upper = noise.uniform(0, image[:, :, :1, :1]) < 0.5
+    def shown(self, image, noise):
         rows = torch.arange(SIDE).reshape(1, 1, -1, 1) < SIDE // 2
-        seen = torch.where(upper == rows, image, torch.full_like(image, 0.5))
-        return Trace(seen, seen)
+        return torch.where(coin(image, noise, 0.5) == rows, image, torch.full_like(image, 0.5))
 
 
 # Attack and defense are not the same
 
 
-class WeakWhenAttacked(NoPurifier):
+class WeakWhenAttacked(Shown):
     """Turns into its negative whenever it is differentiated."""
 
-    def trace(self, image, noise):
+    def shown(self, image, noise):
         sign = -1.0 if torch.is_grad_enabled() and image.requires_grad else 1.0
-        shown = 0.5 + sign * (image - 0.5)
-        return Trace(shown, shown)
+        return 0.5 + sign * (image - 0.5)
 
 
 class VotesWhenDefending(Shaken):
     """Averages sixteen draws, but for the attack, which sees one."""
 
-    def trace(self, image, noise):
+    def shown(self, image, noise):
         if torch.is_grad_enabled() and image.requires_grad:
-            return super().trace(image, noise)
+            return super().shown(image, noise)
         seen = torch.stack([0.5 + (image - 0.5) * (1.0 + self.sigma * noise.normal(k, image)) for k in range(16)])
-        return Trace(seen.mean(dim=0), image)
+        return seen.mean(dim=0)
 
 
-class Negative(NoPurifier):
+class Negative(Shown):
     """Inverts the image, and the classifier behind it reads negatives: the identity is the wrong gradient."""
 
-    def trace(self, image, noise):
-        return Trace(1.0 - image, 1.0 - image)
+    def shown(self, image, noise):
+        return 1.0 - image
 
 
 class OtherLevels(Gradient):
     """Says that it is exact and hands over another level than the defense's."""
 
     def attacked(self, defended):
-        purifier = type(defended.purifier)(defended.purifier.denoiser, defended.classifier, 20, 1)
+        purifier = type(defended.purifier)(defended.purifier.denoiser, 20, 1)
         model = DefendedClassifier(purifier, defended.classifier)
-        return Attacked(defended, model, "exact", "none", purifier.nfe, purifier.levels)
+        return Attacked(defended, model.attacked(), "exact", "none", purifier.nfe, purifier.levels)
+
+
+def view(defended, shown, gradient):
+    """The defense, shown another image than is attacked."""
+    function = plain(lambda image, noise: defended(shown(image), noise))
+    return Attacked(defended, function, gradient, "none", defended.purifier.nfe, defended.purifier.levels)
 
 
 class HalfView(Gradient):
     """Says that it is exact, has the right outputs, and the gradient of the lower half alone, turned."""
 
     def attacked(self, defended):
-        def logits(image, noise):
-            lower = torch.arange(SIDE).reshape(1, 1, -1, 1) >= SIDE // 2
-            return defended(torch.where(lower, 2.0 * image.detach() - image, image.detach()), noise)
-
-        return Attacked(defended, logits, "exact", "none", defended.purifier.nfe, defended.purifier.levels)
+        lower = torch.arange(SIDE).reshape(1, 1, -1, 1) >= SIDE // 2
+        return view(defended, lambda image: torch.where(lower, 2.0 * image.detach() - image, image.detach()), "exact")
 
 
 class Stale(Gradient):
     """A surrogate that is right about the function and wrong about its gradient."""
 
     def attacked(self, defended):
-        def logits(image, noise):
-            return defended(2.0 * image.detach() - image, noise)
-
-        return Attacked(defended, logits, "surrogate", "none", defended.purifier.nfe, defended.purifier.levels)
+        return view(defended, lambda image: 2.0 * image.detach() - image, "surrogate")
 
 
 class Bright(Mask):
@@ -286,11 +282,19 @@ class Bright(Mask):
 class Steered(NoPurifier):
     """Only the mask tells the classifier anything; with the mask frozen a faint slope leads the wrong way."""
 
-    def __init__(self, denoiser, network):
-        super().__init__(denoiser, network)
-        self.mask = Bright()
+    mask = Bright()
 
-    def trace(self, image, noise):
-        mask = self.mask(self.classifier, image, noise)
+    def trace(self, image, noise, mask=None):
         seen = 0.5 + 0.2 * (2.0 * mask - 1.0) - 1e-3 * (image - 0.5)
         return Trace(seen, seen, mask)
+
+
+class Lazy(Attack):
+    """An attack of somebody's own: a single short step, and no stronger version."""
+
+    steps = eot = 1
+    queries = Queries(1, 1)
+
+    def perturb(self, model, image, label, noise, chunk):
+        step = PGD(self.norm, self.eps, 1, self.eps / 8, random_start=False)
+        return step.perturb(model, image, label, noise, chunk)

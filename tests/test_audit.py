@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import Curved
 
-from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2
-from lit_purify.checks.audit_checks import Audit, enlarged, varied
-from lit_purify.checks.judging import Fixed, holm, least_samples, sign_flip, verdict
+import lit_purify as lp
+from lit_purify.attacks import PGD
+from lit_purify.checks.audit import CHECKS
+from lit_purify.checks.audited import Audited
+from lit_purify.checks.findings import Fixed, holm, least_samples, sign_flip, verdict
 from lit_purify.cli import evaluate
 from lit_purify.defense import (
     BPDA,
@@ -25,20 +27,23 @@ from lit_purify.defense import (
     Surrogate,
     UniformPurifier,
 )
+from lit_purify.errors import InputError
 from lit_purify.functional.noise import KeyedNoise
 
 EPS = 0.1
 
 
 def audited(defended, attack, gradient=None, low=0.02, high=0.2, count=32, runs=4, **arguments):
-    """Rows by check."""
+    """Findings by check."""
     image, label, _ = zoo.samples(count, low, high)
-    view = (gradient or Exact()).attacked(defended)
-    chunk = max(16, count * attack.eot)
-    audit = Audit(defended, view, attack, image, label, torch.arange(count), runs=runs, chunk=chunk, **arguments)
-    rows = list(audit.rows("it"))
-    found = {row.check: row for row in rows}
-    assert len(found) == len(rows)
+    return by_check(defended, attack, gradient, image, label, runs=runs, chunk=max(16, count * attack.eot), **arguments)
+
+
+def by_check(defended, attack, gradient, image, label, **arguments):
+    view, arguments = (gradient or Exact()).attacked(defended), {"proposals": 20, **arguments}
+    findings = list(Audited(view, attack, image, label, torch.arange(len(image)), **arguments).findings("it", CHECKS))
+    found = {finding.check: finding for finding in findings}
+    assert len(found) == len(findings)
     return found
 
 
@@ -47,7 +52,7 @@ def failed(rows):
 
 
 def pgd(**changes):
-    return PGD("linf", EPS, **{"steps": 20, "step_size": 0.01, "loss": "margin", **changes})
+    return PGD("linf", EPS, **{"steps": 10, "step_size": 0.02, **changes})
 
 
 # Judgement
@@ -108,18 +113,6 @@ def test_fixed_noise_is_one_draw_for_each_row():
     assert torch.equal(Fixed(*keys).rows(rows).runs([9]).normal(0, like[:3]), one[rows])
 
 
-@pytest.mark.parametrize("attack", [pgd(), FGSM("linf", EPS), APGD("linf", EPS, 5), CarliniWagnerL2(0.5, 5)])
-def test_variations_leave_the_attack_as_it_was(attack):
-    before = dict(vars(attack))
-    other = varied(attack, steps=77, eot=5, aggregate="vote", no_such_thing=1)
-    assert (other.steps, other.eot, hasattr(other, "no_such_thing")) == (77, 5, False)
-    assert hasattr(other, "aggregate") == hasattr(attack, "aggregate")
-    twice = enlarged(attack, 2.0)
-    assert twice.eps == 2 * attack.eps
-    assert getattr(twice, "step_size", 0.0) == 2 * getattr(attack, "step_size", 0.0)
-    assert vars(attack) == before
-
-
 # Honest
 
 
@@ -140,32 +133,50 @@ def test_an_honest_linear_classifier_passes_with_the_robust_accuracy_that_it_has
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_honest_randomized_defense_passes(norm):
     eps = EPS if norm == "linf" else 0.5
-    rows = audited(zoo.defense(zoo.Blurred), PGD(norm, eps, 20, eps / 8, eot=4), count=24)
+    rows = audited(zoo.defense(zoo.Blurred), PGD(norm, eps, 10, eps / 4, eot=4, loss="ce"), count=24)
     assert not failed(rows)
-    assert rows["fresh_draws"].figure == 80
+    assert rows["fresh_draws"].figure == 40
     assert {"frozen_noise", "more_eot", "vote", "worst", "bpda", "scaled"} < set(rows)
 
 
-def test_an_honest_purifier_with_a_tiny_network_passes(classifier, images):
-    purifier = UniformPurifier(Curved(), classifier, 60, 2)
-    attack = PGD("linf", 0.05, 10, 0.01, eot=2, loss="margin")
-    assert not failed(tiny_network(purifier, classifier, images, attack))
-
-
 def tiny_network(purifier, classifier, images, attack):
-    defended = DefendedClassifier(purifier, classifier)
-    index = torch.arange(len(images))
     label = classifier(images).argmax(dim=1)
-    audit = Audit(defended, Exact().attacked(defended), attack, images, label, index, runs=4, chunk=16, proposals=10)
-    return {row.check: row for row in audit.rows("it")}
+    return by_check(DefendedClassifier(purifier, classifier), attack, None, images, label, runs=4, chunk=16)
+
+
+def test_an_honest_purifier_with_a_tiny_network_passes(classifier, images):
+    attack = PGD("linf", 0.05, 10, 0.01, eot=2)
+    assert not failed(tiny_network(UniformPurifier(Curved(), 60, 2), classifier, images, attack))
 
 
 def test_masks_are_ablated_and_attacked(classifier, images):
-    purifier = HeterogeneousPurifier(Curved(), classifier, MinMaxThreshold(0.4), 60, 30, 2)
-    rows = tiny_network(purifier, classifier, images[:3], PGD("linf", 0.05, 2, 0.03))
+    purifier = HeterogeneousPurifier(Curved(), MinMaxThreshold(0.4), 60, 30, 2)
+    rows = tiny_network(purifier, classifier, images[:3], PGD("linf", 0.05, 2, 0.03, loss="ce"))
     for name in ("mask_ones", "mask_zeros", "mask_random"):
         assert (rows[name].verdict, rows[name].limit) == ("note", None)
     assert {"mask_straight_through", "mask_soft", "mask_shift"} < set(rows)
+
+
+def test_where_an_attack_states_no_stronger_version_the_check_is_not_applicable():
+    """Nothing is left out without a word, and nothing that belongs to no attack is poked at."""
+    lazy = zoo.Lazy("linf", EPS)
+    lazy.step_size, before = 0.3, {**vars(lazy), "step_size": 0.3}
+    rows = audited(zoo.defense(zoo.Blurred), lazy, count=24)
+    absent = {check: row.reason for check, row in rows.items() if row.verdict == "not applicable"}
+    assert set(absent) == {
+        "unbounded",
+        "wider",
+        "more_steps",
+        "more_eot",
+        "restarts",
+        "loss_ce",
+        "loss_margin",
+        "loss_dlr",
+    }
+    assert absent["more_steps"] == "Lazy states no version with other steps"
+    assert str(rows["more_steps"]).startswith("n/a ")
+    assert {"vote", "worst"} & failed(rows)
+    assert vars(lazy) == before
 
 
 # Flattering
@@ -178,7 +189,7 @@ ZOO = {
     "frozen for the attack": (zoo.defense(zoo.FrozenForTheAttack), pgd(eot=4), None, {"fresh_draws", "same_noise"}),
     "frozen by the attack": (
         zoo.defense(zoo.Shaken),
-        zoo.FrozenPGD("linf", EPS, 20, 0.01, eot=4, loss="margin"),
+        zoo.FrozenPGD("linf", EPS, 10, 0.02, eot=4),
         None,
         {"fresh_draws"},
     ),
@@ -228,7 +239,7 @@ def test_a_stated_surrogate_is_no_failure_where_the_exact_gradient_is_no_stronge
 def test_a_view_that_walks_other_levels_to_the_same_logits_is_another_model():
     class Boasting(Gradient):
         def attacked(self, defended):
-            return Attacked(defended, defended, "exact", "none", 1, [100])
+            return Attacked(defended, defended.attacked(), "exact", "none", 1, [100])
 
     assert failed(audited(zoo.defense(), pgd(), Boasting(), count=8)) == {"same_model"}
 
@@ -245,51 +256,9 @@ def test_frozen_noise_says_how_much_is_owed_to_randomness():
     assert rows["frozen_noise"].figure > 0.2
 
 
-# The command
-
-
-def one(class_path="UniformPurifier", **init):
-    return {"it": {"class_path": class_path, "init_args": init}}
-
-
 def test_a_draw_may_leave_out_most_pixels():
     rows = audited(zoo.defense(zoo.Ablated), pgd(eot=32), count=16)
     assert rows["zero_share"].verdict == "pass"
-
-
-FEW = ["--samples", "2", "--runs", "2", "--proposals", "2"]
-
-
-def test_the_command_writes_its_verdict_and_touches_no_records(tiny, capsys):
-    arguments = tiny(one(level=20, steps=1))
-    evaluate(arguments)
-    before = {path.name: path.read_bytes() for path in tiny.run.iterdir() if path.is_file()}
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        evaluate(["audit", *arguments, *FEW])
-    assert exit_.value.code == 1
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[0].startswith("Audit of pgd (PGD on the ce loss")
-    # Of two samples no test can say anything.
-    assert re.fullmatch("audit: UNDECIDED: 2 samples .*: use --samples 18 or more", lines[-1])
-    after = {path.name: path.read_bytes() for path in tiny.run.iterdir() if path.is_file()}
-    found = json.loads(after.pop("audit.json"))
-    # The report shows it; nothing else has changed.
-    assert b"not checked" in before.pop("report.html")
-    assert b'Audit of the attack</dt><dd><span class="badge shaken">undecided' in after.pop("report.html")
-    assert after == before
-    assert (found["passed"], found["attack"], found["samples"], found["runs"]) == (False, "pgd", [0, 1], 2)
-    assert set(found["checks"][0]) == {"defense", "check", "figure", "limit", "verdict", "reason"}
-    assert [line.split()[:3] for line in lines[1:-1]] == [[c["verdict"], "it", c["check"]] for c in found["checks"]]
-    # The same settings have the same hash as in the other verdict.
-    evaluate(["gradcheck", *arguments, "--samples", "1"])
-    assert json.loads((tiny.run / "gradcheck.json").read_text())["settings_sha256"] == found["settings_sha256"]
-
-
-def test_the_command_passes_a_sound_defense(tiny, capsys):
-    evaluate(["audit", *tiny(one(level=20, steps=1), samples=18), "--runs", "2", "--proposals", "2"])
-    assert capsys.readouterr().out.strip().splitlines()[-1] == "audit: passed"
-    assert json.loads((tiny.run / "audit.json").read_text())["passed"] is True
 
 
 @pytest.mark.parametrize("comparisons", [1, 7, 15])
@@ -302,30 +271,63 @@ def test_from_the_least_number_on_half_of_the_samples_are_significant(comparison
     assert adjusted(least) <= 0.05 < adjusted(least - 2)
 
 
-def test_the_command_exits_with_1_when_the_figure_is_not_to_be_believed(tiny, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        evaluate(["audit", *tiny(one("flattering.Quantized")), *FEW])
-    assert exit_.value.code == 1
-    last = capsys.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("audit: FAILED: not to be believed: it (")
-    assert "it (nonzero)" in last
-    assert json.loads((tiny.run / "audit.json").read_text())["passed"] is False
+# The function and the command
 
 
-SQUARE = {"square": {"class_path": "Square", "init_args": {"norm": "linf", "eps": 0.1, "steps": 2}}}
+def test_the_verdict_over_all_defenses():
+    image, label, _ = zoo.samples(32)
+    defenses, said = {"sound": zoo.defense(), "rounding": zoo.defense(zoo.Quantized)}, {"runs": 2, "proposals": 2}
+    few = lp.audit(zoo.classifier(), defenses["sound"], pgd(steps=2), image, label, samples=4, **said)
+    assert (few.verdict, few.passed) == ("undecided", False)
+    assert re.fullmatch(r"UNDECIDED: 4 samples .*: use \d+ or more \(samples\)", few.conclusion)
+    both = lp.audit(zoo.classifier(), defenses, pgd(), image, label, **said)
+    assert both.verdict == "failed"
+    assert both.conclusion.startswith("FAILED: not to be believed: rounding (")
+    assert {finding.defense for finding in both.failed} == {"rounding"}
+    assert str(both).splitlines()[-1] == both.conclusion
+    sound = lp.audit(zoo.classifier(), {"sound": defenses["sound"]}, pgd(), image, label, **said)
+    assert sound.passed
+    # Findings of a defense do not depend on the others.
+    assert list(sound) == [finding for finding in both if finding.defense == "sound"]
 
 
 @pytest.mark.parametrize(
-    ("attacks", "options", "message"),
+    ("attack", "options", "message"),
     [
-        (None, ["--samples", "0"], "samples = 0: use at least 1"),
-        (None, ["--runs", "0"], "runs = 0: use at least 1"),
-        (SQUARE, [], "attacks: none of square follows a gradient of the defense: add one, such as PGD"),
+        (pgd(), {"samples": 0}, "samples = 0: use at least 1"),
+        (pgd(), {"runs": 0}, "runs = 0: use at least 1"),
+        (lp.Square("linf", EPS, 2), {}, "Square follows no gradient of the defense"),
+        (lp.ForeignAttack(lambda model, x, y: x, "linf", EPS), {}, "ForeignAttack follows no gradient"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(attacks, options, message, tiny, capsys):
+def test_bad_input_is_refused(attack, options, message):
+    image, label, _ = zoo.samples(4)
+    with pytest.raises(InputError, match=message):
+        lp.audit(zoo.classifier(), zoo.defense(), attack, image, label, **options)
+
+
+def test_the_command_writes_its_verdict_and_touches_no_records(tiny, capsys):
+    arguments = tiny({"it": {"class_path": "UniformPurifier", "level": 20, "steps": 1}})
+    evaluate(arguments)
+    before = {path.name: path.read_bytes() for path in tiny.run.iterdir() if path.is_file()}
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        evaluate(["audit", *tiny(one(level=20, steps=1), attacks), *options])
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.strip().endswith(f"error: {message}")
-    assert not tiny.run.exists()
+        evaluate(["audit", *arguments, "--samples", "2", "--audit_runs", "2", "--proposals", "2"])
+    assert exit_.value.code == 1
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].startswith("Audit of pgd (PGD on the margin loss")
+    # Of two samples no test can say anything.
+    assert re.fullmatch(r"audit: UNDECIDED: 2 samples .*: use 18 or more \(samples\)", lines[-1])
+    after = {path.name: path.read_bytes() for path in tiny.run.iterdir() if path.is_file()}
+    found = json.loads(after.pop("audit.json"))
+    # The report shows it; nothing else has changed.
+    assert b"not checked" in before.pop("report.html")
+    assert b'Audit of the attack</dt><dd><span class="badge shaken">undecided' in after.pop("report.html")
+    assert after == before
+    assert (found["passed"], found["attack"], found["samples"], found["runs"]) == (False, "pgd", [0, 1], 2)
+    assert set(found["checks"][0]) == {"defense", "check", "figure", "limit", "verdict", "reason"}
+    assert [line.split()[1:3] for line in lines[1:-1]] == [["it", c["check"]] for c in found["checks"]]
+    # The same settings have the same hash as in the other verdict.
+    with pytest.raises(SystemExit):
+        evaluate(["gradcheck", *arguments, "--samples", "1"])
+    assert json.loads((tiny.run / "gradcheck.json").read_text())["settings_sha256"] == found["settings_sha256"]

@@ -45,6 +45,7 @@ class APGD(Attack):
     """
 
     scalable = frozenset({"steps", "eot", "restarts", "loss", "eps"})
+    loss: LossName
 
     def __init__(
         self,

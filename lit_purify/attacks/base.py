@@ -49,6 +49,10 @@ class Attack(Recorded, ABC):
     Attributes:
         steps: Points that each start tries one after the other.
         eot: Draws of noise that each of them is judged by.
+        restarts: How often it starts.
+        step_size: Length of a step in pixels of [0, 1], where it has one.
+        loss: Name of the loss that it raises, where it has a choice.
+        aggregate: What the draws of a sample count, see ``PGD``.
         gradient: ``exact``, ``none``, ``surrogate`` where another model than the attacked one is differentiated, or
             ``theirs``: the attack of another library.
         target: What the attack is handed: the ``defense``, or the bare ``classifier`` behind it.
@@ -58,6 +62,10 @@ class Attack(Recorded, ABC):
 
     steps: int
     eot: int
+    restarts: int = 1
+    step_size: float | None = None
+    loss: str | None = None
+    aggregate: str = "mean"
     gradient: Literal["exact", "surrogate", "theirs", "none"] = "exact"
     target: Literal["defense", "classifier"] = "defense"
     stopping: str = "runs all its steps; does not look at the defense's final runs"
@@ -131,8 +139,8 @@ class Attack(Recorded, ABC):
         if missing:
             raise NotApplicableError(f"{type(self).__name__} states no version with other {' or '.join(missing)}")
         other = copy.copy(self)
-        if "eps" in changes and "step_size" in vars(other):
-            changes["step_size"] = vars(other)["step_size"] * changes["eps"] / self.eps
+        if "eps" in changes and self.step_size is not None:
+            changes["step_size"] = self.step_size * changes["eps"] / self.eps
         vars(other).update(changes)
         return other
 

@@ -36,7 +36,8 @@ class CarliniWagnerL2(Attack):
         eot: Draws that each step averages over.
     """
 
-    scalable = frozenset({"steps", "eot"})
+    scalable = frozenset({"steps", "eot", "eps"})
+    step_size: float
 
     def __init__(
         self,

@@ -50,6 +50,8 @@ class PGD(Attack):
     """
 
     scalable = frozenset({"steps", "eot", "restarts", "loss", "aggregate", "eps"})
+    step_size: float
+    loss: LossName
 
     def __init__(
         self,

@@ -2,16 +2,250 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
-from lit_purify.attacks import Attack
-from lit_purify.checks.audit_checks import LEVEL, TOLERANCE, Audit
-from lit_purify.checks.findings import Findings, least_samples
+from lit_purify.attacks import PGD, Attack, MaskShift, NotApplicableError, Square, Transfer
+from lit_purify.checks.audited import (
+    AVERAGE,
+    DRAWS,
+    LEVEL,
+    MAJORITY,
+    RULES,
+    TOLERANCE,
+    WORST,
+    Audited,
+    Fact,
+    RandomNoise,
+    different,
+)
+from lit_purify.checks.findings import Comparison, Findings, Fixed, least_samples
+from lit_purify.checks.gradcheck import first_samples, relative
 from lit_purify.data.base import ImageDataset
-from lit_purify.defense import Attacked
+from lit_purify.defense import BPDA, Attacked, BareClassifier, DefendedClassifier, Exact, Ones, RandomArea, Zeros
+from lit_purify.defense.gradients import MaskGradient
 from lit_purify.errors import InputError
+from lit_purify.functional.chunks import AttackedFunction
+from lit_purify.functional.losses import LossName
+from lit_purify.functional.noise import ATTACK
+from lit_purify.functional.statistics import mean_interval, paired_difference
+
+_SAME = 1e-5
+"""Largest relative difference of what is equal up to rounding."""
+_STEPS, _EOT, _STARTS = 20, 16, 2
+"""What a thorough attack has at least; else twice the configured."""
+_SOFT = 5.0
+"""Deviation of logits up to which a softmax over them is not saturated."""
+_UNSEEN = 2**31
+"""The first of the draws that no attack reaches."""
+_MASKED = "the gradient is masked, or the attack weak"
+_SATURATES = "the configured loss saturates"
+
+
+def reference(audit: Audited) -> Iterator[Fact]:
+    """What is audited."""
+    robust, clean = (float(x[:, AVERAGE].mean()) for x in (audit.reference, audit.outcomes(audit.image)))
+    yield "reference", robust, None, "note", f"{robust:.1%} robust, {clean:.1%} clean"
+
+
+def same_model(audit: Audited) -> Iterator[Fact]:
+    """The attacked function has the outputs of the defense, and the gradient that it is said to have."""
+    purifier, view = audit.defended.purifier, audit.view
+    figure = relative(audit.attacked, audit.defending)
+    walked = (view.levels, view.nfe), (purifier.levels, purifier.nfe)
+    said = f"relative difference of attacked and defended logits; levels {walked[0][0]} and {walked[1][0]}"
+    if view.gradient != "exact":
+        yield "same_model", figure, _SAME, "note", f"{said}; said to be {view.gradient}"
+    elif walked[0] != walked[1] or not figure <= _SAME:
+        said += ": another model is attacked than is defended"
+        yield "same_model", figure, _SAME, "fail", said
+    else:
+        yield "same_model", figure, _SAME, "pass", said
+        # A view with the defense's outputs may still hand out another gradient.
+        kind, samples = view.mask_gradient, audit.moved
+        sound = Exact("frozen" if kind == "none" else kind).attacked(audit.defended)
+        figure = relative(samples.gradient(view.function), samples.gradient(sound.function))
+        # Where it is not, the comparison with the exact gradient is made as well.
+        audit.exact = figure <= _SAME
+        said = "relative difference of the attack's gradient and the defense's"
+        if not audit.exact:
+            relaxed = kind in ("straight_through", "soft")
+            said += ": the mask may be relaxed in another way" if relaxed else ": said to be exact, and is not"
+            yield "same_gradient", figure, _SAME, "note" if relaxed else "fail", said
+        else:
+            yield "same_gradient", figure, _SAME, "pass", said
+
+
+def fresh_draws(audit: Audited) -> Iterator[Fact]:
+    """The attack sees as many draws of noise as it asks for."""
+    if not audit.randomized:
+        return
+    queries, outputs = audit.attack.queries.forward, (different(audit.attacked), different(audit.evaluated))
+    drawn = 1 if outputs[0] == 1 else len(audit.drawn)
+    said = (
+        f"draws of noise in {queries} queries of the attack; {len(DRAWS)} draws have {outputs[0]} outputs for it, "
+        f"{outputs[1]} for the evaluation"
+    )
+    if drawn < min(2, queries) or outputs[0] <= outputs[1] / 2:
+        said += ": it sees frozen noise, the evaluation draws anew"
+        yield "fresh_draws", drawn, 2.0, "fail", said
+    else:
+        yield "fresh_draws", drawn, min(2.0, queries), "pass", said
+
+
+def frozen_noise(audit: Audited) -> Iterator[Fact]:
+    """What is owed to randomness: attack and defense with one and the same draw."""
+    if audit.randomized:
+        noise = Fixed(audit.seed, audit.index, torch.zeros_like(audit.index), ATTACK)
+        adversarial = single_draw(audit.attack)(audit.view, audit.image, audit.label, noise, audit.chunk)
+        left = audit.outcomes(adversarial, noise=noise)[:, AVERAGE].mean()
+        said = f"owed to randomness: {float(left):.1%} survive with one draw for attack and defense"
+        yield "frozen_noise", float(audit.reference[:, AVERAGE].mean() - left), None, "note", said
+
+
+def unbounded(audit: Audited) -> Iterator[Fact]:
+    """Gray is within reach of every sample: what is right there by guessing is the most that may survive."""
+    try:
+        attack = audit.attack.stronger(eps=audit.everything)
+    except NotApplicableError as error:
+        yield "unbounded", 0.0, None, "not applicable", str(error)
+        return
+    adversarial = audit.attacked_by(attack, audit.view)
+    limit = float(audit.label.bincount().max()) / len(audit.label)
+    left = mean_interval(audit.outcomes(adversarial)[:, AVERAGE], audit.runs)
+    said = f"survive at eps {audit.everything:.3g}, at least {left.low:.1%}; by guessing {limit:.1%}"
+    failed = left.low > limit
+    said += ": the attack does not find what there is" if failed else ""
+    yield "unbounded", left.value, limit, "fail" if failed else "pass", said
+
+
+def ablations(audit: Audited) -> Iterator[Fact]:
+    """The same purifier with a mask of everything, of nothing, and of random pixels."""
+    purifier, rule = audit.defended.purifier, audit.defended.purifier.mask
+    if rule is None:
+        return
+    for name, other in {"ones": Ones(), "zeros": Zeros(), "random": RandomArea(rule)}.items():
+        model = DefendedClassifier(purifier.with_mask(other), audit.defended.classifier)
+        adversarial = audit.attacked_by(audit.attack, model)
+        left, clean = (audit.outcomes(shown, model)[:, AVERAGE] for shown in (adversarial, audit.image))
+        gain = paired_difference(left, audit.reference[:, AVERAGE])
+        said = (
+            f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points that the mask gains over this one "
+            f"({float(left.mean()):.1%} robust, {float(clean.mean()):.1%} clean)"
+        )
+        yield f"mask_{name}", gain.value, None, "note", said
+
+
+def wider(audit: Audited) -> Iterator[Comparison]:
+    """No more survives in a larger ball than in the smaller one."""
+    for k in (4.0, 2.0):
+        if k * audit.attack.eps < audit.everything:
+            said, meaning = f"eps in place of {k:g} eps", "the gradient misleads"
+            found = audit.compare_stronger("wider", said, meaning, eps=k * audit.attack.eps)
+            yield replace(found, excess=None if found.excess is None else -found.excess)
+            return
+
+
+def same_noise(audit: Audited) -> Iterator[Comparison]:
+    """Draws that the attack has not seen, of the noise that it saw."""
+    if audit.randomized:
+        left = audit.outcomes(audit.adversarial, noise=audit.noise(ATTACK), first=_UNSEEN)
+        excess, said = (audit.reference - left)[:, AVERAGE], "the same images under the attack's noise"
+        yield Comparison("same_noise", excess, AVERAGE, said, "the defense tells attack from evaluation")
+
+
+def stronger_versions(audit: Audited) -> Iterator[Comparison]:
+    """Random noise; and more steps, draws and starts of the attack itself."""
+    attack = audit.attack
+    random = RandomNoise(attack.norm, attack.eps)
+    yield audit.compare("noise", random, audit.view, "random noise of equal norm", _MASKED)
+    steps, restarts = max(2 * attack.steps, _STEPS), _STARTS * attack.restarts
+    yield audit.compare_stronger("more_steps", f"{steps} steps", "the attack is cut short", steps=steps)
+    if audit.randomized:
+        eot = max(2 * attack.eot, _EOT)
+        yield audit.compare_stronger(
+            "more_eot", f"{eot} draws a step", "the attack averages over too few draws", eot=eot
+        )
+    yield audit.compare_stronger("restarts", f"{restarts} starts", "one start is not enough", restarts=restarts)
+
+
+def other_gradients(audit: Audited) -> Iterator[Comparison]:
+    """None; that of the bare classifier; the identity for the purifier's; the exact one where it is not followed."""
+    attack, defended, eot = audit.attack, audit.defended, max(1, audit.attack.eot) if audit.randomized else 1
+    square = Square(attack.norm, attack.eps, audit.proposals, eot, p=0.3)
+    yield audit.compare("black_box", square, defended, f"Square, {audit.proposals} proposals", _MASKED)
+    bare, transfer = BareClassifier().attacked(defended), Transfer(single_draw(attack))
+    yield audit.compare("transfer", transfer, bare, "the attack on the bare classifier", _MASKED)
+    if audit.view.gradient != "bpda" and not defended.undefended:
+        said, meaning = "the identity for the purifier's gradient", "the purifier's own is shattered"
+        yield audit.compare("bpda", attack, BPDA().attacked(defended), said, meaning)
+    if not audit.exact:
+        meaning = "what was attacked stands in badly for the defense"
+        yield audit.compare("exact", attack, Exact().attacked(defended), "the exact gradient", meaning)
+
+
+def other_aims(audit: Audited) -> Iterator[Comparison]:
+    """Attacks on the vote of N runs, and on the worst of them, each judged by what it is for."""
+    attack = audit.attack
+    if not audit.randomized or audit.runs == 1:
+        return
+    # A softmax that saturates leaves no weights to tell draws apart by.
+    view = scaled(audit.view.function, max(1.0, float(audit.attacked.std(dim=2).mean()) / _SOFT))
+    for kind, rule in (("vote", MAJORITY), ("worst", WORST)):
+        if attack.aggregate != kind:
+            # It is told apart from the configured attack by its aim: the loss that this aim is written in.
+            steps, eot = max(1, attack.steps), max(attack.eot, audit.runs)
+            aimed = PGD(attack.norm, attack.eps, steps, audit.step, eot, "ce", aggregate=kind)  # type: ignore[arg-type]
+            meaning = f"the {RULES[rule]} says little: it was not aimed at"
+            yield audit.compare(kind, aimed, view, f"an attack on the {kind}", meaning, rule)
+
+
+def other_losses(audit: Audited) -> Iterator[Comparison]:
+    """Losses that the attack could raise, but does not."""
+    losses: list[LossName] = ["ce", "margin"]
+    for loss in losses + (["dlr"] if audit.attacked.shape[2] > 2 else []):
+        if loss != audit.attack.loss:
+            yield audit.compare_stronger(f"loss_{loss}", f"the {loss} loss", _SATURATES, loss=loss)
+    if audit.attack.loss == "ce":
+        view = scaled(audit.view.function, float(audit.attacked.std(dim=2).mean()) or 1.0)
+        yield audit.compare("scaled", audit.attack, view, "logits scaled to deviation 1", _SATURATES)
+
+
+def mask_gradients(audit: Audited) -> Iterator[Comparison]:
+    """Gradients of the mask, and an attack on it."""
+    attack, defended, rule = audit.attack, audit.defended, audit.defended.purifier.mask
+    if rule is None or not rule.relaxable:
+        return
+    hidden = "the mask hides its gradient"
+    # The exact attack of ``other_gradients`` has a frozen mask.
+    kinds: tuple[MaskGradient, ...] = ("frozen", "straight_through", "soft")
+    for kind in kinds if audit.exact else kinds[1:]:
+        if kind != audit.view.mask_gradient:
+            said = f"the {kind} gradient of the mask"
+            yield audit.compare(f"mask_{kind}", attack, Exact(kind).attacked(defended), said, hidden)
+    shift = MaskShift(attack.norm, attack.eps, max(1, attack.steps), audit.step, eot=max(1, attack.eot))
+    through, said = Exact("straight_through").attacked(defended), "an attack that first moves the mask"
+    yield audit.compare("mask_shift", shift, through, said, hidden)
+
+
+CHECKS: list[Callable[[Audited], Iterator[Fact | Comparison]]] = [
+    reference,
+    same_model,
+    fresh_draws,
+    frozen_noise,
+    unbounded,
+    ablations,
+    wider,
+    same_noise,
+    stronger_versions,
+    other_gradients,
+    other_aims,
+    other_losses,
+    mask_gradients,
+]
+"""All checks beside those of the gradient, in order: each gives findings, or comparisons, which are judged together."""
 
 
 def audit_attack(
@@ -46,34 +280,40 @@ def audit_attack(
     Raises:
         InputError: An argument is below 1, or the attack follows no gradient of the defense.
     """
-    for option, value in (("samples", samples), ("runs", runs), ("proposals", proposals)):
+    for option, value in (("runs", runs), ("proposals", proposals)):
         if value < 1:
             raise InputError(f"{option} = {value}: use at least 1")
     if (attack.gradient, attack.target) != ("exact", "defense"):
         raise InputError(f"attacks: {type(attack).__name__} follows no gradient of the defense: audit PGD, for example")
-    chosen = [data[k] for k in range(min(samples, len(data)))]
-    image = torch.stack([row["image"] for row in chosen]).to(device)
-    label, index = (torch.tensor([row[key] for row in chosen], device=device) for key in ("label", "index"))
-    rows = min(chunk, max(16, len(chosen) * attack.eot))
+    image, label, index = first_samples(data, samples, device)
+    rows = min(chunk, max(16, len(index) * attack.eot))
     findings, compared = Findings(), 0
     for name, view in views.items():
-        audit = Audit(view.defended, view, attack, image, label, index, seed, runs, rows, proposals)
-        found = []
-        for finding in audit.rows(name):
-            found.append(finding)
+        audited, first = Audited(view, attack, image, label, index, seed, runs, rows, proposals), len(findings)
+        for finding in audited.findings(name, CHECKS):
+            findings.append(finding)
             say(str(finding))
-        compared = max(compared, sum(finding.limit == TOLERANCE for finding in found))
-        findings += found
+        compared = max(compared, sum(finding.limit == TOLERANCE for finding in findings[first:]))
     least = least_samples(compared, LEVEL)
-    if len(chosen) < least:
+    if len(index) < least:
         # Only gross overstatement by some comparisons can show, and none by too few samples.
-        few = f"{len(chosen)} samples are too few to find even an attack that takes half of them"
+        few = f"{len(index)} samples are too few to find even an attack that takes half of them"
         findings.undecided = f"{few}: use {least} or more (samples)"
-    findings.facts = {
-        "samples": index.tolist(),
-        "runs": runs,
-        "proposals": proposals,
-        "level": LEVEL,
-        "tolerance": TOLERANCE,
-    }
+    facts = {"runs": runs, "proposals": proposals, "level": LEVEL, "tolerance": TOLERANCE}
+    findings.facts = {"samples": index.tolist(), **facts}
     return findings
+
+
+def single_draw(attack: Attack) -> Attack:
+    """The same attack with one draw of noise a step, as far as it has draws."""
+    for changes in ({"eot": 1, "aggregate": "mean"}, {"eot": 1}):
+        try:
+            return attack.stronger(**changes)
+        except NotApplicableError:
+            continue
+    return attack
+
+
+def scaled(function: AttackedFunction, scale: float) -> AttackedFunction:
+    """The same function with its logits divided by a number."""
+    return replace(function, logits=lambda image, noise, mask: function.logits(image, noise, mask) / scale)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,16 @@ from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.noise import ATTACK, START_STEP, KeyedNoise
-from lit_purify.functional.threat import linf_norm
+from lit_purify.functional.threat import l2_norm, linf_norm
 from lit_purify.models import Denoiser
 
 RECOMPUTED_LIMIT, FINITE_LIMIT, ZERO_LIMIT = 1e-5, 1e-4, 0.9
 """Largest relative differences, and largest part of zeros."""
-_STEPS = (1e-4, 1e-6, 1e-7, 1e-8)
-"""Of finite differences, in pixels of [0, 1]."""
+_STEPS = (1e-7, 1e-8, 1e-9, 1e-6, 1e-5)
+"""Of finite differences, in pixels of [0, 1], in the order of trial."""
 _DIRECTIONS, _DRAWS = 5, 4
 _MOVED = 0.02
 """How far images are moved at random, in pixels of [0, 1]; 0.02 from the border before that."""
-
 
 Function = AttackedFunction | DefendedClassifier
 
@@ -54,10 +54,6 @@ class Samples:
         image = image.clamp(_MOVED, 1.0 - _MOVED)
         return cls(image + _MOVED * (2.0 * noise.uniform(START_STEP, image) - 1.0), label, noise)
 
-    def double(self) -> Samples:
-        """In float64."""
-        return Samples(self.image.double(), self.label, self.noise)
-
     def loss(self, model: Function, shift: Tensor | float = 0.0) -> Tensor:
         """Loss of each sample, (B,), with the images moved."""
         return margin_loss(model(self.image + shift, self.noise), self.label)
@@ -71,72 +67,59 @@ class Samples:
         return torch.zeros_like(shift) if found is None else found
 
 
-def check_gradient(name: str, model: DefendedClassifier, samples: Samples) -> list[Finding]:
-    """All checks of one defense.
+class Measured(NamedTuple):
+    """Result of a check: passed when ``figure`` is at most ``limit``; not applicable when it is ``None``."""
 
-    ``recomputed``: the gradient by recomputation against that of plain autograd. ``finite_differences``: in float64,
-    directional derivatives along random directions against central differences, the best of several step sizes. Most
-    directions of every sample must agree: a kink of a ReLU network lies across single directions, a wrong gradient
-    across all. Masks are piecewise constant, so each is frozen at its value for the unmoved image. ``replayed``: with
-    the same keys two forward passes have the same bits, and so has every call of the denoiser that the backward pass
-    repeats. ``nonzero``: the gradient is finite, and no sample's is zero everywhere. ``zero_share``: the part of the
-    pixels whose gradient is exactly zero in several draws, which is small unless something saturates or quantizes.
-    """
-    checks: list[Callable[[DefendedClassifier, Samples], tuple[str, float, float, str]]] = [
-        _recomputed,
-        _finite_differences,
-        _replayed,
-        _nonzero,
-        _zero_share,
-    ]
-    found = []
-    for check in checks:
-        title, figure, limit, detail = check(model, samples)
-        # A figure that is not a number has failed.
-        found.append(Finding(name, title, figure, limit, "pass" if figure <= limit else "fail", detail))
-    return found
+    figure: float | None
+    limit: float
+    reason: str
 
 
-def _recomputed(model: DefendedClassifier, samples: Samples) -> tuple[str, float, float, str]:
+def recomputed(model: DefendedClassifier, samples: Samples) -> Measured:
+    """The gradient by recomputation against that of plain autograd."""
     if isinstance(model, ForeignDefense):
-        return "recomputed", 0.0, RECOMPUTED_LIMIT, "nothing of this defense is recomputed"
+        return Measured(None, RECOMPUTED_LIMIT, "nothing of this defense is recomputed")
     plain = DefendedClassifier(model.purifier.without_recomputation(), model.classifier)
-    first, second = samples.gradient(model), samples.gradient(plain)
-    # Zero against zero is equal, which is for another check to judge.
-    size = float(second.abs().max()) or 1.0
-    figure = float((first - second).abs().max()) / size
-    return "recomputed", figure, RECOMPUTED_LIMIT, "relative difference to plain autograd"
+    difference = relative(samples.gradient(model), samples.gradient(plain))
+    return Measured(difference, RECOMPUTED_LIMIT, "relative difference to plain autograd")
 
 
-def _finite_differences(model: DefendedClassifier, samples: Samples) -> tuple[str, float, float, str]:
-    model, samples = copy.deepcopy(model).double(), samples.double()
+def finite_differences(model: DefendedClassifier, samples: Samples) -> Measured:
+    """In float64, directional derivatives along random directions against central differences of several steps.
+
+    A ReLU network has kinks. One that lies within a step falsifies the difference of a right gradient: a shorter step
+    leaves it out, and the next direction crosses others. A wrong gradient is wrong at all steps, in nearly all
+    directions. So a sample's error is the median over directions of the least over steps, relative to the difference or
+    to the typical derivative along a direction, which is the length of the gradient. Masks are piecewise constant: each
+    is frozen at its value for the unmoved image.
+    """
+    model = copy.deepcopy(model).double()
+    samples = replace(samples, image=samples.image.double())
     mask = model.masked(samples.image, samples.noise)
     fixed = None if mask is None else mask.detach()
     function = AttackedFunction(lambda image, noise, _: model(image, noise, fixed))
-    gradient = samples.gradient(function)
-    errors = []
+    gradient, errors = samples.gradient(function), []
     for k in range(_DIRECTIONS):
         direction = samples.noise.runs([k]).normal(START_STEP, samples.image)
         derivative = (gradient * direction).flatten(1).sum(dim=1)
-        tried = [_error(function, samples, direction, step, derivative) for step in _STEPS]
-        errors.append(torch.stack(tried).amin(dim=0))
+        error = torch.full_like(derivative, torch.inf)
+        for step in _STEPS:
+            with torch.no_grad():
+                high, low = (samples.loss(function, sign * step * direction) for sign in (1.0, -1.0))
+            difference = (high - low) / (2.0 * step)
+            size = torch.maximum(difference.abs(), l2_norm(gradient)).clamp(min=torch.finfo(torch.float64).tiny)
+            error = torch.minimum(error, (difference - derivative).abs() / size)
+            if bool((error <= FINITE_LIMIT).all()):
+                break
+        errors.append(error)
     figure = float(torch.stack(errors).median(dim=0).values.max())
     frozen = "" if mask is None else ", mask frozen"
-    detail = (
-        f"relative error of directional derivatives, float64, best step, median of {_DIRECTIONS} directions{frozen}"
-    )
-    return "finite_differences", figure, FINITE_LIMIT, detail
+    how = f"relative error of directional derivatives, float64, best step, median of {_DIRECTIONS} directions{frozen}"
+    return Measured(figure, FINITE_LIMIT, how)
 
 
-def _error(model: AttackedFunction, samples: Samples, direction: Tensor, step: float, derivative: Tensor) -> Tensor:
-    with torch.no_grad():
-        high, low = (samples.loss(model, sign * step * direction) for sign in (1.0, -1.0))
-    difference = (high - low) / (2.0 * step)
-    size = torch.maximum(difference.abs(), derivative.abs())
-    return torch.where(size > 0, (difference - derivative).abs() / torch.where(size > 0, size, 1.0), 0.0)
-
-
-def _replayed(model: DefendedClassifier, samples: Samples) -> tuple[str, float, float, str]:
+def replayed(model: DefendedClassifier, samples: Samples) -> Measured:
+    """With the same keys two forward passes have the same bits, and so have calls that the backward pass repeats."""
     with torch.no_grad():
         first, second = samples.loss(model), samples.loss(model)
     different = int((first != second).sum())
@@ -147,44 +130,48 @@ def _replayed(model: DefendedClassifier, samples: Samples) -> tuple[str, float, 
         if total.requires_grad:
             torch.autograd.grad(total, shift, allow_unused=True)
     seen, repeated = calls[:forward], calls[forward:]
-    strange = sum(not any(_equal(call, other) for other in seen) for call in repeated)
+    strange = sum(not any(all(map(torch.equal, call, other)) for other in seen) for call in repeated)
     detail = f"of {len(first)} outputs or {len(repeated)} calls repeated in the backward pass differ"
-    return "replayed", float(different + strange), 0.0, detail
+    return Measured(different + strange, 0.0, detail)
 
 
-@contextmanager
-def _calls(purifier: nn.Module) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-    """Inputs and output of every call of a denoiser."""
-    calls: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def keep(module: Denoiser, inputs: tuple[Tensor, Tensor | LevelMap], output: Tensor) -> None:
-        x, t = inputs
-        calls.append((x.detach().clone(), t.dense if isinstance(t, LevelMap) else t.clone(), output.detach().clone()))
-
-    handles = [m.register_forward_hook(keep) for m in purifier.modules() if isinstance(m, Denoiser)]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
-def _nonzero(model: DefendedClassifier, samples: Samples) -> tuple[str, float, float, str]:
+def nonzero(model: DefendedClassifier, samples: Samples) -> Measured:
+    """The gradient is finite, and no sample's is zero everywhere."""
     gradient = samples.gradient(model)
     useless = ~(linf_norm(gradient) > 0) | ~gradient.isfinite().flatten(1).all(dim=1)
     detail = f"of {len(gradient)} samples have a gradient of 0 everywhere, or one that is not finite"
-    return "nonzero", float(useless.sum()), 0.0, detail
+    return Measured(int(useless.sum()), 0.0, detail)
 
 
-def _zero_share(model: DefendedClassifier, samples: Samples) -> tuple[str, float, float, str]:
-    # A sound defense may leave out most pixels in one draw.
+def zero_share(model: DefendedClassifier, samples: Samples) -> Measured:
+    """Few pixels have a gradient of exactly zero in all of several draws, unless something saturates or quantizes.
+
+    A sound defense may leave out most pixels in one draw.
+    """
     draws = [replace(samples, noise=samples.noise.runs([k])).gradient(model) == 0 for k in range(_DRAWS)]
     share = float(torch.stack(draws).all(dim=0).double().mean())
-    return "zero_share", share, ZERO_LIMIT, f"of all pixels' gradients are exactly 0 in each of {_DRAWS} draws"
+    return Measured(share, ZERO_LIMIT, f"of all pixels' gradients are exactly 0 in each of {_DRAWS} draws")
+
+
+CHECKS: list[Callable[[DefendedClassifier, Samples], Measured]] = [
+    recomputed,
+    finite_differences,
+    replayed,
+    nonzero,
+    zero_share,
+]
+"""All checks of a defense's gradient, in order; a check is reported by the name of its function."""
+
+
+def check_gradient(name: str, model: DefendedClassifier, samples: Samples) -> Iterator[Finding]:
+    """All ``CHECKS`` of one defense."""
+    for check in CHECKS:
+        figure, limit, reason = check(model, samples)
+        if figure is None:
+            yield Finding(name, check.__name__, 0.0, limit, "not applicable", reason)
+        else:
+            # A figure that is not a number has failed.
+            yield Finding(name, check.__name__, figure, limit, "pass" if figure <= limit else "fail", reason)
 
 
 def check_gradients(
@@ -208,13 +195,8 @@ def check_gradients(
     Raises:
         InputError: ``samples`` is below 1.
     """
-    if samples < 1:
-        raise InputError(f"samples = {samples}: use at least 1")
-    rows = [data[k] for k in range(min(samples, len(data)))]
-    index = torch.tensor([row["index"] for row in rows], device=device)
-    noise = KeyedNoise(seed, index, torch.zeros_like(index), ATTACK)
-    image = torch.stack([row["image"] for row in rows]).to(device)
-    chosen = Samples.moved(image, torch.tensor([row["label"] for row in rows], device=device), noise)
+    image, label, index = first_samples(data, samples, device)
+    chosen = Samples.moved(image, label, KeyedNoise(seed, index, torch.zeros_like(index), ATTACK))
     findings = Findings()
     for name, defended in defenses.items():
         for finding in check_gradient(name, defended, chosen):
@@ -222,3 +204,38 @@ def check_gradients(
             say(str(finding))
     findings.facts = {"samples": index.tolist()}
     return findings
+
+
+def first_samples(data: ImageDataset, count: int, device: torch.device | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (B, C, H, W), labels (B,) and positions (B,) of the first samples of a split.
+
+    Raises:
+        InputError: ``count`` is below 1.
+    """
+    if count < 1:
+        raise InputError(f"samples = {count}: use at least 1")
+    rows = [data[k] for k in range(min(count, len(data)))]
+    label, index = (torch.tensor([row[key] for row in rows], device=device) for key in ("label", "index"))
+    return torch.stack([row["image"] for row in rows]).to(device), label, index
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest of what is expected; zero against zero is equal."""
+    return float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
+
+
+@contextmanager
+def _calls(purifier: nn.Module) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Inputs and output of every call of a denoiser."""
+    calls: list[tuple[Tensor, ...]] = []
+
+    def keep(module: Denoiser, inputs: tuple[Tensor, Tensor | LevelMap], output: Tensor) -> None:
+        x, t = inputs
+        calls.append((x.detach().clone(), t.dense if isinstance(t, LevelMap) else t.clone(), output.detach().clone()))
+
+    handles = [m.register_forward_hook(keep) for m in purifier.modules() if isinstance(m, Denoiser)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

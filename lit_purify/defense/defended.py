@@ -67,7 +67,7 @@ class DefendedClassifier(Recorded, nn.Module):
     @property
     def undefended(self) -> bool:
         """Whether this is a classifier alone."""
-        return isinstance(self.purifier, NoPurifier)
+        return type(self.purifier) is NoPurifier
 
     def attacked(self, temperature: float = 0.1) -> AttackedFunction:
         """The function that an attack sees.

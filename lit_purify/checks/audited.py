@@ -1,0 +1,207 @@
+"""One defense under one attack, and how a second attack is compared with the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lit_purify.attacks import Attack, NotApplicableError, Queries
+from lit_purify.checks.findings import Comparison, Finding, Verdict, holm, sign_flip, verdict
+from lit_purify.checks.gradcheck import Samples, check_gradient
+from lit_purify.defense import Attacked, DefendedClassifier
+from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.losses import margin_loss
+from lit_purify.functional.noise import ATTACK, EVALUATION, START_STEP, KeyedNoise, Noise
+from lit_purify.functional.statistics import outcomes, paired_difference
+from lit_purify.functional.threat import l2_norm, project
+
+LEVEL, TOLERANCE = 0.05, 0.05
+"""Chance to fail a sound defense by its comparisons; what an attack may overstate."""
+AVERAGE, WORST, MAJORITY = range(3)
+RULES = ("average accuracy", "worst-of-N accuracy", "accuracy of the vote")
+DRAWS = list(range(8))
+"""Draws of noise that are looked at one by one."""
+_CHECKED = 4
+"""Samples whose gradients are checked."""
+
+Fact = tuple[str, float, float | None, Verdict, str]
+"""Check, figure, limit, verdict and reason of a ``Finding``."""
+
+
+class RandomNoise(Attack):
+    """Noise on the border of the ball that knows nothing of the model: random signs, or a random direction in L2."""
+
+    gradient, steps, eot, queries = "none", 1, 0, Queries(0, 0)
+
+    def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
+        """See ``Attack``."""
+        direction = noise.normal(START_STEP, image)
+        length = l2_norm(direction).reshape(-1, 1, 1, 1)
+        shift = self.eps * (direction.sign() if self.norm == "linf" else direction / length)
+        return project(image + shift, image, self.norm, self.eps)
+
+
+@dataclass
+class Audited:
+    """One defense under one attack, on some samples: what the checks of an audit look at.
+
+    A comparison shows the same samples, under the same noise of evaluation, to a second attack that has no right to be
+    stronger. It fails when the configured attack overstates robust accuracy by more than ``TOLERANCE`` and the paired
+    differences are significant at ``LEVEL``: by an exact sign-flip test for each, with Holm's correction over all
+    comparisons of the defense. So by its comparisons a sound defense fails with a chance of at most 5 %. With few
+    samples only gross overstatement is significant: what is above the tolerance but not significant is a ``note`` that
+    asks for more of them.
+
+    Attributes:
+        view: The defense, and what the attack is handed.
+        attack: The configured attack.
+        image: (B, C, H, W) in [0, 1].
+        label: (B,).
+        index: Positions of the samples in their split, (B,).
+        seed: Of all noise.
+        runs: N, with which every image is evaluated.
+        chunk: Rows that networks are called with.
+        proposals: Steps of the black-box attack.
+        exact: Whether the attack was found to follow the exact gradient of the defense.
+        drawn: The draws of noise that the attack asked for.
+    """
+
+    view: Attacked
+    attack: Attack
+    image: Tensor
+    label: Tensor
+    index: Tensor
+    seed: int = 0
+    runs: int = 8
+    chunk: int = 64
+    proposals: int = 100
+    exact: bool = field(default=False, init=False)
+    drawn: set[int] = field(default_factory=set, init=False)
+
+    def findings(
+        self, name: str, checks: Iterable[Callable[[Audited], Iterator[Fact | Comparison]]]
+    ) -> Iterator[Finding]:
+        """Those of the gradient and of all checks, in order, of the defense ``name``; comparisons come last."""
+        sound, compared = True, []
+        for finding in check_gradient(name, self.defended, self.moved):
+            sound = sound and finding.passed
+            yield finding
+        try:
+            self._probe()
+        except RuntimeError as error:
+            if sound:
+                raise
+            yield Finding(name, "attackable", 0.0, 1.0, "fail", f"no attack can follow this gradient: {error}")
+            return
+        for check in checks:
+            for found in check(self):
+                if isinstance(found, Comparison):
+                    compared.append(found)
+                else:
+                    yield Finding(name, *found)
+        chances = iter(holm([sign_flip(c.excess, self.runs) for c in compared if c.excess is not None]))
+        for found in compared:
+            if found.excess is None:
+                yield Finding(name, found.check, 0.0, None, "not applicable", found.other)
+                continue
+            gap, chance = paired_difference(torch.zeros_like(found.excess), found.excess), next(chances)
+            how = verdict(gap.value, chance, TOLERANCE, LEVEL)
+            tail = f": {found.meaning}" if how == "fail" else ": undecided, use more samples" if how == "note" else ""
+            lost = f"[{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points more of the {RULES[found.rule]} lost"
+            yield Finding(
+                name, found.check, gap.value, TOLERANCE, how, f"{found.other}: {lost}, p = {chance:.2g}{tail}"
+            )
+
+    def compare(
+        self,
+        check: str,
+        attack: Attack,
+        model: Attacked | DefendedClassifier | AttackedFunction,
+        other: str,
+        meaning: str,
+        rule: int = AVERAGE,
+    ) -> Comparison:
+        """The configured attack against another one, on a model in place of the view; words as in ``Comparison``."""
+        excess = self.reference - self.outcomes(self.attacked_by(attack, model))
+        return Comparison(check, excess[:, rule], rule, other, meaning)
+
+    def compare_stronger(self, check: str, other: str, meaning: str, **changes: object) -> Comparison:
+        """The configured attack against a stronger version of itself, where it states one."""
+        try:
+            return self.compare(check, self.attack.stronger(**changes), self.view, other, meaning)
+        except NotApplicableError as error:
+            return Comparison(check, None, AVERAGE, str(error), meaning)
+
+    def attacked_by(self, attack: Attack, model: Attacked | DefendedClassifier | AttackedFunction) -> Tensor:
+        """Adversarial images."""
+        return attack(model, self.image, self.label, self.noise(ATTACK), self.chunk)
+
+    def outcomes(
+        self, image: Tensor, defended: DefendedClassifier | None = None, noise: Noise | None = None, first: int = 0
+    ) -> Tensor:
+        """What survives in the defense: by the average, worst and majority rule, (B, 3)."""
+        runs, function = list(range(first, first + self.runs)), (defended or self.defended).attacked()
+        logits = logits_in_chunks(function, image, noise or self.noise(EVALUATION), runs, self.chunk)
+        return outcomes(logits.argmax(dim=2), self.label)
+
+    def noise(self, stream: int) -> KeyedNoise:
+        """Of all samples."""
+        return KeyedNoise(self.seed, self.index, torch.zeros_like(self.index), stream)
+
+    def _probe(self) -> None:
+        """Logits of some draws, (B, n, classes): what an attack sees when it differentiates, and the defense."""
+        noise, model = self.noise(ATTACK), self.view.function
+        # Off the samples: there symmetries can hide what differs between two draws.
+        image = RandomNoise(self.attack.norm, self.attack.eps)(model, self.image, self.label, noise)
+        self.attacked = draws_in_chunks(model, margin_loss, image, self.label, noise, DRAWS, self.chunk).logits
+        self.defending, self.evaluated = (
+            logits_in_chunks(self.defended.attacked(), image, self.noise(stream), DRAWS, self.chunk)
+            for stream in (ATTACK, EVALUATION)
+        )
+        self.randomized = different(self.evaluated) > 1
+
+    @property
+    def defended(self) -> DefendedClassifier:
+        """The defense."""
+        return self.view.defended
+
+    @cached_property
+    def moved(self) -> Samples:
+        """The first samples, moved as in ``gradcheck``."""
+        rows = torch.arange(min(_CHECKED, len(self.image)), device=self.image.device)
+        return Samples.moved(self.image[rows], self.label[rows], self.noise(ATTACK).rows(rows))
+
+    @cached_property
+    def adversarial(self) -> Tensor:
+        """Images of the configured attack."""
+
+        def noting(image: Tensor, noise: Noise, mask: Tensor | None) -> Tensor:
+            if isinstance(noise, KeyedNoise):
+                self.drawn.update(noise.run.tolist())
+            return self.view.function.logits(image, noise, mask)
+
+        return self.attacked_by(self.attack, replace(self.view.function, logits=noting))
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """What survives the configured attack, (B, 3)."""
+        return self.outcomes(self.adversarial)
+
+    @property
+    def everything(self) -> float:
+        """The radius at which every ball contains the gray image."""
+        return 0.5 * (1.0 if self.attack.norm == "linf" else float(self.image[0].numel()) ** 0.5)
+
+    @property
+    def step(self) -> float:
+        """Length of a step of other attacks than the configured one."""
+        return self.attack.eps / 4.0 if self.attack.step_size is None else self.attack.step_size
+
+
+def different(logits: Tensor) -> int:
+    """How many different outputs the draws (B, n, classes) of a sample have, of the sample with the most."""
+    return max(len(draws.unique(dim=0)) for draws in logits)
