@@ -1,4 +1,7 @@
-"""Everything that needs private parts of Python, torch, Lightning or wandb, each with its reason."""
+"""Everything that needs private parts of Python, torch, Lightning or wandb, each with its reason.
+
+``tests/test_private.py`` fails when one is no longer needed, or no longer works.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import lightning as L
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 def leave(status: int) -> NoReturn:
@@ -49,3 +54,22 @@ def stage_artifacts(folder: Path) -> None:
     """
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         os.environ.setdefault(name, str((folder / "wandb").resolve()))
+
+
+def mend_resumed(trainer: L.Trainer) -> None:
+    """Mends the progress of a training that goes on from a checkpoint (Lightning 2.6)."""
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_end:
+        # The epoch would be run through and counted again where max_steps is set:
+        # https://github.com/Lightning-AI/pytorch-lightning/issues/19617
+        loop.epoch_progress.increment_completed()
+        loop.epoch_loop.restarting = False
+        loop.reset_restart_stage()
+    elif loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch:
+        # Saved after the last batch of an epoch: the next one would not be counted as begun. Of the same kind.
+        loop.reset_restart_stage()
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            # It counts batches by steps, and would save at once while gradients are accumulated, which no checkpoint
+            # holds: https://github.com/Lightning-AI/pytorch-lightning/issues/17903
+            callback._last_global_step_saved = trainer.global_step

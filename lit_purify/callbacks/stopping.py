@@ -38,6 +38,7 @@ class Stopping(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Waits for the end of a step."""
+        self.step = trainer.global_step
         for signum in (*_SIGNALS, signal.SIGINT):
             signal.signal(signum, self._note)
         for callback in trainer.checkpoint_callbacks:
@@ -54,9 +55,10 @@ class Stopping(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """All processes agree to stop after the same step."""
-        if trainer.fit_loop._should_accumulate():
-            # Checkpoints do not hold the gradients.
+        if trainer.global_step == self.step:
+            # Gradients are being accumulated, which checkpoints do not hold.
             return
+        self.step = trainer.global_step
         if not trainer.strategy.reduce_boolean_decision(self.stopped, all=False):
             return
         path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"

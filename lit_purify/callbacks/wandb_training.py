@@ -100,5 +100,5 @@ def _begun(trainer: L.Trainer) -> WandbRun | None:
 
 
 def _step(trainer: L.Trainer) -> int:
-    """Where Lightning logs its metrics."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+    """Where Lightning logs its metrics: at the step that has just been taken, counted from 0."""
+    return max(0, trainer.global_step - 1)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from multiprocessing.process import BaseProcess
+from collections.abc import Iterator
+from multiprocessing import active_children
 from multiprocessing.util import Finalize
 from typing import Any
-from weakref import WeakSet
 
 from torch.utils.data import DataLoader
 
-_workers: WeakSet[BaseProcess] = WeakSet()
 _prepared = 0
 
 
@@ -27,19 +26,16 @@ class Loader(DataLoader[dict[str, Any]]):
     At exit Python asks daemonic children to end by a SIGTERM, and waits for them.
     """
 
-    def _get_iterator(self) -> Any:  # noqa: ANN401
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         global _prepared
+        # A fork does not inherit what its parent has to do at exit.
         if _prepared != os.getpid():
-            # Those of the process that this one was forked from are none of its children.
             _prepared = os.getpid()
-            _workers.clear()
             Finalize(None, _kill, exitpriority=100)
-        iterator = super()._get_iterator()
-        _workers.update(getattr(iterator, "_workers", ()))
-        return iterator
+        return super().__iter__()
 
 
 def _kill() -> None:
-    for worker in _workers:
-        if worker.is_alive():
-            worker.kill()
+    for child in active_children():
+        if child.daemon:
+            child.kill()

@@ -42,5 +42,5 @@ class Compiled(Denoiser):
     def forward(self, x: Tensor, t: Tensor | LevelMap) -> Tensor:
         """Predicted noise; see ``Denoiser``."""
         # A graph for each number of rows, with a gradient and without, for levels of images and of pixels.
-        with torch._dynamo.config.patch(recompile_limit=64):
+        with torch.compiler.config.patch(recompile_limit=64):  # type: ignore[attr-defined]
             return self._call(self.denoiser, x, t)

@@ -18,7 +18,7 @@ def synchronize_batch_norm(network: nn.Module) -> None:
     Modules, and so names of weights, stay; in evaluation, and for ``torch.nn.SyncBatchNorm``, nothing changes.
     """
     for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             mode = _OverProcesses()
             module.register_forward_pre_hook(mode.begin)
             module.register_forward_hook(mode.end, always_call=True)

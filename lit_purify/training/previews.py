@@ -87,5 +87,5 @@ class Previews(Callback, PurificationListener):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 # At the step where Lightning has just logged the metrics of this validation.
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                step = max(0, trainer.global_step - 1)
                 logger.log_image("previews", [str(path)], step=step, caption=[caption])

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from lit_purify.errors import InputError
 from lit_purify.functional.images import flip, shift
 from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import Classifier, Denoiser
+from lit_purify.private import mend_resumed
 from lit_purify.training.batch_norm import synchronize_batch_norm
 
 
@@ -92,20 +92,8 @@ class TrainingTask(L.LightningModule, ABC):
         return self.trainer.world_size * size, self.trainer.accumulate_grad_batches
 
     def on_train_start(self) -> None:
-        """Mends three things that Lightning (2.6) gets wrong when a training is resumed."""
-        loop = self.trainer.fit_loop
-        if loop.restarted_on_epoch_end:
-            # Saved when an epoch was over, and max_steps is set: the epoch would be run through and counted again.
-            loop.epoch_progress.increment_completed()
-            loop.epoch_loop.restarting = False
-            loop.reset_restart_stage()
-        elif loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch:
-            # Saved after the last batch of an epoch: the next one would not be counted as begun.
-            loop.reset_restart_stage()
-        for callback in self.trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                # It would save again at once, amid the accumulation of gradients, which checkpoints do not hold.
-                callback._last_global_step_saved = self.global_step
+        """A resumed training takes the steps that it would have taken."""
+        mend_resumed(self.trainer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds what is not keyed (dropout): each process its own stream, each batch anew, as when resumed."""
