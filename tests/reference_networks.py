@@ -129,7 +129,20 @@ def score_sde(get, x, label, *, width, multipliers, blocks, attention, fir=False
 
 
 def guided_diffusion(
-    get, x, label, *, width, multipliers, blocks, attention, heads=None, head_width=None, scale_shift=True, updown=True
+    get,
+    x,
+    label,
+    *,
+    width,
+    multipliers,
+    blocks,
+    attention,
+    heads=None,
+    head_width=None,
+    scale_shift=True,
+    updown=True,
+    heads_up=None,
+    new_order=False,
 ):
     """ADM (Dhariwal and Nichol, appendix), and without ``updown`` the network of "Improved Denoising Diffusion".
 
@@ -145,6 +158,8 @@ def guided_diffusion(
         head_width: Channels of a head.
         scale_shift: The embedding scales and shifts the second normalization; else it is added before.
         updown: Residual blocks resample; else a convolution does.
+        heads_up: Attention heads on the way up, where they are others.
+        new_order: Queries, keys and values are split first, then the heads.
 
     Returns:
         (B, 6, H, W): the noise, then the channels of the learned variance.
@@ -168,16 +183,16 @@ def guided_diffusion(
 
     def attend(x, name):
         flat = norm(x, f"{name}.norm").flatten(2)
-        count = heads or x.shape[1] // head_width
+        count = (name.startswith("output") and heads_up) or heads or x.shape[1] // head_width
         qkv = _conv1(get, f"{name}.qkv", flat, 3 * x.shape[1])
         # One head after the other, each with its own queries, keys and values.
         parts = [each.chunk(3, dim=1) for each in qkv.chunk(count, dim=1)]
-        q, k, v = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
+        q, k, v = qkv.chunk(3, dim=1) if new_order else (torch.cat(each, dim=1) for each in zip(*parts, strict=True))
         return x + _conv1(get, f"{name}.proj_out", _attention(q, k, v, count), x.shape[1]).reshape(x.shape)
 
     emb = _linear(get, "time_embed.0", sinusoid(label, width, ("cos", "sin"), short=1), 4 * width)
     emb = _linear(get, "time_embed.2", silu(emb), 4 * width)
-    h = _conv(get, "input_blocks.0.0", x, width * multipliers[0])
+    h = _conv(get, "input_blocks.0.0", x, int(width * multipliers[0]))
     skips = [h]
     for level, multiplier in enumerate(multipliers):
         if level:
@@ -189,7 +204,7 @@ def guided_diffusion(
             skips.append(h)
         for _ in range(blocks):
             own = f"input_blocks.{len(skips)}"
-            h = residual(h, f"{own}.0", width * multiplier)
+            h = residual(h, f"{own}.0", int(width * multiplier))
             h = attend(h, f"{own}.1") if h.shape[-1] in attention else h
             skips.append(h)
     h = residual(h, "middle_block.0", h.shape[1])
@@ -199,7 +214,7 @@ def guided_diffusion(
     for level, multiplier in reversed(list(enumerate(multipliers))):
         for i in range(blocks + 1):
             own = f"output_blocks.{total - len(skips)}"
-            h = residual(torch.cat((h, skips.pop()), dim=1), f"{own}.0", width * multiplier)
+            h = residual(torch.cat((h, skips.pop()), dim=1), f"{own}.0", int(width * multiplier))
             attended = h.shape[-1] in attention
             h = attend(h, f"{own}.1") if attended else h
             if level and i == blocks:

@@ -1,5 +1,6 @@
 """Readers of public checkpoints against second writings of their networks, through files as they are published."""
 
+import copy
 import functools
 import itertools
 import json
@@ -9,10 +10,11 @@ import re
 import diffusers
 import pytest
 import torch
+from conftest import randomized
 from reference_files import CASES, RESNET, SIZE, Folder
 from reference_networks import apply, ddpm, draw, guided_diffusion, score_sde
 
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
 from lit_purify.functional.levels import two_level
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models import load_denoiser, readers
@@ -346,6 +348,38 @@ def test_a_folder_must_be_whole(tmp_path):
     with pytest.raises(InputError, match=r"config\.json") as caught:
         readers.load_diffusers(tmp_path)
     one_line(caught)
+
+
+def test_folders_of_every_form_are_read(tmp_path, capsys):
+    notice.cache_clear()
+    case = CASES["diffusers, heads"]
+    x, t = draws(case)
+    wanted = case.build(case.state())(x, t)
+    case.model.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    case.model.save_pretrained(tmp_path / "training" / "unet_ema")
+    randomized(copy.deepcopy(case.model)).save_pretrained(tmp_path / "training" / "unet")
+    copy.deepcopy(case.model).half().save_pretrained(tmp_path / "half", variant="fp16")
+    case.file(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sample_size": None}))
+    for folder, options, tolerance in (("shards", {}, 1e-6), ("training", {}, 1e-6), ("half", {}, 0.01)):
+        assert_close(readers.load_diffusers(tmp_path / folder, **options)(x, t), wanted, tolerance)
+    assert_close(readers.load_diffusers(tmp_path, size=SIZE)(x, t), wanted, 1e-6)
+    with pytest.raises(InputError, match="no sample_size: give size"):
+        readers.load_diffusers(tmp_path)
+    assert "holds a network and its average: the average" in capsys.readouterr().err
+    last = readers.load_diffusers(tmp_path / "training", which="last")(x, t)
+    assert float((last - wanted).abs().max() / wanted.abs().max()) > 0.1
+
+
+def test_what_the_file_does_not_say_of_attention_is_stated(capsys):
+    notice.cache_clear()
+    state = CASES["guided, options"].state()
+    readers.load_guided_diffusion(state, SIZE, 32)
+    assert "state_dict: read as: legacy attention order, heads of 32 channels;" in capsys.readouterr().err
+    CASES["guided, options"].build(state)
+    assert "read as: new attention order, 4 heads, 8 on the way up;" in capsys.readouterr().err
 
 
 def test_score_sde_in_discrete_time():
