@@ -11,6 +11,7 @@ import yaml
 from torch import nn
 
 from lit_purify.functional.levels import LevelMap
+from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models import Denoiser, ResNetClassifier, UNet
 
@@ -31,6 +32,11 @@ class FixedNoise:
 
     def runs(self, runs):
         return FixedNoise(self.value.repeat_interleave(len(runs), dim=0))
+
+
+def keyed(count, run=0, stream=EVALUATION):
+    """Noise of the samples 0, 1, ..."""
+    return KeyedNoise(0, torch.arange(count), torch.full((count,), run), stream)
 
 
 def pixelwise(t):
