@@ -3,8 +3,6 @@
 import functools
 import sys
 
-import torch.distributed as dist
-
 
 class InputError(ValueError):
     """Something the user gave cannot be used: the message is one line that names the thing and the remedy.
@@ -13,10 +11,14 @@ class InputError(ValueError):
     """
 
 
+SPEAKING = True
+"""Whether this process says what was chosen for the user; of several processes the first one does."""
+
+
 @functools.cache
 def notice(line: str) -> None:
     """Says once, on stderr, what was chosen for the user; of several processes the first one says it."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
+    if SPEAKING:
         print(line, file=sys.stderr, flush=True)
 
 

@@ -107,24 +107,23 @@ def tiny(tmp_path):
     """Writes a configuration of small networks, with the defenses and the attacks given: what ``evaluate`` takes."""
 
     def write(defenses, attacks=None, gradients=None, samples=3):
-        pgd = {"class_path": "PGD", "init_args": {"norm": "linf", "eps": 0.1, "steps": 2, "step_size": 0.1}}
-        resnet = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
-        task = {
-            "classifier": {"class_path": "ResNetClassifier", "init_args": resnet},
-            "denoiser": {"class_path": "conftest.Curved"},
+        settings = {
+            "classifier": {
+                "class_path": "ResNetClassifier",
+                "depth": 8,
+                "size": 8,
+                "num_classes": 10,
+                "channels": 1,
+                "width": 4,
+            },
+            "denoiser": "conftest.Curved",
             "defenses": defenses,
-            "attacks": attacks or {"pgd": pgd},
+            "attacks": attacks or {"pgd": {"class_path": "PGD", "eps": 0.1, "steps": 2, "step_size": 0.1}},
+            **({"gradients": gradients} if gradients else {}),
             "runs": 2,
             "chunk": 16,
             "gallery": 1,
-            **({"gradients": gradients} if gradients else {}),
-        }
-        settings = {
-            "model": {"class_path": "RobustnessTask", "init_args": task},
-            "data": {
-                "class_path": "Digits",
-                "init_args": {"subset": {"class_path": "First", "init_args": {"n": samples}}},
-            },
+            "data": {"class_path": "Digits", "subset": {"class_path": "First", "n": samples}},
             "trainer": {"logger": False, "accelerator": "cpu"},
         }
         path = tmp_path / "tiny.yaml"

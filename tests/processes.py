@@ -23,31 +23,14 @@ SAMPLES = 13
 
 def tiny(path, samples=SAMPLES, **attack):
     """Writes a configuration of one defense and one attack that takes a second."""
-    weights = ROOT / "checkpoints"
-    network = {
-        name: {
-            "class_path": f"lit_purify.models.load_{name}",
-            "init_args": {"path": str(weights / f"digits_{name}.safetensors")},
-        }
-        for name in ("classifier", "denoiser")
-    }
-    pgd = {"norm": "linf", "eps": 0.2, "steps": 2, "step_size": 0.1}
     settings = {
-        "model": {
-            "class_path": "RobustnessTask",
-            "init_args": {
-                **network,
-                "defenses": {"uniform": {"class_path": "UniformPurifier", "init_args": {"level": 200, "steps": 1}}},
-                "attacks": {"pgd": attack or {"class_path": "PGD", "init_args": pgd}},
-                "runs": 3,
-                "chunk": 16,
-                "gallery": 2,
-            },
-        },
-        "data": {
-            "class_path": "Digits",
-            "init_args": {"batch_size": 3, "subset": {"class_path": "First", "init_args": {"n": samples}}},
-        },
+        **{name: str(ROOT / f"checkpoints/digits_{name}.safetensors") for name in ("classifier", "denoiser")},
+        "defenses": {"uniform": {"class_path": "UniformPurifier", "level": 200, "steps": 1}},
+        "attacks": {"pgd": attack or {"class_path": "PGD", "eps": 0.2, "steps": 2, "step_size": 0.1}},
+        "runs": 3,
+        "chunk": 16,
+        "gallery": 2,
+        "data": {"class_path": "Digits", "batch_size": 3, "subset": {"class_path": "First", "n": samples}},
         "trainer": {"logger": False, "accelerator": "cpu"},
     }
     path.write_text(yaml.safe_dump(settings))

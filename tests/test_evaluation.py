@@ -1,73 +1,58 @@
-"""The evaluation as a user runs it: records, resuming, processes, report."""
+"""The evaluation as a user runs it: records, resuming, refusals, report."""
 
+import copy
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
+from torch import nn
 
+from lit_purify.attacks import FGSM
 from lit_purify.cli import evaluate
-from lit_purify.evaluation import RobustAccuracy, read_records
-from lit_purify.evaluation.folder import RunFolder, identify, path_sha256
+from lit_purify.defense import NoPurifier, UniformPurifier
+from lit_purify.evaluation import EvaluationListener, Evaluator, RobustAccuracy, read_records
+from lit_purify.evaluation.folder import RunFolder, comparable
 from lit_purify.functional.statistics import outcomes
+from lit_purify.recorded import identity, path_sha256
 from lit_purify.report.html import write_report
 
 ROOT = Path(__file__).parent.parent
 
 
+CONFIG = f"""
+classifier: {ROOT}/checkpoints/digits_classifier.safetensors
+denoiser: {ROOT}/checkpoints/digits_denoiser.safetensors
+defenses:
+  none: NoPurifier
+  uniform: {{class_path: UniformPurifier, level: 200, steps: 2}}
+  paper:
+    class_path: HeterogeneousPurifier
+    mask: {{class_path: TopFraction, fraction: 0.3}}
+    high: 300
+    low: 150
+    steps: 2
+attacks:
+  pgd: {{class_path: PGD, eps: 51/255, steps: 2, step_size: 0.1, eot: 2}}
+  pgd-l2: {{class_path: PGD, norm: l2, eps: 1.5, steps: 1, step_size: 1.5}}
+runs: 3
+chunk: 16
+gallery: 2
+data: {{class_path: Digits, batch_size: 4, subset: {{class_path: First, n: 9}}}}
+trainer: {{logger: false}}
+"""
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A complete evaluation in small: three defenses, two attacks, nine digits."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    weights = ROOT / "checkpoints"
-    mask = {"class_path": "TopFraction", "init_args": {"fraction": 0.3}}
-    heterogeneous = {"mask": mask, "high": 300, "low": 150, "steps": 2}
-    settings = {
-        "model": {
-            "class_path": "RobustnessTask",
-            "init_args": {
-                "classifier": {
-                    "class_path": "lit_purify.models.load_classifier",
-                    "init_args": {"path": str(weights / "digits_classifier.safetensors")},
-                },
-                "denoiser": {
-                    "class_path": "lit_purify.models.load_denoiser",
-                    "init_args": {"path": str(weights / "digits_denoiser.safetensors")},
-                },
-                "defenses": {
-                    "none": {"class_path": "NoPurifier"},
-                    "uniform": {"class_path": "UniformPurifier", "init_args": {"level": 200, "steps": 2}},
-                    "paper": {"class_path": "HeterogeneousPurifier", "init_args": heterogeneous},
-                },
-                "attacks": {
-                    "pgd": {
-                        "class_path": "PGD",
-                        "init_args": {"norm": "linf", "eps": "51/255", "steps": 2, "step_size": 0.1, "eot": 2},
-                    },
-                    "pgd-l2": {
-                        "class_path": "PGD",
-                        "init_args": {"norm": "l2", "eps": 1.5, "steps": 1, "step_size": 1.5},
-                    },
-                },
-                "runs": 3,
-                "chunk": 16,
-                "gallery": 2,
-            },
-        },
-        "data": {
-            "class_path": "Digits",
-            "init_args": {"batch_size": 4, "subset": {"class_path": "First", "init_args": {"n": 9}}},
-        },
-        "trainer": {"logger": False},
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    path = tmp_path_factory.mktemp("evaluation") / "tiny.yaml"
+    path.write_text(CONFIG)
     return path
 
 
@@ -78,6 +63,11 @@ def records(run):
         values = dict(vars(record), seconds=None)
         found[record.key] = values
     return found
+
+
+def results(run):
+    found = json.loads((run / "summary.json").read_text())["results"]
+    return [{**each, "seconds": 0} for each in found]
 
 
 @pytest.fixture(scope="module")
@@ -147,34 +137,32 @@ def test_report_is_one_file_that_needs_nothing_else(finished):
         assert name in text
 
 
-@pytest.mark.parametrize("changed", [False, True])
-def test_report_shows_a_verdict_that_came_later(config, finished, tmp_path, changed):
+def test_report_shows_a_verdict_that_came_later(config, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     evaluate(["gradcheck", "--config", str(config), "--run", str(run), "--samples", "1"])
-    if changed:
-        identity = json.loads((run / "identity.json").read_text())
-        (run / "identity.json").write_text(json.dumps({**identity, "model.init_args.seed": 1}))
-        write_report(RunFolder(run))
-    assert ("stale: passed on 1 sample, for other settings" in (run / "report.html").read_text()) == changed
-    assert '<span class="badge survived">passed on 1 sample</span>' in (run / "report.html").read_text() or changed
+    assert '<span class="badge survived">passed on 1 sample</span>' in (run / "report.html").read_text()
+    identity = json.loads((run / "identity.json").read_text())
+    (run / "identity.json").write_text(json.dumps({**identity, "seed": 1}))
+    write_report(RunFolder(run))
+    assert "stale: passed on 1 sample, for other settings" in (run / "report.html").read_text()
 
 
-def test_saved_configuration_repeats_the_run(finished, tmp_path):
-    evaluate(["--config", str(finished / "config.yaml"), "--run", str(tmp_path / "again")])
-    assert records(tmp_path / "again") == records(finished)
-
-
-@pytest.mark.parametrize("batch", [1, 9])
-def test_records_do_not_depend_on_the_loaders_batch(config, finished, tmp_path, batch):
-    evaluate(["--config", str(config), "--run", str(tmp_path / "run"), "--data.init_args.batch_size", str(batch)])
-    assert records(tmp_path / "run") == records(finished)
+def test_saved_configuration_repeats_the_run_in_batches_of_another_size(finished, tmp_path):
+    """Without its second attack, which is dropped by a flag, and with the clean images that the first one shares."""
+    run = tmp_path / "again"
+    flags = ["--data.batch_size", "9", "--attacks.pgd-l2", "null", "--defenses.uniform=null"]
+    evaluate(["--config", str(finished / "config.yaml"), "--run", str(run), *flags])
+    expected = {key: r for key, r in records(finished).items() if key[0] != "uniform" and key[1] == "pgd"}
+    assert records(run) == expected
+    assert set(yaml.safe_load((run / "config.yaml").read_text())["defenses"]) == {"none", "paper"}
 
 
 def test_a_sample_alone_and_in_another_order_has_the_same_record(config, finished, tmp_path):
     (tmp_path / "indices.txt").write_text("7\n0\n3\n")
-    subset = {"class_path": "IndexFile", "init_args": {"path": str(tmp_path / "indices.txt")}}
-    evaluate(["--config", str(config), "--run", str(tmp_path / "run"), f"--data.init_args.subset={json.dumps(subset)}"])
+    subset = json.dumps({"class_path": "IndexFile", "path": str(tmp_path / "indices.txt")})
+    flags = ["--data.batch_size=1", f"--data.subset={subset}"]
+    evaluate(["--config", str(config), "--run", str(tmp_path / "run"), *flags])
     part = records(tmp_path / "run")
     assert len(part) == 3 * 2 * 3
     assert part.items() <= records(finished).items()
@@ -182,66 +170,70 @@ def test_a_sample_alone_and_in_another_order_has_the_same_record(config, finishe
 
 def test_resuming_completes_and_changes_nothing(config, finished, tmp_path, capsys):
     run = tmp_path / "run"
-    evaluate(["--config", str(config), "--run", str(run)])
+    shutil.copytree(finished, run)
     lines = (run / "records.jsonl").read_text().splitlines(keepends=True)
-    kept = lines[:5] + lines[20:31]
-    # The last line is torn, as after a kill in the middle of a write.
-    (run / "records.jsonl").write_text("".join(kept) + lines[31][:40])
-    (run / "summary.json").unlink()
-    before = json.loads((finished / "summary.json").read_text())
-    evaluate(["--config", str(config), "--run", str(run), "--data.init_args.batch_size", "3"])
-    assert f"goes on after {len(kept)} records" in capsys.readouterr().out
+    # As a killed run of three processes leaves it; the last line is torn in the middle of a write.
+    (run / "records.jsonl").write_text("".join(lines[:5]) + lines[31][:40])
+    (run / "records.rank2.jsonl").write_text("".join(lines[20:31]))
+    for path in (run / "summary.json", run / "report.html", run / "overlays" / "paper.pgd.000001.png"):
+        path.unlink()
+    evaluate(["--config", str(config), "--run", str(run), "--data.batch_size", "3"])
+    assert "goes on after 16 records" in capsys.readouterr().out
     assert records(run) == records(finished)
-    after = json.loads((run / "summary.json").read_text())
-    for one, other in zip(before["results"], after["results"], strict=True):
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
+    assert results(run) == results(finished)
+    assert {path.name for path in run.rglob("*")} == {path.name for path in finished.rglob("*")}
 
 
 def test_other_settings_are_refused_in_a_used_folder(config, finished, capsys):
+    """At most five differences are named, those that somebody set; what it would take is said in any case."""
     before = (finished / "records.jsonl").read_bytes()
-    with pytest.raises(SystemExit) as exit_:
-        evaluate(
-            ["--config", str(config), "--run", str(finished), "--model.init_args.attacks.pgd.init_args.steps", "3"]
-        )
-    assert exit_.value.code == 2
-    assert "attacks.pgd.init_args.steps: 2 there, 3 here" in capsys.readouterr().err
+    arguments = ["--config", str(config), "--run", str(finished), "--seed", "3", "--runs", "1", "--attacks.pgd", "FGSM"]
+    arguments += [f"--defenses.{name}.{key}=4" for name in ("uniform", "paper") for key in ("steps",)]
+    said = refused([*arguments, "--data.subset.n=1", "--attacks.pgd-l2.steps=3"], capsys)
+    assert said.count(" there, ") == 5
+    assert "; 2 more)" in said
+    assert "attacks.pgd: lit_purify.attacks.pgd.PGD there, lit_purify.attacks.fgsm.FGSM here" in said
+    evaluate([*arguments, "--dry_run"])
+    assert "its records do not count\nDigits (test)" in (said := capsys.readouterr().out)
+    assert "54 records, 0 of them exist already" in said
     assert (finished / "records.jsonl").read_bytes() == before
 
 
 def test_eps_so_small_that_nothing_changes_leaves_clean_and_robust_equal(config, tmp_path):
     """Clean and adversarial images are classified with the same noise."""
-    run = tmp_path / "run"
-    steps = [f"--model.init_args.attacks.{name}.init_args.eps=1e-12" for name in ("pgd", "pgd-l2")]
-    evaluate(["--config", str(config), "--run", str(run), *steps])
-    assert all(record.clean == record.adversarial for record in read_records(run / "records.jsonl"))
+    flags = ["--attacks.pgd.eps=1e-12", "--attacks.pgd-l2=null", "--defenses.none=null", "--data.subset.n=4"]
+    evaluate(["--config", str(config), "--run", str(tmp_path / "run"), *flags])
+    found = read_records(tmp_path / "run" / "records.jsonl")
+    assert len(found) == 8
+    assert all(record.clean == record.adversarial for record in found)
 
 
-def test_processes_do_not_change_the_result(config, finished, tmp_path):
-    """Through Lightning's own launcher; test_distributed.py has more of them."""
-    run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "eval.py"), "--config", str(config), "--run", str(run)]
-    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().splitlines()[-1] == f"Report: {run / 'report.html'}"
-    assert records(run) == records(finished)
-    ours, theirs = (json.loads((r / "summary.json").read_text())["results"] for r in (run, finished))
-    for one, other in zip(ours, theirs, strict=True):
-        assert {**one, "seconds": 0} == {**other, "seconds": 0}
-    assert not list(run.glob("records.rank*"))
+class Table(NoPurifier):
+    """A purifier of somebody's own, with a file in an argument of another name than any of ours."""
+
+    def __init__(self, weights: Path, scale: float = 1.0):
+        super().__init__()
 
 
-def test_files_are_known_wherever_they_are_named(tmp_path):
+def test_files_are_known_by_the_type_of_their_argument(tmp_path):
     (tmp_path / "a").write_text("1")
-    named = {"class_path": "load_classifier", "init_args": {"path": str(tmp_path / "a")}}
-    settings = {"model": {"init_args": {"defenses": {"d": {"rules": [{"network": named}, {"tau": [1, 2]}]}}}}}
-    before = identify(settings)
-    assert before["model.init_args.defenses.d.rules.1.tau"] == [1, 2]
+    (tmp_path / "moved").write_text("1")
+    before = identity(d=Table(str(tmp_path / "a")))
+    assert before["d"] == "test_evaluation.Table"
+    assert before["d.scale"] == 1.0
+    assert comparable(identity(d=Table(tmp_path / "moved"))) == comparable(before)
     (tmp_path / "a").write_text("2")
-    changed = {key for key, value in identify(settings).items() if before[key] != value}
-    assert changed == {"model.init_args.defenses.d.rules.0.network.init_args.path (sha256)"}
+    after = identity(d=Table(tmp_path / "a"))
+    assert {key for key in before if before[key] != after[key]} == {"d.weights (sha256)"}
+
+
+def test_networks_are_known_by_their_weights(unet, classifier):
+    other = copy.deepcopy(classifier)
+    before = identity(classifier=classifier, defenses={"a": UniformPurifier(unet, 100, 1)})
+    assert comparable(identity(classifier=other, defenses={"a": UniformPurifier(unet, 100, 1)})) == comparable(before)
+    next(other.parameters())[0] += 1
+    after = identity(classifier=other, defenses={"a": UniformPurifier(unet, 100, 2)})
+    assert {key for key in before if before[key] != after[key]} == {"classifier.weights (sha256)", "defenses.a.steps"}
 
 
 def test_a_folder_is_known_by_all_its_files(tmp_path):
@@ -257,10 +249,20 @@ def test_a_folder_is_known_by_all_its_files(tmp_path):
     assert len(set(hashes)) == 5
 
 
+def test_the_order_of_attacks_counts_where_earlier_ones_spare_later_ones(unet, classifier):
+    attacks = {"x": FGSM(), "y": FGSM("l2", 1.0)}
+    for skip in (False, True):
+        orders = [
+            Evaluator(classifier, {"none": NoPurifier()}, {name: attacks[name] for name in names}, skip_lost=skip)
+            for names in ("xy", "yx")
+        ]
+        assert (orders[0].identity() != orders[1].identity()) == skip
+
+
 @pytest.fixture
 def left(tiny):
     """A finished evaluation in small: its arguments and its folder."""
-    arguments = tiny({"none": {"class_path": "NoPurifier"}})
+    arguments = tiny({"none": "NoPurifier"})
     evaluate(arguments)
     return arguments, RunFolder(tiny.run)
 
@@ -290,27 +292,60 @@ def test_lines_that_are_no_records_are_refused(line, left, capsys):
     assert "records.jsonl: line 1 is not a record" in refused(arguments, capsys)
 
 
-def test_weights_come_from_the_configuration_alone(left, tmp_path, capsys):
-    arguments, _ = left
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    assert "ckpt_path: an evaluation has" in refused([*arguments, f"--ckpt_path={tmp_path}/other.ckpt"], capsys)
+class Lonely(Callback):
+    def on_evaluated(self, trainer, task, records, views):
+        pass
 
 
-def test_samples_that_were_left_out_are_missed(tiny, capsys):
-    arguments = [*tiny({"none": {"class_path": "NoPurifier"}}), "--data.init_args.batch_size=1"]
-    said = refused([*arguments, "--trainer.limit_test_batches=2"], capsys)
-    assert "1 of 3 records are missing" in said
-    evaluate(arguments)
-    assert json.loads((tiny.run / "summary.json").read_text())["samples"] == 3
+class Heard(Lonely, EvaluationListener):
+    pass
 
 
-def test_the_order_of_attacks_counts_where_earlier_ones_spare_later_ones():
-    for skip in (False, True):
-        orders = [
-            {"model": {"init_args": {"skip_lost": skip, "attacks": {name: {"a": 1} for name in names}}}}
-            for names in ("xy", "yx")
-        ]
-        assert (identify(orders[0]) != identify(orders[1])) == skip
+def test_a_callback_that_would_never_be_called_is_refused(tiny, capsys):
+    arguments = tiny({"none": "NoPurifier"})
+    said = refused([*arguments, "--trainer.callbacks", "[test_evaluation.Lonely]"], capsys)
+    assert "Lonely: on_evaluated would never be called: let the class inherit" in said
+    evaluate([*arguments, "--trainer.callbacks", "[test_evaluation.Heard]"])
+
+
+class Odd(nn.Module):
+    """A network with an output of some kind."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(64, 10)
+
+    def forward(self, image):
+        logits = self.linear(image.flatten(1))
+        return {
+            "object": lambda: SimpleNamespace(logits=logits),
+            "tuple": lambda: (logits, None),
+            "dictionary": lambda: {"logits": logits},
+            "one logit": lambda: logits[:, :1],
+            "map": lambda: logits[:, :, None, None],
+            "classes": lambda: logits.argmax(dim=1),
+            "detached": logits.detach,
+        }[self.kind]()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("tuple", "puts out tuple for 1 images"),
+        ("dictionary", "puts out dict for 1 images"),
+        ("one logit", "puts out (1, 1) for 1 images, where logits (1, 10) are needed"),
+        ("map", "puts out (1, 10, 1, 1) for 1 images"),
+        ("classes", "puts out (1,) for 1 images"),
+        ("detached", "logits have no gradient"),
+    ],
+)
+def test_outputs_that_are_no_logits_are_refused_before_anything_is_computed(kind, said, tiny, capsys):
+    network = {"class_path": "test_evaluation.Odd", "kind": kind}
+    other = json.dumps({"class_path": "Classifier", "network": network, "size": 8, "num_classes": 10, "channels": 1})
+    arguments = [*tiny({"none": "NoPurifier"}), "--classifier", other]
+    assert said in refused([*arguments, *(["--dry_run"] if kind == "tuple" else [])], capsys)
+    assert not tiny.run.exists()
+    evaluate([*arguments, "--classifier.network.kind=object"])
 
 
 @pytest.mark.parametrize("command", [["test"], ["gradcheck", "--samples=1"]])

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lit_purify.evaluation.frontier import expand
 from scipy.optimize import linprog
 
 from lit_purify.cli import evaluate
 from lit_purify.errors import InputError
 from lit_purify.evaluation import read_records
-from lit_purify.evaluation.frontier import expand
 from lit_purify.functional.frontier import bootstrap, envelope, gap, on_envelope, resampled
 from lit_purify.report import frontier
 from lit_purify.report.frontier import verdict

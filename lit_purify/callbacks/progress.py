@@ -14,6 +14,9 @@ from lit_purify.evaluation import EvaluationListener, Record, RobustnessTask, Vi
 from lit_purify.evaluation.estimate import duration, gibibytes, peak_memory, work
 from lit_purify.evaluation.own_images import Purification
 
+_QUIET = 5.0
+"""Seconds after which a log gets its first line."""
+
 
 class Progress(Callback, EvaluationListener):
     """Shows running robust accuracy, time left and peak memory; of several processes, rank zero speaks for all.
@@ -92,7 +95,11 @@ class Progress(Callback, EvaluationListener):
         text = f"{accuracy}{duration(left)} left, peak memory {memory}"
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(self.done - before)
-        if self.bar.disable and 10 * self.done // self.total > 10 * before // self.total:
+        if (
+            self.bar.disable
+            and monotonic() - self.started > _QUIET
+            and 10 * self.done // self.total > 10 * before // self.total
+        ):
             print(f"{100 * self.done // self.total} %: {text}", file=sys.stderr)
 
     def _close(self) -> None:

@@ -13,9 +13,9 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lit_purify.errors import InputError
+from lit_purify.evaluation import EvaluationListener, Record, RobustnessTask, View
 from lit_purify.evaluation.folder import RunFolder
-from lit_purify.evaluation.module import EvaluationListener, RobustnessTask, View
-from lit_purify.evaluation.records import Record, append_records, uncollected
+from lit_purify.evaluation.records import append_records, uncollected
 
 
 class RecordWriter(Callback, EvaluationListener):

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+from lit_purify import errors
 from lit_purify.cli.messages import explanation, lost_connection
-from lit_purify.errors import INTERRUPTED, InputError
+from lit_purify.errors import INTERRUPTED
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.private import leave
 
@@ -66,18 +64,6 @@ def guarded() -> Iterator[State]:
             state.folder.release()
 
 
-def unwrapped(error: Exception) -> Exception:
-    """Why a class of the configuration could not be made. Constructors see nothing but settings: it is about these."""
-    cause: BaseException = error
-    while str(cause).startswith("Does not validate against") and cause.__cause__ is not None:
-        # jsonargparse takes it for a value of the wrong type.
-        cause = cause.__cause__
-    if isinstance(cause, (InputError, MisconfigurationException, OSError)):
-        return cause
-    frame = traceback.extract_tb(cause.__traceback__)[-1]
-    return InputError(f"{cause} ({type(cause).__name__} in {Path(frame.filename).name}:{frame.lineno})")
-
-
 def fail(message: str, every_rank: bool = False, status: int = 2) -> NoReturn:
     """Ends with one line, and exit status 2 for wrong input."""
     own = rank()
@@ -92,7 +78,8 @@ def rank() -> int:
 
 
 def quiet() -> None:
-    """Keeps remarks that no user can act on off the screen."""
+    """Keeps remarks that no user can act on off the screen, and of several processes all but the first one's."""
+    errors.SPEAKING = rank() == 0
     os.environ.setdefault("WANDB_SILENT", "true")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

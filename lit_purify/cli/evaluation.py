@@ -17,19 +17,28 @@ from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stoppi
 from lit_purify.checks.audit import audit_attack
 from lit_purify.checks.findings import Findings
 from lit_purify.checks.gradcheck import check_gradients
-from lit_purify.cli.common import fail, guarded, helped, rank, unwrapped
+from lit_purify.cli.common import fail, guarded, helped, rank
 from lit_purify.cli.compare import compare
 from lit_purify.cli.help import EVALUATE
-from lit_purify.cli.messages import COMMANDS, check_configs
-from lit_purify.cli.settings import Parser, arguments, dump, evaluation_parser, launched, place_loggers, run_folder
+from lit_purify.cli.messages import COMMANDS
+from lit_purify.cli.settings import (
+    Parser,
+    dump,
+    evaluation_parser,
+    instantiated,
+    make_trainer,
+    place_loggers,
+    read,
+    run_folder,
+)
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, RobustnessTask
 from lit_purify.evaluation.estimate import Estimate
 from lit_purify.evaluation.folder import RunFolder, comparable
-from lit_purify.evaluation.own_images import Existing, purify_files
+from lit_purify.evaluation.own_files import Existing
+from lit_purify.evaluation.own_images import purify_files
 from lit_purify.evaluation.records import identity_sha256, write_whole
-from lit_purify.private import renew_store
 from lit_purify.report.html import write_report
 
 _DEFAULTS = {"frontier": "configs/eval/digits_frontier.yaml"}
@@ -77,13 +86,10 @@ class Evaluation:
 
     def trainer(self, *callbacks: L.Callback, logged: bool) -> L.Trainer:
         """A trainer for the evaluation."""
-        given = dict(self.trainer_arguments)
-        own = given.pop("callbacks", None) or []
-        renew_store(rank())
-        given |= launched(given)
-        return L.Trainer(
-            **given | ({} if logged else {"logger": False}),
-            callbacks=[*callbacks, *own],
+        given = self.trainer_arguments | ({} if logged else {"logger": False})
+        return make_trainer(
+            given,
+            callbacks=[*callbacks, *(given.get("callbacks") or [])],
             default_root_dir=str(self.folder.path),
             # An attack differentiates, which Lightning's inference mode forbids.
             inference_mode=False,
@@ -120,13 +126,10 @@ def test(evaluation: Evaluation) -> None:
     callbacks = Stopping(), Gallery(), RecordWriter(), Progress(), Report(), WandbReport()
     # Pictures before records: a sample whose record exists is not shown again.
     trainer = evaluation.trainer(*callbacks, logged=True)
-    first = trainer.is_global_zero
-    if first:
+    if trainer.is_global_zero:
         # The data may have to be fetched; the other processes look in their setup.
         evaluation.prepare()
-    identity = evaluation.identity if first else {}
-    if first:
-        evaluation.folder.claim(identity, evaluation.config, write=True)
+        evaluation.folder.claim(evaluation.identity, evaluation.config, write=True)
     task = RobustnessTask(evaluation.evaluator, evaluation.gallery)
     trainer.test(task, datamodule=evaluation.data, verbose=False)
 
@@ -134,12 +137,12 @@ def test(evaluation: Evaluation) -> None:
 def estimate(evaluation: Evaluation) -> None:
     """Measures what the evaluation will cost, and writes nothing."""
     evaluation.prepare()
-    folder, data = evaluation.folder, evaluation.data
+    folder, data, device = evaluation.folder, evaluation.data, evaluation.device()
     done = {record.key for record in folder.collect(write=False)}
-    given = {**evaluation.trainer_arguments, **launched(evaluation.trainer_arguments)}
-    devices, nodes = given.get("devices", 1), int(given.get("num_nodes") or 1)
-    processes = nodes * (devices if isinstance(devices, int) and devices > 0 else 1)
-    device = evaluation.device()
+    if done and (found := folder.differences(evaluation.identity)):
+        print(f"{folder.path} holds a run with other settings ({found}): its records do not count")
+        done = set()
+    processes = evaluation.trainer(logged=False).world_size
     print(f"{data.name} ({data.evaluate_on}), {len(data.evaluated)} samples, {evaluation.evaluator.runs} runs each")
     measured = Estimate(evaluation.evaluator.to(device), data.evaluated, data.batch_size, done, processes)
     print(f"{measured}\nNothing was written.")
@@ -244,27 +247,30 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     if (dry or command in ("gradcheck", "audit")) and rank() != 0:
         # These run once: the first process speaks for all.
         return
-    if not any(word in ("--help", "--config") or word.startswith("--config=") for word in given):
-        given = ["--config", _DEFAULTS.get(command, _DEFAULT), *given]
     with guarded() as state:
-        Parser.configs = check_configs(given)
+        if not any(word.partition("=")[0] in ("--help", "--config") for word in given):
+            if command in ("purify", "predict"):
+                raise InputError(f"{command}: name a configuration, whose networks and size are used: --config FILE")
+            given = ["--config", _DEFAULTS.get(command, _DEFAULT), *given]
         parser = evaluation_parser()
         _add_options(parser, command)
-        settings = parser.parse_args(arguments(given))
+        settings = read(given, parser)
         folder = state.folder = RunFolder(run_folder(settings, command))
         config = dump(parser, settings, *_OPTIONS)
         place_loggers(settings, folder.path)
-        evaluation = Evaluation(settings, _made(parser, settings), config, folder)
+        evaluation = Evaluation(settings, instantiated(parser, settings), config, folder)
         # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
-        state.running = True
+        state.running = good = True
         if dry:
             estimate(evaluation)
         elif command in ("gradcheck", "audit"):
-            sys.exit(0 if check(evaluation, command, settings) else 1)  # type: ignore[arg-type]
+            good = check(evaluation, command, settings)  # type: ignore[arg-type]
         elif command in ("purify", "predict"):
-            sys.exit(0 if purify(evaluation, command, settings) else 1)  # type: ignore[arg-type]
+            good = purify(evaluation, command, settings)  # type: ignore[arg-type]
         else:
             test(evaluation)
+        if not good:
+            sys.exit(1)
 
 
 _OPTIONS = ("samples", "audit_runs", "proposals", "input", "output", "defense", "existing", "overlays")
@@ -285,11 +291,3 @@ def _add_options(parser: Parser, command: str) -> None:
         add("--defense", type=str | None, default=None, help="Name of the defense (default: the first with a mask).")
         add("--existing", type=Existing, default="refuse", help="skip goes on, replace writes anew what was made here.")
         add("--overlays", type=bool, default=True, help="Write NAME.mask.png and NAME.overlay.png too.")
-
-
-def _made(parser: Parser, settings: Namespace) -> Namespace:
-    """The settings with their classes made."""
-    try:
-        return parser.instantiate(settings)
-    except Exception as error:
-        raise unwrapped(error) from error

@@ -8,20 +8,23 @@ import inspect
 import pydoc
 import re
 import traceback
-from collections.abc import Sequence
+import types
+import typing
+from argparse import ArgumentError
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-# What is imported here can be named in a configuration by its short name, and is suggested where a name is wrong.
-from lit_purify import attacks, callbacks, data, defense, evaluation, models, training
 from lit_purify.defense import Purifier
 from lit_purify.errors import InputError
 from lit_purify.evaluation.folder import RunFolder
+from lit_purify.recorded import Recorded
 
 _LOST = (
     "by peer|remote process exited|Connection reset|Connection refused|Broken pipe|Failed to recv|remote server"
@@ -90,8 +93,17 @@ def check_configs(argv: Sequence[str]) -> list[dict[str, Any]]:
                 f"{path}: written for version 0.1: move what is under model.init_args to the top level, remove "
                 "seed_everything, and name each point of a family FAMILY/POINT under defenses (CHANGELOG.md)"
             )
+        _check_keys(found, str(path))
         contents.append(found)
     return contents
+
+
+def _check_keys(node: Any, place: str) -> None:  # noqa: ANN401
+    """YAML reads some names as numbers or booleans."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if isinstance(node, dict) and not isinstance(key, str):
+            raise InputError(f"{place}: YAML reads the name {key!r} as {type(key).__name__}: write it in quotes")
+        _check_keys(value, f"{place}: {key}" if place.endswith((".yaml", ".yml", ".json")) else f"{place}.{key}")
 
 
 def check_checkpoint(path: Path) -> None:
@@ -105,156 +117,230 @@ def check_checkpoint(path: Path) -> None:
         raise InputError(f"{path}: refused, it is not a checkpoint that train.py saved (.ckpt)") from error
 
 
-_CALLABLE = re.compile(
-    r"Type collections\.abc\.Callable\[.*?\] expects a function or a callable class: ((?s:.*?))"
-    r"\. Got value: Namespace\((?:class_path='([\w.]+)'.*|.*class_path='([\w.]+)'\))$",
-    re.MULTILINE,
-)
-
-_NO_CLASS = r"Not a valid subclass|Dict must include|.*(subclass spec|codec can't decode|has no attribute)"
-"""What is said when something stands where a class is due; of a path given there, it is tried to read the file."""
-
-_NO_REASON = re.compile(
-    r"Does not validate|Subtypes:|Errors:|Given value|Expected an? (<class '[\w.]+'>|[\w.]+\[.*\])$|Expected a path but"
-    rf"|Problem with given class_path|Subclass types expect|an? (class|dict) |$|{_NO_CLASS}"
-)
-"""Lines of a parser error that say how it was reached, or which other types a value is not of."""
-
-
-def essence(message: str, configs: Sequence[dict[str, Any]] = ()) -> str:
-    """The one line of a nested parser error that says what to mend.
-
-    jsonargparse tells how it went down into the configuration (``Parser key "model": ... Problem with given class_path
-    ...: ...``), tries every type that a place accepts, and repeats the value at each level. What helps is the keys on
-    the way and the reason at its end.
-    """
-    keys = list(dict.fromkeys(re.findall(r'Parser key "([\w.]+)"', message)))
-    flags = re.findall(r"Given value: NestedArg\(key='([\w.]+)'", message)
-    # A flag is repeated at each level as well; the outermost stands last and has the whole name.
-    place = f"{keys[0]}.init_args.{flags[-1]}" if keys and flags else ".".join(keys)
-    at = f"{place}: " if place else ""
-    message = re.sub(r'Parser key "[\w.]+":', "", message)
-    # A purifier is made by a function, about whose class_path the message is worded differently.
-    message = _CALLABLE.sub(lambda m: f"Problem with given class_path '{m[2] or m[3]}':\n{m[1]}", message)
-    message = re.sub(r"Type collections\.abc\.Callable\[.*?callable class: ", "", message)
-
-    if m := re.search(r'"subcommand" to be one of \{(.+?)\}', message):
-        return f"say what to do, one of {m[1]}: fit --config FILE trains"
-    if m := re.search(r"class_path '([\w.]+)':\s+(?:Option '|unrecognized arguments: --)([^\s.=']+)", message):
-        options = _options(m[1])
-        near = _nearest(m[2], [*options, "class_path", "init_args"])
-        return f"{at}{_last(m[1])} has no option {m[2]}; {near or 'it has ' + ', '.join(options)}"
-    if m := re.search(r"unrecognized arguments: ([^\s=]+)|does not accept option '(.+)'", message):
-        if m[1] and not m[1].startswith("-"):
-            return f"unexpected argument {m[1]}; {_nearest(m[1], COMMANDS) or _USAGE}"
-        name = (m[1] or m[2]).removeprefix("--")
-        if name.startswith("model.init_args."):
-            # Flags of version 0.1 of eval.py; train.py has a model.
-            short = name.removeprefix("model.").replace("init_args.", "")
-            return f"there is no setting {name}; did you mean {short}?"
-        first, dot, rest = name.partition(".")
-        if name in _SETTINGS:
-            return f"there is no setting {name} of this command; --help_all lists all"
-        near = _nearest(name, _SETTINGS) or _nearest(first, _SETTINGS, dot + rest)
-        return f"there is no setting {name}; {near or '--help_all lists all'}"
-    if m := re.search(r"invalid choice: '(.+)' \(choose from (.+)\)", message):
-        near = _nearest(m[1], m[2].replace("'", "").split(", "))
-        return f"{m[0]}; {near}" if near else m[0]
-    if m := re.search(r"(?:class_path '([\w.]+)':\s+)?the following arguments are required: (.+)", message):
-        if m[1]:
-            return f"{at}{_last(m[1])} needs {m[2]}"
-        missing = re.sub(r"\b(fit|test|validate|export|gradcheck|audit|estimate|purify|predict)[.]", "", m[2])
+def essence(message: str) -> str:
+    """The one line of a parser error that says what to mend, where the settings themselves do not show it."""
+    if m := re.search(r"unrecognized arguments: ([^\s=]+)", message):
+        return f"unexpected argument {m[1]}; {_nearest(m[1], COMMANDS) or _USAGE}"
+    if m := re.search(r"the following arguments are required: (.+)|Key \"([\w.]+)\" is required", message):
+        missing = (m[1] or m[2]).replace("--", "")
         if missing in ("input", "output", "input, output"):
             return f"no {missing.replace(', ', ' and no ')} given: say --input FOLDER --output FOLDER"
         return f"no {missing} given: name a configuration with --config"
-    if m := re.search(r"Expected a dot import path string: (.+)", message):
-        if m[1] in _CLASSES:
-            remedy = {"RobustnessTask": "; it is for eval.py without a command"}.get(m[1], "")
-            return f"{at}{m[1]} is of another kind than is needed here{remedy}"
-        return f"{at}there is no class {m[1]}; {_nearest(m[1], _CLASSES) or 'classes of others need their full path'}"
-    if m := re.search(r"module '(.+)' has no attribute '(\w+)'|(No module named '.+')", message):
-        near = _nearest(m[2], dir(pydoc.locate(m[1]))) if m[1] else ""
-        return f"{at}{m[3] or f'there is no {m[2]} in {m[1]}'}; {near or 'check class_path'}"
-    reasons = [line for text in message.splitlines() if not _NO_REASON.match(line := text.strip(" -"))]
-    if reasons:
-        return at + _tidy(reasons[0])
-    if re.search(_NO_CLASS, message):
-        return _misnamed(place, configs) or f"{at}a class is needed: give its class_path and init_args"
-    # No type of a union fits: the innermost union is the last that lists its types, and the first that ends.
-    types = re.findall(r"Subtypes: \[(.+)\]$", message, re.MULTILINE)
-    values = re.findall(r"Given value: (.+)$", message, re.MULTILINE)
-    return at + _tidy(f"Expected a {types[-1]}. Got value: {values[0]}" if types and values else message)
+    lines = [line for text in message.splitlines() if not _NO_REASON.match(line := text.strip(" -"))]
+    return re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", lines[0] if lines else " ".join(message.split()))
 
 
+_NO_REASON = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|Problem with given class_path|Parser key|$")
+"""Lines of a parser error that say how it was reached."""
 COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "predict")
 """Of ``eval.py``."""
 _USAGE = f"eval.py takes one of {', '.join(COMMANDS)} or none, and settings as --NAME VALUE"
+_GONE = (
+    "its settings stand at the top level of the file now (classifier, attacks, runs ...), see configs/eval/digits.yaml"
+)
+_BEFORE = ""
+"""Key of the arguments of a class that a flag has replaced by another one."""
 
-_CLASSES = [
-    name for module in (attacks, callbacks, data, defense, evaluation, models, training) for name in module.__all__
-]
 
-_SETTINGS = [
-    "config",
-    "run",
-    "dry_run",
-    "input",
-    "output",
-    "defense",
-    "existing",
-    "overlays",
-    "seed_everything",
-    "ckpt_path",
-    "model",
-    "data",
-    "trainer",
-]
+def given_settings(configs: Sequence[Mapping[str, Any]], argv: Sequence[str]) -> dict[str, Any]:
+    """All that files and flags state, as one tree in which the arguments of a class stand beside its ``class_path``."""
+    tree: dict[str, Any] = {}
+    for config in configs:
+        _merge(tree, _flat(config))
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name.startswith("--") and name != "--config":
+            try:
+                found = yaml.safe_load(value if equals else following)
+            except yaml.YAMLError:
+                found = value or following
+            _merge(
+                tree, _nested([part for part in name[2:].rstrip("+").split(".") if part != "init_args"], _flat(found))
+            )
+    return tree
 
-_SETTINGS += [f"trainer.{name}" for name in inspect.signature(L.Trainer).parameters]
+
+def _flat(node: Any) -> Any:  # noqa: ANN401
+    if isinstance(node, list):
+        return [_flat(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    inner = node.get("init_args")
+    return {k: _flat(v) for k, v in {**node, **(inner if isinstance(inner, dict) else {})}.items() if k != "init_args"}
+
+
+def _nested(path: Sequence[str], value: Any) -> Any:  # noqa: ANN401
+    return {path[0]: _nested(path[1:], value)} if path else value
+
+
+def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        old = tree.get(key)
+        if isinstance(old, str) and isinstance(value, dict):
+            old = tree[key] = {"class_path": old}
+        if isinstance(old, dict) and "class_path" in old and isinstance(value, str):
+            value = {"class_path": value}
+        if isinstance(old, dict) and isinstance(value, dict):
+            if value.get("class_path", old.get("class_path")) != old.get("class_path"):
+                old = tree[key] = {_BEFORE: old}
+            _merge(old, value)
+        else:
+            tree[key] = value
+
+
+def diagnosis(parser: ArgumentParser, tree: Mapping[str, Any]) -> str | None:
+    """What is wrong with settings that a parser has refused; ``None`` where this is not seen."""
+    actions = [a for a in parser._actions if not a.dest.endswith(".help")]
+    hints = {a.dest: getattr(a, "_typehint", None) or a.type for a in actions}
+    if "model" in tree and "model" not in hints:
+        return f"there is no setting model: {_GONE}"
+    try:
+        for name, value in tree.items():
+            below = [dest for dest in hints if dest.startswith(f"{name}.")]
+            for key, inner in value.items() if below and isinstance(value, dict) else (("", value),):
+                dest = f"{name}.{key}" if key else name
+                if dest not in hints and not (below and not key):
+                    near = _nearest(dest, [*hints]) or "--help_all lists all"
+                    raise InputError(f"there is no setting {dest}; {near}")
+                _diagnose(inner, hints.get(dest), dest)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _diagnose(value: Any, hint: Any, place: str) -> None:  # noqa: ANN401
+    """Raises an ``InputError`` about the first thing in a tree that does not fit its type."""
+    kinds = _members(hint)
+    bases = [base for base in map(_base, kinds) if base is not None]
+    if isinstance(value, list) and (
+        item := next((k for k in kinds if typing.get_origin(k) in (list, Sequence, Iterable)), None)
+    ):
+        for each in value:
+            _diagnose(each, typing.get_args(item)[0], place)
+        return
+    named = next((k for k in kinds if typing.get_origin(k) is dict), None)
+    if named is not None and isinstance(value, dict):
+        for name, inner in value.items():
+            if (
+                isinstance(inner, dict)
+                and "class_path" not in inner
+                and (near := _nearest(name, [*value.keys() - {name}]))
+            ):
+                raise InputError(f"{place} has no {name}; {near}")
+            _diagnose(inner, typing.get_args(named)[1], f"{place}.{name}")
+        return
+    if not bases or value is None:
+        if hint is not None and not _accepts(hint, value):
+            expected = " or ".join(_title(kind) for kind in kinds)
+            raise InputError(f"{place}: expected {expected}; got {value}")
+        return
+    path = value.get("class_path") if isinstance(value, dict) else value
+    if not isinstance(path, str):
+        if not _accepts(hint, value):
+            raise InputError(f"{place}: a class is needed: give its class_path, and its arguments beside it")
+        return
+    if not isinstance(value, dict) and len(bases) < len(kinds) and _accepts(hint, value):
+        return
+    made = _class(path, bases, place)
+    hints = _options(made)
+    arguments = {k: v for k, v in value.items() if k not in ("class_path", _BEFORE)} if isinstance(value, dict) else {}
+    for name, argument in arguments.items():
+        if name not in hints and name != "dict_kwargs":
+            near = _nearest(name, [*hints, "class_path"]) or "it has " + ", ".join(hints)
+            raise InputError(f"{place}: {_last(path)} has no option {name}; {near}")
+        _diagnose(argument, hints.get(name, (Any, False))[0], f"{place}.{name}")
+    before = value.get(_BEFORE, {}) if isinstance(value, dict) else {}
+    if missing := [name for name, (_, needed) in hints.items() if needed and name not in {**arguments, **before}]:
+        raise InputError(f"{place}: {_last(path)} needs {', '.join(missing)}")
+
+
+def _members(hint: Any) -> list[Any]:  # noqa: ANN401
+    """The types of a union; of one type this one."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return [inner for part in typing.get_args(hint) for inner in _members(part)]
+    return [hint]
+
+
+def _base(kind: Any) -> type | None:  # noqa: ANN401
+    """The class of which an object is due; ``None`` for plain values."""
+    if typing.get_origin(kind) is Callable:
+        kind = typing.get_args(kind)[1]
+    plain = (int, float, str, bool, type(None), dict, list)
+    return None if not inspect.isclass(kind) or kind in plain or issubclass(kind, Path) else kind
+
+
+def _title(kind: Any) -> str:  # noqa: ANN401
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return "null" if kind is type(None) else str(getattr(kind, "__name__", kind))
+
+
+def _accepts(hint: Any, value: Any) -> bool:  # noqa: ANN401
+    probe = ArgumentParser(exit_on_error=False)
+    probe.add_argument("--x", type=hint)
+    # What YAML reads as a number may be meant as text.
+    for tried in (value, str(value)) if isinstance(value, (int, float)) else (value,):
+        try:
+            probe.parse_object({"x": tried})
+            return True
+        except (ArgumentError, TypeError, ValueError):
+            pass
+    return False
+
+
+def _class(path: str, bases: Sequence[type], place: str) -> Any:  # noqa: ANN401
+    """The class or function that a path names."""
+    known = {c.__name__: c for base in bases for c in _below(base)}
+    if "." not in path:
+        if path in known:
+            return known[path]
+        if path in {c.__name__ for c in _below(Recorded)}:
+            raise InputError(f"{place}: {path} is of another kind than is needed here")
+        near = _nearest(path, list(known)) or "classes of others need their full path"
+        raise InputError(f"{place}: there is no class {path}; {near}")
+    module, _, name = path.rpartition(".")
+    try:
+        made, within = pydoc.locate(path), pydoc.locate(module)
+    except pydoc.ErrorDuringImport as error:
+        raise InputError(f"{place}: {error}; check class_path") from error
+    if within is None:
+        raise InputError(f"{place}: No module named {module!r}; check class_path")
+    if made is None:
+        raise InputError(
+            f"{place}: there is no {name} in {module}; {_nearest(name, dir(within)) or 'check class_path'}"
+        )
+    kind = made if inspect.isclass(made) else typing.get_type_hints(made).get("return")
+    if inspect.isclass(kind) and not issubclass(kind, tuple(bases)):
+        raise InputError(f"{place}: {name} is of another kind than is needed here")
+    return made
+
+
+def _below(base: type) -> list[type]:
+    below: list[type] = type.__subclasses__(base)
+    return [base, *(c for each in below for c in _below(each))]
+
+
+def _options(made: Any) -> dict[str, tuple[Any, bool]]:  # noqa: ANN401
+    """What a configuration can give to a class or function: the type of each, and whether it is required."""
+    # A datamodule hands what it does not know to its base.
+    makers = [base.__dict__.get("__init__") for base in inspect.getmro(made)] if inspect.isclass(made) else [made]
+    given = {"self", "denoiser"} if inspect.isclass(made) and issubclass(made, Purifier) else {"self"}
+    found: dict[str, tuple[Any, bool]] = {}
+    for maker in filter(inspect.isroutine, makers):
+        parameters = inspect.signature(maker).parameters.values()
+        hints = typing.get_type_hints(maker) if inspect.isfunction(maker) else {}
+        for p in parameters:
+            if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given and p.name not in found:
+                found[p.name] = hints.get(p.name, Any), p.default is p.empty and maker is makers[0]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _tidy(text: str) -> str:
-    """Types as people write them."""
-    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
-    text = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", text)
-    if m := re.search(r"Expected an? (.+)\. Got value: (.+)", text):
-        return f"expected {m[1].replace(', ', ' or ').replace('NoneType', 'null')}; got {m[2]}"
-    return " ".join(text.split())
-
-
-def _options(class_path: str) -> list[str]:
-    """What a configuration can give to a class or function."""
-    made: Any = pydoc.locate(class_path)
-    # A datamodule hands what it does not know to its base.
-    makers: list[Any] = (
-        [base.__dict__.get("__init__") for base in inspect.getmro(made)] if inspect.isclass(made) else [made]
-    )
-    parameters = [
-        p for maker in makers if inspect.isfunction(maker) for p in inspect.signature(maker).parameters.values()
-    ]
-    names = dict.fromkeys(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self")
-    # A task makes its purifiers for its networks.
-    given = {"denoiser", "classifier"} if inspect.isclass(made) and issubclass(made, Purifier) else set()
-    return [name for name in names if name not in given]
-
-
-def _nearest(name: str, known: Sequence[str], rest: str = "") -> str:
+def _nearest(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}{rest}?" if near else ""
-
-
-def _misnamed(place: str, configs: Sequence[Any]) -> str:
-    """Of a dotted key the first part that no configuration has, if one of its neighbors is called nearly so."""
-    parts = place.split(".")
-    for k, part in enumerate(parts):
-        configs = [config for config in configs if isinstance(config, dict)]
-        names = [str(name) for config in configs for name in config]
-        if part not in names:
-            near = _nearest(part, names)
-            return near and f"{'.'.join(parts[:k])} has no {part}; {near}"
-        configs = [config[part] for config in configs if part in config]
-    return ""
+    return f"did you mean {near[0]}?" if near else ""

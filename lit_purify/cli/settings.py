@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,29 +12,33 @@ from typing import Any, NoReturn
 import jsonargparse
 import lightning as L
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 # Imported for their classes: a class that is imported can be named in a configuration by its short name.
 from lit_purify import callbacks
 from lit_purify.attacks import Attack
-from lit_purify.cli.common import fail
-from lit_purify.cli.messages import essence
+from lit_purify.cli.common import fail, rank
+from lit_purify.cli.messages import check_configs, diagnosis, essence, given_settings
 from lit_purify.data import ImageDataModule
 from lit_purify.defense import Gradient, Purifier
 from lit_purify.errors import InputError
 from lit_purify.models import Classifier, Denoiser
+from lit_purify.private import renew_store
 
 _CLASS = {"class_path", "init_args", "dict_kwargs"}
 _LOADERS = {"denoiser": "lit_purify.models.load_denoiser", "classifier": "lit_purify.models.load_classifier"}
 _TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "deterministic", "benchmark")
 """Arguments of the trainer that mean something in an evaluation."""
+_PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")
+_FORKED = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
 class Parser(ArgumentParser):
     """Says what is wrong in one line."""
 
-    configs: Sequence[dict[str, Any]] = ()
-    """The contents of the configuration files."""
+    given: Mapping[str, Any] = {}
+    """The settings of files and flags, see ``given_settings``."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with that line."""
@@ -41,14 +46,31 @@ class Parser(ArgumentParser):
             # This one parses a nested class. It raises: the outer parsers add where in the configuration the class
             # stands, or go on with another type that the place accepts.
             super().error(message, ex)
-        fail(essence(message, self.configs))
+        fail(diagnosis(self, self.given) or essence(message))
+
+
+def read(given: Sequence[str], parser: Parser) -> Namespace:
+    """The settings of the files and flags of a command line; ends with one line where something is wrong."""
+    flags = arguments(given)
+    Parser.given = given_settings([simplified(config) for config in check_configs(given)], flags)
+    settings = parser.parse_args(flags)
+    for kind in ("defenses", "attacks"):
+        for name in [name for name, value in (settings.get(kind) or {}).items() if value is None]:
+            del settings[kind][name]
+    trainer = settings.trainer
+    if trainer.precision is not None and str(trainer.precision) not in _PRECISIONS:
+        # Noise, levels and masks are drawn and computed in 32 bits.
+        raise InputError(f"trainer.precision = {trainer.precision}: take 32-true, bf16-mixed or 16-mixed")
+    if isinstance(trainer.strategy, str) and trainer.strategy.startswith(_FORKED):
+        raise InputError(f"trainer.strategy = {trainer.strategy}: take ddp, or start the processes with torchrun")
+    return settings
 
 
 def make_parser(program: str, description: str) -> Parser:
     """A parser that reads configurations."""
     jsonargparse.set_loader("lit_purify", load, (yaml.YAMLError, InputError))
-    parser = Parser(prog=program, parser_mode="lit_purify", description=description)
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file; flags after it replace its settings.")
+    parser = Parser(prog=program, parser_mode="lit_purify", description=description, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; flags after it replace its settings.")
     parser.add_argument("--run", type=Path | None, default=None, help="Run folder (default: runs/NAME_OF_CONFIG).")
     return parser
 
@@ -56,31 +78,24 @@ def make_parser(program: str, description: str) -> Parser:
 def evaluation_parser() -> Parser:
     """The parser of all commands that evaluate."""
     parser = make_parser("eval.py", "Settings of an evaluation.")
-    parser.add_argument("--classifier", type=Classifier, required=True, help="The classifier: a path, or a class.")
-    parser.add_argument(
-        "--denoiser", type=Denoiser | None, default=None, help="The denoiser of all purifiers: a path, or a class."
-    )
-    defense: Any = Callable[[Denoiser], Purifier] | Classifier
-    parser.add_argument(
-        "--defenses", type=dict[str, defense], required=True, help="By name: purifiers, or paths of other classifiers."
-    )
-    parser.add_argument("--attacks", type=dict[str, Attack], required=True, help="Attacks by name.")
-    parser.add_argument(
-        "--gradients",
-        type=dict[str, Gradient] | None,
-        default=None,
-        help="What attacks differentiate, by the attack's name (default: Exact).",
-    )
-    parser.add_argument("--baseline", type=str | None, default=None, help="Defense to compare to (default: the first).")
-    parser.add_argument("--runs", type=int, default=8, help="N, runs of each sample with fresh noise.")
-    parser.add_argument("--chunk", type=int, default=64, help="Rows of a network call; part of a result's identity.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of all noise.")
-    parser.add_argument("--skip_lost", type=bool, default=False, help="Leave out what an earlier attack took entirely.")
-    parser.add_argument("--gallery", type=int, default=12, help="Samples whose pictures are shown.")
-    parser.add_argument("--data", type=ImageDataModule, required=True, help="The evaluated images.")
+    add: Callable[..., Any] = parser.add_argument
+    defense: Any = Callable[[Denoiser], Purifier] | Classifier | None
+    gradients = dict[str, Gradient] | None
+    add("--classifier", type=Classifier, required=True, help="The classifier: a path, or a class.")
+    add("--denoiser", type=Denoiser | None, default=None, help="The denoiser of all purifiers: a path, or a class.")
+    add("--defenses", type=dict[str, defense], required=True, help="By name; a path is a classifier, null drops one.")
+    add("--attacks", type=dict[str, Attack | None], required=True, help="Attacks by name.")
+    add("--gradients", type=gradients, default=None, help="What attacks differentiate, by attack (default: Exact).")
+    add("--baseline", type=str | None, default=None, help="Defense to compare to (default: the first).")
+    add("--runs", type=int, default=8, help="N, runs of each sample with fresh noise.")
+    add("--chunk", type=int, default=64, help="Rows of a network call; part of a result's identity.")
+    add("--seed", type=int, default=0, help="Seed of all noise.")
+    add("--skip_lost", type=bool, default=False, help="Leave out what an earlier attack took entirely.")
+    add("--gallery", type=int, default=12, help="Samples whose pictures are shown.")
+    add("--data", type=ImageDataModule, required=True, help="The evaluated images.")
     others = set(inspect.signature(L.Trainer).parameters) - set(_TRAINER)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=others)
-    parser.add_argument("--trainer.callbacks", type=list[L.Callback] | None, default=None, help="Callbacks of yours.")
+    add("--trainer.callbacks", type=list[L.Callback] | None, default=None, help="Callbacks of yours.")
     parser.set_defaults({"trainer.logger": {"class_path": f"{callbacks.__name__}.WandbRun"}})
     return parser
 
@@ -96,8 +111,7 @@ def simplified(node: Any, key: str = "", parent: str = "") -> Any:  # noqa: ANN4
     if isinstance(node, list):
         return [simplified(item, key, parent) for item in node]
     if isinstance(node, dict):
-        # YAML reads some names as numbers or booleans.
-        named = {_name(k, parent=key): simplified(value, _name(k, parent=key), key) for k, value in node.items()}
+        named = {k: simplified(value, k, key) for k, value in node.items()}
         arguments = {k: value for k, value in named.items() if k not in _CLASS}
         if "class_path" not in named or not arguments:
             return named
@@ -114,12 +128,6 @@ def _is_file(text: str) -> bool:
 def network(role: str, path: str) -> dict[str, Any]:
     """The network in a file."""
     return {"class_path": _LOADERS[role], "init_args": {"path": path}}
-
-
-def _name(key: Any, parent: str) -> str:  # noqa: ANN401
-    if isinstance(key, str):
-        return key
-    raise InputError(f"{parent}: YAML reads the name {key!r} as {type(key).__name__}: write it in quotes")
 
 
 def arguments(given: Sequence[str]) -> list[str]:
@@ -141,6 +149,22 @@ def _written(flag: str, value: str) -> str:
     if flag.startswith("--") and role in _LOADERS and _is_file(value):
         return yaml.safe_dump(network(role, value), default_flow_style=True, width=10**6).strip()
     return value
+
+
+def instantiated(parser: Parser, settings: Namespace) -> Namespace:
+    """The settings with their classes made. Constructors see nothing but settings: what they raise is about these."""
+    try:
+        return parser.instantiate(settings)
+    except Exception as error:
+        cause: BaseException = error
+        while str(cause).startswith("Does not validate against") and cause.__cause__ is not None:
+            # jsonargparse takes it for a value of the wrong type.
+            cause = cause.__cause__
+        if isinstance(cause, (InputError, MisconfigurationException, OSError)):
+            raise cause from error
+        frame = traceback.extract_tb(cause.__traceback__)[-1]
+        place = f"{type(cause).__name__} in {Path(frame.filename).name}:{frame.lineno}"
+        raise InputError(f"{cause} ({place})") from error
 
 
 def run_folder(settings: Namespace, command: str) -> Path:
@@ -169,22 +193,28 @@ def place_loggers(settings: Namespace, folder: Path) -> None:
             logger.init_args.save_dir = str(folder)
 
 
-def launched(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Devices and strategy of processes that torchrun has started, where the settings leave them open.
+def make_trainer(given: Mapping[str, Any], **own: Any) -> L.Trainer:  # noqa: ANN401
+    """A trainer of the processes that a launcher has started, or that it starts itself.
 
     Raises:
-        InputError: The settings name another number of processes: each would take itself for the only one.
+        InputError: A launcher has started another number of processes: each would take itself for the only one.
     """
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if world == 1:
-        return {}
-    devices, nodes = given.get("devices", "auto"), int(given.get("num_nodes") or 1)
-    if "TORCHELASTIC_RUN_ID" in os.environ and devices == "auto":
-        devices, nodes = local, world // local
-    if isinstance(devices, int) and devices * nodes != world:
+    renew_store(rank())
+    trainer = L.Trainer(**{**given, **_launched(given), **own})
+    world = int(os.environ.get("WORLD_SIZE", trainer.world_size))
+    if world != trainer.world_size:
         raise InputError(
-            f"{world} processes were started (WORLD_SIZE), the trainer has {devices * nodes}: add --trainer.devices "
-            f"{local} (with several nodes --trainer.num_nodes)"
+            f"{world} processes were started (WORLD_SIZE), the trainer has {trainer.world_size}: add --trainer.devices "
+            f"{world} --trainer.strategy ddp (with several nodes --trainer.num_nodes)"
         )
+    return trainer
+
+
+def _launched(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Devices and strategy of processes that torchrun has started, where the settings leave them open."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return {}
+    local, devices = int(os.environ["LOCAL_WORLD_SIZE"]), given.get("devices", "auto")
+    found = {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local} if devices == "auto" else {}
     strategy = given.get("strategy", "auto")
-    return {"devices": devices, "num_nodes": nodes, "strategy": "ddp" if strategy == "auto" else strategy}
+    return {**found, "strategy": "ddp" if strategy == "auto" else strategy}

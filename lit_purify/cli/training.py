@@ -14,28 +14,26 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, WeightA
 from lightning.pytorch.plugins import CheckpointIO
 
 from lit_purify.callbacks import Stopping, WandbRun, WandbTraining
-from lit_purify.cli.common import State, guarded, helped, rank, unwrapped
+from lit_purify.cli.common import State, guarded, helped, rank
 from lit_purify.cli.help import TRAIN
-from lit_purify.cli.messages import check_checkpoint, check_configs
+from lit_purify.cli.messages import check_checkpoint
 from lit_purify.cli.settings import (
     Parser,
-    arguments,
     dump,
-    launched,
+    instantiated,
     make_parser,
+    make_trainer,
     place_loggers,
+    read,
     run_folder,
 )
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.evaluation.folder import RunFolder
-from lit_purify.private import renew_store
 from lit_purify.training import Averaging, Export, TrainingProgress, TrainingTask, measure
 from lit_purify.training.checkpoints import WholeCheckpoints
 from lit_purify.training.export import export_network
 
-# Noise, levels and masks are drawn and computed in 32 bits.
-_PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")
 _COMMANDS = ("fit", "validate", "export")
 
 
@@ -62,9 +60,6 @@ def _check(settings: Namespace, command: str, folder: RunFolder) -> None:
     """Refuses what Lightning would refuse late, or not at all."""
     if not 0 <= settings.seed_everything < 2**32:
         raise InputError(f"seed_everything = {settings.seed_everything} is outside 0 .. 2**32 - 1")
-    precision = settings.trainer.precision
-    if precision is not None and str(precision) not in _PRECISIONS:
-        raise InputError(f"trainer.precision = {precision}: a training takes {', '.join(_PRECISIONS)}")
     last, given = folder.path / "checkpoints" / "last.ckpt", settings.ckpt_path
     if command == "fit" and given is None and last.is_file():
         raise InputError(
@@ -79,13 +74,14 @@ def _check(settings: Namespace, command: str, folder: RunFolder) -> None:
 
 
 def _trainer(made: Namespace, folder: RunFolder, own: Sequence[L.Callback] = ()) -> L.Trainer:
-    renew_store(rank())
     given = vars(made.trainer)
     callbacks = given.pop("callbacks", None) or []
     # A callback of the user replaces the default one of its kind.
     kinds = (WeightAveraging, Export, ModelCheckpoint)
     taken = [kind for kind in kinds if any(isinstance(callback, kind) for callback in callbacks)]
-    own = [callback for callback in (*own, ModelCheckpoint(save_last=True)) if not isinstance(callback, tuple(taken))]
+    if given.get("enable_checkpointing") is not False:
+        own = [*own, ModelCheckpoint(save_last=True)]
+    own = [callback for callback in own if not isinstance(callback, tuple(taken))]
     callbacks = [*own, *callbacks, Stopping(), WandbTraining()]
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
@@ -95,14 +91,10 @@ def _trainer(made: Namespace, folder: RunFolder, own: Sequence[L.Callback] = ())
     plugins = plugins if isinstance(plugins, list) else [plugins]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins = [*plugins, WholeCheckpoints()]
-    trainer = L.Trainer(
-        **given | launched(given),
-        plugins=plugins,
-        callbacks=callbacks,
-        default_root_dir=str(folder.path),
-        use_distributed_sampler=False,
+    place = str(folder.path)
+    return make_trainer(
+        given, plugins=plugins, callbacks=callbacks, default_root_dir=place, use_distributed_sampler=False
     )
-    return trainer
 
 
 def _fit(made: Namespace, config: str, state: State) -> None:
@@ -142,9 +134,8 @@ def train(argv: Sequence[str] | None = None) -> None:
         if dry and command != "fit":
             raise InputError(f"--dry_run goes with fit, not with {command}: leave it out")
         given = [word for word in given if word != "--dry_run"]
-        Parser.configs = check_configs(given)
         parser = training_parser()
-        settings = parser.parse_args(arguments(given))
+        settings = read(given, parser)
         folder = state.folder = RunFolder(run_folder(settings, command))
         _check(settings, "" if dry else command, folder)
         config = dump(parser, settings, "ckpt_path", "output", "half")
@@ -153,10 +144,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         if command == "export" or dry:
             # The loggers and callbacks of the run are not for that.
             settings.trainer.callbacks, settings.trainer.logger = None, False
-        try:
-            made = parser.instantiate(settings)
-        except Exception as error:
-            raise unwrapped(error) from error
+        made = instantiated(parser, settings)
         if command == "export":
             output = settings.output or folder.path / "model.safetensors"
             export_network(made.model, output, settings.half, settings.ckpt_path)

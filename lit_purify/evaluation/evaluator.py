@@ -208,18 +208,22 @@ class Evaluator(nn.Module):
 
     def check(self, data: ImageDataset) -> None:
         """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
-        first = data[0]["image"][None]
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        first = data[0]["image"][None].to(device)
         for name, defended in self.defenses.items():
             try:
                 defended.classifier.check_image(first)
                 defended.classifier.check_classes(data.classes)
+                defended.classifier.check_output(first)
             except InputError as error:
                 if defended.classifier is self.classifier:
                     raise
                 raise InputError(f"defenses.{name}: {error}") from error
             defended.purifier.check_image(first)
-        for attack in self.attacks.values():
+        for name, attack in self.attacks.items():
             attack.prepare(data.positions.tolist())
+            if getattr(attack, "loss", None) == "dlr" and len(data.classes) < 3:
+                raise InputError(f"attacks.{name}: the dlr loss needs 3 classes, the data has 2: use loss: margin")
 
     def remarks(self) -> list[str]:
         """What to warn of, a line each."""

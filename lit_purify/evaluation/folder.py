@@ -14,6 +14,7 @@ from lit_purify.errors import InputError
 from lit_purify.evaluation.records import Record, read_records, uncollected, write_records, write_whole
 from lit_purify.recorded import SHA256
 
+_MISSING = object()
 _SHOWN = 5
 """Differing settings that an error message lists."""
 
@@ -145,20 +146,24 @@ class RunFolder:
                 f"{self.path} holds records, but no {self.identity.name} that says of which settings: choose another "
                 "folder, or remove that one"
             )
-        there, here = comparable(before or identity), comparable(identity)
-        differing = [key for key in {**here, **there} if there.get(key) != here.get(key)]
         # Without records there is nothing that other settings could mix with.
-        if differing and self.collect(write=False):
-            shown = [f"{key}: {_short(there, key)} there, {_short(here, key)} here" for key in differing[:_SHOWN]]
-            more = f"; {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
+        if (found := self.differences(identity)) and self.collect(write=False):
             raise InputError(
-                f"{self.path} holds a run with other settings ({'; '.join(shown)}{more}): choose another folder, or "
-                "remove that one"
+                f"{self.path} holds a run with other settings ({found}): choose another folder, or remove that one"
             )
         if write:
             if config is not None:
                 self.write_config(config)
             write_whole(self.identity, json.dumps(identity, indent=1))
+
+    def differences(self, identity: Mapping[str, Any]) -> str:
+        """How the run in the folder differs from this one, in a few of its settings; empty where it does not."""
+        there, here = comparable(self._identity_before() or identity), comparable(identity)
+        keys = [key for key in {**here, **there} if there.get(key, _MISSING) != here.get(key, _MISSING)]
+        # Of an object that one of them does not have its arguments say nothing more, and hashes say least.
+        keys = sorted((k for k in keys if k.rpartition(".")[0] not in keys), key=lambda k: k.endswith(SHA256))
+        shown = [f"{key}: {_short(there, key)} there, {_short(here, key)} here" for key in keys[:_SHOWN]]
+        return "; ".join(shown) + (f"; {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
 
     def _identity_before(self) -> dict[str, Any] | None:
         if not self.identity.exists():

@@ -61,6 +61,12 @@ class RobustnessTask(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Checks, and warns."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_evaluated") and not isinstance(callback, EvaluationListener):
+                raise InputError(
+                    f"{type(callback).__name__}: on_evaluated would never be called: let the class inherit "
+                    "lit_purify.evaluation.EvaluationListener, too"
+                )
         self.evaluator.check(self._data().evaluated)
         if self.trainer.is_global_zero:
             for remark in self.evaluator.remarks():

@@ -34,7 +34,12 @@ def dlr_loss(logits: Tensor, label: Tensor) -> Tensor:
     """Difference of logits ratio, (B,): the margin over the gap between the first and the third logit.
 
     Neither a shift nor a scale of the logits changes it (Croce & Hein 2020, equation 6).
+
+    Raises:
+        InputError: There are fewer than three classes.
     """
+    if logits.shape[1] < 3:
+        raise InputError(f"the dlr loss needs 3 classes, the classifier has {logits.shape[1]}: use loss: margin")
     ranked = logits.sort(dim=1, descending=True).values
     return margin_loss(logits, label) / (ranked[:, 0] - ranked[:, 2] + _TINY)
 
