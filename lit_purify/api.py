@@ -96,7 +96,7 @@ class Result:
 
     def save_report(self, path: str | Path) -> None:
         """Writes the report as one HTML file that opens without a network."""
-        run = FinishedRun.made(self.summary, self.records, self.identity, views=self.views)
+        run = FinishedRun(self.summary, self.records, self.identity, views=self.views)
         write_whole(Path(path).expanduser(), page(run))
 
 

@@ -44,7 +44,7 @@ def finished_run(path, samples=range(10, 30), seed=0, attacks=ATTACKS, **setting
     summary = summarize(records, results, facts, "uniform")
     folder.summary.write_text(json.dumps(summary))
     write_records(folder.records, records)
-    settings = {"model.init_args.classifier.path": "net", "model.init_args.classifier.path (sha256)": "1", **settings}
+    settings = {"classifier.weights": "net", "classifier.weights (sha256)": "1", **settings}
     folder.identity.write_text(json.dumps(settings))
     folder.config.write_text(yaml.safe_dump({"model": HOSTILE}))
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +66,14 @@ def write_verdict(run, command, passed=True, stale=False, samples=(1, 2)):
         "limit": 0.05,
         "verdict": "pass" if passed else "fail",
     }
-    content = {"passed": passed, "samples": list(samples), "settings_sha256": digest, "attack": "pgd", "runs": 2}
+    content = {
+        "passed": passed,
+        "undecided": False,
+        "samples": list(samples),
+        "settings_sha256": digest,
+        "attack": "pgd",
+        "runs": 2,
+    }
     (run / f"{command}.json").write_text(json.dumps({**content, "checks": [{**check, "reason": HOSTILE}]}))
 
 

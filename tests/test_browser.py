@@ -18,10 +18,8 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get i
 def pages(tmp_path_factory):
     """A report and a comparison, both with hostile names."""
     folder = tmp_path_factory.mktemp("pages")
-    run, other = (
-        finished_run(folder / "run"),
-        finished_run(folder / "<img onerror=hacked=1 src=x>", seed=1, depth=HOSTILE),
-    )
+    run = finished_run(folder / "run")
+    other = finished_run(folder / "<img onerror=hacked=1 src=x>", seed=1, depth=HOSTILE)
     write_verdict(run, "audit", passed=False)
     write_verdict(run, "gradcheck", stale=True)
     write_report(RunFolder(run))
@@ -49,9 +47,9 @@ def show(browser, pages):
         shown = contexts[-1].new_page()
         shown.on("console", lambda message: problems.append(message.text))
         shown.on("pageerror", lambda error: problems.append(str(error)))
-        shown.on("dialog", lambda dialog: problems.append(dialog.message))
         shown.on("request", lambda request: request.url.startswith(("file:", "data:")) or problems.append(request.url))
         shown.goto(pages[name].as_uri())
+        shown.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         return shown
 
     yield opened
@@ -60,69 +58,36 @@ def show(browser, pages):
     assert not problems
 
 
-def visible(page):
-    return page.locator(".gallery figure:visible")
-
-
 def test_filters_show_what_is_chosen(show):
-    page = show("report")
-    total = len(DEFENSES) * len(ATTACKS) * 2
-    assert visible(page).count() == total
-    page.get_by_label("uniform", exact=True).uncheck()
-    assert visible(page).count() == total * 2 // 3
-    assert page.locator(".gallery figure[data-defense=uniform]:visible").count() == 0
+    page, total = show("report"), len(DEFENSES) * len(ATTACKS) * 2
+    visible = page.locator(".pictures figure:visible")
+    assert visible.count() == total
+    # By the keyboard.
+    page.get_by_label("uniform", exact=True).focus()
+    page.keyboard.press("Space")
+    assert visible.count() == total * 2 // 3
+    assert not any(text.startswith("uniform") for text in page.locator("figcaption strong:visible").all_inner_texts())
     for outcome, words in OUTCOMES.items():
         if outcome != "shaken":
             page.get_by_label(words).uncheck()
-    shown = visible(page).count()
-    assert 0 < shown < total * 2 // 3
-    assert page.locator(".gallery figure[data-outcome=shaken]:visible").count() == shown
-    assert page.locator("output").inner_text() == f"{shown} of {total} shown"
+    assert 0 < visible.count() == page.locator(".pictures .badge.shaken:visible").count() < total * 2 // 3
+    assert page.locator(".mask:visible").count() > 0
+    page.get_by_label("strong noise").uncheck()
+    assert page.locator(".mask:visible").count() == 0
     for attack in ATTACKS:
         page.get_by_label(attack, exact=True).uncheck()
-    assert visible(page).count() == 0
-    page.get_by_label("pgd", exact=True).check()
-    assert 0 < visible(page).count() == page.locator(".gallery figure[data-attack=pgd]:visible").count()
-
-
-def test_the_keyboard_reaches_filters_and_slider(show):
-    page = show("report")
-
-    def opacity():
-        return float(page.locator(".mask").first.evaluate("each => getComputedStyle(each).opacity"))
-
-    page.get_by_label("broken in some runs").focus()
-    before = visible(page).count()
-    page.keyboard.press("Space")
-    assert visible(page).count() < before
-    for _ in range(2 + len(DEFENSES) + len(ATTACKS) + 1):
-        page.keyboard.press("Tab")
-    assert opacity() == pytest.approx(0.45)
-    page.keyboard.press("Home")
-    assert opacity() == 0.0
-    page.keyboard.press("End")
-    assert opacity() == 1.0
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.tagName") == "A"
-
-
-def test_everything_is_shown_without_scripts(show):
-    page = show("report", java_script_enabled=False)
-    assert visible(page).count() == len(DEFENSES) * len(ATTACKS) * 2
-    assert page.locator(".filters").is_hidden()
-    assert page.locator("table:visible").count() >= 4
+    assert visible.count() == 0
 
 
 @pytest.mark.parametrize("name", ["report", "compare"])
 def test_hostile_names_are_text(show, name):
     page = show(name)
-    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     assert page.evaluate("window.hacked") is None
-    assert page.locator("script").count() == 1
+    assert page.locator("script").count() == 0
     assert page.locator("img:not([src^='data:'])").count() == 0
-    # Every text that holds a name holds all of it, also the title, drawings and what is read out.
+    # Every text that holds a name holds all of it.
     assert page.locator("body").text_content().count(HOSTILE) >= 3
-    assert page.locator("svg").count() >= 3
+    assert page.locator("svg.plot").count() == 3
 
 
 @pytest.mark.parametrize("name", ["report", "compare"])
@@ -130,9 +95,7 @@ def test_hostile_names_are_text(show, name):
 def test_axe_finds_nothing(show, name, scheme, options):
     from axe_playwright_python.sync_playwright import Axe
 
-    page = show(name, color_scheme=scheme)
-    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-    found = Axe().run(page, options=options).response
+    found = Axe().run(show(name, color_scheme=scheme), options=options).response
     assert len(found["passes"]) >= (1 if options else 15)
     assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
 
@@ -140,7 +103,6 @@ def test_axe_finds_nothing(show, name, scheme, options):
 @pytest.mark.parametrize("name", ["report", "compare"])
 def test_a_phone_scrolls_tables_and_not_the_page(show, name):
     page = show(name, viewport={"width": 360, "height": 780})
-    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.locator(".plot").first.bounding_box()["width"] <= 330
     assert page.evaluate("document.querySelector('.scroll').scrollWidth") > 360
@@ -152,6 +114,5 @@ def test_dark_ground_has_light_letters(show):
         return sum(int(value) for value in color[color.index("(") + 1 : -1].split(",")[:3]) / 765
 
     for selector, of in ((".plot text", "fill"), ("td", "color")):
-        assert brightness("light", selector, of) < 0.3
-        assert brightness("dark", selector, of) > 0.7
+        assert brightness("light", selector, of) < 0.3 < 0.7 < brightness("dark", selector, of)
     assert brightness("dark", "body", "backgroundColor") < 0.2

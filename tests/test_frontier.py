@@ -1,25 +1,19 @@
-"""Families of defenses at equal clean accuracy: the geometry, its intervals, and the command."""
+"""Families of defenses at equal clean accuracy: the geometry, its intervals, and where they are shown."""
 
-import contextlib
-import io
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from lit_purify.evaluation.frontier import expand
+from made_runs import Cells
 from scipy.optimize import linprog
+from test_summary import described
 
-from lit_purify.cli import evaluate
-from lit_purify.errors import InputError
-from lit_purify.evaluation import read_records
-from lit_purify.functional.frontier import bootstrap, envelope, gap, on_envelope, resampled
-from lit_purify.report import frontier
-from lit_purify.report.frontier import verdict
-
-ROOT = Path(__file__).parent.parent
+from lit_purify.evaluation import Record
+from lit_purify.functional.frontier import bootstrap, envelope, gap, on_envelope
+from lit_purify.report import summary
+from lit_purify.report.finished import FinishedRun
+from lit_purify.report.html import page
+from lit_purify.report.summary import compared, families, signed, summarize, table
 
 
 def at(points, *clean):
@@ -72,24 +66,29 @@ def simulated(seed, shift, samples=100, runs=4):
     return torch.binomial(torch.full_like(chance, runs), chance, generator=generator) / runs
 
 
-def difference(shares):
-    return bootstrap(shares.mean(dim=0), resampled(shares, 200), len(shares), lambda p: gap(p[:, :4], p[:, 4:]))
+NAMES = [f"{family}/{k}" for family in "ab" for k in range(4)]
 
 
-def test_equal_families_are_seldom_told_apart_and_a_shift_is_found():
-    equal = [verdict(difference(simulated(seed, 0.0))) for seed in range(100)]
-    assert 88 <= equal.count("not distinguishable") <= 99
-    shifted = [difference(simulated(seed, 0.15)) for seed in range(20)]
-    assert [verdict(found) for found in shifted] == ["above"] * 20
+def comparison(shares):
+    (found,) = compared(shares, NAMES)["comparisons"]
+    return found
+
+
+def test_equal_families_are_seldom_told_apart_and_a_shift_is_found(monkeypatch):
+    monkeypatch.setattr(summary, "_RESAMPLES", 200)
+    equal = [comparison(simulated(seed, 0.0))["verdict"] for seed in range(60)]
+    assert 52 <= equal.count("not distinguishable") <= 59
+    shifted = [comparison(simulated(seed, 0.15)) for seed in range(10)]
+    assert [found["verdict"] for found in shifted] == ["above"] * 10
     # Of the shift a little is lost where accuracies end at 1.
-    assert sum(found.value for found in shifted) / 20 == pytest.approx(0.14, abs=0.02)
+    assert sum(found["difference"][0] for found in shifted) / 10 == pytest.approx(0.14, abs=0.02)
 
 
 def test_the_same_records_differ_by_nothing_within_some_width():
     shares = simulated(0, 0.0)
-    found = difference(torch.cat([shares[:, :4], shares[:, :4]], dim=1))
-    assert found.value == 0.0
-    assert found.low < -0.01 < 0.01 < found.high
+    value, low, high = comparison(torch.cat([shares[:, :4], shares[:, :4]], dim=1))["difference"]
+    assert value == 0.0
+    assert low < -0.01 < 0.01 < high
 
 
 def test_what_no_point_reaches_is_not_a_number():
@@ -99,96 +98,50 @@ def test_what_no_point_reaches_is_not_a_number():
     assert all(math.isnan(value) for value in found)
 
 
-def test_a_family_expands_to_all_combinations():
-    mask = {"class_path": "TopFraction", "init_args": {"fraction": [0.15, 0.3]}}
-    template = {"class_path": "P", "init_args": {"mask": mask, "high": [100, 200], "steps": [4]}}
-    points = expand({"a": template})
-    assert list(points) == [f"a-fraction0_{f}-high{h}" for f in (15, 3) for h in (100, 200)]
-    assert points["a-fraction0_3-high100"] == {
-        "class_path": "P",
-        "init_args": {
-            "mask": {"class_path": "TopFraction", "init_args": {"fraction": 0.3}},
-            "high": 100,
-            "steps": 4,
-        },
-    }
-    with pytest.raises(InputError, match="two points would be called a-high100"):
-        expand({"a": {"class_path": "P", "init_args": {"high": [100, 100]}}})
+def test_families_are_named_before_a_slash():
+    assert families(["none", "a/1", "b/1", "a/2", "a/1"]) == {"a": ["a/1", "a/2"], "b": ["b/1"]}
+    assert families(["a/1", "a/2", "none"]) == families(["a/1", "b/1"]) == families(["a-1", "a-2", "b-1"]) == {}
 
 
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """The shipped configuration in small: five points, one of them refused, two attacks of one step."""
-    settings = yaml.safe_load((ROOT / "configs/eval/digits_frontier.yaml").read_text())
-    arguments = settings["model"]["init_args"]
-    for kind in ("classifier", "denoiser"):
-        arguments[kind]["init_args"]["path"] = str(ROOT / arguments[kind]["init_args"]["path"])
-    pgd = {**arguments["attacks"]["pgd"]["init_args"], "steps": 1, "step_size": 0.15, "eot": 1}
-    arguments["attacks"] = {
-        name: {"class_path": "PGD", "init_args": {**pgd, "loss": loss}} for name, loss in (("m", "margin"), ("c", "ce"))
-    }
-    arguments["runs"], arguments["chunk"] = 2, 16
-    families = arguments["families"]
-    families["uniform"]["init_args"] |= {"level": [50, 200], "steps": 2}
-    families["heterogeneous"]["init_args"] |= {"high": [100, 200], "low": [50, 100], "steps": 2}
-    families["heterogeneous"]["init_args"]["mask"]["init_args"]["fraction"] = 0.3
-    del families["variable"]
-    settings["data"]["init_args"]["subset"]["init_args"]["n"] = 2
-    path = tmp_path_factory.mktemp("frontier") / "small.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return ["frontier", "--config", str(path)]
+def test_a_summary_compares_families_and_says_so(tmp_path):
+    """The second family survives in every run where the first loses half of its samples."""
+    names = ["none", "a/weak", "a/strong", "b/only"]
 
+    def record(name, attack, k):
+        clean, robust = [1] * 4, [1 if name == "b/only" else k % 2] * 4
+        clean = [int(k % 4 > 0)] * 4 if name == "a/strong" else clean
+        return Record(name, attack, k, 1, clean, robust, 0.1, 1.0, 1.0)
 
-@pytest.fixture(scope="module")
-def finished(command, tmp_path_factory):
-    run, printed = tmp_path_factory.mktemp("runs") / "frontier", io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        evaluate([*command, "--run", str(run)])
-    (run / "printed.txt").write_text(printed.getvalue())
-    return run
-
-
-def test_frontier_command(finished):
-    names = ["none", "uniform-level50", "uniform-level200"]
-    names += [f"heterogeneous-high{h}-low{low}" for h, low in ((100, 50), (200, 50), (200, 100))]
-    assert {record.defense for record in read_records(finished / "records.jsonl")} == set(names)
-    found = json.loads((finished / "frontier.json").read_text())
-    assert list(found["refused"]) == ["heterogeneous-high100-low100"]
-    summary = json.loads((finished / "summary.json").read_text())
-    assert list(found["attacks"]) == ["m", "c", "ensemble"]
-    for attack, part in found["attacks"].items():
-        results = {r["defense"]: r for r in summary["results"] if r["attack"] == attack}
-        assert [point["defense"] for point in part["points"]] == names
-        for point in part["points"]:
-            assert point["robust"] == results[point["defense"]]["robust"]["average"]
-        assert [(each["family"], each["to"]) for each in part["comparisons"]] == [("heterogeneous", "uniform")]
-        # Of each family at least one point lies on its line, and points are compared with the other family alone.
-        assert {"uniform", "heterogeneous"} == {point["family"] for point in part["points"] if point["on_frontier"]}
-        assert [list(point["above"]) for point in part["points"]] == [[]] + [["heterogeneous"]] * 2 + [["uniform"]] * 3
-    assert (finished / "frontier.png").stat().st_size > 10_000
-    assert "<h2>Frontiers</h2>" in (finished / "report.html").read_text()
-    printed = (finished / "printed.txt").read_text()
-    assert "1 combinations left out" in printed
-    assert "uniform 2, heterogeneous 3; left out: 1" in printed
+    pairs = [(name, attack) for name in names for attack in ("m", "c")]
+    records = [record(*pair, k) for pair in pairs for k in range(40)]
+    facts = {"dataset": "Tiny", "samples": 40, "runs": 4, "classifier": "net"}
+    found = summarize(records, [described(*pair) for pair in pairs], facts, "none")
+    assert list(found["frontier"]) == ["m", "c", "ensemble"]
+    for part in found["frontier"].values():
+        (each,) = part["comparisons"]
+        assert (each["family"], each["to"], each["verdict"]) == ("b", "a", "above")
+        assert each["difference"][0] == pytest.approx(0.5)
+        assert part["open_ended"] == []
+    assert "b less a: +50.0 [" in table(found)
+    shown = page(FinishedRun(found, records, {}))
+    rows = Cells(shown).tables["Robust average under m, difference in points"]
+    assert rows[1] == ["b", "a", signed(found["frontier"]["m"]["comparisons"][0]["difference"]), "above"]
+    assert "frontier" not in table(summarize(records[:160], [described(*p) for p in pairs[:4]], facts, "none"))
 
 
 @pytest.mark.parametrize(
-    ("points", "said"),
+    ("points", "open_ended"),
     [
-        ([(0.9, 0.1), (0.8, 0.3), (0.7, 0.5)], True),
-        ([(0.9, 0.1), (0.8, 0.5), (0.7, 0.3)], False),
-        ([(0.9, 0.1)], False),
+        ([(0.9, 0.1), (0.8, 0.3), (0.7, 0.5)], ["a"]),
+        ([(0.9, 0.1), (0.8, 0.5), (0.7, 0.3)], []),
+        ([(0.9, 0.1)], []),
     ],
 )
-def test_a_family_that_should_be_swept_on_is_named(points, said):
+def test_a_family_that_should_be_swept_on_is_named(points, open_ended):
     """Its curve is cut off where it still rises, which would be to its disadvantage."""
-    shares = torch.tensor([[(1.0, 0.0), *points]] * 4, dtype=torch.float64)
-    results = [
-        {"defense": f"d{k}", "clean": {"average": [0.0] * 3}, "robust": {"average": [0.0] * 3}}
-        for k in range(len(points) + 1)
-    ]
-    found = frontier._compared(shares, results, {"a": [f"d{k}" for k in range(1, len(points) + 1)]})
-    assert found["open_ended"] == ["a"] * said
+    shares = torch.tensor([[(1.0, 0.0), (1.0, 0.1), *points]] * 4, dtype=torch.float64)
+    found = compared(shares, ["b/1", "b/2", *(f"a/{k}" for k in range(len(points)))])
+    assert found["open_ended"] == open_ended
 
 
 @pytest.mark.parametrize(("missing", "stated"), [(5, True), (6, False)])
@@ -211,43 +164,3 @@ def test_a_gap_begins_at_the_less_clean_of_two_peaks():
     second = torch.tensor([[[0.9, 0.2], [0.8, 0.4], [0.7, 0.6]]], dtype=torch.float64)
     # Over 0.7 .. 0.9 the first is flat from 0.8 down: a triangle of 0.1 by 0.2.
     assert float(gap(first, second)) == pytest.approx(0.5 * 0.1 * 0.2 / 0.2, abs=0.005)
-
-
-def test_the_saved_configuration_is_that_of_the_run(finished, capsys):
-    """Nothing is evaluated anew in the run's own folder, which other settings would be refused."""
-    before = (finished / "records.jsonl").read_bytes()
-    evaluate(["--config", str(finished / "config.yaml"), "--run", str(finished)])
-    assert "goes on after 24 records" in capsys.readouterr().out
-    assert (finished / "records.jsonl").read_bytes() == before
-
-
-@pytest.mark.parametrize(
-    ("family", "said"),
-    [
-        ({"level": [2000], "steps": 2}, "families.uniform: no point is left (level = 2000 is outside"),
-        ({"level": [], "steps": 2}, "families.uniform: no point is left (a list is empty)"),
-        ({"levle": [50], "steps": 2}, "UniformPurifier has no option levle; did you mean level?"),
-        (None, "families.uniform: give its class_path"),
-    ],
-)
-def test_wrong_families_are_refused(command, tmp_path, capsys, family, said):
-    template = {} if family is None else {"class_path": "UniformPurifier", "init_args": family}
-    refused(command, tmp_path, f"--model.init_args.families.uniform={json.dumps(template)}")
-    assert said in capsys.readouterr().err
-
-
-def test_the_test_split_is_refused(command, tmp_path, capsys):
-    refused(command, tmp_path, "--data.init_args.evaluate_on=test")
-    assert "evaluate_on = test: a frontier chooses the best" in capsys.readouterr().err
-
-
-def test_an_attack_called_ensemble_is_refused(command, tmp_path, capsys):
-    attack = {"class_path": "PGD", "init_args": {"norm": "linf", "eps": 0.1, "steps": 1, "step_size": 0.1}}
-    refused(command, tmp_path, f"--model.init_args.attacks.ensemble={json.dumps(attack)}")
-    assert "'ensemble' is what the worst case over all attacks is called" in capsys.readouterr().err
-
-
-def refused(command, tmp_path, flag):
-    with pytest.raises(SystemExit) as exit_:
-        evaluate([*command, "--run", str(tmp_path / "run"), flag])
-    assert exit_.value.code == 2

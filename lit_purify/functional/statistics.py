@@ -194,11 +194,3 @@ def paired_difference(first: Tensor, second: Tensor) -> Interval:
     half = Z95 * math.sqrt(variance / (count + 2))
     value = float(difference.mean())
     return Interval(value, max(-1.0, min(value, mean - half)), min(1.0, max(value, mean + half)))
-
-
-def unpaired_difference(first: Interval, second: Interval) -> Interval:
-    """``second - first`` of two means over different samples, from their intervals (Newcombe 1998, method 10)."""
-    value = second.value - first.value
-    low = math.hypot(second.value - second.low, first.high - first.value)
-    high = math.hypot(second.high - second.value, first.value - first.low)
-    return Interval(value, value - low, value + high)

@@ -1,17 +1,18 @@
-"""A finished evaluation: what a report and a comparison are made of."""
+"""A finished evaluation, read from a run's folder or made in memory: what pages are made of."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lit_purify.errors import InputError
-from lit_purify.evaluation import View
+from lit_purify.evaluation import Record, View
 from lit_purify.evaluation.folder import RunFolder, comparable
-from lit_purify.evaluation.records import Record, identity_sha256
+from lit_purify.evaluation.records import identity_sha256
 from lit_purify.report import pictures
 from lit_purify.report.summary import Pairs, Summary, attacks_of, by_pair
 
@@ -20,91 +21,30 @@ Threat = tuple[str, float]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What ``eval.py audit`` or ``eval.py gradcheck`` found.
-
-    Attributes:
-        command: ``audit`` or ``gradcheck``.
-        state: ``passed``, ``failed``, ``undecided`` (an audit of too few samples), ``missing`` or ``unreadable``.
-        stale: Whether it was made for other settings than those of the evaluation.
-        content: Content of its file.
-    """
-
-    command: str
-    state: str
-    stale: bool = False
-    content: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, folder: Path, command: str, identity: Mapping[str, Any]) -> Verdict:
-        """Reads ``audit.json`` or ``gradcheck.json``, whether it came before the evaluation or after it."""
-        path = folder / f"{command}.json"
-        if not path.is_file():
-            return cls(command, "missing")
-        try:
-            content = json.loads(path.read_text())
-            state = "undecided" if content.get("undecided") else "passed" if content["passed"] else "failed"
-            stale = content["settings_sha256"] != identity_sha256(comparable(identity))
-            found = cls(command, state, stale, content)
-            # A page shows these.
-            _ = found.samples, found.blamed
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            return cls(command, "unreadable")
-        return found
-
-    @property
-    def samples(self) -> int:
-        """The number of samples that the verdict rests on."""
-        return len(self.content["samples"])
-
-    @property
-    def blamed(self) -> list[str]:
-        """The checks that failed, with their defense."""
-        names = [(f"{check['defense']}: {check['check']}", check) for check in self.content["checks"]]
-        return [name for name, check in names if check.get("verdict") == "fail" or check.get("passed") is False]
-
-
-@dataclass(frozen=True)
 class FinishedRun:
-    """A finished evaluation, read from a run's folder or made in memory.
+    """A finished evaluation; the first three arguments suffice for one in memory.
 
     Attributes:
         summary: Content of ``summary.json``, see ``summarize``.
-        pairs: The records behind it, by (defense, attack).
+        records: The records behind it.
         identity: Settings that the records depend on.
         config: The configuration as YAML; ``None`` if the evaluation had none.
         views: Samples to look at.
-        verdicts: Of the audit and of the check of the gradients.
+        verdicts: Of ``audit`` and ``gradcheck``, see ``_verdict``.
         path: The run's folder, if there is one.
     """
 
     summary: Mapping[str, Any]
-    pairs: Pairs
+    records: Sequence[Record]
     identity: Mapping[str, Any]
     config: str | None = None
     views: Sequence[View] = ()
-    verdicts: Sequence[Verdict] = ()
+    verdicts: Sequence[Mapping[str, Any]] = ()
     path: Path | None = None
 
     @classmethod
-    def made(
-        cls,
-        summary: Mapping[str, Any],
-        records: Iterable[Record],
-        identity: Mapping[str, Any],
-        config: str | None = None,
-        views: Sequence[View] = (),
-    ) -> FinishedRun:
-        """A run that has no folder; for the arguments see the attributes."""
-        return cls(summary, by_pair(records), identity, config, views)
-
-    @classmethod
-    def read(cls, path: Path, look: bool = True) -> FinishedRun:
-        """Reads a run's folder.
-
-        Args:
-            path: The folder, or its ``summary.json``.
-            look: Whether the configuration and the pictures are read too.
+    def read(cls, path: Path) -> FinishedRun:
+        """Reads a run's folder, which its ``summary.json`` may stand for.
 
         Raises:
             InputError: The folder holds no finished evaluation, or a file in it is missing or damaged.
@@ -116,54 +56,60 @@ class FinishedRun:
             unfinished = folder.records.exists()
             remedy = "the same eval.py command finishes it" if unfinished else "give a folder that eval.py has written"
             raise InputError(f"{folder.path}: no finished evaluation, summary.json is missing; {remedy}")
-        summary, identity = Summary.read(folder.summary), _identity(folder.identity)
+        summary = Summary.read(folder.summary)
+        try:
+            identity = dict(json.loads(folder.identity.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{folder.identity}: cannot be read ({error}); give the eval.py command again") from error
         wanted = {(result["defense"], attack) for result in summary["results"] for attack in attacks_of(result)}
-        pairs = {pair: rs for pair, rs in by_pair(folder.collect(write=False)).items() if pair in wanted}
-        for defense, attack in sorted(wanted):
-            count = len(pairs.get((defense, attack), []))
-            if count != summary["samples"]:
-                raise InputError(
-                    f"{folder.records}: {count} records of {defense} under {attack}, {summary['samples']} in "
-                    "summary.json; give the eval.py command again, or choose another folder with --run"
-                )
-        verdicts = [Verdict.read(folder.path, command, identity) for command in ("audit", "gradcheck")]
-        if not look:
-            return cls(summary, pairs, identity, verdicts=verdicts, path=folder.path)
-        attacked = (
-            record for result in summary["results"] for record in pairs.get((result["defense"], result["attack"]), [])
-        )
+        used = [record for record in folder.collect(write=False) if record.key[:2] in wanted]
+        if len(used) != (expected := len(wanted) * summary["samples"]):
+            raise InputError(
+                f"{folder.records}: {len(used)} records of the {expected} in summary.json; give the eval.py command "
+                "again, or choose another folder with --run"
+            )
         try:
             # A run of the Python API has no configuration.
             config = folder.config.read_text() if folder.config.exists() else None
-            views = list(pictures.read(folder.overlays, attacked))
+            views = list(pictures.read(folder.overlays, used))
         except OSError as error:
             raise InputError(
                 f"{error.filename or folder.overlays}: {str(error.strerror or error).lower()}, so there is no report; "
                 "put the file back, or choose another folder with --run"
             ) from error
-        return cls(summary, pairs, identity, config, views, verdicts, folder.path)
+        verdicts = [_verdict(folder.path, command, identity) for command in ("audit", "gradcheck")]
+        return cls(summary, used, identity, config, views, verdicts, folder.path)
 
-    @property
-    def classes(self) -> Sequence[str]:
-        """Names of the classes; their numbers if the summary does not name them."""
-        highest = max(max(r.label, *r.clean, *r.adversarial) for records in self.pairs.values() for r in records)
-        return self.summary["classes"] or [str(k) for k in range(highest + 1)]
+    @cached_property
+    def pairs(self) -> Pairs:
+        """The records by (defense, attack)."""
+        return by_pair(self.records)
 
     @property
     def threats(self) -> dict[Threat, dict[str, Mapping[str, Any]]]:
-        """By threat model and defense the result under all attacks: that of their ensemble if there are several."""
+        """By threat model and defense the result under all attacks: that of their ensemble, which comes last."""
         found: dict[Threat, dict[str, Mapping[str, Any]]] = {}
         for result in self.summary["results"]:
-            # Ensembles come last.
             found.setdefault((result["norm"], result["eps"]), {})[result["defense"]] = result
         return found
 
 
-def _identity(path: Path) -> dict[str, Any]:
+def _verdict(folder: Path, command: str, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``audit.json`` or ``gradcheck.json``: its ``content``, the ``failed`` checks, the number of ``samples``.
+
+    The ``state`` is passed, failed, undecided (too few samples), missing or unreadable; ``stale`` means other settings.
+    """
+    found = {"command": command, "stale": False, "samples": 0, "failed": [], "content": {}}
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give the eval.py command again") from error
+        content = json.loads((folder / f"{command}.json").read_text())
+        failed = [f"{c['defense']}: {c['check']}" for c in content["checks"] if c["verdict"] == "fail"]
+        state = "undecided" if content["undecided"] else "passed" if content["passed"] else "failed"
+        stale, samples = content["settings_sha256"] != identity_sha256(comparable(identity)), len(content["samples"])
+        return {**found, "state": state, "stale": stale, "samples": samples, "failed": failed, "content": content}
+    except FileNotFoundError:
+        return {**found, "state": "missing"}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {**found, "state": "unreadable"}
 
 
 def threat_name(threat: Threat) -> str:
@@ -174,8 +120,7 @@ def threat_name(threat: Threat) -> str:
 def radius(threat: Threat) -> str:
     """In 255ths if the radius is a whole number of them that a short decimal does not give."""
     norm, eps = threat
-    levels = 255 * eps
     short = len(f"{eps:.6g}".lstrip("0.")) <= 2
-    if norm == "linf" and not short and abs(levels - round(levels)) < 1e-4:
-        return f"{round(levels)}/255"
+    if norm == "linf" and not short and abs(255 * eps - round(255 * eps)) < 1e-4:
+        return f"{round(255 * eps)}/255"
     return f"{eps:.4g}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -18,100 +17,97 @@ from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.frontier import on_envelope
 from lit_purify.report.finished import FinishedRun, threat_name
 from lit_purify.report.pictures import OUTCOMES, shown
-from lit_purify.report.plots import Point, plot
-from lit_purify.report.summary import RULES, attack_line, attacks_of, chunk_line
+from lit_purify.report.summary import KINDS, RULES, attack_line, attacks_of
+
+_COLORS = 8
+"""Series colors of the page, ``--series-0`` and so on; with five markers they tell forty series apart."""
+_CIRCLE, _SQUARE, _DIAMOND = "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z", "M-3.5 -3.5h7v7h-7z", "M0 -5l5 5l-5 5l-5 -5z"
+_MARKERS = (_CIRCLE, _SQUARE, _DIAMOND, "M0 -5l5 9h-10z", "M0 5l5 -9h-10z")
+CHECKS = {"audit": "Audit of the attack", "gradcheck": "Check of the gradients"}
 
 
 def write_report(folder: RunFolder) -> None:
-    """Writes the ``report.html`` of a run's folder.
-
-    Raises:
-        InputError: The folder holds no finished evaluation, or a damaged one.
-    """
+    """Writes the ``report.html`` of a run's folder, or raises an ``InputError`` if a file is missing or damaged."""
     write_whole(folder.report, page(FinishedRun.read(folder.path)))
 
 
 def page(run: FinishedRun) -> str:
     """The report of one run; equal runs have equal pages."""
-    attacks: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for result in run.summary["results"]:
-        attacks.setdefault(result["attack"], {})[result["defense"]] = result
-    drawings = {
-        f"Frontiers under {attack}": _families(attacks[attack], part) for attack, part in _frontier(run).items()
-    }
-    if not drawings:
-        drawings = {
-            f"Clean against robust accuracy, {threat_name(threat)}": best(list(results.values()))
-            for threat, results in run.threats.items()
-        }
     commands = {}
     if run.path is not None and run.config is not None:
-        here, config = shlex.quote(str(run.path)), shlex.quote(str(RunFolder(run.path).config))
-        for command in ("audit", "gradcheck"):
-            commands[command] = f"python eval.py {command} --config {config} --run {here}"
-        commands["again"] = f"python eval.py --config {config} --run {shlex.quote(f'{run.path}-again')}"
+        flags = f"--config {shlex.quote(str(RunFolder(run.path).config))} --run"
+        commands = {name: f"python eval.py {name} {flags} {shlex.quote(str(run.path))}" for name in CHECKS}
+        commands["again"] = f"python eval.py {flags} {shlex.quote(f'{run.path}-again')}"
+    highest = max(max(record.label, *record.clean, *record.adversarial) for record in run.records)
+    classes = run.summary["classes"] or [str(k) for k in range(highest + 1)]
+    order = [(result["defense"], result["attack"]) for result in run.summary["results"]]
+    views = sorted(run.views, key=lambda view: (view.record.index, order.index(view.record.key[:2])))
     return render(
         "report.html",
         run=run,
         summary=run.summary,
-        attacks=attacks,
-        drawings=drawings,
-        pictures=[shown(view, run.classes) for view in sorted(run.views, key=lambda view: view.record.index)],
+        drawings={threat: drawing(list(results.values())) for threat, results in run.threats.items()},
+        pictures=[shown(view, classes) for view in views],
         outcomes=OUTCOMES,
         commands=commands,
-        config_address="data:text/yaml;base64," + base64.b64encode((run.config or "").encode()).decode(),
     )
 
 
-def _frontier(run: FinishedRun) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = run.summary["frontier"]
-    return found
+def drawing(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> dict[str, Any]:
+    """Clean against robust accuracy: ticks, lines, marks and series for ``macros.html``, in 400 by 300 pixels.
 
+    Lines join what no other point, nor a mixture of two, reaches: a solid one of a family, the dotted one of all.
+    """
+    points = [[result[kind]["average"] for kind in KINDS] for result in results]
+    clean, robust = (_ticks([value for point in points for value in point[kind]]) for kind in (0, 1))
 
-def _families(results: Mapping[str, Mapping[str, Any]], part: Mapping[str, Any]) -> dict[str, Any]:
-    """Clean against robust accuracy of one attack; the line of a family joins its best points."""
-    points: list[Point] = []
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for name, result in results.items():
-        family = part["points"].get(name, {}).get("family", "no family")
-        points.append((family, name, result["clean"]["average"], result["robust"]["average"]))
-        if part["points"].get(name, {}).get("on_frontier"):
-            lines.setdefault(family, []).append((result["clean"]["average"][0], result["robust"]["average"][0]))
-    return plot(points, {family: sorted(line) for family, line in lines.items()})
+    def x(value: float) -> float:
+        return round(50 + 400 * (value - clean[0]) / (clean[-1] - clean[0]), 1)
 
+    def y(value: float) -> float:
+        return round(310 - 300 * (value - robust[0]) / (robust[-1] - robust[0]), 1)
 
-def best(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> dict[str, Any]:
-    """Clean against robust accuracy; a dotted line joins what no other point, nor a mixture of two, reaches."""
-    points = [
-        (name, name, result["clean"]["average"], result["robust"]["average"])
-        for name, result in zip(names or [result["defense"] for result in results], results, strict=True)
+    names = names or [result["defense"] for result in results]
+    families = [name.partition("/")[0] for name in names]
+    styles = {
+        family: {"color": f"var(--series-{k % _COLORS})", "marker": _MARKERS[k % len(_MARKERS)]}
+        for k, family in enumerate(dict.fromkeys(families))
+    }
+    marks = [
+        {
+            **styles[family],
+            "title": f"{name}: clean {100 * a[0]:.1f} %, robust {100 * b[0]:.1f} %",
+            "at": (x(a[0]), y(b[0])),
+            "bars": f"M{x(a[1])} {y(b[0])}H{x(a[2])}M{x(a[0])} {y(b[1])}V{y(b[2])}",
+        }
+        for family, name, (a, b) in zip(families, names, points, strict=True)
     ]
-    values = torch.tensor([[clean[0], robust[0]] for *_, clean, robust in points], dtype=torch.float64)
-    return plot(points, {"": sorted(values[on_envelope(values)].tolist())})
+    values, lines = torch.tensor(points, dtype=torch.float64)[..., 0], []
+    for joined in ("", *styles):
+        own = values[[joined in ("", family) for family in families]]
+        line = " ".join(f"{x(a)},{y(b)}" for a, b in sorted(own[on_envelope(own)].tolist()))
+        lines.append((line, styles[joined]["color"] if joined else None))
+    ticks = {"x": [(x(value), f"{100 * value:.4g}") for value in clean]}
+    ticks["y"] = [(y(value), f"{100 * value:.4g}") for value in robust]
+    return {**ticks, "lines": lines, "marks": marks, "series": styles}
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Round accuracies from below the lowest to above the highest value, at most eight."""
+    low, high = min(values), max(values)
+    step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if high - low <= 6 * step)
+    first = math.floor(low / step)
+    return [k * step for k in range(first, max(math.ceil(high / step), first + 1) + 1)]
 
 
 def render(template: str, **content: Any) -> str:  # noqa: ANN401
-    """A page from a template; all text is escaped, and no script runs but the page's own."""
-    files = resources.files("lit_purify.report") / "templates"
-    style, script = ((files / name).read_text() for name in ("page.css", "page.js"))
-    environment = Environment(
-        loader=PackageLoader("lit_purify.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    """A page from a template; all text is escaped, and no script runs."""
+    strict: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
+    environment = Environment(loader=PackageLoader("lit_purify.report"), trim_blocks=True, lstrip_blocks=True, **strict)
     environment.filters |= {"interval": _interval, "signed": _signed}
-    environment.globals |= {
-        "style": Markup(style),
-        "script": Markup(script),
-        "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        "RULES": RULES,
-        "attack_line": attack_line,
-        "attacks_of": attacks_of,
-        "chunk_line": chunk_line,
-        "threat_name": threat_name,
-    }
+    style = (resources.files("lit_purify.report") / "templates/page.css").read_text()
+    content |= {"attack_line": attack_line, "attacks_of": attacks_of}
+    content |= {"style": Markup(style), "RULES": RULES, "CHECKS": CHECKS, "threat_name": threat_name}
     return environment.get_template(template).render(**content)
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from lit_purify.evaluation import View
-from lit_purify.evaluation.records import Record, write_whole
+from lit_purify.evaluation import Record, View
+from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.rendering import PANELS, TINT, panels, picture_name
 from lit_purify.functional.statistics import outcomes
 
@@ -25,8 +25,8 @@ OUTCOMES = {
     "survived": "survived every run",
     "wrong": "wrong when clean",
 }
-_EXACT, _LARGEST = 160, 192
-"""Pixels: in a page images up to the first are exact, larger ones are shrunk to the second and compressed."""
+_LARGEST = 192
+"""Pixels: in a page images up to this size are exact, larger ones are shrunk to it and compressed."""
 
 
 def write(view: View, overlays: Path) -> None:
@@ -38,9 +38,7 @@ def write(view: View, overlays: Path) -> None:
         files[f"{name}.mask.png"] = view.mask
     # The strip comes last: where it is, the others are too.
     for file, image in {**files, f"{name}.png": strip(view)}.items():
-        stream = io.BytesIO()
-        pil(image).save(stream, format="png")
-        write_whole(overlays / file, stream.getvalue())
+        write_whole(overlays / file, _encoded(pil(image), format="png"))
 
 
 def read(overlays: Path, records: Iterable[Record]) -> Iterator[View]:
@@ -62,13 +60,19 @@ def strip(view: View) -> Tensor:
 
 
 def pil(image: Tensor) -> Image.Image:
-    """Of an image (C, H, W) in [0, 1], gray or color."""
+    """Of an image (C, H, W) in [0, 1]: gray, color, or color with opacity."""
     return to_pil_image((255 * image).round().clamp(0, 255).byte())
 
 
 def _image(path: Path) -> Tensor:
     with Image.open(path) as image:
         return pil_to_tensor(image).float() / 255
+
+
+def _encoded(image: Image.Image, **how: Any) -> bytes:  # noqa: ANN401
+    stream = io.BytesIO()
+    image.save(stream, **how)
+    return stream.getvalue()
 
 
 def outcome(record: Record) -> str:
@@ -81,30 +85,27 @@ def outcome(record: Record) -> str:
 
 def shown(view: View, classes: Sequence[str]) -> Mapping[str, Any]:
     """What a page shows of a sample: outcome, predictions in words, and its images as addresses."""
-    record, layer = view.record, None
-    exact = max(view.original.shape[-2:]) <= _EXACT
+    record, exact = view.record, max(view.original.shape[-2:]) <= _LARGEST
+
+    def counted(predictions: Sequence[int]) -> str:
+        return ", ".join(f"{classes[k]} ({count}\u00d7)" for k, count in Counter(predictions).most_common())
+
+    def address(image: Tensor) -> str:
+        small = pil(image)
+        small.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
+        data = _encoded(small, format="webp", lossless=exact, quality=85)
+        return "data:image/webp;base64," + base64.b64encode(data).decode()
+
+    layer = None
     if view.mask is not None:
         tint = torch.tensor(TINT).reshape(3, 1, 1).expand(-1, *view.mask.shape[1:])
-        layer = _address(pil(torch.cat([tint, view.mask])), exact=True)
+        layer = address(torch.cat([tint, view.mask]))
     return {
-        "record": record,
+        **{"defense": record.defense, "attack": record.attack, "index": record.index},
+        "label": classes[record.label],
         "outcome": outcome(record),
-        "clean": _counted(record.clean, classes),
-        "attacked": _counted(record.adversarial, classes),
-        "panels": {name: _address(pil(getattr(view, name)), exact) for name in PANELS},
+        "predictions": {"clean": counted(record.clean), "attacked": counted(record.adversarial)},
+        "panels": {name: address(getattr(view, name)) for name in PANELS},
         "exact": exact,
         "mask": layer,
     }
-
-
-def _counted(predictions: Sequence[int], classes: Sequence[str]) -> str:
-    """As ``cat (6), dog (2)``, with a sign for times."""
-    return ", ".join(f"{classes[k]} ({count}\u00d7)" for k, count in Counter(predictions).most_common())
-
-
-def _address(image: Image.Image, exact: bool) -> str:
-    if not exact:
-        image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    image.save(stream, format="webp", lossless=exact, quality=85)
-    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -1,14 +1,17 @@
-"""From records to the figures of ``summary.json`` and the printed table."""
+"""From records to the figures of ``summary.json`` and the printed table.
+
+Defenses may be named ``FAMILY/POINT``, as ``uniform/100``: families are then compared at equal clean accuracy.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from textwrap import wrap
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from torch import Tensor
 from lit_purify.errors import InputError
 from lit_purify.evaluation.evaluator import ENSEMBLE
 from lit_purify.evaluation.records import Record
+from lit_purify.functional.frontier import bootstrap, gap, resampled
 from lit_purify.functional.statistics import (
     Interval,
     accuracies,
@@ -28,40 +32,26 @@ from lit_purify.functional.statistics import (
     survival,
     vote,
 )
-from lit_purify.report.frontier import compared, families
 
+_RESAMPLES = 2000
+"""Of the samples, for the intervals of frontiers."""
 RULES = ("average", "worst", "majority")
 KINDS = ("clean", "robust")
 _GRADIENTS = ("exact", "theirs", "bpda", "surrogate", "none")
 """The strongest first; ``theirs`` is that of an attack of another library."""
-_STATED = ("attack_title", "norm", "eps", "attack_steps", "eot", "gradient", "nfe_defense", "nfe_attack", "seconds")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Content of ``summary.json``.
+    """Content of ``summary.json``: facts of an evaluation, and its results.
 
     Attributes:
-        dataset: Name of the data set.
-        samples: Number of samples.
-        runs: N, the runs of each sample.
-        classifier: Name of the classifier and its file.
-        baseline: The defense that differences are taken to.
-        undefended_clean_accuracy: Average clean accuracy without a defense, if that was evaluated.
-        results: One dictionary for each (defense, attack), then for each ensemble of attacks: what the evaluation
-            states of it, and ``clean`` and ``robust`` accuracies, ``average``, ``worst`` and ``majority``, each as
-            [value, low, high].
-        split: Split of the data set.
-        classes: Names of the classes.
-        subset_sha256: Hash of the positions of the samples.
-        seed: Of all noise.
-        chunk: Rows of a network call.
+        undefended_clean_accuracy: Average without a defense, in [0, 1]; ``None`` if that was not evaluated.
+        results: One for each (defense, attack), then for each ensemble of attacks: what the evaluation states of it,
+            and ``clean`` and ``robust`` accuracies by rule as [value, low, high], in [0, 1].
         smaller_chunks: Number of records by the rows of a network call, if memory was too small for ``chunk``.
-        denoiser: Name of the denoiser and its file.
-        versions: Of the libraries.
         files: Hashes of the files that the records depend on.
-        frontier: By attack the comparison of families of defenses, see ``frontier.compared``; empty without families.
-        schema: Of this file.
+        frontier: By attack the comparison of families of defenses, see ``compared``; empty without families.
     """
 
     dataset: str
@@ -85,54 +75,43 @@ class Summary:
 
     @classmethod
     def read(cls, path: Path) -> dict[str, Any]:
-        """Content of the file.
-
-        Raises:
-            InputError: It is damaged, or another version has written it.
-        """
+        """Content of the file, or an ``InputError`` if it is damaged or another version has written it."""
         try:
             found = cls(**json.loads(path.read_text()))
-            range(found.runs), range(found.samples)
+            _ = range(found.runs), range(found.samples)
             for result in found.results:
-                _ = [result[key] for key in ("defense", "attack", *_STATED)]
-                for kind in KINDS:
-                    _ = [Interval(*map(float, result[kind][rule])) for rule in RULES]
+                _ = [result[key] for key in ("defense", "attack", "norm", "eps", "attack_steps", "eot", "gradient")]
+                _ = [Interval(*map(float, result[kind][rule])) for kind in KINDS for rule in RULES]
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = str(error).replace("Summary.__init__() ", "")
-            raise InputError(
-                f"{path}: not a summary of this version ({reason}); give the eval.py command again"
-            ) from error
+            remedy = "give the eval.py command again"
+            raise InputError(f"{path}: not a summary of this version ({reason}); {remedy}") from error
         return asdict(found)
 
 
-class Group(list[Record]):
-    """Records of one (defense, attack), and as tensors what is computed with again and again."""
+class Group(NamedTuple):
+    """Records of one (defense, attack) in the order of the samples; labels (B,), predictions (B, N)."""
 
-    @cached_property
-    def label(self) -> Tensor:
-        """(B,)."""
-        return torch.tensor([record.label for record in self])
-
-    @cached_property
-    def clean(self) -> Tensor:
-        """Predictions on clean images, (B, N)."""
-        return torch.tensor([record.clean for record in self])
-
-    @cached_property
-    def robust(self) -> Tensor:
-        """Predictions on adversarial images, (B, N)."""
-        return torch.tensor([record.adversarial for record in self])
+    records: list[Record]
+    label: Tensor
+    clean: Tensor
+    robust: Tensor
 
 
 Pairs = Mapping[tuple[str, str], Group]
 
 
 def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], Group]:
-    """Records of each (defense, attack), in the order of the samples."""
-    pairs: dict[tuple[str, str], Group] = {}
+    """Records by (defense, attack)."""
+    pairs: dict[tuple[str, str], list[Record]] = {}
     for record in sorted(records, key=lambda record: record.index):
-        pairs.setdefault((record.defense, record.attack), Group()).append(record)
-    return pairs
+        pairs.setdefault((record.defense, record.attack), []).append(record)
+
+    def group(own: list[Record]) -> Group:
+        values = ([getattr(record, name) for record in own] for name in ("label", "clean", "adversarial"))
+        return Group(own, *map(torch.tensor, values))
+
+    return {pair: group(own) for pair, own in pairs.items()}
 
 
 def attacks_of(result: Mapping[str, Any]) -> list[str]:
@@ -140,17 +119,15 @@ def attacks_of(result: Mapping[str, Any]) -> list[str]:
     return list(result.get("attacks", [result["attack"]]))
 
 
-def groups_of(pairs: Pairs, result: Mapping[str, Any]) -> list[Group]:
-    """The records behind a result, of each of its attacks."""
-    return [pairs[result["defense"], attack] for attack in attacks_of(result)]
+def groups_of(pairs: Pairs, result: Mapping[str, Any], kind: str = "robust") -> list[Group]:
+    """The records behind a result, of each of its attacks; of the first for ``clean`` runs, the same under each."""
+    groups = [pairs[result["defense"], attack] for attack in attacks_of(result)]
+    return groups[:1] if kind == "clean" else groups
 
 
 def outcomes_of(pairs: Pairs, result: Mapping[str, Any], kind: str) -> Tensor:
-    """(B, 3) ``outcomes``: ``clean``, the same under every attack, or ``robust``, under the ensemble of the attacks."""
-    groups = groups_of(pairs, result)
-    if kind == "clean":
-        return outcomes(groups[0].clean, groups[0].label)
-    return ensemble(torch.stack([outcomes(group.robust, group.label) for group in groups]))
+    """(B, 3) ``outcomes`` of a kind of runs, under the ensemble of its attacks."""
+    return ensemble(torch.stack([outcomes(getattr(g, kind), g.label) for g in groups_of(pairs, result, kind)]))
 
 
 def summarize(
@@ -160,7 +137,7 @@ def summarize(
 
     Args:
         records: One for each (defense, attack, sample), the same samples for all pairs.
-        described: What each (defense, attack) states about itself; ``undefended`` is true of no defense.
+        described: What each (defense, attack) states about itself; ``undefended`` is true if there is no defense.
         facts: What holds for the whole evaluation, see ``Summary``.
         baseline: The defense that paired differences are taken to.
     """
@@ -172,102 +149,110 @@ def summarize(
     results = []
     for result in described:
         defense, attack, groups = result["defense"], result["attack"], groups_of(pairs, result)
-        entry, runs = dict(result), len(groups[0][0].clean)
+        entry, own = dict(result), [record for group in groups for record in group.records]
+        runs = len(own[0].clean)
         for kind in KINDS:
             values = found[defense, attack, kind]
             shares = accuracies(values.sum(dim=0), values.square().sum(dim=0), len(values), runs)
             entry[kind] = {rule: list(getattr(shares, rule)) for rule in RULES}
             for name, share in (("resubmission", survival), ("vote", vote)):
-                rows = [[draws, *_lowest(share, groups, kind, draws)] for draws in submissions(runs)]
-                entry.setdefault(name, {})[kind] = rows
+                rows = entry.setdefault(name, {}).setdefault(kind, [])
+                for draws in submissions(runs):
+                    each = [share(getattr(g, kind), g.label, draws) for g in groups_of(pairs, result, kind)]
+                    rows.append([draws, *mean_interval(torch.stack(each).amin(dim=0), runs)])
             if defense != baseline:
                 entry[f"{kind}_difference"] = _differences(found[baseline, attack, kind], values)
+        repeated, first = sum(record.lost_to is not None for record in own), firsts[result["norm"], result["eps"]]
         if len(groups) > 1 and runs > 1:
             right = torch.stack([group.robust == group.label[:, None] for group in groups])
             entry["robust_average_held_out"] = list(mean_interval(held_out(right), runs))
-        repeated = sum(record.lost_to is not None for record in groups[0]) if len(groups) == 1 else 0
-        if repeated:
+        elif len(groups) == 1 and repeated:
             entry["repeated"] = repeated
-        first = firsts[result["norm"], result["eps"]]
-        # Of one that left samples out the difference would be that of all attacks so far.
-        if len(groups) == 1 and attack != first and not repeated:
+        elif len(groups) == 1 and attack != first:
             less = _differences(found[defense, first, "robust"], found[defense, attack, "robust"])
             entry["attack_difference"] = {"to": first, **less}
-        entry["linf"], entry["l2"] = (max(getattr(r, norm) for g in groups for r in g) for norm in ("linf", "l2"))
-        entry["seconds"] = sum(r.seconds for g in groups for r in g)
+        entry |= {norm: max(getattr(record, norm) for record in own) for norm in ("linf", "l2")}
+        entry["seconds"] = sum(record.seconds for record in own)
         results.append(entry)
-    undefended = [entry["clean"]["average"][0] for entry in results if entry.get("undefended")]
     frontiers, defenses = {}, list(dict.fromkeys(result["defense"] for result in described))
-    if families(defenses):
-        for attack in dict.fromkeys(result["attack"] for result in described):
-            columns = [torch.stack([found[name, attack, kind][:, 0] for kind in KINDS], dim=1) for name in defenses]
-            frontiers[attack] = compared(torch.stack(columns, dim=1), defenses)
-    return asdict(
-        Summary(
-            **facts,
-            baseline=baseline,
-            undefended_clean_accuracy=next(iter(undefended), None),
-            results=results,
-            frontier=frontiers,
-        )
-    )
+    for attack in dict.fromkeys(result["attack"] for result in described) if families(defenses) else ():
+        columns = [torch.stack([found[name, attack, kind][:, 0] for kind in KINDS], dim=1) for name in defenses]
+        frontiers[attack] = compared(torch.stack(columns, dim=1), defenses)
+    undefended = [entry["clean"]["average"][0] for entry in results if entry.get("undefended")]
+    clean = next(iter(undefended), None)
+    about = Summary(**facts, baseline=baseline, undefended_clean_accuracy=clean, results=results, frontier=frontiers)
+    return asdict(about)
 
 
 def _differences(first: Tensor, second: Tensor) -> dict[str, list[float]]:
     return {rule: list(paired_difference(first[:, k], second[:, k])) for k, rule in enumerate(RULES)}
 
 
-def _lowest(share: Callable[[Tensor, Tensor, int], Tensor], groups: Sequence[Group], kind: str, draws: int) -> Interval:
-    """The share of each sample under the attack that is best against it; clean runs are the same under each."""
-    shares = [share(getattr(group, kind), group.label, draws) for group in groups[: 1 if kind == "clean" else None]]
-    return mean_interval(torch.stack(shares).amin(dim=0), len(groups[0][0].clean))
-
-
 def ensembles(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each defense the worst case over its attacks, a further result; one for each threat model with several.
 
-    Attacks of another norm or radius answer another question, and stay apart.
+    Attacks of another norm or radius answer another question, and stay apart. An ensemble states what its attacks agree
+    on, and a list where they differ.
     """
     groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
     for result in described:
         groups.setdefault((result["norm"], result["eps"], result["defense"]), []).append(result)
     several = {key: group for key, group in groups.items() if len(group) > 1}
-    models = {(norm, eps) for norm, eps, _ in several}
-
-    def named(norm: str, eps: float, digits: int) -> str:
-        return ENSEMBLE if len(models) == 1 else f"{ENSEMBLE}-{norm}-{eps:.{digits}g}"
-
-    # As few digits as tell the radii apart; 17 tell all.
-    digits = next(d for d in range(4, 18) if len({named(*model, d) for model in models}) == len(models))
-    return [_combined(named(norm, eps, digits), group) for (norm, eps, _), group in several.items()]
-
-
-def _combined(name: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """An ensemble states what its attacks agree on, and a list where they differ; of costs the sum."""
-    values: dict[str, list[Any]] = {key: [result.get(key) for result in group] for key in group[0]}
-    combined = {key: found[0] if all(v == found[0] for v in found) else found for key, found in values.items()}
-    if all(values.get("queries", [None])):
-        combined["queries"] = {kind: sum(each[kind] for each in values["queries"]) for kind in values["queries"][0]}
-    return {
-        **combined,
-        "attack": name,
-        "attacks": values["attack"],
-        "attack_title": f"for each sample the best of {', '.join(values['attack'])}",
-        "attack_steps": sum(values["attack_steps"]),
-        "eot": max(values["eot"]),
-        "gradient": min(values["gradient"], key=_GRADIENTS.index),
-        "nfe_attack": max(values["nfe_attack"]),
-        "stopping": "; ".join(f"{result['attack']}: {result['stopping']}" for result in group),
-    }
+    models, found = {(norm, eps) for norm, eps, _ in several}, []
+    for (norm, eps, _), group in several.items():
+        keys = [key for key in group[0] if key != "queries"]
+        values: dict[str, list[Any]] = {key: [result.get(key) for result in group] for key in keys}
+        entry = {key: each[0] if all(value == each[0] for value in each) else each for key, each in values.items()}
+        entry |= {
+            "attack": ENSEMBLE if len(models) == 1 else f"{ENSEMBLE}-{norm}-{eps:.4g}",
+            "attacks": values["attack"],
+            "attack_title": f"for each sample the best of {', '.join(values['attack'])}",
+            "attack_steps": sum(values["attack_steps"]),
+            "eot": max(values["eot"]),
+            "gradient": min(values["gradient"], key=_GRADIENTS.index),
+            "nfe_attack": max(values["nfe_attack"]),
+            "stopping": "; ".join(f"{result['attack']}: {result['stopping']}" for result in group),
+        }
+        found.append(entry)
+    return found
 
 
-def headline(summary: Mapping[str, Any]) -> str:
-    """What was evaluated, in a line."""
-    split = f" ({summary['split']})" if summary["split"] else ""
-    return (
-        f"{summary['dataset']}{split}, {summary['samples']} samples, {summary['runs']} runs each; "
-        f"classifier {summary['classifier']}"
-    )
+def families(defenses: Iterable[str]) -> dict[str, list[str]]:
+    """Defenses by what stands before '/'; empty unless there are two families, one of them with two points."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(defenses):
+        if "/" in name:
+            found.setdefault(name.partition("/")[0], []).append(name)
+    return found if len(found) > 1 and max(map(len, found.values())) > 1 else {}
+
+
+def compared(shares: Tensor, defenses: Sequence[str]) -> dict[str, Any]:
+    """How families differ under one attack.
+
+    Args:
+        shares: (B, P, 2) for each sample and defense the share of right runs, clean and attacked. Average accuracies:
+            only these mix in proportion.
+        defenses: Names of the P defenses.
+
+    Returns:
+        ``comparisons`` of each two families, and ``open_ended``: families that are most robust at their least clean
+        point, so that stronger noise might be better still.
+    """
+    means, draws = shares.mean(dim=0), resampled(shares, _RESAMPLES)
+    columns = {name: [defenses.index(each) for each in own] for name, own in families(defenses).items()}
+
+    def between(first: list[int], second: list[int]) -> Interval:
+        return bootstrap(means, draws, len(shares), lambda p: gap(p[:, first], p[:, second]))
+
+    comparisons = []
+    for (to, first), (family, second) in itertools.combinations(columns.items(), 2):
+        found = between(first, second)
+        # No clean accuracy may be common: JSON has no such number.
+        difference = None if math.isnan(found.value) else list(found)
+        verdict = "above" if found.low > 0 else "below" if found.high < 0 else "not distinguishable"
+        comparisons.append({"family": family, "to": to, "difference": difference, "verdict": verdict})
+    ends = [name for name, at in columns.items() if len(at) > 1 and means[at, 1].argmax() == means[at, 0].argmin()]
+    return {"comparisons": comparisons, "open_ended": ends}
 
 
 def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
@@ -285,14 +270,6 @@ def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
     return f"{', '.join(parts)}; {result['attack_title']}"
 
 
-def chunk_line(summary: Mapping[str, Any]) -> str:
-    """The rows of a network call, in a line."""
-    fewer = [f"{count} records with {rows}" for rows, count in summary["smaller_chunks"].items()]
-    if not fewer:
-        return f"{summary['chunk']}"
-    return f"{summary['chunk']}, but {', '.join(fewer)} (too little memory): equal to others up to rounding only"
-
-
 def percent(value: Sequence[float]) -> str:
     """An interval as ``value [low, high]`` in percent."""
     return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * each for each in value))
@@ -303,71 +280,44 @@ def signed(value: Sequence[float] | None) -> str:
     return "" if value is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * each for each in value))
 
 
-def _row(result: Mapping[str, Any]) -> str:
-    return result["defense"] + (" *" if "repeated" in result else "")
-
-
-def _attack_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each attack leaves more than the first one of its kind, on the same samples."""
-    found: dict[str, list[str]] = {}
-    for result in results:
-        if "attack_difference" in result:
-            less = result["attack_difference"]
-            # A figure and its interval stay on one line.
-            words = f"{result['defense']} {signed(less['average'])}".replace(" ", "\xa0")
-            found.setdefault(f"  {result['attack']} less {less['to']}: ", []).append(words)
-    lines = ["robust avg between attacks, in points"] if found else []
-    for name, differences in found.items():
-        lines += wrap(name + ", ".join(differences), 100, subsequent_indent="    ", break_on_hyphens=False)
-    return [line.replace("\xa0", " ") for line in [*lines, *[""] * bool(found)]]
-
-
-def _frontier_lines(frontiers: Mapping[str, Any]) -> list[str]:
-    """How families of defenses compare."""
-    lines = ["families at equal clean accuracy, robust avg in points"] if frontiers else []
-    for attack, part in frontiers.items():
-        for each in part["comparisons"]:
-            less = signed(each["difference"])
-            lines.append(
-                f"  {attack}: {each['family']} less {each['to']}: {less or 'nowhere as clean'}, {each['verdict']}"
-            )
-        if part["open_ended"]:
-            lines.append(f"  {attack}: most robust at the strongest noise, try more: {', '.join(part['open_ended'])}")
-    return [
-        *lines,
-        "  The best of many points on the same samples is optimistic: evaluate a choice on test.",
-        "",
-    ] * bool(lines)
-
-
 def table(summary: Mapping[str, Any]) -> str:
     """What ``eval.py`` prints: at most 100 columns for names of up to 14 letters."""
     results = summary["results"]
-    width = max(10, *(len(_row(result)) for result in results))
-    lines = ["", headline(summary)]
+    rows = [result["defense"] + (" *" if "repeated" in result else "") for result in results]
+    width = max(10, *map(len, rows))
+    split = f" ({summary['split']})" if summary["split"] else ""
+    samples = f"{summary['dataset']}{split}, {summary['samples']} samples, {summary['runs']} runs each"
+    lines = ["", f"{samples}; classifier {summary['classifier']}"]
     for attack in dict.fromkeys(result["attack"] for result in results):
-        group = [result for result in results if result["attack"] == attack]
+        group = [(row, result) for row, result in zip(rows, results, strict=True) if result["attack"] == attack]
         lines += [
-            *attack_line(group).split("; "),
+            *attack_line([result for _, result in group]).split("; "),
             "",
             f"{'accuracy in %':{width}}  {'':5}  {'clean':^20}  {'robust':^33}",
             f"{'defense':{width}}  {'calls':>5}  {'avg':>6} {'worst':>6} {'vote':>6}  {'avg [95 %]':>19} {'worst':>6} "
             f"{'vote':>6}  {'avg - ' + summary['baseline']:>19}",
         ]
-        for result in group:
+        for row, result in group:
             clean, robust = ([f"{100 * result[kind][rule][0]:6.1f}" for rule in RULES] for kind in KINDS)
-            difference = signed(result.get("robust_difference", {}).get("average"))
             lines.append(
-                f"{_row(result):{width}}  {result['nfe_defense']:5d}  {' '.join(clean)}  "
-                f"{percent(result['robust']['average']):>19} {' '.join(robust[1:])}  {difference:>19}"
+                f"{row:{width}}  {result['nfe_defense']:5d}  {' '.join(clean)}  "
+                f"{percent(result['robust']['average']):>19} {' '.join(robust[1:])}  "
+                f"{signed(result.get('robust_difference', {}).get('average')):>19}"
             )
         lines.append("")
-    lines += [*_attack_lines(results), *_frontier_lines(summary["frontier"])]
+    for attack, part in summary["frontier"].items():
+        lines.append(f"families at equal clean accuracy under {attack}, robust avg in points")
+        for each in part["comparisons"]:
+            less = signed(each["difference"]) or "nowhere as clean"
+            lines.append(f"  {each['family']} less {each['to']}: {less}, {each['verdict']}")
+        if part["open_ended"]:
+            lines.append(f"  most robust at the strongest noise, try more: {', '.join(part['open_ended'])}")
+        lines += ["  The best of many points on the same samples is optimistic: evaluate a choice on test.", ""]
     lines.append("avg: mean over runs. worst: right in every run. vote: majority of the runs, a tie counts as wrong.")
     if any("repeated" in result for result in results):
         lines.append("*: samples that an earlier attack left wrong in all runs were not attacked again.")
-    if summary["smaller_chunks"]:
-        lines.append(f"rows of a network call: {chunk_line(summary)}.")
+    for chunk, count in summary["smaller_chunks"].items():
+        lines.append(f"{count} records: {chunk} rows a network call, not {summary['chunk']} (too little memory).")
     if any("attacks" in result for result in results):
         lines.append("ensemble: each sample under the attack that is best against it; its avg is too low by chance.")
     return "\n".join(line.rstrip() for line in lines)
