@@ -27,7 +27,7 @@ from lit_purify.evaluation import Evaluator, Ledger, Record, View
 from lit_purify.evaluation.estimate import work
 from lit_purify.evaluation.folder import RunFolder, file_hashes
 from lit_purify.evaluation.module import check_records
-from lit_purify.evaluation.records import append_records, write_whole
+from lit_purify.evaluation.records import append_records, in_order, write_whole
 from lit_purify.functional.chunks import chunks
 from lit_purify.functional.images import check_unit_range
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
@@ -155,24 +155,25 @@ def evaluate(
     home = None if folder is None else RunFolder(Path(folder).expanduser())
     ledger, views = Ledger(), []
     records: list[Record] = []
-    if home is not None:
-        home.claim(about, None, write=True)
-        records = home.collect(write=True)
-        check_records(records, evaluator)
-        ledger.note(records)
-        views = list(pictures.read(home.overlays, records))
-    try:
-        with contextlib.ExitStack() as stack:
-            stream = None if home is None else stack.enter_context(home.open_part(0))
-            for found, seen in _evaluated(evaluator, data, ledger, gallery, batch_size, device, progress):
+    with contextlib.ExitStack() as stack:
+        stream = None
+        if home is not None:
+            stack.callback(home.release)
+            home.claim(about, None, write=True)
+            records = home.collect(write=True)
+            check_records(records, evaluator)
+            ledger.note(records)
+            views = list(pictures.read(home.overlays, records))
+            stream = stack.enter_context(home.open_part(0))
+        for found, seen in _evaluated(evaluator, data, ledger, gallery, batch_size, device, progress):
+            views += seen
+            if home is not None and stream is not None:
                 for view in seen:
-                    views.append(view)
-                    if home is not None:
-                        # Pictures before records: a sample whose record exists is not shown again.
-                        pictures.write(view, home.overlays)
-                if stream is not None:
-                    append_records(stream, found)
-                records += found
+                    # Pictures before records: a sample whose record exists is not shown again.
+                    pictures.write(view, home.overlays)
+                append_records(stream, found)
+            records += found
+        records = in_order(records)
         facts = evaluator.facts(data, "images", "test") | {"files": file_hashes(about)}
         summary = summarize(records, evaluator.describe(), facts, evaluator.baseline)
         result = Result(summary, records, about, views)
@@ -180,9 +181,6 @@ def evaluate(
             home.collect(write=True)
             write_whole(home.summary, json.dumps(summary, indent=1) + "\n")
             result.save_report(home.report)
-    finally:
-        if home is not None:
-            home.release()
     return result
 
 
@@ -329,8 +327,11 @@ def _prepared(
     if labels is None:
         raise InputError("labels are missing: give one integer for each image")
     check_unit_range(images)
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point():
+        raise InputError(f"labels are {labels.dtype}: give integers, one for each image")
     own = as_classifier(classifier, images[0])
-    return own, ImageDataset.of(images, torch.as_tensor(labels), [str(k) for k in range(own.num_classes)]), device
+    return own, ImageDataset.of(images, labels, [str(k) for k in range(own.num_classes)]), device
 
 
 def _stacked(dataset: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
@@ -355,11 +356,17 @@ def as_classifier(module: nn.Module, image: Tensor) -> Classifier:
     module.eval()
     if isinstance(module, Classifier):
         return module
-    with torch.no_grad():
-        logits = module(image[None].to(next((p.device for p in module.parameters()), torch.device("cpu"))))
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    name, device = type(module).__name__, next((p.device for p in module.parameters()), torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            logits = module(image[None].to(device))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"classifier: {name} does not take images of shape {tuple(image.shape)}: {reason}") from error
+    logits = getattr(logits, "logits", logits)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"classifier: {type(module).__name__} gives {shape} for one image, not logits (1, classes)")
+        raise InputError(f"classifier: {name} gives {shape} for one image, not logits (1, 2 or more)")
     return Classifier(module, image.shape[-1], logits.shape[1], image.shape[0])
 
 

@@ -115,6 +115,9 @@ class Evaluator(nn.Module):
             for name in named:
                 if not isinstance(name, str) or not re.fullmatch(rf"[\w{letters}]+", name, re.ASCII):
                     raise InputError(f"{kind}: the name {name!r} may hold letters, digits, _ {letters} only")
+        for name in [name for name, attack in attacks.items() if not isinstance(attack, Attack)]:
+            kind = type(attacks[name]).__name__
+            raise InputError(f"attacks: {name} is a {kind}: give an attack, or ForeignAttack around a function")
         for name in attacks:
             if name == ENSEMBLE or name.startswith(f"{ENSEMBLE}-"):
                 raise InputError(f"attacks: {name!r} names the worst case over all attacks; use another name")

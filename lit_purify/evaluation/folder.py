@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lit_purify.errors import InputError
-from lit_purify.evaluation.records import Record, read_records, uncollected, write_records, write_whole
+from lit_purify.evaluation.records import Record, in_order, read_records, uncollected, write_records, write_whole
 from lit_purify.recorded import SHA256
 
 _MISSING = object()
@@ -89,7 +89,7 @@ class RunFolder:
         """All records of all processes, sorted; on request merged into ``records.jsonl``, which mends a torn line."""
         parts = [self.records, *sorted(self.path.glob("records.rank*.jsonl"))]
         found = {record.key: record for part in reversed(parts) for record in read_records(part)}
-        records = sorted(found.values(), key=lambda record: (record.index, record.defense, record.attack))
+        records = in_order(found.values())
         # Also without a whole record: the next line must not be joined to a torn one.
         if write and any(part.exists() for part in parts):
             write_records(self.records, records)

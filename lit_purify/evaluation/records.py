@@ -109,6 +109,11 @@ def read_records(path: Path) -> list[Record]:
     return list(found.values())
 
 
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """Sorted by sample, defense and attack."""
+    return sorted(records, key=lambda record: (record.index, record.defense, record.attack))
+
+
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Replaces a file by these records, atomically."""
     write_whole(path, "".join(record.line() for record in records))
