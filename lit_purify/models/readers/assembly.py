@@ -18,6 +18,10 @@ from lit_purify.errors import InputError
 from lit_purify.models.unet import UNet
 from lit_purify.models.weights import behind, load_into, read_state_dict
 
+DDPM = {"head_width": None, "frequency_shift": 1, "scale_shift": False, "groups": 32, "norm_eps": 1e-6}
+DDPM["middle_attention"] = True
+"""Arguments of ``UNet`` that the networks of DDPM and of score_sde share."""
+
 _MATRICES = ("q.weight", "k.weight", "v.weight", "qkv.weight", "out.weight")
 
 Source = Path | Mapping[str, Tensor]
@@ -48,9 +52,8 @@ class Tensors:
         state = source if isinstance(source, Mapping) else read_state_dict(source)
         self.origin = origin or ("state_dict" if isinstance(source, Mapping) else str(source))
         self._state, self._dialect = behind(state, [_SIGNS[dialect]], self.origin)[1], dialect
-        if _SIGNS[dialect] not in self._state:
-            self._state = dict(state)
         self._count = len(self._state)
+        self._known(_SIGNS[dialect])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)
@@ -120,19 +123,36 @@ def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def assembled(config: dict[str, Any], ends: Layer, layers: Iterable[Layer], origin: str) -> UNet:
-    """A UNet with weights.
+def assembled(
+    tensors: Tensors,
+    ends: Layer,
+    layers: Iterable[Layer],
+    widths: Iterable[int],
+    **config: Any,  # noqa: ANN401
+) -> UNet:
+    """A UNet with weights; what the first layers and ``widths`` show of its arguments is taken from them.
 
     Args:
-        config: Its arguments.
+        tensors: The file, of which nothing is left.
         ends: Tensors of ``embed``, ``stem``, ``norm`` and ``head``, and others that keep their place, by full name.
         layers: Those of every other layer, in the order of ``UNet.layers``.
-        origin: What error messages and reports call the file.
+        widths: Channels at each resolution.
+        config: Further arguments of ``UNet``.
     """
+    tensors.finish()
+    (width, channels), (embedding, sinusoids) = (ends[f"{name}.weight"].shape[:2] for name in ("stem", "embed.0"))
+    multipliers, origin = [w / width for w in widths], tensors.origin
+    found = len(ends["head.bias"])
+    if found not in (channels, 2 * channels) or found != len(ends["head.weight"]):
+        raise InputError(f"{origin}: {found} channels come out for {channels} in: it does not predict noise")
+    if any(m % 1 for m in multipliers):
+        raise InputError(f"{origin}: channels {list(widths)} are not multiples of {width}: this is not supported")
+    config |= {"channels": channels, "width": width, "multipliers": [int(m) for m in multipliers]}
     # Nothing is initialized in vain: the tensors of the file become the parameters.
     with torch.device("meta"):
-        network = UNet(**config)
-    state = dict(ends)
+        network = UNet(**config, embedding=embedding, sinusoids=sinusoids)
+    # The noise comes before the learned variance (Nichol & Dhariwal), which samplers here do not use.
+    state = ends | {f"head.{leaf}": ends[f"head.{leaf}"][:channels] for leaf in ("weight", "bias")}
     own, given = [name for name, _ in network.layers()], list(layers)
     if len(own) != len(given):
         raise InputError(f"{origin}: has {len(given)} layers where its structure needs {len(own)}: is it complete?")
@@ -178,17 +198,6 @@ def cosines_first(weight: Tensor) -> Tensor:
     return torch.cat((cosines, sines), dim=1)
 
 
-def noise_half(ends: Layer, channels: int, origin: str) -> Layer:
-    """The head without the learned variance, which samplers here do not use: noise comes first (Nichol & Dhariwal)."""
-    found = len(ends["head.bias"])
-    if found not in (channels, 2 * channels) or found != len(ends["head.weight"]):
-        raise InputError(f"{origin}: {found} channels come out for {channels} in: it does not predict noise")
-    return ends | {f"head.{leaf}": ends[f"head.{leaf}"][:channels] for leaf in ("weight", "bias")}
-
-
-def multipliers(widths: Iterable[int], width: int, origin: str) -> list[int]:
-    """Channels at each resolution as multiples of those at full resolution."""
-    widths = list(widths)
-    if any(w % width for w in widths):
-        raise InputError(f"{origin}: channels {widths} are not multiples of {width}: this network is not supported")
-    return [w // width for w in widths]
+def renaming(text: str) -> dict[str, str]:
+    """Names within a layer, from the file's to the UNet's: ``norm1 temb_proj=level`` is {norm1: norm1, ...}."""
+    return {word.partition("=")[0]: word.rpartition("=")[2] for word in text.split()}

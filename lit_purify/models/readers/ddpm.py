@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from lit_purify.models.readers.assembly import (
+    DDPM,
     Layer,
     Source,
     Tensors,
     assembled,
     attention,
     cosines_first,
-    multipliers,
-    noise_half,
+    renaming,
 )
 from lit_purify.models.unet import UNet
 from lit_purify.recorded import recorded
 
-_RESIDUAL = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "temb_proj": "level",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "nin_shortcut": "skip",
-}
-_ATTENTION = {"norm": "norm", "q": "q", "k": "k", "v": "v", "proj_out": "out"}
-_ENDS = {
-    "temb.dense.0": "embed.0",
-    "temb.dense.1": "embed.2",
-    "conv_in": "stem",
-    "norm_out": "norm",
-    "conv_out": "head",
-}
+_RESIDUAL = renaming("norm1 conv1 temb_proj=level norm2 conv2 nin_shortcut=skip")
+_ATTENTION = renaming("norm q k v proj_out=out")
+_ENDS = renaming("temb.dense.0=embed.0 temb.dense.1=embed.2 conv_in=stem norm_out=norm conv_out=head")
 
 
 @recorded
@@ -47,28 +34,9 @@ def load_ddpm(path: Source, size: int = 32, steps: int = 1000, dropout: float = 
         InputError: The file is not one of these.
     """
     tensors = Tensors(path, "ddpm")
-    width, channels = tensors.shape("conv_in.weight")[:2]
     levels, blocks = tensors.count("down.{}."), tensors.count("down.0.block.{}.")
     widths = [int(tensors.shape(f"down.{k}.block.0.conv1.weight")[0]) for k in range(levels)]
-    config = {
-        "channels": channels,
-        "size": size,
-        "width": width,
-        "multipliers": multipliers(widths, width, tensors.origin),
-        "blocks": blocks,
-        "attention": [size // 2**k for k in range(levels) if f"down.{k}.attn.0.q.weight" in tensors],
-        "head_width": None,
-        "dropout": dropout,
-        "steps": steps,
-        "embedding": 4 * width,
-        "level_shift": 1.0,
-        "frequency_shift": 1,
-        "scale_shift": False,
-        "groups": 32,
-        "norm_eps": 1e-6,
-        "resampling": "conv_end",
-        "middle_attention": True,
-    }
+    attended = [size // 2**k for k in range(levels) if f"down.{k}.attn.0.q.weight" in tensors]
     ends = tensors.layer("", _ENDS)
     ends["embed.0.weight"] = cosines_first(ends["embed.0.weight"])
     layers: list[Layer] = []
@@ -88,5 +56,5 @@ def load_ddpm(path: Source, size: int = 32, steps: int = 1000, dropout: float = 
     layers.append(tensors.layer("mid.block_2", _RESIDUAL))
     for k in reversed(range(levels)):
         level(f"up.{k}", blocks + 1, "upsample", "conv")
-    tensors.finish()
-    return assembled(config, noise_half(ends, channels, tensors.origin), layers, tensors.origin)
+    found = {"size": size, "blocks": blocks, "attention": attended, "dropout": dropout, "steps": steps}
+    return assembled(tensors, ends, layers, widths, **found, **DDPM, level_shift=1.0, resampling="conv_end")

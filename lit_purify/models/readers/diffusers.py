@@ -10,60 +10,41 @@ from typing import Any
 from torch import Tensor
 
 from lit_purify.errors import InputError, notice
-from lit_purify.models.readers.assembly import (
-    Layer,
-    Tensors,
-    assembled,
-    attention,
-    cosines_first,
-    multipliers,
-    noise_half,
-)
+from lit_purify.models.readers.assembly import Layer, Tensors, assembled, attention, cosines_first, renaming
 from lit_purify.models.sources import locate
 from lit_purify.models.unet import UNet
 from lit_purify.models.weights import Which, read_state_dict
 from lit_purify.recorded import recorded
 
-_RESIDUAL = {
-    "norm1": "norm1",
-    "conv1": "conv1",
-    "time_emb_proj": "level",
-    "norm2": "norm2",
-    "conv2": "conv2",
-    "conv_shortcut": "skip",
-}
-_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "out"}
-_OLD_ATTENTION = {"group_norm": "norm", "query": "q", "key": "k", "value": "v", "proj_attn": "out"}
-_ENDS = {
-    "time_embedding.linear_1": "embed.0",
-    "time_embedding.linear_2": "embed.2",
-    "conv_in": "stem",
-    "conv_norm_out": "norm",
-    "conv_out": "head",
-}
+_RESIDUAL = renaming("norm1 conv1 time_emb_proj=level norm2 conv2 conv_shortcut=skip")
+_ATTENTION = renaming("group_norm=norm to_q=q to_k=k to_v=v to_out.0=out")
+_OLD_ATTENTION = renaming("group_norm=norm query=q key=k value=v proj_attn=out")
+_ENDS = renaming(
+    "time_embedding.linear_1=embed.0 time_embedding.linear_2=embed.2 conv_in=stem conv_norm_out=norm conv_out=head"
+)
 _KINDS = {
     "down": {"DownBlock2D": (0, "conv"), "AttnDownBlock2D": (1, "conv"), "ResnetDownsampleBlock2D": (0, "resnet")},
     "up": {"UpBlock2D": (0, "conv"), "AttnUpBlock2D": (1, "conv"), "ResnetUpsampleBlock2D": (0, "resnet")},
 }
-# What other values would mean is not implemented: (value of diffusers where the file has none, values that are read).
-_ONLY: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "center_input_sample": (False, (False,)),
-    "time_embedding_type": ("positional", ("positional",)),
-    "act_fn": ("silu", ("silu", "swish")),
-    "mid_block_scale_factor": (1, (1,)),
-    "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
-    "class_embed_type": (None, (None,)),
-    "num_class_embeds": (None, (None,)),
-    "resnet_time_scale_shift": ("default", ("default", "scale_shift")),
+# Other values mean something that is not implemented; the first one counts where the file has none.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "act_fn": ("silu", "swish"),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
 }
 _SCHEDULERS = ("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep")
-_ONLY_SCHEDULER: dict[str, tuple[Any, tuple[Any, ...]]] = {
+_ONLY_SCHEDULER: dict[str, tuple[Any, ...]] = {
     # Those that noise as DDPM does; others, of score_sde and Karras et al., mean other noise by their numbers.
-    "_class_name": ("DDPMScheduler", tuple(f"{name}Scheduler" for name in _SCHEDULERS)),
-    "prediction_type": ("epsilon", ("epsilon",)),
-    "beta_schedule": ("linear", ("linear", "squaredcos_cap_v2")),
-    "trained_betas": (None, (None,)),
-    "rescale_betas_zero_snr": (False, (False,)),
+    "_class_name": tuple(f"{name}Scheduler" for name in _SCHEDULERS),
+    "prediction_type": ("epsilon",),
+    "beta_schedule": ("linear", "squaredcos_cap_v2"),
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False,),
 }
 
 
@@ -122,15 +103,8 @@ def diffusers_unet(
         InputError: A tensor is missing or left over, or a setting is not supported.
     """
     scheduler = scheduler or {}
-    needed = (
-        "sample_size",
-        "in_channels",
-        "layers_per_block",
-        "block_out_channels",
-        "down_block_types",
-        "up_block_types",
-    )
-    missing = [name for name in needed if not config.get(name)]
+    blocks = ("layers_per_block", "block_out_channels", "down_block_types", "up_block_types")
+    missing = [name for name in ("sample_size", "in_channels", *blocks) if not config.get(name)]
     if missing or not isinstance(config["sample_size"], int):
         raise InputError(
             f"{origin}: config.json gives no {(missing or ['single sample_size'])[0]}: "
@@ -156,31 +130,8 @@ def diffusers_unet(
     changes = {change for _, change in (*down[:-1], *up[:-1])}
     if len(changes) > 1:
         raise InputError(f"{origin}: mixes ways to change the resolution, which is not supported")
-    size, channels, blocks = config["sample_size"], config["in_channels"], config["layers_per_block"]
-    widths = list(config["block_out_channels"])
+    size, count = config["sample_size"], config["layers_per_block"]
     conv = "conv" if config.get("downsample_padding", 1) else "conv_end"
-    built = {
-        "channels": channels,
-        "size": size,
-        "width": widths[0],
-        "multipliers": multipliers(widths, widths[0], origin),
-        "blocks": blocks,
-        "attention": [size // 2**k for k, (attends, _) in enumerate(down) if attends],
-        "head_width": config.get("attention_head_dim", 8),
-        "dropout": dropout,
-        "schedule": "linear" if scheduler.get("beta_schedule", "linear") == "linear" else "cosine",
-        "steps": scheduler.get("num_train_timesteps", 1000),
-        "beta_start": scheduler.get("beta_start", 1e-4),
-        "beta_end": scheduler.get("beta_end", 2e-2),
-        "embedding": 4 * widths[0],
-        "level_shift": 1.0,
-        "frequency_shift": config.get("freq_shift", 0),
-        "scale_shift": scale_shift,
-        "groups": groups,
-        "norm_eps": config.get("norm_eps", 1e-5),
-        "resampling": "residual" if changes == {"resnet"} else conv,
-        "middle_attention": middle,
-    }
     tensors = Tensors(state, "diffusers", origin)
     ends = tensors.layer("", _ENDS)
     if not config.get("flip_sin_to_cos", True):
@@ -200,12 +151,32 @@ def diffusers_unet(
             layers.append(tensors.layer(f"{prefix}.{change}", _RESIDUAL))
 
     for k, (attends, _) in enumerate(down):
-        block(f"down_blocks.{k}", blocks, attends * blocks, "downsamplers.0")
+        block(f"down_blocks.{k}", count, attends * count, "downsamplers.0")
     block("mid_block", 2, int(middle))
     for k, (attends, _) in enumerate(up):
-        block(f"up_blocks.{k}", blocks + 1, attends * (blocks + 1), "upsamplers.0", "conv")
-    tensors.finish()
-    return assembled(built, noise_half(ends, channels, origin), layers, origin)
+        block(f"up_blocks.{k}", count + 1, attends * (count + 1), "upsamplers.0", "conv")
+    return assembled(
+        tensors,
+        ends,
+        layers,
+        config["block_out_channels"],
+        size=size,
+        blocks=count,
+        attention=[size // 2**k for k, (attends, _) in enumerate(down) if attends],
+        head_width=config.get("attention_head_dim", 8),
+        dropout=dropout,
+        schedule="linear" if scheduler.get("beta_schedule", "linear") == "linear" else "cosine",
+        steps=scheduler.get("num_train_timesteps", 1000),
+        beta_start=scheduler.get("beta_start", 1e-4),
+        beta_end=scheduler.get("beta_end", 2e-2),
+        level_shift=1.0,
+        frequency_shift=config.get("freq_shift", 0),
+        scale_shift=scale_shift,
+        groups=groups,
+        norm_eps=config.get("norm_eps", 1e-5),
+        resampling="residual" if changes == {"resnet"} else conv,
+        middle_attention=middle,
+    )
 
 
 def _kind(way: str, name: str, config: Mapping[str, Any], origin: str) -> tuple[int, str]:
@@ -218,9 +189,9 @@ def _kind(way: str, name: str, config: Mapping[str, Any], origin: str) -> tuple[
     return attends, change
 
 
-def _check(config: Mapping[str, Any], only: Mapping[str, tuple[Any, tuple[Any, ...]]], origin: str) -> None:
-    for name, (default, allowed) in only.items():
-        if config.get(name, default) not in allowed:
+def _check(config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], origin: str) -> None:
+    for name, allowed in only.items():
+        if config.get(name, allowed[0]) not in allowed:
             raise InputError(f"{origin}: {name} = {config[name]} is not supported, only {allowed[0]}")
 
 

@@ -5,26 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 from lit_purify.errors import InputError, notice
-from lit_purify.models.readers.assembly import Layer, Source, Tensors, assembled, attention, multipliers, noise_half
+from lit_purify.models.readers.assembly import Layer, Source, Tensors, assembled, attention, renaming
 from lit_purify.models.unet import UNet
 from lit_purify.recorded import recorded
 
-_RESIDUAL = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "level",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "skip",
-}
-_ATTENTION = {"norm": "norm", "qkv": "qkv", "proj_out": "out"}
-_ENDS = {
-    "time_embed.0": "embed.0",
-    "time_embed.2": "embed.2",
-    "input_blocks.0.0": "stem",
-    "out.0": "norm",
-    "out.2": "head",
-}
+_RESIDUAL = renaming(
+    "in_layers.0=norm1 in_layers.2=conv1 emb_layers.1=level out_layers.0=norm2 out_layers.3=conv2 skip_connection=skip"
+)
+_ATTENTION = renaming("norm qkv proj_out=out")
+_ENDS = renaming("time_embed.0=embed.0 time_embed.2=embed.2 input_blocks.0.0=stem out.0=norm out.2=head")
 
 
 @recorded
@@ -65,7 +54,6 @@ def load_guided_diffusion(
     origin = tensors.origin
     if "label_emb.weight" in tensors:
         raise InputError(f"{origin}: is class-conditional, but a purifier knows no label: take an unconditional one")
-    width, channels = tensors.shape("input_blocks.0.0.weight")[:2]
     depth, up = tensors.count("input_blocks.{}."), tensors.count("output_blocks.{}.")
     # The last block of a resolution also changes it: the first that does tells how many there are.
     changes = [
@@ -79,31 +67,9 @@ def load_guided_diffusion(
     blocks = changes[0][0] if changes else up - 1
     first = range(1, depth, blocks + 1)
     widths = [int(tensors.shape(f"input_blocks.{k}.0.out_layers.3.weight")[0]) for k in first]
-    config = {
-        "channels": channels,
-        "size": size,
-        "width": width,
-        "multipliers": multipliers(widths, width, origin),
-        "blocks": blocks,
-        "attention": [size // 2**n for n, k in enumerate(first) if f"input_blocks.{k}.1.qkv.weight" in tensors],
-        "head_width": head_width,
-        "heads": heads,
-        "heads_up": heads_upsample,
-        "dropout": dropout,
-        "schedule": schedule,
-        "steps": steps,
-        "beta_start": 0.1 / steps,
-        "beta_end": 20.0 / steps,
-        "embedding": tensors.shape("time_embed.0.weight")[0],
-        "sinusoids": tensors.shape("time_embed.0.weight")[1],
-        "level_scale": 1000.0 / steps if rescale_timesteps else 1.0,
-        "level_shift": 1.0,
-        "scale_shift": tensors.shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0],
-        "groups": 32,
-        "resampling": "residual" if inside else "conv",
-        "middle_attention": "middle_block.1.qkv.weight" in tensors,
-    }
-
+    attended = [size // 2**n for n, k in enumerate(first) if f"input_blocks.{k}.1.qkv.weight" in tensors]
+    scale_shift = tensors.shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0]
+    middle = "middle_block.1.qkv.weight" in tensors
     if any(name.endswith(".qkv.weight") for name in tensors):
         order = "new" if new_attention_order else "legacy"
         many = f"heads of {head_width} channels" if heads is None and head_width else f"{heads or 1} heads"
@@ -131,8 +97,29 @@ def load_guided_diffusion(
     prefixes += [f"middle_block.{j}" for j in range(tensors.count("middle_block.{}."))]
     prefixes += [f"output_blocks.{k}.{j}" for k in range(up) for j in range(tensors.count(f"output_blocks.{k}.{{}}."))]
     layers = [layer(prefix) for prefix in prefixes]
-    tensors.finish()
-    return assembled(config, noise_half(ends, channels, origin), layers, origin)
+    return assembled(
+        tensors,
+        ends,
+        layers,
+        widths,
+        size=size,
+        blocks=blocks,
+        attention=attended,
+        head_width=head_width,
+        heads=heads,
+        heads_up=heads_upsample,
+        dropout=dropout,
+        schedule=schedule,
+        steps=steps,
+        beta_start=0.1 / steps,
+        beta_end=20.0 / steps,
+        level_scale=1000.0 / steps if rescale_timesteps else 1.0,
+        level_shift=1.0,
+        scale_shift=scale_shift,
+        groups=32,
+        resampling="residual" if inside else "conv",
+        middle_attention=middle,
+    )
 
 
 @recorded

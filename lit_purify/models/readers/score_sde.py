@@ -8,19 +8,21 @@ from typing import Any
 from torch import Tensor
 
 from lit_purify.errors import InputError
-from lit_purify.models.readers.assembly import Layer, Source, Tensors, assembled, attention, cosines_first, multipliers
+from lit_purify.models.readers.assembly import (
+    DDPM,
+    Layer,
+    Source,
+    Tensors,
+    assembled,
+    attention,
+    cosines_first,
+    renaming,
+)
 from lit_purify.models.unet import UNet
 from lit_purify.models.weights import read_container, state_dict_in
 from lit_purify.recorded import recorded
 
-_RESIDUAL = {
-    "GroupNorm_0": "norm1",
-    "Conv_0": "conv1",
-    "Dense_0": "level",
-    "GroupNorm_1": "norm2",
-    "Conv_1": "conv2",
-    "Conv_2": "skip",
-}
+_RESIDUAL = renaming("GroupNorm_0=norm1 Conv_0=conv1 Dense_0=level GroupNorm_1=norm2 Conv_1=conv2 Conv_2=skip")
 
 
 @recorded
@@ -48,7 +50,6 @@ def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropou
     tensors.ignore("sigmas")
     if tensors.shape("all_modules.0.weight")[:1] == tensors.shape("all_modules.2.weight")[:1]:
         raise InputError(f"{origin}: its levels are embedded by Fourier features: not a VP network")
-    width, channels = tensors.shape("all_modules.2.weight")[:2]
     count = tensors.count("all_modules.{}.")
     names = [f"all_modules.{k}" for k in range(3, count - 2)]
     pyramid = [name for name in names if f"{name}.Conv2d_0.weight" in tensors or f"{name}.Conv2d_0.bias" in tensors]
@@ -60,31 +61,7 @@ def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropou
         raise InputError(f"{origin}: has no BigGAN blocks that change the resolution: this network is not supported")
     halving = [order.index(name) for name in changing[: len(changing) // 2]]
     first = [0, *(k + 1 for k in halving)]
-    config: dict[str, Any] = {
-        "channels": channels,
-        "size": size,
-        "width": width,
-        "multipliers": multipliers((_channels(tensors, order[k])[1] for k in first), width, origin),
-        "blocks": sum(name in residual for name in order[: halving[0]]),
-        "attention": [size // 2**n for n, k in enumerate(first) if order[k + 1] not in residual],
-        "head_width": None,
-        "dropout": dropout,
-        "schedule": "continuous" if continuous else "linear",
-        "embedding": 4 * width,
-        # score_sde embeds 999 times the time.
-        "level_scale": 0.999 if continuous else 1.0,
-        "level_shift": 0.0 if continuous else 1.0,
-        "frequency_shift": 1,
-        "scale_shift": False,
-        "groups": 32,
-        "group_width": 4,
-        "norm_eps": 1e-6,
-        "rescale": True,
-        "resampling": "fir" if pyramid else "residual_conv",
-        "middle_attention": True,
-        "up_attention": "last",
-        "input_pyramid": bool(pyramid),
-    }
+    widths = [_channels(tensors, order[k])[1] for k in first]
     ends = {
         **tensors.layer("all_modules.0", {"": "embed.0"}),
         **tensors.layer("all_modules.1", {"": "embed.2"}),
@@ -96,8 +73,26 @@ def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropou
     for k, name in enumerate(pyramid):
         ends |= tensors.layer(name, {"Conv2d_0": f"pyramid.{k}"})
     layers = [tensors.layer(name, _RESIDUAL) if name in residual else _attention(tensors, name) for name in order]
-    tensors.finish()
-    return assembled(config, ends, layers, origin)
+    return assembled(
+        tensors,
+        ends,
+        layers,
+        widths,
+        size=size,
+        blocks=sum(name in residual for name in order[: halving[0]]),
+        attention=[size // 2**n for n, k in enumerate(first) if order[k + 1] not in residual],
+        dropout=dropout,
+        schedule="continuous" if continuous else "linear",
+        # score_sde embeds 999 times the time.
+        level_scale=0.999 if continuous else 1.0,
+        level_shift=0.0 if continuous else 1.0,
+        group_width=4,
+        rescale=True,
+        resampling="fir" if pyramid else "residual_conv",
+        up_attention="last",
+        input_pyramid=bool(pyramid),
+        **DDPM,
+    )
 
 
 def _channels(tensors: Tensors, name: str) -> tuple[int, int]:
