@@ -111,7 +111,8 @@ class Classifier(Recorded, nn.Module):
             intermediates = getattr(self.network, "forward_intermediates", None)
             if intermediates is None:
                 raise InputError("an attention mask needs blocks of the classifier: name some, e.g. [layer1, layer2]")
-            return self._fine(list(intermediates(normalized, intermediates_only=True, output_fmt="NCHW")), image)
+            stages = list(intermediates(normalized, intermediates_only=True, output_fmt="NCHW"))
+            return _fine(stages, image, type(self.network).__name__)
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -147,24 +148,9 @@ class Classifier(Recorded, nn.Module):
             if layout == "channels_last":
                 found[name] = found[name].movedim(-1, 1)
             if _is_coarse(found[name], image):
-                notice(
-                    f"blocks: {name} has {_cells(found[name])} cells for images of {_pixels(image)} pixels: its mask "
-                    "covers whole corners; leave it out"
-                )
+                cells = f"{_cells(found[name])} cells for images of {_pixels(image)} pixels"
+                notice(f"blocks: {name} has {cells}: its mask covers whole corners; leave it out")
         return [found[name] for name in self.blocks]
-
-    def _fine(self, features: list[Tensor], image: Tensor) -> list[Tensor]:
-        """Those that say where in the image something is."""
-        fine = [feature for feature in features if not _is_coarse(feature, image)]
-        finest = max(min(feature.shape[-2:]) for feature in features)
-        kept = fine or [feature for feature in features if min(feature.shape[-2:]) == finest]
-        coarse = [feature for feature in features if _is_coarse(feature, image)]
-        if coarse:
-            of = f"attention of {type(self.network).__name__} for images of {_pixels(image)} pixels: "
-            left_out = f"{len(features) - len(kept)} of its {len(features)} blocks are left out, with "
-            few = f"masks are coarse, the finest block has only {_cells(kept[0])} cells"
-            notice(of + (left_out + f"fewer than 4x4 cells ({_cells(coarse[-1])})" if fine else few))
-        return kept
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raises an ``InputError`` when a dataset has another number of classes: its labels would mean other things."""
@@ -260,6 +246,20 @@ def _layout(feature: Tensor) -> Layout | None:
     """Which of the last three axes are places: two that are equal, where the third is not."""
     a, b, c = feature.shape[1:]
     return "channels_first" if b == c != a else "channels_last" if a == b != c else None
+
+
+def _fine(stages: list[Tensor], image: Tensor, title: str) -> list[Tensor]:
+    """The stages that say where in the image something is; where none does, the finest."""
+    coarse = [stage for stage in stages if _is_coarse(stage, image)]
+    of = f"attention of {title} for images of {_pixels(image)} pixels"
+    if len(coarse) < len(stages):
+        if coarse:
+            left_out = f"{len(coarse)} of its {len(stages)} blocks are left out"
+            notice(f"{of}: {left_out}, with fewer than 4x4 cells ({_cells(coarse[-1])})")
+        return [stage for stage in stages if not _is_coarse(stage, image)]
+    finest = max(min(stage.shape[-2:]) for stage in stages)
+    notice(f"{of}: masks are coarse, the finest block has {finest}x{finest} cells")
+    return [stage for stage in stages if min(stage.shape[-2:]) == finest]
 
 
 def _is_coarse(feature: Tensor, image: Tensor) -> bool:

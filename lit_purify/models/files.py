@@ -92,14 +92,7 @@ def saved_step(path: Path) -> int | None:
 
 @recorded
 def load_denoiser(path: Path) -> Denoiser:
-    """A denoiser from a ``.safetensors`` file that ``train.py`` wrote.
-
-    Args:
-        path: The file, ``https://...#sha256=...`` or ``hf://organization/name/file``.
-
-    Raises:
-        InputError: The file is missing, damaged, not of ``save_network``, or holds something else.
-    """
+    """A denoiser from a file that ``train.py`` wrote; see ``load_classifier``."""
     return _load(locate(path), Denoiser)  # type: ignore[type-abstract]
 
 
