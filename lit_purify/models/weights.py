@@ -28,6 +28,9 @@ _LAST = ("current_model_state", "unaveraged_model_state_dict", *_PLAIN)
 _AVERAGE = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", *_PLAIN)
 
 
+TWO = "holds a network and its average: the {} weights are read (which: average or last)"
+
+
 class _Inert:
     """Put in the place of whatever a file names that is neither a tensor nor a plain container."""
 
@@ -110,13 +113,11 @@ def state_dict_in(found: Any, path: str | Path, which: Which = "average") -> dic
 def _entry(found: Mapping[Any, Any], path: str | Path, which: Which) -> Any:  # noqa: ANN401
     """The key under which a checkpoint holds the weights; ``None`` if it is the state_dict itself."""
     last, average = (next((k for k in keys if _has_tensors(found.get(k))), None) for keys in (_LAST, _AVERAGE))
-    if last != average:
-        other = "last" if which == "average" else "average"
-        notice(
-            f"{path}: holds a network and its average: the {which} weights are read; which: {other} takes the others"
-        )
-    if last is not None or any(isinstance(value, Tensor) for value in found.values()):
+    if last is not None and average is not None and last != average:
+        notice(f"{path}: {TWO.format(which)}")
         return average if which == "average" else last
+    if last is not None or average is not None or any(isinstance(value, Tensor) for value in found.values()):
+        return average if last is None else last
     others = [k for k, v in found.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())]
     if len(others) > 1:
         raise InputError(f"{path}: holds several state_dicts ({', '.join(map(str, others))}); save one alone")
@@ -151,7 +152,7 @@ def behind(
     whole = [prefix for prefix, count in counts.items() if count == len(known)]
     averaged = [prefix for prefix in whole if re.search("ema|averag|shadow", prefix, re.IGNORECASE)]
     if len(whole) == 2 and len(averaged) == 1:
-        notice(f"{origin}: holds a network and its average: the {which} weights are read (which: average or last)")
+        notice(f"{origin}: {TWO.format(which)}")
         whole = averaged if which == "average" else [prefix for prefix in whole if prefix not in averaged]
     if len(whole) > 1:
         raise InputError(

@@ -6,7 +6,8 @@ So a reader states the configuration, and the names of those layers in order; th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _SIGNS = {
 }
 
 
-class Tensors:
+class Tensors(dict[str, Tensor]):
     """A state_dict whose entries are taken out one by one, so that what is left over is known.
 
     Args:
@@ -51,21 +52,22 @@ class Tensors:
     def __init__(self, source: Source, dialect: str, origin: str | None = None) -> None:
         state = source if isinstance(source, Mapping) else read_state_dict(source)
         self.origin = origin or ("state_dict" if isinstance(source, Mapping) else str(source))
-        self._state, self._dialect = behind(state, [_SIGNS[dialect]], self.origin)[1], dialect
-        self._count = len(self._state)
-        self._known(_SIGNS[dialect])
+        super().__init__(behind(state, [_SIGNS[dialect]], self.origin)[1])
+        self._dialect, self._count = dialect, len(self)
+        self[_SIGNS[dialect]]  # raises where the file is of another dialect
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
+    def __missing__(self, name: str) -> Tensor:
+        for dialect, sign in _SIGNS.items():
+            if dialect != self._dialect and any(f".{known}".endswith(f".{sign}") for known in self):
+                loader = f"load_{dialect}" + (" or load_improved_diffusion" if dialect == "guided_diffusion" else "")
+                raise InputError(f"{self.origin}: not of load_{self._dialect}: read it with {loader}")
+        need = f"{name} is missing, which load_{self._dialect} needs"
+        raise InputError(f"{self.origin}: {need}: is it another network, or incomplete?")
 
-    def shape(self, name: str) -> torch.Size:
-        """Shape of a tensor that stays."""
-        return self._known(name).shape
-
-    def pop(self, name: str) -> Tensor:
-        """Takes one tensor."""
-        found = self._known(name)
-        del self._state[name]
+    def take(self, name: str) -> Tensor:
+        """Takes one tensor out."""
+        found = self[name]
+        del self[name]
         return found
 
     def layer(self, prefix: str, names: Mapping[str, str]) -> Layer:
@@ -76,7 +78,7 @@ class Tensors:
             names: From names within it in the file to the UNet's (both may be empty); ``skip`` may be missing.
         """
         return {
-            _joined(own, leaf): self.pop(_joined(prefix, foreign, leaf))
+            _joined(own, leaf): self.take(_joined(prefix, foreign, leaf))
             for foreign, own in names.items()
             for leaf in ("weight", "bias")
             if own != "skip" or _joined(prefix, foreign, leaf) in self
@@ -84,39 +86,16 @@ class Tensors:
 
     def count(self, pattern: str) -> int:
         """How many names ``pattern.format(k)`` begin the name of a tensor, k = 0, 1, ... without a gap."""
-        k = 0
-        while any(name.startswith(pattern.format(k)) for name in self._state):
-            k += 1
-        return k
-
-    def ignore(self, *names: str) -> None:
-        """Drops tensors that no forward pass reads."""
-        for name in names:
-            self._state.pop(name, None)
+        return next(k for k in itertools.count() if not any(name.startswith(pattern.format(k)) for name in self))
 
     def finish(self) -> None:
         """Raises an ``InputError`` when something was left."""
-        if self._state:
-            left = list(self._state)
+        if self:
+            some = ", ".join(itertools.islice(self, 2)) + (" ..." if len(self) > 2 else "")
             raise InputError(
-                f"{self.origin}: {self._count - len(left)} tensors match load_{self._dialect}, {len(left)} are "
-                f"unexpected ({', '.join(left[:2])}{' ...' if len(left) > 2 else ''}): it is another network"
+                f"{self.origin}: {self._count - len(self)} tensors match load_{self._dialect}, {len(self)} are "
+                f"unexpected ({some}): it is another network"
             )
-
-    def _known(self, name: str) -> Tensor:
-        if name in self._state:
-            return self._state[name]
-        others = [
-            dialect
-            for dialect, sign in _SIGNS.items()
-            if dialect != self._dialect and any(f".{known}".endswith(f".{sign}") for known in self._state)
-        ]
-        if others:
-            loader = f"load_{others[0]}" + (" or load_improved_diffusion" if others[0] == "guided_diffusion" else "")
-            raise InputError(f"{self.origin}: not of load_{self._dialect}: read it with {loader}")
-        raise InputError(
-            f"{self.origin}: {name} is missing, which load_{self._dialect} needs: is it another network, or incomplete?"
-        )
 
 
 def _joined(*parts: str) -> str:

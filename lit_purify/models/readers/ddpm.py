@@ -35,7 +35,7 @@ def load_ddpm(path: Source, size: int = 32, steps: int = 1000, dropout: float = 
     """
     tensors = Tensors(path, "ddpm")
     levels, blocks = tensors.count("down.{}."), tensors.count("down.0.block.{}.")
-    widths = [int(tensors.shape(f"down.{k}.block.0.conv1.weight")[0]) for k in range(levels)]
+    widths = [int(tensors[f"down.{k}.block.0.conv1.weight"].shape[0]) for k in range(levels)]
     attended = [size // 2**k for k in range(levels) if f"down.{k}.attn.0.q.weight" in tensors]
     ends = tensors.layer("", _ENDS)
     ends["embed.0.weight"] = cosines_first(ends["embed.0.weight"])

@@ -13,7 +13,7 @@ from lit_purify.errors import InputError, notice
 from lit_purify.models.readers.assembly import Layer, Tensors, assembled, attention, cosines_first, renaming
 from lit_purify.models.sources import locate
 from lit_purify.models.unet import UNet
-from lit_purify.models.weights import Which, read_state_dict
+from lit_purify.models.weights import TWO, Which, read_state_dict
 from lit_purify.recorded import recorded
 
 _RESIDUAL = renaming("norm1 conv1 time_emb_proj=level norm2 conv2 conv_shortcut=skip")
@@ -65,7 +65,7 @@ def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None, wh
     folder = locate(path)
     parts = [folder / name for name in ("unet_ema", "unet") if (folder / name / "config.json").is_file()]
     if len(parts) == 2:
-        notice(f"{folder}: holds a network and its average: the {which} weights are read (which: average or last)")
+        notice(f"{folder}: {TWO.format(which)}")
     inner = (parts or [folder])[-1 if which == "last" else 0]
     config = _json(inner / "config.json")
     if size is not None:

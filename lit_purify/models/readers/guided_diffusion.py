@@ -66,9 +66,9 @@ def load_guided_diffusion(
     inside = bool(changes) and changes[0][1] != "conv"
     blocks = changes[0][0] if changes else up - 1
     first = range(1, depth, blocks + 1)
-    widths = [int(tensors.shape(f"input_blocks.{k}.0.out_layers.3.weight")[0]) for k in first]
+    widths = [int(tensors[f"input_blocks.{k}.0.out_layers.3.weight"].shape[0]) for k in first]
     attended = [size // 2**n for n, k in enumerate(first) if f"input_blocks.{k}.1.qkv.weight" in tensors]
-    scale_shift = tensors.shape("input_blocks.1.0.emb_layers.1.weight")[0] == 2 * widths[0]
+    scale_shift = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * widths[0]
     middle = "middle_block.1.qkv.weight" in tensors
     if any(name.endswith(".qkv.weight") for name in tensors):
         order = "new" if new_attention_order else "legacy"

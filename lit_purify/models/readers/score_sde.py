@@ -47,8 +47,8 @@ def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropou
         if isinstance(found, Mapping) and "ema" in found:
             state |= _averaged(found["ema"], state, origin)
     tensors = Tensors(state, "score_sde", origin)
-    tensors.ignore("sigmas")
-    if tensors.shape("all_modules.0.weight")[:1] == tensors.shape("all_modules.2.weight")[:1]:
+    tensors.pop("sigmas", None)
+    if tensors["all_modules.0.weight"].shape[:1] == tensors["all_modules.2.weight"].shape[:1]:
         raise InputError(f"{origin}: its levels are embedded by Fourier features: not a VP network")
     count = tensors.count("all_modules.{}.")
     names = [f"all_modules.{k}" for k in range(3, count - 2)]
@@ -96,15 +96,15 @@ def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropou
 
 
 def _channels(tensors: Tensors, name: str) -> tuple[int, int]:
-    out, into = tensors.shape(f"{name}.Conv_0.weight")[:2]
+    out, into = tensors[f"{name}.Conv_0.weight"].shape[:2]
     return into, out
 
 
 def _attention(tensors: Tensors, name: str) -> Layer:
     layer = tensors.layer(name, {"GroupNorm_0": "norm"})
     for k, part in enumerate(("q", "k", "v", "out")):
-        layer[f"{part}.weight"] = tensors.pop(f"{name}.NIN_{k}.W").T
-        layer[f"{part}.bias"] = tensors.pop(f"{name}.NIN_{k}.b")
+        layer[f"{part}.weight"] = tensors.take(f"{name}.NIN_{k}.W").T
+        layer[f"{part}.bias"] = tensors.take(f"{name}.NIN_{k}.b")
     return attention(layer)
 
 
