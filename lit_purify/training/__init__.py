@@ -1,6 +1,6 @@
 """Training the denoiser and the classifier, and writing what was trained."""
 
-from lit_purify.training.averaging import Averaging
+from lit_purify.training.checkpoints import Averaging
 from lit_purify.training.classifier import ClassifierTask
 from lit_purify.training.denoiser import DenoiserTask
 from lit_purify.training.export import Export

@@ -6,36 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.functional import batch_norm
 from torch.overrides import TorchFunctionMode
 
 
-def synchronize_batch_norm(network: nn.Module) -> None:
-    """From now on every batch normalization of a network that trains sees the images of all processes.
+class SynchronizedBatchNorm(TorchFunctionMode):
+    """While it is active, every batch normalization in training mode sees the images of all processes.
 
-    Modules, and so names of weights, stay; in evaluation, and for ``torch.nn.SyncBatchNorm``, nothing changes.
+    Whatever a module does around it (timm adds an activation), its ``batch_norm`` is replaced; names of weights stay.
     """
-    for module in network.modules():
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            mode = _OverProcesses()
-            module.register_forward_pre_hook(mode.begin)
-            module.register_forward_hook(mode.end, always_call=True)
-
-
-class _OverProcesses(TorchFunctionMode):
-    """Whatever a module does around it (timm adds an activation): its ``batch_norm`` is replaced."""
-
-    def begin(self, module: nn.Module, *_: object) -> None:
-        # Without running statistics those of the batch are taken in evaluation as well: of this process's.
-        self.entered = module.training
-        if self.entered:
-            self.__enter__()  # type: ignore[no-untyped-call]
-
-    def end(self, *_: object) -> None:
-        if self.entered:
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self,

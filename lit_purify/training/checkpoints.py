@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all."""
+"""What a training keeps: checkpoints that are whole or not there, and the average of its weights."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from lit_purify.errors import InputError
 
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes beside the file and then takes its place, so that a killed training leaves the checkpoint before.
 
-    Lightning's own writes into the system's temporary folder. From there a file is copied where that is another disk,
-    and a copy that is cut short is half a checkpoint.
+    Lightning's own writes into the system's temporary folder, and copies from there.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
@@ -28,6 +31,24 @@ class WholeCheckpoints(TorchCheckpointIO):
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(path)
-        except Exception:
+        finally:
             partial.unlink(missing_ok=True)
-            raise
+
+
+class Averaging(WeightAveraging):
+    """Exponential moving average of the weights, updated at every step.
+
+    After n updates the decay is ``min(decay, (1 + n) / (10 + n))``: the average of a short training is not its start.
+
+    Args:
+        decay: In (0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0.0 < decay < 1.0:
+            raise InputError(f"average = {decay} is outside (0, 1), and not 0 (none)")
+
+        def average(mean: Tensor, current: Tensor, updates: Tensor) -> Tensor:
+            return current.lerp(mean, ((1 + updates) / (10 + updates)).clamp(max=decay).to(mean.dtype))
+
+        super().__init__(use_buffers=False, avg_fn=average)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import MeanMetric
 
 from lit_purify.attacks import Attack
 from lit_purify.data.base import Batch
@@ -48,24 +47,18 @@ class ClassifierTask(TrainingTask):
         if not 0.0 <= label_smoothing < 1.0:
             raise InputError(f"label_smoothing = {label_smoothing} is outside [0, 1)")
         self.classifier, self.attack, self.label_smoothing = classifier, attack, label_smoothing
-        self.accuracy = nn.ModuleDict({name: MeanMetric() for name in ("clean", "robust")})
 
     @property
     def network(self) -> Classifier:
         """The classifier."""
         return self.classifier
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch, noise: KeyedNoise) -> Tensor:
         """Cross entropy on the (adversarial) images."""
-        if batch_idx == 0:
-            self._check(batch)
-        noise = self.keyed(batch)
         image = self.augmented(batch["image"], noise, _AUGMENT)
         if self.attack is not None:
             image = self._attacked(self.attack, image, batch["label"], noise)
-        loss = cross_entropy(self.classifier(image), batch["label"], label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return cross_entropy(self.classifier(image), batch["label"], label_smoothing=self.label_smoothing)
 
     def _attacked(self, attack: Attack, image: Tensor, label: Tensor, noise: Noise) -> Tensor:
         """Adversarial images against the network as it evaluates, with its batch statistics left alone."""
@@ -76,25 +69,20 @@ class ClassifierTask(TrainingTask):
         finally:
             self.classifier.train(training)
 
-    def _check(self, batch: Batch) -> None:
+    def check(self, batch: Batch) -> None:
+        """Sizes and classes."""
         self.classifier.check_image(batch["image"])
         self.classifier.check_classes(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Clean accuracy, and accuracy under the training attack when there is one."""
-        self._check(batch)
+        self.check(batch)
         images = {"clean": batch["image"]}
         if self.attack is not None:
             noise = KeyedNoise(self.seed, batch["index"], torch.zeros_like(batch["index"]), EVALUATION)
             images["robust"] = self._attacked(self.attack, batch["image"], batch["label"], noise)
         for name, image in images.items():
-            self._accuracy(name).update((self.classifier(image).argmax(dim=1) == batch["label"]).float())
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs accuracies."""
-        for name in ("clean", "robust") if self.attack is not None else ("clean",):
-            self.log(f"val/{name}_accuracy", self._accuracy(name).compute(), prog_bar=True)
-            self._accuracy(name).reset()
+            self.measure(f"{name}_accuracy", (self.classifier(image).argmax(dim=1) == batch["label"]).float())
 
     def on_fit_end(self) -> None:
         """Says how good it is."""
@@ -102,8 +90,3 @@ class ClassifierTask(TrainingTask):
         said = ", ".join(f"{name} {100 * float(value):.1f} %" for name, value in found.items() if value is not None)
         if said and self.trainer.is_global_zero:
             print(f"Accuracy at the last validation: {said}")
-
-    def _accuracy(self, name: str) -> MeanMetric:
-        metric = self.accuracy[name]
-        assert isinstance(metric, MeanMetric)
-        return metric

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from lit_purify.data.base import Batch
 from lit_purify.defense import Mask, Purifier
@@ -126,11 +125,6 @@ class DenoiserTask(TrainingTask):
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
                 raise InputError(f"purifiers: the name {name!r} may hold letters, digits, '-' and '_' only")
             self.purifiers[name] = make(denoiser)
-        names = [f"{place}_t{t}" for t in self.val_levels for place in ("constant", "inside", "outside")]
-        self.errors = nn.ModuleDict({name: MeanMetric() for name in names})
-        names = [f"psnr_t{t}" for t in self.val_levels]
-        names += [f"{kind}/{name}" for name in self.purifiers for kind in ("purified_accuracy", "psnr")]
-        self.quality = nn.ModuleDict({name: MeanMetric() for name in names})
 
     @property
     def network(self) -> Denoiser:
@@ -143,20 +137,15 @@ class DenoiserTask(TrainingTask):
         for classifier in self._classifier:
             classifier.to(self.trainer.strategy.root_device)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def loss(self, batch: Batch, noise: KeyedNoise) -> Tensor:
         """Error in the predicted noise, averaged over pixels and images."""
-        noise = self.keyed(batch)
-        if batch_idx == 0:
-            self._check(batch)
         image = self.augmented(batch["image"], noise, _AUGMENT)
         u = to_diffusion(image)
         eps = noise.normal(_NOISE, u)
         levels = self.draw_levels(image, noise)
         # In mixed precision the prediction has 16 bits; its error is computed with 32.
         predicted = self.denoiser(noised(u, self.denoiser.schedule.at(levels.dense), eps), levels).to(eps.dtype)
-        loss = (predicted - eps).square().mean()
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return (predicted - eps).square().mean()
 
     def draw_levels(self, image: Tensor, noise: Noise) -> LevelMap:
         """Level maps of a batch of images in [0, 1]."""
@@ -182,7 +171,8 @@ class DenoiserTask(TrainingTask):
         """As evaluations compute, also when the training is in mixed precision."""
         return torch.autocast(self.device.type, enabled=False)
 
-    def _check(self, batch: Batch) -> None:
+    def check(self, batch: Batch) -> None:
+        """Sizes and classes."""
         self.denoiser.check_image(batch["image"])
         for classifier in self._classifier:
             classifier.check_image(batch["image"])
@@ -191,7 +181,7 @@ class DenoiserTask(TrainingTask):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Errors by level and quality of what is purified, with noise that is the same in every epoch."""
-        self._check(batch)
+        self.check(batch)
         index, image = batch["index"], batch["image"]
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
         self._measure_errors(image, noise)
@@ -201,8 +191,8 @@ class DenoiserTask(TrainingTask):
                 mask = None if rule is None else rule(self._classifier[0], image, noise)
                 trace = purifier.trace(image, noise, mask)
                 right = self._classifier[0](trace.purified).argmax(dim=1) == batch["label"]
-            self._metric(self.quality, f"purified_accuracy/{name}").update(right.float())
-            self._metric(self.quality, f"psnr/{name}").update(psnr(trace.purified, image))
+            self.measure(f"purified_accuracy/{name}", right.float())
+            self.measure(f"psnr/{name}", psnr(trace.purified, image))
             shown = Purified(name, index, image, trace.noised, trace.purified, trace.mask)
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, PurificationListener):
@@ -229,28 +219,10 @@ class DenoiserTask(TrainingTask):
                 levels = two_level(mask, inside, outside)
                 x = noised(u, at(levels.dense), eps)
                 predicted = self.denoiser(x, levels).to(eps.dtype)
-                self._metric(self.errors, f"{place}_t{t}").update(
-                    (predicted - eps).square().mean(dim=1, keepdim=True), weight
-                )
+                self.measure(f"mse_{place}_t{t}", (predicted - eps).square().mean(dim=1, keepdim=True), weight)
                 if place == "constant":
                     denoised = to_image(step_back(x, predicted, at(t), at(0)))
-                    self._metric(self.quality, f"psnr_t{t}").update(psnr(denoised, image))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs every error, their mean as ``val/loss``, and the qualities."""
-        errors = {f"val/mse_{name}": self._metric(self.errors, name).compute() for name in self.errors}
-        qualities = {f"val/{name}": self._metric(self.quality, name).compute() for name in self.quality}
-        self.log_dict(errors | qualities)
-        self.log("val/loss", torch.stack(list(errors.values())).mean(), prog_bar=True)
-        for metrics in (self.errors, self.quality):
-            for name in metrics:
-                self._metric(metrics, name).reset()
-
-    @staticmethod
-    def _metric(metrics: nn.ModuleDict, name: str) -> MeanMetric:
-        found = metrics[name]
-        assert isinstance(found, MeanMetric)
-        return found
+                    self.measure(f"psnr_t{t}", psnr(denoised, image))
 
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Export(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses before the training what cannot be written after it."""
         if stage == "fit" and isinstance(pl_module, TrainingTask):
-            check_export(pl_module.network, self.path)
+            _check(pl_module.network, self.path)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Now, or right after, WeightAveraging copies its average into the module."""
@@ -49,7 +49,7 @@ class Export(Callback):
             _take_up(pl_module, trainer.ckpt_path)
         figures = {name: round(float(value), 6) for name, value in trainer.callback_metrics.items()}
         info = {"origin": pl_module.network.origin, "step": trainer.global_step, "metrics": figures, **pl_module.facts}
-        write_network(pl_module.network, path, self.half, info)
+        _write(pl_module.network, path, self.half, info)
 
 
 def export_network(task: TrainingTask, path: Path, half: bool = False, checkpoint: Path | None = None) -> None:
@@ -65,22 +65,20 @@ def export_network(task: TrainingTask, path: Path, half: bool = False, checkpoin
     Raises:
         InputError: The network cannot be written there.
     """
-    check_export(task.network, path)
+    _check(task.network, path)
     info: dict[str, Any] = {"origin": task.network.origin}
     if checkpoint is not None:
         info |= {"step": _take_up(task, checkpoint), **task.facts}
-    write_network(task.network, path, half, info)
+    _write(task.network, path, half, info)
 
 
-def check_export(network: Classifier | Denoiser, path: Path | None) -> None:
-    """Raises an ``InputError`` when ``network`` cannot be written to ``path``."""
+def _check(network: Classifier | Denoiser, path: Path | None) -> None:
     header(network, {})
     if path is not None and path.suffix != ".safetensors":
         raise InputError(f"{path}: networks are written as safetensors: let the name end in .safetensors")
 
 
-def write_network(network: Classifier | Denoiser, path: Path, half: bool, info: dict[str, Any]) -> None:
-    """Writes a network, and says where."""
+def _write(network: Classifier | Denoiser, path: Path, half: bool, info: dict[str, Any]) -> None:
     verb = "Replaced" if path.exists() else "Exported"
     save_network(network, path, info, torch.float16 if half else torch.float32)
     print(f"{verb}: {path}")

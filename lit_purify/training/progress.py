@@ -8,15 +8,15 @@ from time import perf_counter
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from lit_purify.evaluation.estimate import duration, gibibytes, peak_memory
 from lit_purify.training.task import TrainingTask
 
-_SELDOM, _OFTEN = 600.0, 20.0
-"""Seconds after which a line is printed in any case, and before which none is."""
+_FIRST, _SELDOM = 20.0, 600.0
+"""Seconds until the first line, and between two lines at most."""
 _WARM, _MEASURED = 2, 5
-"""Steps of a dry run: those that do not count, and those that do."""
+"""Batches of a dry run: those that do not count, and those that do."""
 
 
 class TrainingProgress(Callback):
@@ -24,68 +24,50 @@ class TrainingProgress(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Says where a resumed training goes on."""
-        self.begun = self.said = perf_counter()
-        self.first = self.said_at = trainer.global_step
-        self.silent = not trainer.is_global_zero or sys.stderr.isatty()
-        if trainer.global_step and trainer.is_global_zero:
-            print(f"goes on after step {trainer.global_step}", file=sys.stderr)
+        self.first, self.begun = trainer.global_step, perf_counter()
+        self.tenth, self.due = 10 * self.first // int(trainer.estimated_stepping_batches), self.begun + _FIRST
+        if self.first and trainer.is_global_zero:
+            print(f"goes on after step {self.first}", file=sys.stderr)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """Steps, time left, loss."""
         step, total, now = trainer.global_step, int(trainer.estimated_stepping_batches), perf_counter()
-        tenth = 10 * step // total > 10 * self.said_at // total or self.said_at == self.first
-        if (
-            self.silent
-            or step == self.said_at
-            or not (now - self.said >= _SELDOM or (tenth and now - self.said >= _OFTEN))
-        ):
+        tenth = 10 * step // total
+        due = now >= self.due or (tenth > self.tenth and now >= self.begun + _FIRST)
+        if not due or step == self.first or not trainer.is_global_zero or sys.stderr.isatty():
             return
-        self.said, self.said_at = now, step
+        self.tenth, self.due = tenth, now + _SELDOM
         left = duration((total - step) * (now - self.begun) / (step - self.first))
         loss = trainer.callback_metrics.get("train/loss")
         shown = "" if loss is None else f", loss {float(loss):.4f}"
         print(f"step {step} of {total}: {left} left{shown}", file=sys.stderr, flush=True)
 
 
-class _Clock(Callback):
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # noqa: ANN401
-        if trainer.global_step == _WARM:
-            self.begun = perf_counter()
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds = (perf_counter() - self.begun) / _MEASURED
-        self.memory = peak_memory(pl_module.device)
-
-
 def measure(task: TrainingTask, data: L.LightningDataModule, settings: Mapping[str, Any]) -> str:
-    """Takes a few steps on one device, writes nothing, and says what the whole training will cost.
+    """Trains on a few batches on one device, writes nothing, and says what the whole training will cost.
 
     Args:
         task: What is trained.
         data: Its images.
         settings: Arguments of the trainer.
     """
-    clock = _Clock()
-    own: dict[str, Any] = {
-        "max_steps": _WARM + _MEASURED,
-        "max_epochs": -1,
-        "limit_val_batches": 0,
-        "num_sanity_val_steps": 0,
-    }
-    own |= {"logger": False, "callbacks": [clock], "enable_checkpointing": False, "enable_model_summary": False}
-    own |= {"enable_progress_bar": False, "use_distributed_sampler": False, "devices": 1, "strategy": "auto"}
-    trainer = L.Trainer(**{**settings, **own, "num_nodes": 1})
+    times: list[float] = []
+    clock = LambdaCallback(on_train_batch_end=lambda *_: times.append(perf_counter()))
+    own: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto", "callbacks": [clock], "logger": False}
+    own |= {"limit_train_batches": _WARM + _MEASURED, "limit_val_batches": 0, "max_epochs": 1, "max_steps": -1}
+    off = ("progress_bar", "checkpointing", "model_summary")
+    own |= {f"enable_{name}": False for name in off} | {"use_distributed_sampler": False}
+    trainer = L.Trainer(**{**settings, **own})
     trainer.fit(task, datamodule=data)
-    steps = int(settings.get("max_steps", -1))
-    if epochs := settings.get("max_epochs") or (1000 if steps < 0 else None):
-        batches = len(trainer.train_dataloader) if trainer.train_dataloader is not None else 0
-        every = int(settings.get("accumulate_grad_batches", 1))
-        bounded = epochs * -(-batches // every)
-        steps = bounded if steps < 0 else min(steps, bounded)
-    total = duration(steps * clock.seconds)
+    batches, every = len(data.train_dataloader()), trainer.accumulate_grad_batches
+    limit = settings.get("limit_train_batches")
+    batches = batches if limit is None else min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps, epochs = settings["max_steps"], settings["max_epochs"]
+    bounds = [steps] if steps > 0 else []
+    bounds += [] if epochs in (None, -1) and bounds else [(1000 if epochs is None else epochs) * -(-batches // every)]
+    steps = min(bounds)
+    seconds = (times[-1] - times[_WARM - 1]) / (len(times) - _WARM) * every
     return (
-        f"{clock.seconds:.3g} s a step on {trainer.strategy.root_device}, {steps} steps: {total} without validation; "
-        f"peak memory {gibibytes(clock.memory)}. Nothing was written."
+        f"{seconds:.3g} s a step on {trainer.strategy.root_device}, {steps} steps: {duration(steps * seconds)} without "
+        f"validation; peak memory {gibibytes(peak_memory(trainer.strategy.root_device))}. Nothing was written."
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from lit_purify.data.base import Batch
 from lit_purify.errors import InputError
@@ -17,7 +19,7 @@ from lit_purify.functional.images import flip, shift
 from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import Classifier, Denoiser
 from lit_purify.private import mend_resumed
-from lit_purify.training.batch_norm import synchronize_batch_norm
+from lit_purify.training.batch_norm import SynchronizedBatchNorm
 
 
 class TrainingTask(L.LightningModule, ABC):
@@ -52,6 +54,7 @@ class TrainingTask(L.LightningModule, ABC):
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.shift_pixels, self.mirror, self.seed = shift_pixels, mirror, seed
         self.facts: dict[str, Any] = {}
+        self.means: dict[str, MeanMetric] = {}
 
     @property
     @abstractmethod
@@ -62,8 +65,40 @@ class TrainingTask(L.LightningModule, ABC):
         """A network that was read from a file is in evaluation mode, in which Lightning would leave it."""
         # Channels last: convolutions are faster so, on tensor cores and on CPUs.
         self.network.train().to(memory_format=torch.channels_last)
-        if self.trainer.world_size > 1:
-            synchronize_batch_norm(self.network)
+        normalizes = any(
+            isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) for m in self.network.modules()
+        )
+        self.synchronizes = normalizes and self.trainer.world_size > 1
+
+    @abstractmethod
+    def check(self, batch: Batch) -> None:
+        """Raises an ``InputError`` when networks and data do not fit."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, noise: KeyedNoise) -> Tensor:
+        """The loss of a training batch, averaged over its images."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss; over several processes, batch normalization sees the images of all."""
+        if batch_idx == 0:
+            self.check(batch)
+        with SynchronizedBatchNorm() if self.synchronizes else nullcontext():
+            loss = self.loss(batch, self.keyed(batch))
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def measure(self, name: str, values: Tensor, weights: Tensor | float = 1.0) -> None:
+        """Takes values into the (weighted) mean that this validation logs as ``val/<name>``."""
+        if name not in self.means:
+            self.means[name] = MeanMetric().to(self.device)
+        self.means[name].update(values, weights)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the means over all processes."""
+        means = {f"val/{name}": mean.compute() for name, mean in self.means.items()}
+        losses = [mean for name, mean in means.items() if name.startswith("val/mse_")]
+        self.log_dict(means | ({"val/loss": torch.stack(losses).mean()} if losses else {}))
+        self.means.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps how many samples made a batch of all processes, and how many such batches a step."""
