@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -19,17 +20,13 @@ from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.rendering import PANELS, enlarged
 from lit_purify.report import pictures
 from lit_purify.report.pictures import pil, strip
-from lit_purify.report.summary import RULES
-
-_LABELS = {0: "weak", 1: "strong"}
+from lit_purify.report.summary import KINDS, RULES
 
 
 class WandbReport(Callback, EvaluationListener):
     """Logs accuracies, mask overlays that can be toggled, a table of samples, the frontier and costs; rank zero alone.
 
-    Names: ``running/robust/<defense>/<attack>`` and ``running/clean/<defense>`` over ``running/samples``;
-    ``robust/<defense>/<attack>/<rule>`` and ``clean/<defense>/<rule>`` (logged by the task);
-    ``cost/<defense>/...``; the tables ``results``, ``samples`` and ``frontier``; the images ``masks`` and ``pictures``.
+    The names that it logs under are listed in docs/wandb.md.
     """
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -88,40 +85,29 @@ class WandbReport(Callback, EvaluationListener):
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Costs, a table of all results, and the clean against the robust accuracy of every defense."""
     logged: dict[str, Any] = {}
-    rows, points = [], []
+    rows: list[dict[str, Any]] = []
+    points: list[dict[str, Any]] = []
     for result in summary["results"]:
-        defense, attack, clean, robust = (result[key] for key in ("defense", "attack", "clean", "robust"))
+        pair, nfe = {name: result[name] for name in ("defense", "attack")}, result["nfe_defense"]
         # Seconds of all processes: the speed of one.
         speed = summary["samples"] / max(1e-9, result["seconds"])
-        logged[f"cost/{defense}/nfe"] = result["nfe_defense"]
-        logged[f"cost/{defense}/{attack}/nfe"] = result["nfe_attack"]
-        logged[f"cost/{defense}/{attack}/images_per_second"] = speed
-        intervals = [value for kind in (clean, robust) for rule in RULES for value in kind[rule]]
-        rows.append([defense, attack, result["gradient"], result["nfe_defense"], speed, *intervals])
-        points.append([defense, attack, clean["average"][0], robust["average"][0]])
-    values = [f"{kind} {rule}{end}" for kind in ("clean", "robust") for rule in RULES for end in ("", " low", " high")]
-    head = ["defense", "attack", "gradient", "nfe", "images per second"]
-    frontier = wandb.Table(columns=["defense", "attack", "clean", "robust"], data=points)
-    logged["results"] = wandb.Table(columns=[*head, *values], data=rows)
-    logged["frontier"] = wandb.plot.scatter(frontier, "clean", "robust", title="Clean against robust accuracy")
-    return logged
+        costs = {"nfe": result["nfe_attack"], "images_per_second": speed}
+        logged |= {f"cost/{'/'.join(pair.values())}/{name}": value for name, value in costs.items()}
+        logged[f"cost/{result['defense']}/nfe"] = nfe
+        intervals = {
+            f"{kind} {rule}{end}": result[kind][rule][k]
+            for kind, rule in itertools.product(KINDS, RULES)
+            for k, end in enumerate(("", " low", " high"))
+        }
+        rows.append({**pair, "gradient": result["gradient"], "nfe": nfe, "images per second": speed, **intervals})
+        points.append({**pair, **{kind: result[kind]["average"][0] for kind in KINDS}})
+    title = "Clean against robust accuracy"
+    return {**logged, "results": _table(rows), "frontier": wandb.plot.scatter(_table(points), *KINDS, title=title)}
 
 
 def _pictures(views: Sequence[View], classes: Sequence[str]) -> dict[str, Any]:
     """Strips, adversarial images with their mask as a layer, and a table of samples."""
-    columns = [
-        "defense",
-        "attack",
-        "index",
-        "label",
-        "clean",
-        "attacked",
-        "clean right",
-        "attacked right",
-        "linf",
-        "l2",
-    ]
-    table = wandb.Table(columns=[*columns, *PANELS, "mask"])
+    rows: list[dict[str, Any]] = []
     strips, masks = [], []
     for view in views:
         record = view.record
@@ -129,16 +115,20 @@ def _pictures(views: Sequence[View], classes: Sequence[str]) -> dict[str, Any]:
         strips.append(wandb.Image(pil(strip(view)), caption=caption))
         masked = None
         if view.mask is not None:
-            layer = {"mask_data": (enlarged(view.mask)[0] > 0.5).numpy().astype("uint8"), "class_labels": _LABELS}
-            masked = wandb.Image(pil(enlarged(view.adversarial)), caption=caption, masks={"strong_noise": layer})
+            layer = (enlarged(view.mask)[0] > 0.5).numpy().astype("uint8")
+            strong = {"strong_noise": {"mask_data": layer, "class_labels": {0: "weak", 1: "strong"}}}
+            masked = wandb.Image(pil(enlarged(view.adversarial)), caption=caption, masks=strong)
             masks.append(masked)
-        both = (record.clean, record.adversarial)
-        table.add_data(
-            *(record.defense, record.attack, record.index, classes[record.label]),
-            *(", ".join(classes[p] for p in predictions) for predictions in both),
-            *(sum(p == record.label for p in predictions) / len(predictions) for predictions in both),
-            *(record.linf, record.l2),
-            *(wandb.Image(pil(enlarged(getattr(view, name)))) for name in PANELS),
-            masked,
-        )
-    return {"samples": table, "pictures": strips} | ({"masks": masks} if masks else {}) if views else {}
+        row = {name: getattr(record, name) for name in ("defense", "attack", "index", "linf", "l2")}
+        for name, predictions in (("clean", record.clean), ("attacked", record.adversarial)):
+            row[name] = ", ".join(classes[p] for p in predictions)
+            row[f"{name} right"] = sum(p == record.label for p in predictions) / len(predictions)
+        images = {name: wandb.Image(pil(enlarged(getattr(view, name)))) for name in PANELS}
+        rows.append({**row, "label": classes[record.label], **images, "mask": masked})
+    return {name: found for name, found in (("pictures", strips), ("masks", masks)) if found} | (
+        {"samples": _table(rows)} if rows else {}
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Any:  # noqa: ANN401
+    return wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
