@@ -1,77 +1,62 @@
 """Several attacks: what one has broken is not attacked again, and what is reported of all of them is the same."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
+import lit_purify as lp
 from lit_purify.attacks import Attack
-from lit_purify.cli import evaluate
-from lit_purify.evaluation import read_records
+from lit_purify.data import Digits, First
 
-ROOT = Path(__file__).parent.parent
-PGD = {"norm": "linf", "eps": 0.15, "step_size": 0.08, "loss": "margin"}
+WEIGHTS = Path(__file__).parent.parent / "checkpoints"
 ATTACKS = {
-    "strong": {"class_path": "PGD", "init_args": {**PGD, "steps": 3}},
-    "other": {"class_path": "PGD", "init_args": {**PGD, "steps": 1, "loss": "ce"}},
-    "wide": {"class_path": "PGD", "init_args": {**PGD, "steps": 1, "eps": 0.3}},
-    "l2": {"class_path": "PGD", "init_args": {**PGD, "steps": 1, "norm": "l2", "eps": 0.5}},
-    "third": {"class_path": "APGD", "init_args": {"norm": "linf", "eps": 0.15, "steps": 2}},
+    "strong": lp.PGD(eps=0.15, steps=3, step_size=0.08),
+    "other": lp.PGD(eps=0.15, steps=1, step_size=0.08, loss="ce"),
+    "wide": lp.PGD(eps=0.3, steps=1, step_size=0.08),
+    "l2": lp.PGD(norm="l2", eps=0.5, steps=1, step_size=0.08),
+    "third": lp.APGD(norm="linf", eps=0.15, steps=2),
 }
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Runs the digits in small: the samples that every attack was asked for, and the run's folder."""
-    folder = tmp_path_factory.mktemp("ensembles")
-    settings = yaml.safe_load((ROOT / "configs/eval/digits.yaml").read_text())
-    arguments = settings["model"]["init_args"]
-    for network in ("classifier", "denoiser"):
-        arguments[network]["init_args"]["path"] = str(ROOT / arguments[network]["init_args"]["path"])
-    arguments |= {"defenses": {name: arguments["defenses"][name] for name in ("none", "uniform")}}
-    arguments["defenses"]["uniform"]["init_args"]["steps"] = 1
-    arguments |= {"attacks": ATTACKS, "baseline": "none", "runs": 4, "chunk": 16, "gallery": 0}
-    settings["data"]["init_args"] = {"batch_size": 5, "subset": {"class_path": "First", "init_args": {"n": 7}}}
-    settings["trainer"] = {"logger": False, "accelerator": "cpu"}
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Evaluates the digits in small; also returns how many samples attacks were asked for."""
+    classifier = lp.load_classifier(WEIGHTS / "digits_classifier.safetensors")
+    denoiser = lp.load_denoiser(WEIGHTS / "digits_denoiser.safetensors")
+    defenses = {"none": lp.NoPurifier(), "uniform": lp.UniformPurifier(denoiser, level=100, steps=1)}
+    data, asked, call = Digits(subset=First(7)), [], Attack.__call__
 
-    def made(name, *flags):
-        asked, call = [], Attack.__call__
+    def spy(self, model, image, label, noise, *args, **kwargs):
+        asked.extend(label.tolist())
+        return call(self, model, image, label, noise, *args, **kwargs)
 
-        def spy(self, model, image, label, noise, chunk=64):
-            asked.extend(noise.index.tolist())
-            return call(self, model, image, label, noise, chunk)
+    monkeypatch.setattr(Attack, "__call__", spy)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Attack, "__call__", spy)
-            evaluate(["--config", str(config), "--run", str(folder / name), *flags])
-        return len(asked), folder / name
+    def made(name, skip_lost):
+        asked.clear()
+        folder = tmp_path / name
+        options = {"runs": 4, "chunk": 16, "gallery": 0, "batch_size": 5, "progress": False}
+        found = lp.evaluate(
+            classifier, defenses, ATTACKS, data.evaluated, folder=folder, skip_lost=skip_lost, **options
+        )
+        ordered = sorted(found.records, key=lambda record: record.key)
+        return len(asked), [replace(record, seconds=0.0) for record in ordered], found.summary["results"]
 
+    made.folder = tmp_path
     return made
 
 
-def results(folder):
-    return json.loads((folder / "summary.json").read_text())["results"]
-
-
-def lines(folder):
-    return [replace(record, seconds=0.0) for record in read_records(folder / "records.jsonl")]
-
-
 def test_what_is_lost_is_not_attacked_again_and_the_ensemble_is_the_same(run):
-    skip = ("--model.init_args.skip_lost", "true")
-    all_attacked, everything = run("all")
-    attacked, skipped = run("skipped", *skip)
-    by_key = {record.key: record for record in lines(everything)}
-    repeated = [record for record in lines(skipped) if record.lost_to is not None]
+    all_attacked, everything, results = run("all", skip_lost=False)
+    attacked, skipped, others = run("skipped", skip_lost=True)
+    by_key = {record.key: record for record in everything}
+    repeated = [record for record in skipped if record.lost_to is not None]
     assert repeated
     assert all_attacked == len(by_key) == 2 * 5 * 7
     assert attacked == all_attacked - len(repeated)
     names = list(ATTACKS)
-    for record in lines(skipped):
+    for record in skipped:
         if record.lost_to is None:
             assert record == by_key[record.key]
         else:
@@ -80,9 +65,8 @@ def test_what_is_lost_is_not_attacked_again_and_the_ensemble_is_the_same(run):
             assert record == replace(first, attack=record.attack, lost_to=first.attack)
             assert record.label not in record.adversarial
             assert names.index(record.lost_to) < names.index(record.attack)
-            assert record.attack not in ("wide", "l2")
-            assert record.lost_to not in ("wide", "l2")
-    for one, other in zip(results(everything), results(skipped), strict=True):
+            assert not {"wide", "l2"} & {record.attack, record.lost_to}
+    for one, other in zip(results, others, strict=True):
         if "attacks" in one:
             same = {key: value for key, value in one.items() if key not in ("seconds", "stopping", "l2", "linf")}
             assert same == {key: other[key] for key in same}
@@ -90,8 +74,6 @@ def test_what_is_lost_is_not_attacked_again_and_the_ensemble_is_the_same(run):
         assert "an earlier attack left wrong" not in one["stopping"]
 
     # Interrupted after some records, of which later ones repeat earlier ones.
-    _, again = run("again", *skip)
-    kept = (again / "records.jsonl").read_text().splitlines(keepends=True)[:23]
-    (again / "records.jsonl").write_text("".join(kept))
-    run("again", *skip)
-    assert lines(again) == lines(skipped)
+    path = run.folder / "skipped/records.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:23]))
+    assert run("skipped", skip_lost=True)[1] == skipped
