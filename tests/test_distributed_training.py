@@ -258,7 +258,7 @@ def test_a_signal_ends_a_training_after_its_step_and_the_same_command_goes_on(
         alone(config, Path("run"), *flags)
     assert stopped.value.code == INTERRUPTED
     last = Path("run") / "checkpoints" / "last.ckpt"
-    assert f"stopped after step {batch // 2 + 1}: go on with --ckpt_path {last}" in capsys.readouterr().err
+    assert f"stopped after step {batch // 2 + 1}: go on with ckpt_path: {last}" in capsys.readouterr().err
     monkeypatch.setattr(DenoiserTask, "training_step", step)
     resumed = alone(config, Path("run"), *flags)
     assert [path.name for path in last.parent.glob("last*")] == ["last.ckpt"]

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -14,17 +16,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from processes import Launch, tiny
 
+from lit_purify.attacks import FGSM
 from lit_purify.cli import evaluate
-from lit_purify.data import Digits
+from lit_purify.data import Digits, ImageFolder
 from lit_purify.data.folder import _read_item, read_image
-from lit_purify.defense import HeterogeneousPurifier, NoPurifier, TopFraction, UniformPurifier
+from lit_purify.defense import DefendedClassifier, HeterogeneousPurifier, NoPurifier, TopFraction, UniformPurifier
 from lit_purify.errors import InputError
-from lit_purify.evaluation import RobustnessTask
+from lit_purify.evaluation import Evaluator, own_images
 from lit_purify.evaluation.own_files import said_by
-from lit_purify.evaluation.own_images import PurifyingTrainer
+from lit_purify.evaluation.own_images import purify_files
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
-
-MASKED = ("uniform", "paper")
 
 
 @pytest.fixture
@@ -47,26 +48,29 @@ def images(tmp_path):
     return folder
 
 
+KNOWN = {
+    "none": lambda unet: NoPurifier(),
+    "uniform": lambda unet: UniformPurifier(unet, 200, 2),
+    "paper": lambda unet: HeterogeneousPurifier(unet, mask=TopFraction(0.3), high=300, low=150, steps=2),
+}
+
+
 @pytest.fixture
-def make(unet, classifier):
-    """A task, and a trainer for it."""
+def run(unet, classifier, images, tmp_path):
+    """Purifies the images into a folder; returns whether all could be read."""
 
-    def built(defenses=MASKED, **options):
-        known = {
-            "none": NoPurifier,
-            "uniform": lambda d, c: UniformPurifier(d, c, 200, 2),
-            "paper": lambda d, c: HeterogeneousPurifier(d, c, TopFraction(0.3), 300, 150, 2),
-        }
-        from lit_purify.attacks import FGSM
-
-        options = {"runs": 3, "chunk": 16, "seed": 5, **options}
-        task = RobustnessTask(
-            classifier, unet, {name: known[name] for name in defenses}, {"fgsm": FGSM("linf", 0.1)}, **options
-        )
+    def call(output="out", source=None, defenses=("uniform", "paper"), data=None, world=None, **options):
+        defined = {"runs": 3, "chunk": 16, "seed": 5}
+        defined |= {key: options.pop(key) for key in list(options) if key in defined}
+        chosen = {name: KNOWN[name](unet) for name in defenses}
+        evaluator = Evaluator(classifier, chosen, {"fgsm": FGSM("linf", 0.1)}, **defined)
         off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
-        return PurifyingTrainer(accelerator="cpu", inference_mode=False, **off), task.eval()
+        trainer = L.Trainer(accelerator="cpu", inference_mode=False, **off)
+        if world is not None:
+            trainer.strategy.world_size = world
+        return purify_files(evaluator, data or Digits(), trainer, source or images, tmp_path / output, **options)
 
-    return built
+    return call
 
 
 def content(folder):
@@ -77,23 +81,26 @@ def rows(path):
     return list(csv.DictReader(path.open()))
 
 
-def test_files_keep_their_names_and_are_what_the_defense_makes_of_them(make, images, tmp_path, capsys):
-    trainer, task = make()
-    trainer.purify(task, Digits(), images, tmp_path / "out")
+def key_of(file, runs=1):
+    return torch.full((runs,), int(hashlib.sha256(file.read_bytes()).hexdigest()[:8], 16))
+
+
+def test_files_keep_their_names_and_are_what_the_defense_makes_of_them(run, unet, classifier, images, tmp_path, capsys):
+    assert run()
     stems = ["a", "sub/b.c", "sub/deep/d", "e"]
-    assert set(content(tmp_path / "out")) == {f"{s}{kind}.png" for s in stems for kind in ("", ".mask", ".overlay")}
+    made = {f"{s}{kind}.png" for s in stems for kind in ("", ".mask", ".overlay")}
+    assert set(content(tmp_path / "out")) == made | {"config.yaml"}
     said = capsys.readouterr().out
-    # The first with a mask, and the files that are not hidden.
+    # The first with a mask, and the files that are not hidden; what it is done with.
     assert "4 images" in said
     assert "2 other files left out, such as" in said
-    assert "film.mpg" in said
     assert "defense paper (of uniform, paper)" in said
+    assert "images of 8x8 in 1 channels" in said
+    defended = DefendedClassifier(KNOWN["paper"](unet), classifier)
     for source, stem in (("a.png", "a"), ("sub/b.c.jpg", "sub/b.c")):
-        file = images / source
-        key = torch.tensor([int(hashlib.sha256(file.read_bytes()).hexdigest()[:8], 16)])
-        noise = KeyedNoise(5, key, torch.tensor([0]), EVALUATION)
+        noise = KeyedNoise(5, key_of(images / source), torch.tensor([0]), EVALUATION)
         with torch.no_grad():
-            trace = task.defenses["paper"].purifier.trace(read_image(file, 1, 8)[None], noise)
+            trace = defended.trace(read_image(images / source, 1, 8)[None], noise)
         purified = read_image(tmp_path / "out" / f"{stem}.png", 1)
         assert (purified - trace.purified[0]).abs().max() <= 0.51 / 255
         assert torch.equal(read_image(tmp_path / "out" / f"{stem}.mask.png", 1), trace.mask[0])
@@ -101,94 +108,73 @@ def test_files_keep_their_names_and_are_what_the_defense_makes_of_them(make, ima
         strip = read_image(tmp_path / "out" / f"{stem}.overlay.png", 3)
         assert strip.shape == (3, 128, 4 * 128 + 3 * 4)
         assert torch.equal(strip[:1, ::16, -128::16], purified)
-
-
-def test_a_file_alone_under_another_name_is_the_same(make, images, tmp_path):
-    trainer, task = make()
-    trainer.purify(task, Digits(), images, tmp_path / "all")
+    # A file alone, under another name, read by a worker, beside another defense.
     shutil.copy(images / "sub/b.c.jpg", tmp_path / "other.jpg")
-    trainer, task = make()
-    # One file, and workers that read.
-    trainer.purify(task, Digits(batch_size=1, num_workers=1), tmp_path / "other.jpg", tmp_path / "one")
-    assert content(tmp_path / "one")["other.png"] == content(tmp_path / "all")["sub/b.c.png"]
-    trainer, task = make(seed=6)
-    trainer.purify(task, Digits(), tmp_path / "other.jpg", tmp_path / "seed")
-    assert not torch.equal(*(read_image(tmp_path / run / "other.png", 1) for run in ("one", "seed")))
+    run("one", tmp_path / "other.jpg", data=Digits(batch_size=1, num_workers=1), defenses=("none", "paper"))
+    assert content(tmp_path / "one")["other.png"] == content(tmp_path / "out")["sub/b.c.png"]
+    run("seed", tmp_path / "other.jpg", seed=6)
+    assert not torch.equal(*(read_image(tmp_path / place / "other.png", 1) for place in ("one", "seed")))
 
 
-def test_a_defense_is_told_from_one_whose_name_begins_alike(make):
-    trainer, task = make(("uniform",))
-    settings = {f"model.init_args.defenses.uniform{n}.init_args.level": 200 for n in ("", "2")}
-    trainer.settings = settings
-    before = trainer._identity(task, "uniform", 3)
-    trainer.settings = {**settings, "model.init_args.defenses.uniform2.init_args.level": 300}
-    assert trainer._identity(task, "uniform", 3) == before
-    trainer.settings = {**settings, "model.init_args.defenses.uniform.init_args.level": 300}
-    assert trainer._identity(task, "uniform", 3) != before
-
-
-def test_predictions_are_those_of_the_defense(make, images, tmp_path):
-    # Images, runs and chunks that do not divide each other.
-    trainer, task = make(runs=5)
-    trainer.predict(task, Digits(), images, tmp_path / "out", defense="uniform", overlays=False)
+def test_predictions_are_those_of_the_defense(run, unet, classifier, images, tmp_path, capsys):
+    # Images, runs and chunks that do not divide each other; the classes of data that is not at hand have no names.
+    run(runs=5, defense="uniform", overlays=False, classify=True, data=ImageFolder(tmp_path / "nowhere"))
+    assert "classes are given by their numbers alone" in capsys.readouterr().out
     table = rows(tmp_path / "out/predictions.csv")
     assert [row["file"] for row in table] == ["a.png", "e.webp", "sub/b.c.jpg", "sub/deep/d.GIF"]
     assert not list((tmp_path / "out").rglob("*.mask.png")) + list((tmp_path / "out").rglob("*.overlay.png"))
     for row in table:
         file = images / row["file"]
-        key = torch.full((5,), int(hashlib.sha256(file.read_bytes()).hexdigest()[:8], 16))
-        noise = KeyedNoise(5, key, torch.arange(5), EVALUATION)
+        noise = KeyedNoise(5, key_of(file, 5), torch.arange(5), EVALUATION)
         with torch.no_grad():
-            predicted = task.defenses["uniform"](read_image(file, 1, 8).expand(5, -1, -1, -1), noise).argmax(1).tolist()
-        assert [int(row[f"run_{run}"]) for run in range(5)] == predicted
+            defended = DefendedClassifier(KNOWN["uniform"](unet), classifier)
+            predicted = defended(read_image(file, 1, 8).expand(5, -1, -1, -1), noise).argmax(1).tolist()
+        assert [int(row[f"run_{k}"]) for k in range(5)] == predicted
         most = max(Counter(predicted).values())
         assert int(row["class"]) == min(c for c, n in Counter(predicted).items() if n == most)
         assert float(row["share"]) == most / 5
-        assert row["name"] == row["class"]
+        assert row["name"] == ""
 
 
-def test_names_are_left_out_where_the_data_is_not_at_hand(make, images, tmp_path, capsys):
-    from lit_purify.data import ImageFolder
+def test_images_are_prepared_as_the_evaluation_does_it(run, tmp_path):
+    """The shorter side resized, the center cropped."""
+    rng = np.random.RandomState(0)
+    for k in range(10):
+        (tmp_path / f"set/test/{k}").mkdir(parents=True)
+        Image.fromarray(rng.randint(0, 256, (15, 20)).astype(np.uint8)).save(tmp_path / f"set/test/{k}/0.png")
+    data = ImageFolder(tmp_path / "set", size=8, resize=12, channels=1)
+    run("made", tmp_path / "set/test", ["none", "uniform"], data, defense="none")
+    for k, row in enumerate(data.evaluated):
+        prepared = read_image(tmp_path / f"made/{k}/0.png", 1)
+        assert (prepared - row["image"]).abs().max() <= 0.51 / 255
+        assert (prepared - read_image(tmp_path / f"set/test/{k}/0.png", 1, 8)).abs().max() > 0.1
 
-    trainer, task = make()
-    trainer.predict(task, ImageFolder(tmp_path / "nowhere"), images, tmp_path / "out")
-    assert {row["name"] for row in rows(tmp_path / "out/predictions.csv")} == {""}
-    assert "classes are given by their numbers alone" in capsys.readouterr().out
 
-
-def test_going_on_completes_and_changes_nothing(make, images, tmp_path, capsys):
+def test_going_on_completes_and_changes_nothing(run, images, tmp_path, capsys):
     out = tmp_path / "out"
-
-    def run(existing, **options):
-        trainer, task = make(**options)
-        trainer.predict(task, Digits(), images, out, existing=existing)
-
-    run("refuse")
+    assert run(classify=True)
     before = content(out)
-    with pytest.raises(InputError, match=r"is there already.*--existing skip"):
-        run("refuse")
+    with pytest.raises(InputError, match=r"exists already; existing: skip goes on"):
+        run(classify=True)
     (out / "a.png").unlink()
     (out / "predictions.csv").unlink()
     (out / "sub/b.c.png.partial").write_text("a killed run leaves this")
     capsys.readouterr()
-    run("skip")
-    assert "3 of them there already" in capsys.readouterr().out
+    assert run(classify=True, existing="skip")
+    assert "3 of them exist already" in capsys.readouterr().out
     assert {name: data for name, data in content(out).items() if "partial" not in name} == before
-    run("skip")
-    for changes in ({"seed": 6}, {"runs": 4}):
+    for changes in ({"seed": 6}, {"runs": 4}, {"defense": "uniform"}):
         with pytest.raises(InputError, match="by other settings"):
-            run("skip", **changes)
+            run(classify=True, existing="skip", **changes)
     Image.new("L", (8, 8), 7).save(images / "a.png")
     with pytest.raises(InputError, match=r"a\.png: was made from another image"):
-        run("skip")
+        run(classify=True, existing="skip")
     assert {name: data for name, data in content(out).items() if "partial" not in name} == before
-    run("replace", defenses=["none", "uniform"])
+    run(classify=True, existing="replace", defenses=["none", "uniform"])
     assert not list(out.rglob("*.mask.png"))
 
 
-def test_an_interruption_leaves_whole_files(make, images, tmp_path, monkeypatch, capsys):
-    from lit_purify.training import own_images
-
+def test_an_interruption_leaves_whole_files(run, tmp_path, monkeypatch, capsys):
     calls = []
 
     def save(image, path, said, saved=own_images._save):
@@ -198,40 +184,34 @@ def test_an_interruption_leaves_whole_files(make, images, tmp_path, monkeypatch,
         saved(image, path, said)
 
     monkeypatch.setattr(own_images, "_save", save)
-    trainer, task = make(chunk=1)
     with pytest.raises(SystemExit):
-        trainer.purify(task, Digits(), images, tmp_path / "out")
-    assert "--existing skip goes on" in capsys.readouterr().out
+        run(chunk=1)
+    assert "existing: skip goes on" in capsys.readouterr().out
     monkeypatch.undo()
-    trainer, task = make(chunk=1)
-    trainer.purify(task, Digits(), images, tmp_path / "out", existing="skip")
-    trainer, task = make(chunk=1)
-    trainer.purify(task, Digits(), images, tmp_path / "whole")
+    run(chunk=1, existing="skip")
+    run("whole", chunk=1)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", ["mask", "overlay"])
-def test_a_mask_of_somebody_else_stays(kind, make, images, tmp_path):
+def test_a_mask_of_somebody_else_stays(kind, run, tmp_path):
     """Beside an image that is not there yet, as an interruption leaves it."""
-    trainer, task = make()
-    trainer.purify(task, Digits(), images, tmp_path / "out")
+    run()
     (tmp_path / "out/a.png").unlink()
-    file = tmp_path / f"out/a.{kind}.png"
-    Image.new("L", (8, 8)).save(file)
+    Image.new("L", (8, 8)).save(tmp_path / f"out/a.{kind}.png")
     before = content(tmp_path / "out")
     with pytest.raises(InputError, match=rf"a\.{kind}\.png: was made from another image"):
-        trainer.purify(task, Digits(), images, tmp_path / "out", existing="skip")
+        run(existing="skip")
     assert content(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.mask.png"])
-def test_what_was_not_made_here_is_not_replaced(name, make, images, tmp_path):
+def test_what_was_not_made_here_is_not_replaced(name, run, tmp_path):
     (tmp_path / "out").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "out" / name)
     before = content(tmp_path / "out")
-    trainer, task = make()
     with pytest.raises(InputError, match=rf"{re.escape(name)}: was not made here, so it is not replaced"):
-        trainer.purify(task, Digits(), images, tmp_path / "out", existing="replace", overlays=False)
+        run(existing="replace", overlays=False)
     assert content(tmp_path / "out") == before
 
 
@@ -243,13 +223,12 @@ def test_a_mark_that_is_none_is_that_of_somebody_else(said, tmp_path):
     assert said_by(tmp_path / "a.png") == {}
 
 
-def test_names_that_are_no_text_and_links_that_lead_back(make, tmp_path):
+def test_names_that_are_no_text_and_links_that_lead_back(run, tmp_path):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     file = os.fsdecode(os.fsencode(tmp_path / "in" / "sub") + b"/caf\xe9.png")
     Image.new("L", (8, 8), 9).save(file)
     (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path / "in")
-    trainer, task = make()
-    trainer.predict(task, Digits(), tmp_path / "in", tmp_path / "out")
+    run("out", tmp_path / "in", classify=True)
     assert [row["file"] for row in rows(tmp_path / "out/predictions.csv")] == [r"sub/caf\udce9.png"]
 
 
@@ -285,40 +264,38 @@ def test_processes_share_the_images_and_know_of_all_that_could_not_be_read(tmp_p
         (tmp_path / "in" / f"bad{k}.jpg").write_bytes(b"none")
     argv = ["predict", "--config", str(tiny(tmp_path / "tiny.yaml")), "--run", str(tmp_path / "run")]
     argv += ["--input", str(tmp_path / "in"), "--output"]
-    for world in (1, 2):
-        launched = Launch("evaluate", [*argv, str(tmp_path / str(world))], tmp_path / f"log{world}", world)
-        assert launched.wait()[0] == 1, launched.said
-        # In the order of the names, whichever process had them.
-        assert re.findall(r"bad(\d).jpg: cannot be read", launched.said) == ["0", "1", "2", "3"]
-    one, two = (content(tmp_path / str(world)) for world in (1, 2))
+    with pytest.raises(SystemExit) as exit_:
+        evaluate([*argv, str(tmp_path / "1")])
+    launched = Launch("evaluate", [*argv, str(tmp_path / "2")], tmp_path / "log", world=2)
+    assert exit_.value.code == launched.wait()[0] == 1, launched.said
+    # In the order of the names, whichever process had them, and once.
+    assert re.findall(r"bad(\d).jpg: cannot be read", launched.said) == ["0", "1", "2", "3"]
+    assert launched.said.count("8 images of ") == launched.said.count("Purified: ") == 1
+    one, two = (content(tmp_path / place) for place in "12")
     assert {name: data for name, data in one.items() if name != "config.yaml"} == {
         name: data for name, data in two.items() if name != "config.yaml"
     }
 
 
-def test_what_cannot_be_read_stops_no_other(make, images, tmp_path, capsys):
-    def run(output, **options):
-        trainer, task = make(chunk=1)
-        trainer.predict(task, Digits(), images, tmp_path / output, **options)
-        return trainer.unreadable
-
-    assert not run("good")
+def test_what_cannot_be_read_stops_no_other(run, images, tmp_path, capsys):
+    assert run("good", chunk=1, classify=True)
     data = (images / "a.png").read_bytes()
     (images / "b.png").write_bytes(data[: len(data) // 2])
     (images / "f.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(images / "sub/g.png")
-    unreadable = run("out")
-    assert [line[len(str(images)) + 1 :].split(";")[0] for line in unreadable] == [
+    assert not run("out", chunk=1, classify=True)
+    *_, first, second, third, fourth = capsys.readouterr().out.splitlines()
+    assert first == "Not made, 3 of 7:"
+    assert [line[len(str(images)) + 1 :].split(";")[0] for line in (second, third, fourth)] == [
         "b.png: cannot be read as an image",
         "f.png: cannot be read as an image",
         "sub/g.png: gray with more than 8 bits, which would be clipped",
     ]
-    assert capsys.readouterr().out.endswith("\n".join(["Not made, 3 of 7:", *unreadable, ""]))
     assert content(tmp_path / "out") == content(tmp_path / "good")
     # Mended.
     for name in ("b.png", "f.png", "sub/g.png"):
         shutil.copy(images / "a.png", images / name)
-    assert not run("out", existing="skip")
+    assert run("out", chunk=1, classify=True, existing="skip")
     assert len(rows(tmp_path / "out/predictions.csv")) == 7
 
 
@@ -335,78 +312,65 @@ def mask_of_another(folder):
     [
         (twice, {}, r"a\.bmp and .*a\.png would both be written to .*a\.png"),
         (mask_of_another, {}, r"would both be written to .*a\.mask\.png"),
-        (shutil.rmtree, {}, "--input .*images: no such folder or file"),
-        (None, {"output": "images"}, "--output .*images: lies in the input folder"),
+        (shutil.rmtree, {}, "input .*images: no such folder or file"),
+        (None, {"output": "images"}, "output .*images: lies in the input folder"),
         (None, {"output": "images/out"}, "lies in the input folder"),
         (None, {"output": "images/notes.txt"}, "notes.txt: is a file"),
         (None, {"input": "images/notes.txt"}, "notes.txt: cannot be read as an image"),
-        (None, {"defense": "papr"}, "--defense papr: the configuration has uniform, paper"),
+        (None, {"defense": "papr"}, "defense papr: the configuration has uniform, paper"),
         (None, {"defenses": ["none"]}, "none of none purifies"),
     ],
 )
-def test_refused_before_anything_is_written(make, images, tmp_path, change, options, said):
+def test_refused_before_anything_is_written(run, images, tmp_path, change, options, said):
     if change is not None:
         change(images)
     before = content(tmp_path)
-    trainer, task = make(options.pop("defenses", MASKED))
-    paths = {"input": tmp_path / options.pop("input", "images"), "output": tmp_path / options.pop("output", "out")}
+    given = {"output": "out", **options}
+    if "input" in given:
+        given["source"] = tmp_path / given.pop("input")
     with pytest.raises(InputError, match=said):
-        trainer.purify(task, Digits(), **paths, **options)
+        run(**given)
     assert content(tmp_path) == before
     assert not (tmp_path / "out").exists()
 
 
-def test_a_photo_is_not_written_over(make, images, tmp_path):
-    photo = next(path for path in sorted(images.rglob("*.png")))
+def test_a_photo_is_not_written_over(run, images):
+    photo = images / "a.png"
     before = photo.read_bytes()
-    trainer, task = make()
     with pytest.raises(InputError, match="is an image of the input"):
-        trainer.purify(task, Digits(), photo, photo.parent, existing="replace")
+        run("images", photo, existing="replace")
     assert photo.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("existing", "said"),
-    [
-        (kind, f"there already{said}")
-        for kind, said in (("refuse", ";"), ("skip", ", and none"), ("replace", ", and none"))
-    ],
-)
-def test_a_configuration_of_somebody_else_stays(existing, said, make, images, tmp_path):
+@pytest.mark.parametrize(("existing", "said"), [("refuse", ";"), ("skip", ", and none"), ("replace", ", and none")])
+def test_a_configuration_of_somebody_else_stays(existing, said, run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").write_text("mine")
-    trainer, task = make()
-    with pytest.raises(InputError, match=f"config.yaml: is {said}"):
-        trainer.purify(task, Digits(), images, tmp_path / "out", existing=existing)
+    with pytest.raises(InputError, match=f"config.yaml: exists already{said}"):
+        run(existing=existing)
 
 
-def test_more_processes_than_images_are_refused(make, images, tmp_path, monkeypatch):
-    trainer, task = make()
-    monkeypatch.setattr(PurifyingTrainer, "world_size", 5)
-    with pytest.raises(InputError, match="4 images are fewer than 5 processes"):
-        trainer.purify(task, Digits(), images, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_without_images_is_refused(make, tmp_path):
-    (tmp_path / "images").mkdir()
-    trainer, task = make()
+def test_a_folder_without_images_is_refused(run, tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images in it"):
-        trainer.purify(task, Digits(), tmp_path / "images", tmp_path / "out")
+        run("out", tmp_path / "empty")
 
 
 def test_the_commands(images, tmp_path, capsys, monkeypatch):
     """With the configuration and the weights that ship."""
-    from pathlib import Path
-
     monkeypatch.chdir(Path(__file__).parent.parent)
-    command = ["--input", str(images), "--output", str(tmp_path / "out"), "--model.init_args.chunk", "16"]
+    command = ["--input", str(images), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        evaluate(["predict", *command])
+    assert "predict: name a configuration, whose networks and size are used: --config FILE" in capsys.readouterr().err
+    command += ["--config", "configs/eval/digits.yaml", "--chunk", "16"]
     evaluate(["predict", *command])
     assert len(rows(tmp_path / "out/predictions.csv")) == 4
+    assert "ResNet, digits_classifier.safetensors, images of 8x8 in 1 channels" in capsys.readouterr().out
     # The configuration beside the images repeats the run.
-    evaluate(["predict", "--config", str(tmp_path / "out/config.yaml"), "--output", str(tmp_path / "again")])
+    again = ["--config", str(tmp_path / "out/config.yaml"), "--output", str(tmp_path / "again")]
+    evaluate(["predict", *again, "--input", str(images)])
     before, after = content(tmp_path / "out"), content(tmp_path / "again")
-    before.pop("config.yaml"), after.pop("config.yaml")
     assert after == before
     (images / "sub/z.png").write_text("no image")
     (tmp_path / "out/config.yaml").unlink()
@@ -416,5 +380,5 @@ def test_the_commands(images, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.endswith("z.png: cannot be read as an image; remove or replace it\n")
     assert (tmp_path / "out/config.yaml").exists()
     with pytest.raises(SystemExit):
-        evaluate(["purify"])
+        evaluate(["purify", "--config", "configs/eval/digits.yaml"])
     assert "no input and no output given: say --input FOLDER --output FOLDER" in capsys.readouterr().err

@@ -64,7 +64,7 @@ class Stopping(Callback):
         path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            print(f"stopped after step {trainer.global_step}: go on with --ckpt_path {path}", file=sys.stderr)
+            print(f"stopped after step {trainer.global_step}: go on with ckpt_path: {path}", file=sys.stderr)
         raise KeyboardInterrupt
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

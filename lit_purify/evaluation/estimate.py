@@ -115,7 +115,7 @@ class Estimate:
         return _seconds(call, self.device)
 
     def __str__(self) -> str:
-        """The table that ``--dry_run`` prints."""
+        """The table that a dry run prints."""
         evaluator = self.evaluator
         widths = [max(7, *map(len, names)) for names in (evaluator.defenses, evaluator.attacks)]
 

@@ -32,7 +32,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The resolved configuration; ``--config`` on it repeats the run."""
+        """The resolved configuration, which repeats the run."""
         return self.path / "config.yaml"
 
     @property

@@ -65,16 +65,16 @@ def said_by(path: Path) -> Mapping[str, Any]:
 def plan(folder: Path, output: Path) -> tuple[list[Job], list[Path]]:
     """What is to be made, and the files that are no images."""
     if not folder.exists():
-        raise InputError(f"--input {folder}: no such folder or file")
+        raise InputError(f"input {folder}: no such folder or file")
     if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: is a file; name a folder")
+        raise InputError(f"output {output}: is a file; name a folder")
     root = folder if folder.is_dir() else folder.parent
     if output.resolve().is_relative_to(root.resolve()) and folder.is_dir():
-        raise InputError(f"--output {output}: lies in the input folder, whose files are not touched; name another")
+        raise InputError(f"output {output}: lies in the input folder, whose files are not touched; name another")
     files = find_files(folder) if folder.is_dir() else [folder]
     images = [file for file in files if file.name.lower().endswith(IMAGE_KINDS) or not folder.is_dir()]
     if not images:
-        raise InputError(f"--input {folder}: no images in it; it needs {', '.join(IMAGE_KINDS)}")
+        raise InputError(f"input {folder}: no images in it; it needs {', '.join(IMAGE_KINDS)}")
     names = [file.relative_to(root) for file in images]
     jobs = [Job(str(name), file, (output / name).with_suffix(".png")) for name, file in zip(names, images, strict=True)]
     owner: dict[Path, Job] = {}
@@ -82,9 +82,7 @@ def plan(folder: Path, output: Path) -> tuple[list[Job], list[Path]]:
     for job in jobs:
         for path in (job.target, job.mask, job.overlay):
             if path.resolve() in sources:
-                raise InputError(
-                    f"--output {output}: {path} is an image of the input, which is not touched; name another"
-                )
+                raise InputError(f"output {output}: {path} is an image of the input, which is not touched; name another")
             if (first := owner.setdefault(path, job)) is not job:
                 raise InputError(f"{first.source} and {job.source} would both be written to {path}; rename one of them")
     return jobs, [file for file in files if file not in set(images)]
@@ -96,14 +94,14 @@ def left_to_do(jobs: Sequence[Job], others: Sequence[Path], existing: Existing, 
         outputs = [path for job in jobs for path in (job.target, job.mask, job.overlay)] + list(others)
         found = next((path for path in outputs if path.exists()), None)
         if found is not None:
-            raise InputError(f"{found}: is there already; --existing skip goes on, --existing replace writes anew")
+            raise InputError(f"{found}: exists already; existing: skip goes on, existing: replace makes it again")
     if existing == "replace":
         made = (path for job in jobs for path in (job.target, job.mask, job.overlay) if path.exists())
         if (strange := next((path for path in made if not said_by(path)), None)) is not None:
-            raise InputError(f"{strange}: was not made here, so it is not replaced; name another --output")
+            raise InputError(f"{strange}: was not made here, so it is not replaced; name another output")
     there = {job for job in jobs if job.target.exists()}
     if not there and (strange := next((path for path in others if path.exists()), None)):
-        raise InputError(f"{strange}: is there already, and none of the images: name another --output")
+        raise InputError(f"{strange}: exists already, and none of the images: name another output")
     if existing == "replace":
         return list(jobs)
     for job in jobs:
@@ -111,7 +109,7 @@ def left_to_do(jobs: Sequence[Job], others: Sequence[Path], existing: Existing, 
         for path in (job.target,) if job in there else (job.mask, job.overlay):
             if path.exists() and not job.made(path, settings_sha256):
                 raise InputError(
-                    f"{path}: was made from another image or by other settings; name another --output, or write all "
-                    "anew with --existing replace"
+                    f"{path}: was made from another image or by other settings; name another output, or make all "
+                    "again with existing: replace"
                 )
     return [job for job in jobs if job not in there]

@@ -217,7 +217,7 @@ def purify_files(
     except SystemExit:
         # Lightning's answer to an interruption.
         if trainer.is_global_zero:
-            print(f"\n{output}: stopped; the same command with --existing skip goes on from here", flush=True)
+            print(f"\n{output}: stopped; the same command with existing: skip goes on from here", flush=True)
         raise
     unreadable = task.unreadable
     if len(unreadable) == len(jobs):

@@ -60,13 +60,13 @@ class FinishedRun:
         try:
             identity = dict(json.loads(folder.identity.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{folder.identity}: cannot be read ({error}); give the eval.py command again") from error
+            raise InputError(f"{folder.identity}: cannot be read ({error}); give the command again") from error
         wanted = {(result["defense"], attack) for result in summary["results"] for attack in attacks_of(result)}
         used = [record for record in folder.collect(write=False) if record.key[:2] in wanted]
         if len(used) != (expected := len(wanted) * summary["samples"]):
             raise InputError(
-                f"{folder.records}: {len(used)} records of the {expected} in summary.json; give the eval.py command "
-                "again, or choose another folder with --run"
+                f"{folder.records}: {len(used)} records of the {expected} in summary.json; give the command again, "
+                "or choose another folder"
             )
         try:
             # A run of the Python API has no configuration.
@@ -75,7 +75,7 @@ class FinishedRun:
         except OSError as error:
             raise InputError(
                 f"{error.filename or folder.overlays}: {str(error.strerror or error).lower()}, so there is no report; "
-                "put the file back, or choose another folder with --run"
+                "put the file back, or choose another folder"
             ) from error
         verdicts = [_verdict(folder.path, command, identity) for command in ("audit", "gradcheck")]
         return cls(summary, used, identity, config, views, verdicts, folder.path)

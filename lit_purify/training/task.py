@@ -118,7 +118,7 @@ class TrainingTask(L.LightningModule, ABC):
             ranks = self.trainer.world_size
             raise InputError(
                 f"ckpt_path: trained with {before} samples a batch over all processes and {batches_before} batches a "
-                f"step, now it is {samples} and {batches}: set data.init_args.batch_size to {before / ranks:g} for "
+                f"step, now it is {samples} and {batches}: set data.batch_size to {before / ranks:g} for "
                 f"{ranks} processes" + ("" if within else ", or trainer.accumulate_grad_batches to make up for it")
             )
 
