@@ -8,22 +8,15 @@ from conftest import GaussianDenoiser
 
 from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, MaskShift, Square, Transfer
 from lit_purify.data import Digits, First
-from lit_purify.defense import (
-    HeterogeneousPurifier,
-    NoPurifier,
-    OtherClassifier,
-    Surrogate,
-    TopFraction,
-    UniformPurifier,
-)
-from lit_purify.evaluation import Record, RobustnessTask, estimate
-from lit_purify.evaluation.estimate import EstimatingTrainer, duration, network_calls
+from lit_purify.defense import HeterogeneousPurifier, NoPurifier, Surrogate, TopFraction, UniformPurifier
+from lit_purify.evaluation import Evaluator, Ledger, Record, estimate
+from lit_purify.evaluation.estimate import Estimate, duration, network_calls
 from lit_purify.models import Classifier
 
 DEFENSES = {
-    "none": NoPurifier,
-    "uniform": lambda d, c: UniformPurifier(d, c, 200, 3),
-    "paper": lambda d, c: HeterogeneousPurifier(d, c, TopFraction(0.3), 300, 150, 2),
+    "none": lambda d: NoPurifier(),
+    "uniform": lambda d: UniformPurifier(d, 200, 3),
+    "paper": lambda d: HeterogeneousPurifier(d, mask=TopFraction(0.3), high=300, low=150, steps=2),
 }
 ATTACKS = {
     "last": PGD("linf", 0.1, steps=3, step_size=0.05, eot=3),
@@ -33,128 +26,117 @@ ATTACKS = {
     "cw": CarliniWagnerL2(0.5, steps=3, searches=2),
     "square": Square("linf", 0.1, steps=4, eot=2),
     "transfer": Transfer(APGD("linf", 0.1, steps=4)),
+    "shift": MaskShift("linf", 0.1, steps=3, step_size=0.05, shift_steps=2, eot=3),
 }
-SHIFT = MaskShift("linf", 0.1, steps=3, step_size=0.05, shift_steps=2, eot=3)
+
+
+def network():
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 10))
+
+
+def as_classifier(of):
+    return Classifier(of, size=8, num_classes=10, channels=1, blocks=["0"])
+
+
+def record(defense, attack, index, label=0):
+    return Record(defense, attack, index, label, [0] * 3, [0] * 3, 0.0, 0.0, 0.0)
+
+
+class Setting:
+    """Evaluations in batches of 4 and 1, and a clock.
+
+    By the clock a call of the denoiser takes a second, one of a classifier a fifth; computed again is called again.
+    """
+
+    def __init__(self):
+        self.now, self.rows, self.denoiser, self.others = 0.0, 0, GaussianDenoiser(size=8), []
+        self.timed(self.denoiser)
+        self.classifier = as_classifier(self.timed(network()))
+
+    def timed(self, module):
+        # Before: a repeated pass ends when it has what it needs.
+        module.register_forward_pre_hook(self.tick)
+        return module
+
+    def tick(self, module, inputs):
+        self.now += 1.0 if module is self.denoiser else 0.2
+        self.rows += len(inputs[0]) * (module is self.denoiser)
+
+    def make(self, *attacks, chunk=5, n=5, runs=3, others=None):
+        gradients = {"last": Surrogate(2)} if "last" in attacks else None
+        defenses = {name: make(self.denoiser) for name, make in DEFENSES.items()} | (others or {})
+        named = {name: ATTACKS[name] for name in attacks}
+        evaluator = Evaluator(self.classifier, defenses, named, gradients, runs=runs, chunk=chunk)
+        return evaluator, Digits(subset=First(n)).evaluated
+
+    def taken(self, evaluator, data, done=()):
+        """Seconds of an evaluation by the clock."""
+        ledger = Ledger()
+        ledger.note(done)
+        self.now, self.rows = 0.0, 0
+        for first in range(0, len(data), 4):
+            items = [data[k] for k in range(first, min(first + 4, len(data)))]
+            batch = {"image": torch.stack([item["image"] for item in items])}
+            batch |= {key: torch.tensor([item[key] for item in items]) for key in ("label", "index")}
+            list(evaluator.evaluate(batch, ledger))
+        return self.now
 
 
 @pytest.fixture
 def setting(monkeypatch):
-    """Makes an evaluation in batches of 4 and 1, its trainer and data, and a clock.
+    made = Setting()
+    monkeypatch.setattr(estimate, "perf_counter", lambda: made.now)
+    return made
 
-    By the clock a call of the denoiser takes a second, one of the classifier a fifth; computed anew is called anew.
-    """
-    denoiser = GaussianDenoiser(size=8)
-    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 10))
-    classifier = Classifier(network, size=8, num_classes=10, channels=1, blocks=["0"])
-    clock = {"now": 0.0, "rows": 0}
 
-    def tick(module, inputs):
-        clock["now"] += 1.0 if module is denoiser else 0.2
-        clock["rows"] += len(inputs[0]) * (module is denoiser)
-
-    for module in (denoiser, network):
-        # Before: a repeated pass ends when it has what it needs.
-        module.register_forward_pre_hook(tick)
-    monkeypatch.setattr(estimate, "perf_counter", lambda: clock["now"])
-
-    def make(*attacks, chunk=5, n=5, runs=3):
-        gradients = {"last": Surrogate(2)} if "last" in attacks else None
-        named = {name: ATTACKS[name] for name in attacks}
-        task = RobustnessTask(
-            classifier, denoiser, DEFENSES, named, runs=runs, chunk=chunk, gallery=0, gradients=gradients
-        )
-        off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
-        trainer = EstimatingTrainer(accelerator="cpu", inference_mode=False, use_distributed_sampler=False, **off)
-        return task, trainer, Digits(batch_size=4, subset=First(n))
-
-    return make, clock
+def seconds(evaluator, data, *arguments):
+    return Estimate(evaluator, data, 4, *arguments).seconds
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_expected_is_what_it_takes(setting, attack):
-    make, clock = setting
-    task, trainer, data = make(attack)
-    expected = sum(trainer.estimate(task, data).values())
-    clock["now"] = 0.0
-    trainer.test(task, data, verbose=False)
-    assert expected == pytest.approx(clock["now"], rel=0.02)
+    """An attack on masks takes its steps on the mask besides, which are not counted as queries."""
+    evaluator, data = setting.make(attack)
+    expected = sum(seconds(evaluator, data).values())
+    assert expected == pytest.approx(setting.taken(evaluator, data), rel=0.2 if attack == "shift" else 0.02)
 
 
-def test_an_attack_on_bare_classifiers_is_made_once_for_each_of_them(setting, monkeypatch):
+def test_an_attack_on_bare_classifiers_is_made_once_for_each_of_them(setting):
     """And by the first defense of it that has something left."""
-    make, clock = setting
-    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 10))
-    network.register_forward_pre_hook(lambda *_: clock.update(now=clock["now"] + 0.2))
-    other = Classifier(network, size=8, num_classes=10, channels=1, blocks=["0"])
-    monkeypatch.setitem(DEFENSES, "other", lambda d, c: OtherClassifier(d, c, other))
-    task, trainer, data = make("transfer")
-    trainer.records = [
-        Record("none", "transfer", i, int(data.evaluated[i]["label"]), [0] * 3, [0] * 3, 0.0, 0.0, 0.0)
-        for i in range(5)
-    ]
-    expected = sum(trainer.estimate(task, data).values())
-    task.resume(trainer.records, count=True)
-    clock["now"] = 0.0
-    trainer.test(task, data, verbose=False)
-    assert expected == pytest.approx(clock["now"], rel=0.02)
+    evaluator, data = setting.make("transfer", others={"other": as_classifier(setting.timed(network()))})
+    done = [record("none", "transfer", int(i), int(data.labels[i])) for i in data.positions]
+    expected = sum(seconds(evaluator, data, {each.key for each in done}).values())
+    assert expected == pytest.approx(setting.taken(evaluator, data, done), rel=0.02)
 
 
-def test_an_attack_on_masks_is_measured_through_its_view(setting, monkeypatch):
-    """Its steps on the mask call the classifier alone; they are not counted as queries, only timed with the others."""
-    make, clock = setting
-    monkeypatch.setitem(ATTACKS, "shift", SHIFT)
-    task, trainer, data = make("shift")
-    expected = sum(trainer.estimate(task, data).values())
-    clock["now"] = 0.0
-    trainer.test(task, data, verbose=False)
-    assert expected == pytest.approx(clock["now"], rel=0.2)
-
-
-def test_what_is_there_costs_nothing_more(setting, capsys):
-    make, _ = setting
-    task, trainer, data = make("last", "fgsm")
-
-    def record(defense, attack, index):
-        return Record(defense, attack, index, 0, [0], [0], 0.0, 0.0, 0.0)
-
-    whole = trainer.estimate(task, data)
-    trainer.records = [
-        *(record(*pair, i) for pair in task.pairs for i in range(4)),
-        *(record("paper", "last", i) for i in range(4, 5)),
-        record("paper", "last", 99),
-    ]
-    capsys.readouterr()
-    left = trainer.estimate(task, data)
-    assert left["paper", "last"] == 0.0
+def test_what_is_there_costs_nothing_more(setting):
+    evaluator, data = setting.make("last", "fgsm")
+    whole = seconds(evaluator, data)
+    done = {record(*pair, i).key for pair in evaluator.pairs for i in range(4)}
+    left = Estimate(evaluator, data, 4, done | {("paper", "last", 4), ("paper", "last", 99)})
+    assert left.seconds["paper", "last"] == 0.0
     # The last batch, of 1 sample, pads its chunks.
-    assert 0.0 < left["uniform", "last"] < whole["uniform", "last"]
-    said = capsys.readouterr().out
-    assert "30 records, 25 of them there already" in said
+    assert 0.0 < left.seconds["uniform", "last"] < whole["uniform", "last"]
+    said = str(left)
+    assert "30 records, 25 of them exist already" in said
     assert re.search(r"paper +last .* done +0 s", said)
 
 
-def test_processes_share_the_samples(setting, monkeypatch):
-    make, _ = setting
-    task, trainer, data = make("fgsm")
-    alone = trainer.estimate(task, data)
-    monkeypatch.setattr(EstimatingTrainer, "world_size", 5)
-    shared = trainer.estimate(task, data)
-    task, trainer, data = make("fgsm", n=1)
-    monkeypatch.setattr(EstimatingTrainer, "world_size", 1)
-    assert shared == pytest.approx(trainer.estimate(task, data))
+def test_processes_share_the_samples(setting):
+    alone, shared = (seconds(*setting.make("fgsm"), (), world) for world in (1, 5))
+    assert shared == pytest.approx(seconds(*setting.make("fgsm", n=1)))
     assert all(0.0 < shared[pair] < alone[pair] for pair in alone)
 
 
 @pytest.mark.parametrize("attack", ["last", "best", "square"])
 def test_network_calls_are_those_that_are_made(setting, attack):
     """One sample, one row a chunk: nothing is padded. What is differentiated is called twice, but for the last step."""
-    make, clock = setting
-    task, trainer, data = make(attack, chunk=1, n=1)
-    described = task.describe()
-    said = [network_calls(each, task.runs) for each in described]
+    evaluator, data = setting.make(attack, chunk=1, n=1)
+    described = evaluator.describe()
+    said = [network_calls(each, evaluator.runs) for each in described]
     kept = sum(each["queries"]["backward"] for each in described if each["nfe_attack"])
-    trainer.test(task, data, verbose=False)
-    assert clock["rows"] == sum(forward + backward for forward, backward in said) - kept
+    setting.taken(evaluator, data)
+    assert setting.rows == sum(forward + backward for forward, backward in said) - kept
 
 
 @pytest.mark.parametrize(

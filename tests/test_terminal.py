@@ -1,6 +1,5 @@
-"""What people see: the page of --help, progress in a terminal and in a log, a dry run that leaves nothing."""
+"""What people see: the page of --help, progress in a terminal and in a log, a dry run; of several processes once."""
 
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -8,16 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import Launch, tiny
 
+from lit_purify.attacks import PGD
 from lit_purify.callbacks import Progress, progress
-from lit_purify.checks.audit import AuditingTrainer
 from lit_purify.cli import evaluate, train
 from lit_purify.cli.help import EVALUATE, TRAIN
+from lit_purify.defense import NoPurifier, UniformPurifier
+from lit_purify.evaluation import Evaluator, RobustnessTask
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("words", [["--help"], ["-h"], ["purify", "--help"], ["test", "--help", "--run", "x"]])
+@pytest.mark.parametrize("words", [["--help"], ["purify", "--help"], ["test", "-h", "--run", "x"]])
 @pytest.mark.parametrize(("run", "page"), [(evaluate, EVALUATE), (train, TRAIN)])
 def test_help_fits_a_screen(run, page, words, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -28,68 +30,44 @@ def test_help_fits_a_screen(run, page, words, capsys):
     assert max(map(len, page.splitlines())) <= 120
 
 
-def test_help_states_the_defaults_of_the_audit():
-    for command, words in ((AuditingTrainer.gradcheck, ["gradcheck: {samples}"]), (AuditingTrainer.audit, _AUDIT)):
-        defaults = {name: each.default for name, each in inspect.signature(command).parameters.items()}
-        assert all(word.format(**defaults) in EVALUATE for word in words)
-
-
-_AUDIT = ["audit: {samples})", "runs of each image ({runs})", "black-box attack ({proposals})"]
-
-
 def test_help_all_has_every_setting(capsys):
     with pytest.raises(SystemExit):
         evaluate(["purify", "--help_all"])
     text = capsys.readouterr().out
-    assert {"--trainer.devices", "--existing", "--model.help"} <= set(re.findall(r"--[\w.]+", text))
-    assert len(text.splitlines()) > 200
+    assert {"--trainer.devices", "--existing", "--classifier.help"} <= set(re.findall(r"--[\w.]+", text))
 
 
-VALUES = {
-    "N": "3",
-    "FOLDER": "x",
-    "FILE": "y",
-    "skip": "skip",
-    "false": "false",
-    "NAME": "uniform",
-    "bf16-mixed": "bf16-mixed",
-}
+VALUES = {"N": "3", "FOLDER": "x", "FILE": "y", "skip": "skip", "false": "false", "null": "null", "NAME": "uniform"}
+VALUES |= {"bf16-mixed": "bf16-mixed"}
 
 
-def flags(page, name):
-    """The settings that a page shows, each with a value, and NAME in a key replaced."""
+def flags(page):
+    """The settings that a page shows, each with a value."""
     shown = re.findall(r"^  (--[\w.]+)(?: (\S+))?(?: (--\w+) (\S+))?", page, re.MULTILINE)
     found = [pair for a, b, c, d in shown for pair in ((a, b), (c, d)) if pair[0]]
     assert len(found) > 9
-    return {flag.replace("NAME", name): VALUES[value] for flag, value in found if flag != "--config" and value}
+    kinds = {"attacks.NAME": "attacks.pgd", "defenses.NAME": "defenses.uniform"}
+    named = {re.sub("|".join(kinds), lambda m: kinds[m[0]], flag): value for flag, value in found}
+    return {flag: VALUES[value] for flag, value in named.items() if flag != "--config" and value}
 
 
 def test_settings_of_the_pages_exist(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     own = {"--input", "--output", "--defense", "--existing", "--overlays"}
-    audit = {"--samples", "--runs", "--proposals"}
-    shown = flags(EVALUATE, "uniform")
-    attack = {f.replace("attacks.uniform", "attacks.pgd"): v for f, v in shown.items() if f not in own | audit}
-    shown_training = flags(TRAIN, "")
-    # Of another command, or of other data.
-    for key in ("--data.init_args.root", "--output", "--ckpt_path"):
-        assert shown_training.pop(key)
+    audit = {"--samples", "--audit_runs", "--proposals"}
+    shown, training = flags(EVALUATE), flags(TRAIN)
+    assert own | audit <= set(shown)
+    # Of data that is not the digits.
+    del training["--data.root"]
     for run, words, given in (
-        (evaluate, ["test"], attack),
-        (evaluate, ["predict"], {f: v for f, v in shown.items() if f in own}),
+        (evaluate, ["test"], {f: v for f, v in shown.items() if f not in own | audit}),
+        (evaluate, ["predict", "--config", "configs/eval/digits.yaml"], {f: shown[f] for f in own}),
         (evaluate, ["audit"], {f: shown[f] for f in audit}),
-        (train, ["fit", "--config", "configs/train/digits_denoiser.yaml"], shown_training),
+        (train, ["fit", "--config", "configs/train/digits_denoiser.yaml"], training),
     ):
         with pytest.raises(SystemExit) as exit_:
             run([*words, *(word for pair in given.items() for word in pair), "--print_config"])
         assert not exit_.value.code, capsys.readouterr().err
-
-
-class Stopwatch:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 class Log:
@@ -105,80 +83,63 @@ class Log:
         pass
 
 
-def evaluation(samples, done=0):
-    """Two defenses, of which the second takes nine times as long, as the task describes them."""
-    from lit_purify.evaluation import RobustnessTask
+@pytest.fixture
+def shown(monkeypatch, classifier, unet):
+    """What is shown of an evaluation of samples in batches that take so many seconds each."""
 
-    task = RobustnessTask.__new__(RobustnessTask)
-    torch.nn.Module.__init__(task)
-    described = [
-        {"defense": d, "attack": "pgd", "queries": {"forward": 10, "backward": 10}, "nfe_attack": n, "nfe_defense": n}
-        | {"evaluations": 2}
-        for d, n in (("none", 0), ("purify", 8))
-    ]
-    task.runs, task._done = 0, set(range(done))
-    task.describe, task.running = lambda: described, lambda defense, attack: 0.625
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    data = SimpleNamespace(evaluated=range(samples))
-    return task, SimpleNamespace(is_global_zero=True, world_size=1, strategy=strategy, datamodule=data)
+    def call(terminal, samples, batch, seconds, done=0):
+        clock, log = SimpleNamespace(now=0.0), Log(terminal)
+        monkeypatch.setattr(progress, "monotonic", lambda: clock.now)
+        monkeypatch.setattr(sys, "stderr", log)
+        # Of the second defense a sample costs about ten times as much.
+        defenses = {"none": NoPurifier(), "purify": UniformPurifier(unet, 100, 9)}
+        task = RobustnessTask(Evaluator(classifier, defenses, {"pgd": PGD(steps=3)}, runs=1))
+        task.ledger.done = {(name, "pgd", k) for name in defenses for k in range(done)}
+        strategy, data = SimpleNamespace(root_device=torch.device("cpu")), SimpleNamespace(evaluated=range(samples))
+        trainer = SimpleNamespace(is_global_zero=True, world_size=1, strategy=strategy, datamodule=data)
+        callback = Progress()
+        callback.on_test_batch_start(trainer, task, None, 0)
+        for _ in range(done, samples, batch):
+            for defense, share in (("none", 0.1), ("purify", 0.9)):
+                clock.now += share * seconds
+                callback.on_evaluated(trainer, task, [SimpleNamespace(defense=defense, attack="pgd")] * batch, [])
+        callback.on_test_end(trainer, task)
+        return log.text
 
-
-def run(monkeypatch, terminal, samples, batch, seconds, done=0):
-    """Evaluates batches that take a part of ``seconds`` each under the first defense, the others under the second."""
-    clock, log = Stopwatch(), Log(terminal)
-    monkeypatch.setattr(progress, "monotonic", clock)
-    monkeypatch.setattr(sys, "stderr", log)
-    task, trainer = evaluation(samples, done)
-    shown = Progress()
-    shown.on_test_batch_start(trainer, task, None, 0)
-    for _ in range(done // 2, samples, batch):
-        for defense, share in (("none", 0.1), ("purify", 0.9)):
-            clock.now += share * seconds
-            shown.on_evaluated(trainer, task, [SimpleNamespace(defense=defense, attack="pgd")] * batch, [])
-    shown.on_test_end(trainer, task)
-    return log.text
+    return call
 
 
-def test_a_log_gets_a_line_a_tenth(monkeypatch):
-    lines = run(monkeypatch, terminal=False, samples=100, batch=5, seconds=20.0).splitlines()
+def test_a_log_gets_a_line_a_tenth(shown):
+    lines = shown(terminal=False, samples=100, batch=5, seconds=20.0).splitlines()
     assert [line.split(" %")[0] for line in lines] == [str(k) for k in range(10, 101, 10)]
-    # 10 of 200 records: 2 of the 20 batches of 20 seconds.
-    assert lines[0].startswith(
-        "10 %: 20 of 200 samples x defenses, purify under pgd: 62.5 % robust, 6 min 0 s left, peak"
-    )
+    assert lines[0].startswith("10 %: purify under pgd: 0.0 % robust, 6 min 0 s left, peak memory ")
     assert " 0 s left, peak memory" in lines[-1]
 
 
-def test_a_log_of_a_long_run_gets_a_line_each_ten_minutes(monkeypatch):
-    lines = run(monkeypatch, terminal=False, samples=100, batch=1, seconds=700.0).splitlines()
-    assert len(lines) == 100
+def test_a_short_run_says_nothing(shown):
+    assert shown(terminal=False, samples=100, batch=10, seconds=0.4) == ""
 
 
-def test_a_short_run_says_nothing(monkeypatch):
-    assert run(monkeypatch, terminal=False, samples=100, batch=10, seconds=0.9) == ""
-
-
-def test_time_left_leaves_out_what_was_there(monkeypatch):
-    lines = run(monkeypatch, terminal=False, samples=100, batch=10, seconds=60.0, done=100).splitlines()
-    assert lines[0].startswith("60 %: 120 of 200")
+def test_time_left_leaves_out_what_was_there(shown):
+    lines = shown(terminal=False, samples=100, batch=10, seconds=60.0, done=50).splitlines()
+    assert lines[0].startswith("20 %: purify under pgd")
     assert "4 min 0 s left" in lines[0]
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
-    text = run(monkeypatch, terminal=True, samples=20, batch=5, seconds=60.0)
+def test_a_terminal_gets_a_bar(shown):
+    text = shown(terminal=True, samples=20, batch=5, seconds=60.0)
     assert "attacking |" in text
-    assert "20/40 samples x defenses, purify under pgd: 62.5 % robust, 2 min 0 s left, peak memory" in text
+    assert "100 %, purify under pgd: 0.0 % robust, 0 s left, peak memory" in text
     assert "%:" not in text
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    path, n = "--model.init_args.attacks.pgd.init_args", "--data.init_args.subset.init_args.n"
-    command = ["--run", str(tmp_path / "run"), "--trainer.logger", "false", "--model.init_args.chunk", "16"]
-    command += ["--model.init_args.runs", "2", f"{path}.steps", "1", f"{path}.eot", "1", n, "5"]
+    command = ["--run", str(tmp_path / "run"), "--trainer.logger", "false", "--chunk", "16", "--runs", "2"]
+    command += ["--attacks.pgd.steps", "1", "--attacks.pgd.eot", "1", "--data.subset.n", "5"]
     evaluate(["--dry_run", *command])
     said = capsys.readouterr().out
-    assert "20 records, 0 of them there already" in said
+    assert "20 records, 0 of them exist already" in said
     assert re.search(r"heterogeneous +pgd +30 +6 ", said)
     assert "Expected: " in said
     assert "Nothing was written." in said
@@ -188,3 +149,17 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             evaluate(refused)
         assert "--dry_run goes with test and frontier" in capsys.readouterr().err
+
+
+def test_several_processes_check_once(tmp_path):
+    """And say it once; what is shared among them is tested with predict, and in test_distributed.py."""
+    config = str(tiny(tmp_path / "tiny.yaml", samples=2))
+    for words, said in (
+        (["gradcheck", "--samples", "1"], ["Gradients of 1 samples", "finite_differences", "gradcheck: passed, 5"]),
+        (["--dry_run"], ["2 records, 0 of them exist already", "on 2 processes (cpu)", "Nothing was written."]),
+    ):
+        argv = [*words, "--config", config, "--run", str(tmp_path / "run")]
+        launched = Launch("evaluate", argv, tmp_path / words[0], world=2)
+        assert launched.wait() == [0, 0], launched.said
+        assert [launched.said.count(part) for part in said] == [1] * len(said), launched.said
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["gradcheck.json"]

@@ -82,7 +82,7 @@ class Progress(Callback, EvaluationListener):
         self._close()
 
     def _begin(self, verb: str, total: int) -> None:
-        style = "{desc} |{bar}| {percentage:3.0f} % {postfix}"
+        style = "{desc} |{bar}| {percentage:3.0f} %{postfix}"
         self.bar, self.total, self.done, self.started = None, total, 0, monotonic()
         self.bar = tqdm(total=total, desc=verb, bar_format=style, dynamic_ncols=True, disable=not sys.stderr.isatty())
 

@@ -19,30 +19,31 @@ settings
   --run FOLDER                     where records and report go (default: runs/NAME_OF_THE_CONFIG);
                                    the same command again goes on after an interruption
   --dry_run                        test, frontier: measure what it will cost, and end
-  --model.init_args.runs N         runs of each sample with fresh noise
-  --model.init_args.chunk N        rows of a network call: less memory with fewer
-  --model.init_args.attacks.NAME.init_args.steps N       steps of an attack; likewise eps, eot ...
-  --model.init_args.defenses.NAME.init_args.steps N      steps of a defense; likewise level, high, low ...
-  --data.init_args.batch_size N    samples between two records on the disk
-  --data.init_args.subset.init_args.n N                  how many samples
+  --runs N                         runs of each sample with fresh noise
+  --chunk N                        rows of a network call: less memory with fewer
+  --attacks.NAME.steps N           steps of an attack; likewise eps, eot ...
+  --defenses.NAME.steps N          steps of a defense; likewise level, high, low ...
+  --defenses.NAME null             leaves a defense out; likewise an attack
+  --data.batch_size N              samples between two records on the disk
+  --data.subset.n N                how many samples
   --trainer.devices N              processes or GPUs
   --trainer.logger false           nothing to Weights & Biases
   gradcheck, audit:
   --samples N                      how many of the evaluated samples, from the first (gradcheck: 4, audit: 32)
   audit:
-  --runs N --proposals N           runs of each image (8), steps of the black-box attack (100)
-  purify, predict:
+  --audit_runs N --proposals N     runs of each image (8), steps of the black-box attack (100)
+  purify, predict, of a configuration that is named:
   --input FOLDER --output FOLDER   images to read, and where PNGs go (the input may be one file)
   --defense NAME                   which defense (default: the first with a mask)
   --existing skip                  go on after an interruption; replace writes anew
   --overlays false                 purified images alone
 
 examples
-  python eval.py --config configs/eval/folder.yaml --data.init_args.root my/images --dry_run
-  python eval.py --run runs/strong --model.init_args.attacks.pgd.init_args.steps 50
-  python eval.py predict --input my/images --output purified
+  python eval.py --config configs/eval/folder.yaml --data.root my/images --dry_run
+  python eval.py --run runs/strong --attacks.pgd.steps 50
+  python eval.py predict --config configs/eval/folder.yaml --input my/images --output purified
 
-All settings: eval.py COMMAND --help_all. Of a class: eval.py --model.help RobustnessTask, eval.py --data.help CIFAR10.
+All settings: eval.py COMMAND --help_all. Of a class: eval.py --data.help CIFAR10, eval.py --classifier.help Classifier.
 What a run will do: eval.py ... --print_config.
 """
 
@@ -60,8 +61,8 @@ settings
   --config FILE                    what to train: one of configs/train, or yours
   --run FOLDER                     where everything goes (default: runs/NAME_OF_THE_CONFIG)
   --ckpt_path FILE                 go on from RUN/checkpoints/last.ckpt; for export: the checkpoint
-  --data.init_args.root FOLDER     where the images lie
-  --data.init_args.batch_size N    samples a step and process
+  --data.root FOLDER               where the images lie
+  --data.batch_size N              samples a step and process
   --trainer.max_steps N            how long
   --trainer.devices N              processes or GPUs
   --trainer.precision bf16-mixed   faster on GPUs
@@ -71,7 +72,7 @@ settings
 
 examples
   python train.py fit --config configs/train/digits_denoiser.yaml
-  python train.py fit --config configs/train/folder_denoiser.yaml --data.init_args.root my/images
+  python train.py fit --config configs/train/folder_denoiser.yaml --data.root my/images
   python train.py export --config configs/train/folder_denoiser.yaml --ckpt_path CHECKPOINT --output mine.safetensors
 
 All settings: train.py COMMAND --help_all. Of a class: train.py fit --model.help DenoiserTask.

@@ -67,7 +67,8 @@ class Estimate:
             once = (pair[1], id(evaluator.defenses[pair[0]].classifier))
             # Made once for all defenses of a classifier.
             repeated = evaluator.attacks[pair[1]].target == "classifier" and once in transferred
-            transferred.add(once)
+            if left:
+                transferred.add(once)
             self.samples[pair] = sum(left)
             self.seconds[pair] = self._measured(described, left, repeated) if left else 0.0
 

@@ -82,7 +82,9 @@ def plan(folder: Path, output: Path) -> tuple[list[Job], list[Path]]:
     for job in jobs:
         for path in (job.target, job.mask, job.overlay):
             if path.resolve() in sources:
-                raise InputError(f"output {output}: {path} is an image of the input, which is not touched; name another")
+                raise InputError(
+                    f"output {output}: {path} is an image of the input, which is not touched; name another"
+                )
             if (first := owner.setdefault(path, job)) is not job:
                 raise InputError(f"{first.source} and {job.source} would both be written to {path}; rename one of them")
     return jobs, [file for file in files if file not in set(images)]
