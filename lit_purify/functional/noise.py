@@ -7,6 +7,7 @@ does not depend on batch size, order, process count or interruption. The integer
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -75,27 +76,39 @@ class KeyedNoise:
 
     def normal(self, step: int, like: Tensor) -> Tensor:
         """Standard normal noise of the shape and type of ``like`` (B, ...)."""
-        return self._draw(step, like, _to_normal)
+        return self._draw(step, like, normal=True)
 
     def uniform(self, step: int, like: Tensor) -> Tensor:
         """Uniform noise in [0, 1) of the shape and type of ``like`` (B, ...)."""
-        return self._draw(step, like, _to_uniform)
+        return self._draw(step, like, normal=False)
 
-    def _draw(self, step: int, like: Tensor, transform: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
-        size = math.prod(like.shape[1:])
+    def _draw(self, step: int, like: Tensor, normal: bool) -> Tensor:
+        index, run = self.index.to(like.device), self.run.to(like.device)
+        kernel = _kernel() if like.is_cuda else None
+        if kernel is not None:
+            return kernel(like, index, run, step, self.seed, self.stream, normal)
+        size, transform = math.prod(like.shape[1:]), _to_normal if normal else _to_uniform
         blocks = -(-size // 4)
-        index, run = self.index.to(like.device)[:, None], self.run.to(like.device)[:, None]
         block = torch.arange(blocks, device=like.device)[None, :]
         values = like.new_empty(len(like), blocks, 4)
         # On CPUs the words of one part stay in the cache, and no operation starts threads.
         part = max(1, _CACHED // max(1, blocks)) if like.device.type == "cpu" else max(1, len(like))
         for start in range(0, len(like), part):
             rows = slice(start, start + part)
-            counter = (block, torch.full_like(block[:, :1], step), run[rows], index[rows])
+            counter = (block, torch.full_like(block[:, :1], step), run[rows, None], index[rows, None])
             words = philox4x32(counter, (self.seed, self.stream))
             for k in (0, 2):
                 transform(words[k], words[k + 1], values[rows, :, k : k + 2])
         return values.flatten(1)[:, :size].reshape(like.shape)
+
+
+@functools.cache
+def _kernel() -> Callable[..., Tensor] | None:
+    try:
+        from lit_purify.functional.noise_kernel import draw
+    except ImportError:
+        return None
+    return draw
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

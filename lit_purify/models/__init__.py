@@ -1,7 +1,7 @@
 """Networks: the denoiser and the classifier, and the files that hold them."""
 
+from lit_purify.models.accelerated import Replayed, accelerated
 from lit_purify.models.classifier import Classifier, TimmClassifier
-from lit_purify.models.compiled import Compiled
 from lit_purify.models.denoiser import Denoiser
 from lit_purify.models.files import load_classifier, load_denoiser
 from lit_purify.models.matched import MatchedSchedule
@@ -18,13 +18,14 @@ from lit_purify.models.wide_resnet import WideResNetClassifier
 
 __all__ = [
     "Classifier",
-    "Compiled",
     "Denoiser",
     "MatchedSchedule",
+    "Replayed",
     "ResNetClassifier",
     "TimmClassifier",
     "UNet",
     "WideResNetClassifier",
+    "accelerated",
     "load_classifier",
     "load_ddpm",
     "load_denoiser",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn.functional import (
     conv2d,
     conv_transpose2d,
     interpolate,
+    linear,
     pad,
     scaled_dot_product_attention,
     silu,
@@ -43,9 +46,14 @@ class Style:
             return nn.GroupNorm(math.gcd(32, max(1, width // 4)), width, eps=self.norm_eps)
         return nn.GroupNorm(min(self.groups, width // self.group_width), width, eps=self.norm_eps)
 
+    @property
+    def factor(self) -> float:
+        """Of a branch and its shortcut; rescaled, the sum keeps the variance (Song et al., ICLR 2021)."""
+        return math.sqrt(0.5) if self.rescale else 1.0
+
     def joined(self, x: Tensor, h: Tensor) -> Tensor:
-        """A branch and its shortcut; rescaled, the sum keeps the variance (Song et al., ICLR 2021)."""
-        return (x + h) * math.sqrt(0.5) if self.rescale else x + h
+        """A branch and its shortcut."""
+        return (x + h) * self.factor if self.rescale else x + h
 
 
 class Conditioning:
@@ -60,18 +68,75 @@ class Conditioning:
         self.embedding = embedding
         self._pooled = {} if weights is None else {weights.shape[-1]: weights.to(embedding.dtype)}
 
-    def project(self, layer: nn.Linear, width: int) -> Tensor:
-        """``layer`` of the embedding at a resolution: (B, N, 1, 1) for one level, (B, N, h, width) for a map."""
+    def project(self, layer: nn.Linear, width: int) -> tuple[Tensor, Tensor | None]:
+        """``layer`` of the embeddings (B, L, N), and where each holds at a resolution, (B, L, h, width).
+
+        The latter is ``None`` for one level, and L is then 1.
+        """
         projected = layer(self.embedding)
         if not self._pooled:
-            return rearrange(projected[:, 0], "b n -> b n 1 1")
+            return projected[:, :1], None
         if width not in self._pooled:
             full = max(self._pooled)
             self._pooled[width] = avg_pool2d(self._pooled[full], full // width)
-        weights = self._pooled[width].to(projected.dtype)
-        # A matrix product whose rows are pixels leaves channels last, as the activations have them.
-        spread = torch.bmm(rearrange(weights, "b l h w -> b (h w) l"), projected)
-        return rearrange(spread, "b (h w) n -> b n h w", w=width)
+        return projected, self._pooled[width]
+
+
+def spread(projected: Tensor, weights: Tensor | None) -> Tensor:
+    """What ``Conditioning.project`` returns, over the pixels: (B, N, 1, 1) for one level, (B, N, h, w) for a map."""
+    if weights is None:
+        return rearrange(projected[:, 0], "b n -> b n 1 1")
+    # A matrix product whose rows are pixels leaves channels last, as the activations have them.
+    flat = torch.bmm(rearrange(weights.to(projected.dtype), "b l h w -> b (h w) l"), projected)
+    return rearrange(flat, "b (h w) n -> b n h w", w=weights.shape[-1])
+
+
+def kernels(x: Tensor) -> ModuleType | None:
+    """The channels-last kernels, where the tensor is on a GPU that can run them and no compiler does better."""
+    return _kernels() if x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() else None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from lit_purify.models import kernels as found
+    except ImportError:
+        return None
+    return found
+
+
+def normalized(norm: nn.GroupNorm, x: Tensor, act: bool, **fused: Tensor | None) -> Tensor:
+    """Group normalization, and SiLU if ``act``; ``fused`` is for the kernels alone."""
+    found = kernels(x)
+    if found is not None:
+        out: Tensor = found.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, act, **fused)
+        return out
+    return silu(norm(x)) if act else norm(x)
+
+
+def unbiased(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution without its bias."""
+    return layer._conv_forward(x, layer.weight, None)
+
+
+def convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution; cuDNN leaves the bias to a pass of its own, which a kernel does faster."""
+    found = kernels(x)
+    if found is None:
+        return layer(x)
+    out: Tensor = found.add(None, unbiased(layer, x), layer.bias)
+    return out
+
+
+def pointwise(weight: Tensor, bias: Tensor | None, x: Tensor, second: Tensor | None = None) -> Tensor:
+    """A 1x1 convolution of channels-last input as a matrix product; ``second`` holds the last channels."""
+    flat, rows = weight.flatten(1), x.permute(0, 2, 3, 1)
+    if second is None:
+        return linear(rows, flat, bias).permute(0, 3, 1, 2)
+    own = x.shape[1]
+    out = linear(rows, flat[:, :own], bias)
+    more = torch.addmm(out.flatten(0, 2), second.permute(0, 2, 3, 1).flatten(0, 2), flat[:, own:].t())
+    return more.reshape(out.shape).permute(0, 3, 1, 2)
 
 
 class ResidualBlock(nn.Module):
@@ -95,20 +160,52 @@ class ResidualBlock(nn.Module):
         has_skip = width_in != width_out or (resample is not None and style.resampling != "residual")
         self.skip = nn.Conv2d(width_in, width_out, 1) if has_skip else nn.Identity()
 
-    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """(B, width_in, h, w) to (B, width_out, h, w), or half or double h and w."""
+    def forward(self, x: Tensor, conditioning: Conditioning, skip: Tensor | None = None) -> Tensor:
+        """(B, width_in, h, w) to (B, width_out, h, w), or half or double h and w; ``skip`` holds the last channels."""
+        fused = kernels(x)
+        if fused is not None:
+            return self._fused(fused, x, conditioning, skip)
+        if skip is not None:
+            x = torch.cat((x, skip), dim=1)
         h = silu(self.norm1(x))
         if self.resample is not None:
-            change = halved if self.resample == "halve" else doubled
-            h, x = (change(branch, self.style.resampling == "fir") for branch in (h, x))
+            h, x = (self._resampled(branch) for branch in (h, x))
         h = self.conv1(h)
-        level = conditioning.project(self.level, h.shape[-1])
+        level = spread(*conditioning.project(self.level, h.shape[-1]))
         if self.style.scale_shift:
             scale, shift = level.chunk(2, dim=1)
             h = self.norm2(h) * (1.0 + scale) + shift
         else:
             h = self.norm2(h + level)
         return self.style.joined(self.skip(x), self.conv2(self.dropout(silu(h))))
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        return (halved if self.resample == "halve" else doubled)(x, self.style.resampling == "fir")
+
+    def _fused(self, fused: ModuleType, x: Tensor, conditioning: Conditioning, skip: Tensor | None) -> Tensor:
+        """The same with biases, modulation and sums inside of kernels, and no copy of the joined channels."""
+        h = normalized(self.norm1, x, act=True, second=skip)
+        if self.resample is not None:
+            h, x = (self._resampled(branch) for branch in (h, x))
+        h = unbiased(self.conv1, h)
+        levels, weights = conditioning.project(self.level, h.shape[-1])
+        norm2 = functools.partial(normalized, self.norm2, pre=self.conv1.bias)
+        if not self.style.scale_shift:
+            h = norm2(h + spread(levels, weights), act=True)
+        elif levels.shape[1] <= fused.MOST_LEVELS:
+            h = norm2(h, act=True, levels=levels, spread=weights)
+        else:
+            scale, shift = spread(levels, weights).chunk(2, dim=1)
+            h = silu(norm2(h, act=False) * (1.0 + scale) + shift)
+        h, bias = unbiased(self.conv2, self.dropout(h)), self.conv2.bias
+        if isinstance(self.skip, nn.Conv2d):
+            assert bias is not None
+            assert self.skip.bias is not None
+            x, bias = pointwise(self.skip.weight, None, x, skip), bias + self.skip.bias
+        elif skip is not None:
+            x = torch.cat((x, skip), dim=1)
+        out: Tensor = fused.add(x, h, bias, self.style.factor)
+        return out
 
 
 class Attention(nn.Module):
@@ -124,9 +221,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, h, w) to the same."""
-        q, k, v = rearrange(self.qkv(self.norm(x)), "b (three n c) h w -> three b n (h w) c", three=3, n=self.heads)
-        mixed = scaled_dot_product_attention(q, k, v)
-        return self.style.joined(x, self.out(rearrange(mixed, "b n (h w) c -> b (n c) h w", h=x.shape[-2])))
+        fused, normal = kernels(x), normalized(self.norm, x, act=False)
+        if fused is None:
+            split = "b (three n c) h w -> three b n (h w) c"
+            mixed = scaled_dot_product_attention(*rearrange(self.qkv(normal), split, three=3, n=self.heads))
+            return self.style.joined(x, self.out(rearrange(mixed, "b n (h w) c -> b (n c) h w", h=x.shape[-2])))
+        # Taken apart in the order of memory: the gradients of the three are then put together in one pass.
+        qkv = pointwise(self.qkv.weight, self.qkv.bias, normal).permute(0, 2, 3, 1)
+        parts = rearrange(qkv, "b h w (three n c) -> b (h w) three n c", three=3, n=self.heads).unbind(dim=2)
+        mixed = scaled_dot_product_attention(*(part.transpose(1, 2) for part in parts))
+        mixed = rearrange(mixed, "b n (h w) c -> b (n c) h w", h=x.shape[-2])
+        out: Tensor = fused.add(x, pointwise(self.out.weight, None, mixed), self.out.bias, self.style.factor)
+        return out
 
 
 class Downsample(nn.Conv2d):
@@ -150,7 +256,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, h, w) to (B, width, 2 h, 2 w)."""
-        return self.conv(interpolate(x, scale_factor=2, mode="nearest"))
+        return convolved(self.conv, doubled(x, smooth=False))
 
 
 class SmoothedDownsample(nn.Conv2d):
@@ -166,18 +272,23 @@ class SmoothedDownsample(nn.Conv2d):
 
 def halved(x: Tensor, smooth: bool) -> Tensor:
     """Half the resolution, by the mean of 2x2 pixels or through the binomial filter (1, 3, 3, 1)."""
-    return conv2d(x, _binomial(x), stride=2, padding=1, groups=x.shape[1]) if smooth else avg_pool2d(x, 2)
+    if smooth:
+        return conv2d(x, _binomial(x), stride=2, padding=1, groups=x.shape[1])
+    fused = kernels(x)
+    return avg_pool2d(x, 2) if fused is None else fused.halved(x)
 
 
 def doubled(x: Tensor, smooth: bool) -> Tensor:
     """Twice the resolution, by the nearest pixel or through the binomial filter (1, 3, 3, 1)."""
     if smooth:
         return conv_transpose2d(x, 4.0 * _binomial(x), stride=2, padding=1, groups=x.shape[1])
-    return interpolate(x, scale_factor=2, mode="nearest")
+    fused = kernels(x)
+    return interpolate(x, scale_factor=2, mode="nearest") if fused is None else fused.doubled(x)
 
 
 def _binomial(x: Tensor) -> Tensor:
-    line = torch.tensor([0.125, 0.375, 0.375, 0.125], dtype=x.dtype, device=x.device)
+    # (0.125, 0.375, 0.375, 0.125) without a copy from the host, for which a GPU would have to be waited for.
+    line = (2.0 - (torch.arange(4, dtype=x.dtype, device=x.device) - 1.5).abs()) / 4.0
     return torch.outer(line, line).expand(x.shape[1], 1, 4, 4)
 
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from lit_purify.errors import InputError
@@ -24,6 +23,8 @@ from lit_purify.models.layers import (
     SmoothedDownsample,
     Style,
     Upsample,
+    convolved,
+    normalized,
     sinusoidal,
     zeroed,
 )
@@ -41,10 +42,11 @@ class Stage(nn.ModuleList):
         super().__init__(layers)
         self.role = role
 
-    def forward(self, h: Tensor, conditioning: Conditioning) -> Tensor:
-        """Runs the layers."""
+    def forward(self, h: Tensor, conditioning: Conditioning, skip: Tensor | None = None) -> Tensor:
+        """Runs the layers; the first one joins ``skip``."""
         for layer in self:
-            h = layer(h, conditioning) if isinstance(layer, ResidualBlock) else layer(h)
+            h = layer(h, conditioning, skip) if isinstance(layer, ResidualBlock) else layer(h)
+            skip = None
         return h
 
 
@@ -195,11 +197,12 @@ class UNet(Denoiser):
             # Twice, as in a map: kernels round differently for one row and for several.
             levels, weights = t[:, None].expand(-1, 2), None
         position = self.level_scale * (levels.double() - self.level_shift)
-        embedded = self.embed(sinusoidal(position, self.sinusoids, x.dtype, self.frequency_shift))
+        dtype, low = x.dtype, self.stem.weight.dtype
+        embedded = self.embed(sinusoidal(position, self.sinusoids, low, self.frequency_shift))
         conditioning = Conditioning(embedded, weights)
         # About a quarter faster on CPUs, more on GPUs; convolutions keep the layout from here on.
-        x = x.contiguous(memory_format=torch.channels_last)
-        h, brought, pyramid = self.stem(x), x, iter(self.pyramid)
+        x = x.to(low, memory_format=torch.channels_last)
+        h, brought, pyramid = convolved(self.stem, x), x, iter(self.pyramid)
         skips = [h]
         for _, stage in self._stages("down"):
             h = self._run(stage, h, conditioning)
@@ -208,10 +211,8 @@ class UNet(Denoiser):
             skips.append(h)
         h = self._run(self.middle, h, conditioning)
         for _, stage in self._stages("up"):
-            if stage.role == "join":
-                h = torch.cat((h, skips.pop()), dim=1)
-            h = self._run(stage, h, conditioning)
-        return self.head(silu(self.norm(h)))
+            h = self._run(stage, h, conditioning, skips.pop() if stage.role == "join" else None)
+        return convolved(self.head, normalized(self.norm, h, act=True)).to(dtype)
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Names and modules of what lies between stem and norm, in the order in which an image passes them."""
@@ -224,7 +225,7 @@ class UNet(Denoiser):
     def _stages(self, part: str) -> list[tuple[str, Stage]]:
         return [(f"{part}.{k}", stage) for k, stage in enumerate(getattr(self, part))]
 
-    def _run(self, stage: Stage, h: Tensor, conditioning: Conditioning) -> Tensor:
+    def _run(self, stage: Stage, h: Tensor, conditioning: Conditioning, skip: Tensor | None = None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(stage, h, conditioning, use_reentrant=False)
-        return stage(h, conditioning)
+            return checkpoint(stage, h, conditioning, skip, use_reentrant=False)
+        return stage(h, conditioning, skip)

@@ -1,0 +1,168 @@
+"""Networks made ready for evaluation on a GPU: layout, precision, and calls recorded as CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lit_purify.errors import InputError
+from lit_purify.models.classifier import Classifier
+from lit_purify.models.denoiser import Denoiser
+
+Network = TypeVar("Network", Denoiser, Classifier)
+
+_MOST_GRAPHS = 8
+
+
+def accelerated(network: Network, precision: Literal["float32", "bf16"] = "float32") -> Network:
+    """A frozen copy of a network for evaluations on GPUs: weights channels last, and calls replayed as CUDA graphs.
+
+    A call and its gradient in the image are recorded once for every shape (in about a second), and cost one launch
+    each from then on. On other devices the calls are the ordinary ones.
+
+    Args:
+        network: A denoiser or a classifier.
+        precision: Of a denoiser. ``bf16``: weights are rounded once; products and activations have 16 bits, statistics
+            of normalizations, images and predicted noise 32. ``float32`` leaves the weights as they are.
+
+    Raises:
+        InputError: ``precision`` has no such value, or a classifier is to have another than ``float32``.
+    """
+    if precision not in ("float32", "bf16") or (precision == "bf16" and not isinstance(network, Denoiser)):
+        raise InputError(f"precision = {precision!r}: use float32, or bf16 for a denoiser")
+    made = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    if precision == "bf16":
+        for module in made.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.to(torch.bfloat16)
+        made.origin += ", bf16"
+    made.forward = Replayed(made.forward, made)  # type: ignore[method-assign]
+    return made
+
+
+class Replayed:
+    """A function of tensors whose calls on a GPU are recorded as CUDA graphs, with their gradients.
+
+    A graph for each set of shapes, types and modes, the latest eight of them. Results are copies, so that later calls
+    do not change them. Elsewhere the function is called as it is.
+
+    Args:
+        function: From tensors, also in nested tuples, to one tensor. It must not wait for the device.
+        module: The network that it calls.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], module: nn.Module) -> None:
+        self._function, self._module = function, module
+        self._graphs: dict[Any, _Graph] = {}
+
+    def __call__(self, *arguments: Any) -> Tensor:  # noqa: ANN401
+        """The function's result."""
+        tensors, nesting = tree_flatten(arguments)
+        # Levels of pixels, (B, 1, H, W), are sorted first, for which the host waits.
+        sorts = len(arguments) > 1 and isinstance(arguments[1], Tensor) and arguments[1].ndim == 4
+        if not tensors[0].is_cuda or sorts or torch.cuda.is_current_stream_capturing():
+            return self._function(*arguments)
+        learned: list[Tensor] = [
+            weight for weight in self._module.parameters() if weight.requires_grad and torch.is_grad_enabled()
+        ]
+        needs = tuple(tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors)
+        cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key: tuple[Any, ...] = (*map(type, arguments), needs, cast, len(learned), self._module.training)
+        key += tuple((tensor.device, tensor.shape, tensor.dtype) for tensor in tensors)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            if len(self._graphs) >= _MOST_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+
+            def function(*flat: Tensor) -> Tensor:
+                return self._function(*tree_unflatten(flat, nesting))
+
+            try:
+                with (
+                    torch.random.fork_rng([tensors[0].device]),
+                    torch.autocast("cuda", cast, enabled=cast is not None, cache_enabled=False),
+                ):
+                    graph = _Graph(function, tensors, needs, learned)
+            except RuntimeError:
+                # Perhaps out of memory, which the others hold: smaller calls are to find it free.
+                self._graphs.clear()
+                raise
+        self._graphs[key] = graph
+        out: Tensor = _Replay.apply(graph, *tensors, *learned)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replayed:
+        """The copy of a network records its own calls."""
+        return Replayed(copy.deepcopy(self._function, memo), copy.deepcopy(self._module, memo))
+
+
+class _Graph:
+    """A recorded call, ``ahead``, and if anything needs a gradient, ``back``."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        tensors: list[Tensor],
+        needs: tuple[bool, ...],
+        learned: list[nn.Parameter],
+    ) -> None:
+        self.inputs = [
+            tensor.detach().clone().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)
+        ]
+        self.wanted = [tensor for tensor in self.inputs if tensor.requires_grad] + learned
+        self.needs, self.calls = (*needs, *(True for _ in learned)), 0
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Kernels are built and workspaces taken before anything is recorded.
+            for _ in range(2):
+                out = function(*self.inputs)
+                if self.wanted:
+                    torch.autograd.grad(out, self.wanted, torch.ones_like(out))
+            del out
+        torch.cuda.current_stream().wait_stream(stream)
+        self.ahead, self.back, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        # Other threads, such as one that pins the memory of batches, may go on meanwhile.
+        with torch.cuda.graph(self.ahead, pool=pool, capture_error_mode="thread_local"):
+            out = function(*self.inputs)
+        if self.wanted:
+            self.slope = torch.empty_like(out)
+            with torch.cuda.graph(self.back, pool=pool, capture_error_mode="thread_local"):
+                self.gradients = torch.autograd.grad(out, self.wanted, self.slope)
+        self.out = out.detach()
+
+    def replay(self, tensors: tuple[Tensor, ...]) -> int:
+        """Calls the function; returns the number of the call."""
+        with torch.no_grad():
+            for mine, given in zip(self.inputs, tensors, strict=True):
+                mine.copy_(given)
+        self.ahead.replay()
+        self.calls += 1
+        return self.calls
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, *tensors: Tensor) -> Tensor:  # noqa: ANN401
+        tensors = tensors[: len(graph.inputs)]
+        ctx.graph, ctx.call = graph, graph.replay(tensors)
+        ctx.save_for_backward(*tensors)
+        return graph.out.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        graph: _Graph = ctx.graph
+        if ctx.call != graph.calls:
+            # Another call has taken the place of this one's activations.
+            graph.replay(ctx.saved_tensors)
+        graph.slope.copy_(slope)
+        graph.back.replay()
+        found = iter(torch._foreach_mul(graph.gradients, 1.0))
+        return None, *(next(found) if need else None for need in graph.needs)
