@@ -50,7 +50,7 @@ def test_a_map_acts_as_the_embedding_computed_for_every_pixel(variant):
 
     class PerPixel:
         def __init__(self, embedding, weights):
-            self.pixels = unet.embed(sinusoidal(position, unet.width, x.dtype)).movedim(-1, 1)
+            self.pixels = unet.embed(sinusoidal(position, unet.sinusoids, x.dtype)).movedim(-1, 1)
 
         def project(self, layer, width):
             pooled = torch.nn.functional.avg_pool2d(self.pixels, 8 // width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -17,7 +18,7 @@ from lit_purify.models.denoiser import Denoiser
 
 Network = TypeVar("Network", Denoiser, Classifier)
 
-_MOST_GRAPHS = 8
+_MOST_KINDS, _MOST_ALIVE = 8, 8
 
 
 def accelerated(network: Network, precision: Literal["float32", "bf16"] = "float32") -> Network:
@@ -42,15 +43,17 @@ def accelerated(network: Network, precision: Literal["float32", "bf16"] = "float
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(torch.bfloat16)
         made.origin += ", bf16"
-    made.forward = Replayed(made.forward, made)  # type: ignore[method-assign]
+    made.forward = Replayed(made.forward, made)  # type: ignore[method-assign, assignment]
     return made
 
 
 class Replayed:
     """A function of tensors whose calls on a GPU are recorded as CUDA graphs, with their gradients.
 
-    A graph for each set of shapes, types and modes, the latest eight of them. Results are copies, so that later calls
-    do not change them. Elsewhere the function is called as it is.
+    There is a graph, or more, for each of the latest eight sets of shapes, types and modes. A gradient needs the
+    activations of its call: while it is outstanding, the next call gets a graph of its own, up to eight of them and as
+    long as memory is free; after that the oldest activations make room, and are recomputed for their gradient. Results
+    are copies, so that later calls do not change them. Elsewhere the function is called as it is.
 
     Args:
         function: From tensors, also in nested tuples, to one tensor. It must not wait for the device.
@@ -59,7 +62,7 @@ class Replayed:
 
     def __init__(self, function: Callable[..., Tensor], module: nn.Module) -> None:
         self._function, self._module = function, module
-        self._graphs: dict[Any, _Graph] = {}
+        self._graphs: dict[Any, list[_Graph]] = {}
 
     def __call__(self, *arguments: Any) -> Tensor:  # noqa: ANN401
         """The function's result."""
@@ -75,10 +78,12 @@ class Replayed:
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key: tuple[Any, ...] = (*map(type, arguments), needs, cast, len(learned), self._module.training)
         key += tuple((tensor.device, tensor.shape, tensor.dtype) for tensor in tensors)
-        graph = self._graphs.pop(key, None)
-        if graph is None:
-            if len(self._graphs) >= _MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
+        graphs = self._graphs.pop(key, [])
+        self._graphs[key] = graphs
+        if len(self._graphs) > _MOST_KINDS:
+            del self._graphs[next(iter(self._graphs))]
+        graph = next((graph for graph in graphs if not graph.awaited), None)
+        if graph is None and (not graphs or (len(graphs) < _MOST_ALIVE and graphs[0].fits_again())):
 
             def function(*flat: Tensor) -> Tensor:
                 return self._function(*tree_unflatten(flat, nesting))
@@ -93,7 +98,10 @@ class Replayed:
                 # Perhaps out of memory, which the others hold: smaller calls are to find it free.
                 self._graphs.clear()
                 raise
-        self._graphs[key] = graph
+            graphs.append(graph)
+        elif graph is None:
+            graph = graphs.pop(0)
+            graphs.append(graph)
         out: Tensor = _Replay.apply(graph, *tensors, *learned)
         return out
 
@@ -110,13 +118,13 @@ class _Graph:
         function: Callable[..., Tensor],
         tensors: list[Tensor],
         needs: tuple[bool, ...],
-        learned: list[nn.Parameter],
+        learned: list[Tensor],
     ) -> None:
         self.inputs = [
             tensor.detach().clone().requires_grad_(need) for tensor, need in zip(tensors, needs, strict=True)
         ]
         self.wanted = [tensor for tensor in self.inputs if tensor.requires_grad] + learned
-        self.needs, self.calls = (*needs, *(True for _ in learned)), 0
+        self.needs = (*needs, *(True for _ in learned))
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -127,6 +135,8 @@ class _Graph:
                     torch.autograd.grad(out, self.wanted, torch.ones_like(out))
             del out
         torch.cuda.current_stream().wait_stream(stream)
+        before = torch.cuda.memory_reserved()
+        self.call: weakref.ref[_Call] | None = None
         self.ahead, self.back, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # Other threads, such as one that pins the memory of batches, may go on meanwhile.
         with torch.cuda.graph(self.ahead, pool=pool, capture_error_mode="thread_local"):
@@ -135,23 +145,36 @@ class _Graph:
             self.slope = torch.empty_like(out)
             with torch.cuda.graph(self.back, pool=pool, capture_error_mode="thread_local"):
                 self.gradients = torch.autograd.grad(out, self.wanted, self.slope)
-        self.out = out.detach()
+        self.out, self.bytes = out.detach(), torch.cuda.memory_reserved() - before
 
-    def replay(self, tensors: tuple[Tensor, ...]) -> int:
-        """Calls the function; returns the number of the call."""
+    @property
+    def awaited(self) -> bool:
+        """Whether the gradient of the latest call may still be asked for."""
+        return bool(self.wanted) and self.call is not None and self.call() is not None
+
+    def fits_again(self) -> bool:
+        """Whether there is memory for another such graph, and half as much again for the rest."""
+        return torch.cuda.mem_get_info()[0] > 1.5 * self.bytes
+
+    def replay(self, tensors: tuple[Tensor, ...], call: _Call) -> None:
+        """Calls the function."""
         with torch.no_grad():
             for mine, given in zip(self.inputs, tensors, strict=True):
                 mine.copy_(given)
         self.ahead.replay()
-        self.calls += 1
-        return self.calls
+        self.call = weakref.ref(call)
+
+
+class _Call:
+    """One call; it lives as long as its gradient may be asked for."""
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, graph: _Graph, *tensors: Tensor) -> Tensor:  # noqa: ANN401
         tensors = tensors[: len(graph.inputs)]
-        ctx.graph, ctx.call = graph, graph.replay(tensors)
+        ctx.graph, ctx.call = graph, _Call()
+        graph.replay(tensors, ctx.call)
         ctx.save_for_backward(*tensors)
         return graph.out.clone()
 
@@ -159,10 +182,11 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         graph: _Graph = ctx.graph
-        if ctx.call != graph.calls:
+        if graph.call is None or graph.call() is not ctx.call:
             # Another call has taken the place of this one's activations.
-            graph.replay(ctx.saved_tensors)
+            graph.replay(ctx.saved_tensors, ctx.call)
         graph.slope.copy_(slope)
         graph.back.replay()
+        graph.call = None
         found = iter(torch._foreach_mul(graph.gradients, 1.0))
         return None, *(next(found) if need else None for need in graph.needs)

@@ -17,7 +17,7 @@ from lit_purify.functional.diffusion import noised, step_back, to_diffusion, to_
 from lit_purify.functional.levels import LevelMap, two_level
 from lit_purify.functional.mask import random_shapes
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
-from lit_purify.models import Classifier, Denoiser
+from lit_purify.models import Classifier, Denoiser, Replayed
 from lit_purify.training.task import TrainingTask
 
 _NOISE, _LEVELS, _SHAPES, _AUGMENT = range(4)
@@ -113,6 +113,7 @@ class DenoiserTask(TrainingTask):
         self.denoiser, self.constant, self.attention, self.max_level = denoiser, constant, attention, max_level
         self.mask, self.val_levels = mask, tuple(val_levels)
         denoiser.gradient_checkpointing = gradient_checkpointing
+        self._replayed = Replayed(denoiser.forward, denoiser)
         # In a tuple: the weight average and the checkpoints are about the denoiser alone.
         self._classifier: tuple[Classifier, ...] = ()
         if classifier is not None:
@@ -144,7 +145,10 @@ class DenoiserTask(TrainingTask):
         eps = noise.normal(_NOISE, u)
         levels = self.draw_levels(image, noise)
         # In mixed precision the prediction has 16 bits; its error is computed with 32.
-        predicted = self.denoiser(noised(u, self.denoiser.schedule.at(levels.dense), eps), levels).to(eps.dtype)
+        x = noised(u, self.denoiser.schedule.at(levels.dense), eps)
+        # Recorded calls cannot recompute, and do not tell other processes of each gradient as it comes.
+        whole = self.denoiser.gradient_checkpointing or torch.distributed.is_initialized()
+        predicted = (self.denoiser if whole else self._replayed)(x, levels).to(eps.dtype)
         return (predicted - eps).square().mean()
 
     def draw_levels(self, image: Tensor, noise: Noise) -> LevelMap:

@@ -148,7 +148,11 @@ class TrainingTask(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; linear warm-up, then a cosine to 0 at the last step."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        weights = list(self.network.parameters())
+        # One kernel for all weights on a GPU; elsewhere its rounding differs.
+        optimizer = torch.optim.AdamW(
+            weights, self.learning_rate, weight_decay=self.weight_decay, fused=weights[0].is_cuda or None
+        )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = max(1, min(self.warmup, total // 2))
 
