@@ -10,6 +10,10 @@ import torch
 import yaml
 from torch import nn
 
+# Kernels are interpreted, on CPU tensors; read when timm imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.functional.schedule import Schedule

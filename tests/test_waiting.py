@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import randomized
-from test_purifiers import NAMES, every, keyed
+from test_purifiers import NAMES, every
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,9 +23,8 @@ from lit_purify.defense import (
     Votes,
     Zeros,
 )
-from lit_purify.errors import InputError
 from lit_purify.functional.noise import KeyedNoise
-from lit_purify.models import Compiled, MatchedSchedule, UNet
+from lit_purify.models import MatchedSchedule
 
 RULES = {
     "top": TopFraction(0.3),
@@ -120,47 +118,3 @@ def test_waiting_is_seen(copies, wait):
             return wait(super().build(*args))
 
     assert copies(lambda *networks: VariableIntensityPurifier(*networks, Waiting(0.3), 400, 200, 2))
-
-
-@pytest.mark.parametrize("name", ["ddim", "variable", "heterogeneous-single"])
-@pytest.mark.parametrize("recompute", [True, False])
-def test_calls_are_whole_graphs(name, recompute, unet, classifier, images):
-    """Of the network and of its gradient; a break would be refused. What is computed is the same."""
-    seen = []
-    compiled = Compiled(unet, backend="aot_eager")
-    compiled.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs)))
-    found = []
-    for denoiser in (unet, compiled, copy.deepcopy(compiled)):
-        defended = DefendedClassifier(every(denoiser, classifier, recompute=recompute)[name], classifier)
-        leaf = images.clone().requires_grad_()
-        logits = defended(leaf, keyed(len(images)))
-        found.append((logits.detach(), *torch.autograd.grad(logits.square().sum(), leaf)))
-    assert len(seen) >= 2 * 4
-    for values in found[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(values, found[0], strict=True))
-
-
-def test_a_call_that_is_several_graphs_is_refused():
-    class Broken(UNet):
-        def forward(self, x, t):
-            torch._dynamo.graph_break()
-            return super().forward(x, t)
-
-    compiled = Compiled(Broken(channels=1, size=8, width=8, multipliers=[1], blocks=1), backend="eager")
-    with pytest.raises(torch._dynamo.exc.Unsupported):
-        compiled(torch.randn(1, 1, 8, 8), torch.tensor([5]))
-
-
-def test_every_number_of_rows_has_its_graph():
-    """More of them than torch compiles one function for unless it is told to."""
-    unet = randomized(UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1))
-    unet.origin = "weights.safetensors"
-    compiled = Compiled(unet, backend="eager")
-    for rows in range(1, 11):
-        x, t = torch.randn(rows, 1, 8, 8), torch.arange(1, rows + 1)
-        assert torch.equal(compiled(x, t), unet(x, t))
-    assert (compiled.title, compiled.origin) == (f"{unet.title}, compiled", "weights.safetensors")
-    x, t = torch.randn(3, 1, 8, 8), torch.tensor([5, 50, 500])
-    assert torch.equal(MatchedSchedule(compiled)(x, t), MatchedSchedule(unet)(x, t))
-    with pytest.raises(InputError, match="MatchedSchedule wraps another one"):
-        Compiled(MatchedSchedule(unet))

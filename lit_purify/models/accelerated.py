@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
@@ -56,24 +55,27 @@ class Replayed:
     are copies, so that later calls do not change them. Elsewhere the function is called as it is.
 
     Args:
-        function: From tensors, also in nested tuples, to one tensor. It must not wait for the device.
-        module: The network that it calls.
+        function: From tensors and tuples of tensors to one tensor. It must not wait for the device.
+        module: The network that it calls; gradients of those weights that require one at the first call are recorded.
     """
 
     def __init__(self, function: Callable[..., Tensor], module: nn.Module) -> None:
         self._function, self._module = function, module
+        self._learned: list[Tensor] | None = None
         self._graphs: dict[Any, list[_Graph]] = {}
 
     def __call__(self, *arguments: Any) -> Tensor:  # noqa: ANN401
         """The function's result."""
-        tensors, nesting = tree_flatten(arguments)
+        tensors: list[Tensor] = []
+        for argument in arguments:
+            tensors += argument if isinstance(argument, tuple) else [argument]
         # Levels of pixels, (B, 1, H, W), are sorted first, for which the host waits.
         sorts = len(arguments) > 1 and isinstance(arguments[1], Tensor) and arguments[1].ndim == 4
         if not tensors[0].is_cuda or sorts or torch.cuda.is_current_stream_capturing():
             return self._function(*arguments)
-        learned: list[Tensor] = [
-            weight for weight in self._module.parameters() if weight.requires_grad and torch.is_grad_enabled()
-        ]
+        if self._learned is None:
+            self._learned = [weight for weight in self._module.parameters() if weight.requires_grad]
+        learned = self._learned if torch.is_grad_enabled() else []
         needs = tuple(tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors)
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key: tuple[Any, ...] = (*map(type, arguments), needs, cast, len(learned), self._module.training)
@@ -86,7 +88,10 @@ class Replayed:
         if graph is None and (not graphs or (len(graphs) < _MOST_ALIVE and graphs[0].fits_again())):
 
             def function(*flat: Tensor) -> Tensor:
-                return self._function(*tree_unflatten(flat, nesting))
+                left = iter(flat)
+                return self._function(
+                    *(type(a)(*(next(left) for _ in a)) if isinstance(a, tuple) else next(left) for a in arguments)
+                )
 
             try:
                 with (

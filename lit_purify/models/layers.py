@@ -224,12 +224,14 @@ class Attention(nn.Module):
         fused, normal = kernels(x), normalized(self.norm, x, act=False)
         if fused is None:
             split = "b (three n c) h w -> three b n (h w) c"
-            mixed = scaled_dot_product_attention(*rearrange(self.qkv(normal), split, three=3, n=self.heads))
+            q, k, v = rearrange(self.qkv(normal), split, three=3, n=self.heads)
+            mixed = scaled_dot_product_attention(q, k, v)
             return self.style.joined(x, self.out(rearrange(mixed, "b n (h w) c -> b (n c) h w", h=x.shape[-2])))
         # Taken apart in the order of memory: the gradients of the three are then put together in one pass.
         qkv = pointwise(self.qkv.weight, self.qkv.bias, normal).permute(0, 2, 3, 1)
         parts = rearrange(qkv, "b h w (three n c) -> b (h w) three n c", three=3, n=self.heads).unbind(dim=2)
-        mixed = scaled_dot_product_attention(*(part.transpose(1, 2) for part in parts))
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        mixed = scaled_dot_product_attention(q, k, v)
         mixed = rearrange(mixed, "b n (h w) c -> b (n c) h w", h=x.shape[-2])
         out: Tensor = fused.add(x, pointwise(self.out.weight, None, mixed), self.out.bias, self.style.factor)
         return out

@@ -1,0 +1,180 @@
+"""The Triton kernels, run by Triton's interpreter on CPU tensors, against PyTorch's formulas in float64."""
+
+import copy
+import os
+
+import pytest
+import torch
+from conftest import randomized
+from torch.nn import functional as F
+
+from lit_purify.errors import InputError
+from lit_purify.functional.levels import two_level
+from lit_purify.functional.noise import ATTACK, KeyedNoise
+from lit_purify.models import MatchedSchedule, ResNetClassifier, UNet, accelerated, layers
+
+LAST = torch.channels_last
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    """The modules of kernels, for CPU tensors."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("where there is a GPU, Triton compiles")
+    from lit_purify.functional import noise_kernel
+    from lit_purify.models import kernels
+
+    return kernels, noise_kernel
+
+
+def close(found, expected, tolerance):
+    """Relative error in the norm."""
+    found, expected = found.detach().double(), expected.detach()
+    assert (found - expected).norm() <= tolerance * expected.norm() + 1e-12
+
+
+def leaves(tensors, dtype=None):
+    """Copies that need a gradient."""
+    return [
+        None if tensor is None else (tensor if dtype is None else tensor.to(dtype)).clone().requires_grad_()
+        for tensor in tensors
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "second", "size", "groups", "levels", "mapped", "act", "dtype"),
+    [
+        # Groups of 20 channels, as in the 10.0 M network; a level map; and the bias of the convolution before.
+        (2, 80, 0, 4, 4, 2, True, True, torch.float32),
+        (3, 24, 0, 4, 6, 1, False, True, torch.float32),
+        (2, 16, 0, 4, 4, 0, False, False, torch.float32),
+        # A joined skip connection, whose border lies within a group.
+        (2, 60, 20, 4, 4, 0, False, True, torch.float32),
+        # One level and a map of one; several programs an image.
+        (1, 64, 0, 32, 32, 1, True, True, torch.float32),
+        (2, 32, 0, 4, 8, 2, True, True, torch.bfloat16),
+    ],
+)
+def test_group_norm(interpreted, monkeypatch, rows, channels, second, size, groups, levels, mapped, act, dtype):
+    monkeypatch.setattr(interpreted[0], "_PROGRAMS", 2)
+    x = 2.0 * torch.randn(rows, channels, size, size) + 5.0
+    spread = torch.rand(rows, levels, size, size).softmax(dim=1) if mapped else None
+    given = [x.to(dtype), torch.randn(channels), torch.randn(channels), None if second else torch.randn(channels)]
+    given += [torch.randn(rows, levels, 2 * channels) if levels else None, spread]
+    ours, theirs = leaves(given), leaves(given, torch.float64)
+    slope = torch.randn(rows, channels, size, size)
+
+    def called(x, weight, bias, pre, levels, spread):
+        parts = (x, None) if not second else (x[:, :-second], x[:, -second:])
+        return interpreted[0].group_norm(parts[0], groups, weight, bias, 1e-5, act, pre, levels, spread, parts[1])
+
+    out = called(*ours)
+    x, weight, bias, pre, modulation, spread = theirs
+    expected = F.group_norm(x if pre is None else x + pre[:, None, None], groups, weight, bias, 1e-5)
+    if levels:
+        each = modulation[:, 0, :, None, None]
+        scale, shift = (torch.einsum("bln,blhw->bnhw", modulation, spread) if mapped else each).chunk(2, dim=1)
+        expected = expected * (1.0 + scale) + shift
+    expected = F.silu(expected) if act else expected
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=LAST)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    close(out, expected, tolerance)
+    out.backward(slope.to(dtype))
+    expected.backward(slope.to(dtype).double())
+    for one, other in zip(ours, theirs, strict=True):
+        if one is not None:
+            close(one.grad, other.grad, tolerance)
+    # Attacks need the gradient in the image alone.
+    alone = leaves(given[:1])[0]
+    called(alone, *given[1:]).backward(slope.to(dtype))
+    close(alone.grad, theirs[0].grad, tolerance)
+
+
+def test_sums_and_resampling(interpreted):
+    kernels = interpreted[0]
+    x, h, bias = torch.randn(2, 24, 4, 6).to(memory_format=LAST), *leaves((torch.randn(2, 24, 4, 6), torch.randn(24)))
+    slope = torch.randn(2, 24, 4, 6)
+    for out, expected in (
+        (kernels.add(x, h, bias, 0.5), 0.5 * (x + h + bias[:, None, None])),
+        (kernels.add(None, h, bias), h + bias[:, None, None]),
+        (kernels.halved(h), F.avg_pool2d(h, 2)),
+        (kernels.doubled(h), F.interpolate(h, scale_factor=2)),
+    ):
+        torch.testing.assert_close(out, expected)
+        wanted = (h, bias) if expected.shape == h.shape else (h,)
+        slope = torch.randn(expected.shape)
+        found, right = (torch.autograd.grad(one, wanted, slope) for one in (out, expected))
+        torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "variant", "mapped", "most"),
+    [
+        ([1], {"attention": [2]}, True, 2),
+        # More levels than the kernel takes.
+        ([1], {}, True, 1),
+        ([1, 2], {"scale_shift": False, "resampling": "conv_end"}, False, 2),
+        ([1, 2], {"resampling": "residual", "rescale": True}, True, 2),
+    ],
+)
+def test_networks_compute_the_same_by_kernels(interpreted, monkeypatch, multipliers, variant, mapped, most):
+    unet = randomized(UNet(channels=1, size=2, width=8, multipliers=multipliers, blocks=1, **variant))
+    unet.requires_grad_()
+    monkeypatch.setattr(interpreted[0], "MOST_LEVELS", most)
+    x, t = torch.randn(2, 1, 2, 2), torch.tensor([5, 80])
+    t = two_level((torch.rand(2, 1, 2, 2) < 0.5).float(), 200, 100) if mapped else t
+    found = []
+    for kernels in (None, interpreted[0]):
+        monkeypatch.setattr(layers, "kernels", lambda x, kernels=kernels: kernels)
+        leaf = x.clone().requires_grad_()
+        out = unet(leaf, t)
+        found.append((out.detach(), *torch.autograd.grad(out.square().sum(), [leaf, *unet.parameters()])))
+    for one, other in zip(*found, strict=True):
+        close(one, other.double(), 1e-3)
+
+
+def test_noise_has_the_same_bits(interpreted):
+    index, run = torch.tensor([0, 2**32 - 1, 7]), torch.tensor([2**31, 0, 3])
+    for dtype in (torch.float32, torch.bfloat16):
+        like = torch.zeros(3, 3, 3, 2, dtype=dtype)
+        for step, seed in ((2**32 - 2, 2**32 - 5), (1, 1)):
+            noise = KeyedNoise(seed, index, run, ATTACK)
+            for normal in (True, False):
+                drawn = interpreted[1].draw(like, index, run, step, seed, ATTACK, normal)
+                assert drawn.equal((noise.normal if normal else noise.uniform)(step, like))
+
+
+def test_accelerated_networks(unet):
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([5, 50, 500])
+    made = accelerated(unet)
+    assert made(x, t).equal(unet(x, t))
+    assert copy.deepcopy(made)(x, t).equal(unet(x, t))
+    assert MatchedSchedule(made)(x, t).equal(MatchedSchedule(unet)(x, t))
+    assert not any(weight.requires_grad for weight in made.parameters())
+    low = accelerated(unet, "bf16")
+    assert low.origin.endswith(", bf16")
+    out = low(x, t)
+    assert out.dtype == torch.float32
+    close(out, unet(x, t).double(), 0.05)
+    classifier = ResNetClassifier(8, 8, 10, 1, 4)
+    image = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(accelerated(classifier)(image), classifier(image))
+    for network, precision in ((unet, "fp8"), (classifier, "bf16")):
+        with pytest.raises(InputError, match="use float32, or bf16 for a denoiser"):
+            accelerated(network, precision)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_calls_on_a_gpu_are_replayed(unet):
+    unet = unet.cuda()
+    made, t = accelerated(unet), torch.tensor([5, 50, 500]).cuda()
+    first, second = (torch.randn(3, 1, 8, 8).cuda().requires_grad_() for _ in range(2))
+    # The gradient of the first call is asked for after the second.
+    ours = [made(x, t) for x in (first, second)]
+    for x, out in zip((first, second), ours, strict=True):
+        expected = unet(x, t)
+        torch.testing.assert_close(out, expected)
+        found, right = (torch.autograd.grad(one.square().sum(), x)[0] for one in (out, expected))
+        torch.testing.assert_close(found, right, rtol=1e-3, atol=1e-4)
