@@ -23,9 +23,9 @@ def interpreted():
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("where there is a GPU, Triton compiles")
     from lit_purify.functional import noise_kernel
-    from lit_purify.models import kernels
+    from lit_purify.models import fused
 
-    return kernels, noise_kernel
+    return fused, noise_kernel
 
 
 def close(found, expected, tolerance):

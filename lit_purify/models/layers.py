@@ -99,7 +99,7 @@ def kernels(x: Tensor) -> ModuleType | None:
 @functools.cache
 def _kernels() -> ModuleType | None:
     try:
-        from lit_purify.models import kernels as found
+        from lit_purify.models import fused as found
     except ImportError:
         return None
     return found

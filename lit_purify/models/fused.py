@@ -1,0 +1,228 @@
+"""Group normalization, level modulation and SiLU in one channels-last pass, and other sums that would each be one.
+
+For GPUs on which Triton runs. PyTorch's own group normalization copies channels-last input to contiguous memory and
+back, and each of bias, modulation, SiLU and cast is another pass over memory. Statistics and sums are float32.
+"""
+
+# ruff: noqa: ANN401
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-call"
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lit_purify.models import kernels
+
+MOST_LEVELS = 2
+"""More distinct levels an image are left to PyTorch."""
+
+_TILE = 8192
+_SMALL_TILE = 2048
+_PROGRAMS = 528
+_FUSED_ROWS = 96
+_FUSED_SIZE = 32768
+_BLOCK = 4096
+_WARPS = 8
+
+
+def _split(x: Tensor, second: Tensor | None, groups: int, tile: int) -> dict[str, int]:
+    """How an input is cut into programs."""
+    rows, pixels = x.shape[0], x.shape[2] * x.shape[3]
+    more = 0 if second is None else second.shape[1]
+    channels = x.shape[1] + more
+    blocks, width = triton.next_power_of_2(groups), triton.next_power_of_2(channels // groups)
+    height = max(1, min(tile // (blocks * width), triton.next_power_of_2(pixels)))
+    parts = 1
+    if rows < _FUSED_ROWS and pixels * channels > _FUSED_SIZE:
+        parts = max(1, min(-(-_PROGRAMS // rows), -(-pixels // height)))
+    chunk = -(-pixels // (parts * height)) * height
+    parts = -(-pixels // chunk)
+    return {
+        "P": pixels,
+        "chunk": chunk,
+        "S": parts,
+        "C": channels,
+        "C2": more,
+        "G": groups,
+        "BG": blocks,
+        "GP": width,
+        "BS": triton.next_power_of_2(parts),
+        "BP": height,
+        "num_warps": _WARPS,
+    }
+
+
+def _last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+class _Normalized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        pre: Tensor | None,
+        levels: Tensor | None,
+        spread: Tensor | None,
+        second: Tensor | None,
+        groups: int,
+        eps: float,
+        act: bool,
+    ) -> Tensor:
+        x, second = _last(x), None if second is None else _last(second)
+        sizes = _split(x, second, groups, _TILE)
+        shape = (len(x), sizes["C"], *x.shape[2:])
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        statistics = x.new_empty(len(x), 2, groups, dtype=torch.float32)
+        parts = sizes["S"]
+        partial = x.new_empty(len(x), parts, 2, sizes["BG"], dtype=torch.float32) if parts > 1 else statistics
+        if levels is not None and levels.stride()[1:] != (levels.shape[2], 1):
+            levels = levels.contiguous()
+        spread = None if spread is None else spread.contiguous()
+        ctx.flags = {
+            "level_stride": 0 if levels is None else levels.stride(0),
+            "L": 0 if levels is None else levels.shape[1],
+            "MAPPED": spread is not None,
+            "PRE": pre is not None,
+            "SILU": act,
+        }
+        # What a flag switches off is never read.
+        given = [x if tensor is None else tensor for tensor in (second, y, pre, weight, bias, levels, spread)]
+        for stage in (2,) if parts == 1 else (0, 1):
+            kernels.forward[(len(x), parts)](x, *given, partial, statistics, eps=eps, **sizes, **ctx.flags, STAGE=stage)
+        ctx.save_for_backward(x, weight, bias, pre, levels, spread, second, statistics)
+        ctx.groups = groups
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, pre, levels, spread, second, statistics = ctx.saved_tensors
+        parameters = any(ctx.needs_input_grad[k] for k in (1, 2, 3, 4, 5))
+        dx, dsecond = torch.empty_like(x), None if second is None else torch.empty_like(second)
+        sizes = _split(x, second, ctx.groups, _SMALL_TILE if parameters else _TILE // 2)
+        rows, parts, channels, count = len(x), sizes["S"], sizes["C"], ctx.flags["L"]
+        partial = x.new_empty(rows, parts, 2, sizes["BG"], dtype=torch.float32) if parts > 1 else statistics
+        sums = x.new_empty(rows, parts, 3 + 2 * count, channels, dtype=torch.float32) if parameters else statistics
+        dspread = torch.empty_like(spread, dtype=torch.float32) if parameters and spread is not None else None
+        given = [x if tensor is None else tensor for tensor in (second, _last(dy), dx, dsecond)]
+        given += [x if tensor is None else tensor for tensor in (pre, weight, bias, levels, spread)]
+        for stage in (2,) if parts == 1 else (0, 1):
+            kernels.backward[(rows, parts)](
+                x, *given, statistics, partial, sums, x if dspread is None else dspread, **sizes, **ctx.flags,
+                PARAMETERS=parameters, STAGE=stage,
+            )  # fmt: skip
+        if not parameters:
+            return dx, *[None] * 5, dsecond, None, None, None
+        each = sums.sum(dim=1)
+        whole = each.sum(dim=0)
+        dlevels = each[:, 2:-1].reshape(rows, count, 2 * channels).to(levels.dtype) if count else None
+        dpre = None if pre is None else whole[-1].to(pre.dtype)
+        dspread = None if dspread is None else dspread.to(spread.dtype)
+        return dx, whole[1].to(weight.dtype), whole[0].to(bias.dtype), dpre, dlevels, dspread, dsecond, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor | None, h: Tensor, bias: Tensor, factor: float) -> Tensor:
+        x, h = None if x is None else _last(x), _last(h)
+        y, count = torch.empty_like(h), h.numel()
+        alone = x is None
+        kernels.add[(triton.cdiv(count, _BLOCK),)](
+            h if alone else x, h, bias, y, count, factor, h.shape[1], alone, _BLOCK, num_warps=8
+        )
+        ctx.factor, ctx.dtype = factor, bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dy = _last(dy if ctx.factor == 1.0 else dy * ctx.factor)
+        dbias = None
+        if ctx.needs_input_grad[2]:
+            channels = dy.shape[1]
+            count, width = dy.numel() // channels, triton.next_power_of_2(channels)
+            height = max(1, _TILE // width)
+            chunk = -(-count // (_PROGRAMS * height)) * height
+            sums = dy.new_empty(-(-count // chunk), channels, dtype=torch.float32)
+            kernels.columns[(len(sums),)](dy, sums, count, chunk, channels, width, height, num_warps=8)
+            dbias = sums.sum(dim=0).to(ctx.dtype)
+        return dy if ctx.needs_input_grad[0] else None, dy, dbias, None
+
+
+class _Resampled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float, halve: bool) -> Tensor:
+        ctx.factor, ctx.halve = factor, halve
+        return _resampled(x, factor, halve)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _resampled(dy, ctx.factor, not ctx.halve), None, None
+
+
+def _resampled(x: Tensor, factor: float, halve: bool) -> Tensor:
+    x, (height, width) = _last(x), x.shape[2:]
+    size = (height // 2, width // 2) if halve else (2 * height, 2 * width)
+    y = torch.empty(*x.shape[:2], *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    large, small = (x, y) if halve else (y, x)
+    count = small.numel()
+    grid = (triton.cdiv(count, _BLOCK // 4),)
+    kernels.resample[grid](large, small, count, factor, small.shape[3], x.shape[1], halve, _BLOCK // 4, num_warps=4)
+    return y
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    act: bool,
+    pre: Tensor | None = None,
+    levels: Tensor | None = None,
+    spread: Tensor | None = None,
+    second: Tensor | None = None,
+) -> Tensor:
+    """act(GroupNorm(x + pre) * (1 + scale) + shift), channels last, of the type of ``x``.
+
+    Args:
+        x: (B, C, h, w), bfloat16, float16 or float32.
+        groups: Number of groups.
+        weight: (C,).
+        bias: (C,).
+        eps: Added to variances.
+        act: Whether SiLU follows.
+        pre: Bias (C,) of the convolution before.
+        levels: Scale and shift side by side for each of L levels, (B, L, 2 C), L at most ``MOST_LEVELS``. Without
+            ``spread`` L is 1.
+        spread: Where each level holds, (B, L, h, w).
+        second: The last channels of the input, where they are another tensor; ``C`` counts them.
+    """
+    out: Tensor = _Normalized.apply(x, weight, bias, pre, levels, spread, second, groups, eps, act)
+    return out
+
+
+def add(x: Tensor | None, h: Tensor, bias: Tensor, factor: float = 1.0) -> Tensor:
+    """(x + h + bias) * factor, channels last, of the type of ``h``; ``x`` may be left out, ``bias`` is (C,)."""
+    out: Tensor = _Sum.apply(x, h, bias, factor)
+    return out
+
+
+def halved(x: Tensor) -> Tensor:
+    """The mean of 2x2 pixels, channels last."""
+    out: Tensor = _Resampled.apply(x, 0.25, True)
+    return out
+
+
+def doubled(x: Tensor) -> Tensor:
+    """Each pixel four times, channels last."""
+    out: Tensor = _Resampled.apply(x, 1.0, False)
+    return out
