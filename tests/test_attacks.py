@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FixedNoise
+from conftest import keyed as keyed_in
 from PIL import Image
 
 from lit_purify.attacks import (
@@ -18,10 +19,11 @@ from lit_purify.attacks import (
     Square,
     Transfer,
 )
+from lit_purify.attacks.base import NotApplicableError
 from lit_purify.attacks.square import _window
-from lit_purify.defense import DefendedClassifier, HeterogeneousPurifier, MinMaxThreshold, Ones, UniformPurifier
+from lit_purify.defense import DefendedClassifier, Exact, HeterogeneousPurifier, MinMaxThreshold, Ones, UniformPurifier
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import draws_in_chunks, gradient_in_chunks, logits_in_chunks
+from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, gradient_in_chunks, logits_in_chunks, plain
 from lit_purify.functional.losses import (
     cross_entropy_loss,
     dlr_loss,
@@ -35,7 +37,7 @@ from lit_purify.functional.threat import l2_norm, linf_norm, pixels, project, st
 
 
 def keyed(count):
-    return KeyedNoise(0, torch.arange(count), torch.zeros(count, dtype=torch.long), ATTACK)
+    return keyed_in(count, stream=ATTACK)
 
 
 def every_attack():
@@ -65,7 +67,7 @@ def ranking(x, noise):
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 0.7)])
 def test_threat_model_holds_for_each_sample(norm, eps, unet, classifier, images):
-    model = DefendedClassifier(UniformPurifier(unet, classifier, 200, 2), classifier)
+    model = DefendedClassifier(UniformPurifier(unet, 200, 2), classifier)
     label = torch.arange(6)
     adversarial = PGD(norm, eps, 4, eps / 2, eot=2)(model, images, label, keyed(6), chunk=8)
     size = (linf_norm if norm == "linf" else l2_norm)(adversarial - images)
@@ -73,6 +75,69 @@ def test_threat_model_holds_for_each_sample(norm, eps, unet, classifier, images)
     # The attack uses its ball: a norm over the whole batch would leave each sample a part of it.
     assert float(size.min()) > 0.6 * eps
     assert 0.0 <= float(adversarial.min()) <= float(adversarial.max()) <= 1.0
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_stronger_versions_change_what_they_say_and_nothing_else(name):
+    attack = every_attack()[name]
+    before, given = dict(vars(attack)), {"steps": 77, "eot": 5, "restarts": 3, "eps": 0.9, "aggregate": "vote"}
+    assert attack.scalable <= given.keys() | {"loss"}
+    for key, value in {**given, "loss": "dlr" if name != "targeted" else "margin"}.items():
+        if key not in attack.scalable:
+            with pytest.raises(
+                NotApplicableError, match=f"^{type(attack).__name__} states no version with other {key}$"
+            ):
+                attack.stronger(**{key: value})
+            continue
+        other = attack.stronger(**{key: value})
+        assert type(other) is type(attack)
+        changed = {k for k in before if vars(other)[k] != before[k]}
+        assert getattr(other, key) == value
+        # A larger ball is crossed in longer steps; another loss has no targets.
+        assert changed - {key} <= {"eps": {"step_size"}, "loss": {"targets"}}.get(key, set())
+        if "step_size" in changed:
+            assert other.step_size == pytest.approx(attack.step_size * 0.9 / attack.eps)
+        if key in ("steps", "eot", "restarts"):
+            assert other.queries.forward > attack.queries.forward
+    assert vars(attack) == before
+
+
+def test_an_attack_takes_modules_functions_and_defenses(unet, classifier, images):
+    """Without noise it draws a fresh key from torch's generator."""
+    attack, label = PGD(eps=0.1, steps=2), torch.arange(6)
+    assert (attack.norm, attack.loss, attack.step_size) == ("linf", "margin", 0.125)
+    expected = attack(classifier, images, label, keyed(6), chunk=6)
+    for model in (lambda x: classifier(x), lambda x, noise: classifier(x), classifier.network, plain(ranking)):
+        found = attack(model, images, label, keyed(6), chunk=6)
+        assert torch.equal(found, expected) == (not isinstance(model, AttackedFunction))
+    defended = DefendedClassifier(UniformPurifier(unet, 200, 2), classifier)
+    found = [
+        attack(model, images, label, keyed(6)) for model in (defended, defended.attacked(), Exact().attacked(defended))
+    ]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    torch.manual_seed(0)
+    first, second = attack(defended, images, label), attack(defended, images, label)
+    torch.manual_seed(0)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, attack(defended, images, label))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * 255, r"images must be in \[0, 1\], found 0\.\d+ \.\. 2\d\d.*: divide bytes by 255"),
+        (lambda x: 2 * x - 1, r"images must be in \[0, 1\], found -0\.9\d* \.\. 0\.9"),
+        (lambda x: (x * 255).byte(), "type torch.uint8: give floats"),
+        (lambda x: x[0], "give floats"),
+        (lambda x: x * torch.nan, "found nan"),
+        (lambda x: x[:5], r"labels have shape \(6,\), 5 images need \(5,\)"),
+    ],
+)
+def test_images_of_another_range_are_refused(change, message, classifier, images):
+    with pytest.raises(InputError, match=message) as error:
+        PGD()(classifier, change(images), torch.arange(6))
+    assert "\n" not in str(error.value)
 
 
 def test_an_attack_that_leaves_its_threat_model_is_stopped(images):
@@ -84,7 +149,7 @@ def test_an_attack_that_leaves_its_threat_model_is_stopped(images):
             return (image + 0.2).clamp(0, 1)
 
     with pytest.raises(RuntimeError, match=r"left its threat model .* rows \[0, 1, 2, 3, 4, 5\]"):
-        Cheat("linf", 0.1)(None, images, None, None)
+        Cheat("linf", 0.1)(lambda x: x, images, torch.arange(6))
 
 
 def test_violations_are_found_one_by_one():
@@ -120,9 +185,9 @@ def test_random_start_is_uniform_in_the_ball():
 
 
 def test_averaged_gradient_is_the_mean_over_draws(unet, classifier, images):
-    model = DefendedClassifier(UniformPurifier(unet, classifier, 300, 2), classifier)
+    model = DefendedClassifier(UniformPurifier(unet, 300, 2), classifier)
     label, noise, runs = torch.arange(6), keyed(6), [3, 5, 8]
-    loss, gradient = gradient_in_chunks(model, cross_entropy_loss, images, label, noise, runs, 7)
+    loss, gradient = gradient_in_chunks(model.attacked(), cross_entropy_loss, images, label, noise, runs, 7)
     losses, gradients = [], []
     for run in runs:
         leaf = images.clone().requires_grad_()
@@ -137,16 +202,17 @@ def test_averaged_gradient_is_the_mean_over_draws(unet, classifier, images):
 @pytest.mark.parametrize("name", EACH)
 def test_chunks_make_a_sample_independent_of_its_batch(name, unet, classifier, images):
     """Bit for bit: alone, in another order, in any batch; also through sign steps."""
-    purifier = HeterogeneousPurifier(unet, classifier, MinMaxThreshold(0.4), 300, 150, 2)
+    purifier = HeterogeneousPurifier(unet, MinMaxThreshold(0.4), 300, 150, 2)
     model = DefendedClassifier(purifier, classifier)
     noise, attack = keyed(6), every_attack()[name]
-    logits = logits_in_chunks(model, images, noise, [0, 1, 2], 4)
+    logits = logits_in_chunks(model.attacked(), images, noise, [0, 1, 2], 4)
     label = logits.mean(dim=1).argmax(dim=1)
     adversarial = attack(model, images, label, noise, chunk=4)
     assert float((adversarial - images).abs().max()) > 0.01
     for rows in (torch.tensor([4]), torch.tensor([5, 0, 2, 1, 3])):
         assert torch.equal(attack(model, images[rows], label[rows], noise.rows(rows), chunk=4), adversarial[rows])
-        assert torch.equal(logits_in_chunks(model, images[rows], noise.rows(rows), [0, 1, 2], 4), logits[rows])
+        found = logits_in_chunks(model.attacked(), images[rows], noise.rows(rows), [0, 1, 2], 4)
+        assert torch.equal(found, logits[rows])
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -160,7 +226,6 @@ def test_draws_are_fresh_and_their_number_is_stated(name, images):
         differentiated += len(x) * torch.is_grad_enabled()
         return ranking(x, noise)
 
-    model.attention = lambda image, noise: None
     attack = every_attack()[name]
     attack(model, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=6)
     assert attack.queries == (len(seen) / 6, differentiated / 6)
@@ -174,7 +239,6 @@ def test_an_output_or_gradient_that_is_not_a_number_stops_the_attack(name, image
         # A finite output whose gradient at 0 is infinite would not be noticed by its value.
         return ranking(x, noise) + (0.0 * x.sum() / 0.0 if name.startswith("square") else (0.0 * x[:, 0, :1, 0]).sqrt())
 
-    model.attention = lambda image, noise: None
     with pytest.raises(RuntimeError, match="of the attacked network is NaN or infinite"):
         every_attack()[name](model, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=6)
 
@@ -190,14 +254,14 @@ def test_title_is_one_line(name):
 
 def test_votes_follow_the_gradient_of_the_averaged_probability(unet, classifier, images):
     """-log of the mean over draws of p(label), by autograd over all draws at once."""
-    model = DefendedClassifier(UniformPurifier(unet, classifier, 300, 2), classifier)
+    model = DefendedClassifier(UniformPurifier(unet, 300, 2), classifier)
     label, noise, runs = torch.arange(6), keyed(6), [0, 1, 2]
     leaf = images.clone().requires_grad_()
     right = torch.stack(
         [model(leaf, noise.runs([run])).softmax(dim=1).gather(1, label[:, None])[:, 0] for run in runs], dim=1
     )
     (expected,) = torch.autograd.grad(-right.mean(dim=1).log().sum(), leaf)
-    seen = draws_in_chunks(model, cross_entropy_loss, images, label, noise, runs, 18)
+    seen = draws_in_chunks(model.attacked(), cross_entropy_loss, images, label, noise, runs, 18)
     found = PGD("linf", 0.1, 1, 0.1, eot=3, aggregate="vote")._gradient(seen, label)
     torch.testing.assert_close(steepest(found, "l2"), steepest(expected, "l2"), rtol=1e-3, atol=1e-5)
 
@@ -224,16 +288,13 @@ def test_where_draws_disagree_each_aggregate_serves_its_end():
 
 @pytest.mark.parametrize(("restarts", "aggregate"), [(1, "mean"), (3, "mean"), (1, "worst"), (1, "vote")])
 def test_best_iterate_is_at_least_as_good_as_the_last(restarts, aggregate, classifier, images):
-    def model(x, noise):
-        return classifier(x)
-
     label, pgd, apgd = classifier(images).argmax(dim=1), {}, {}
     for select in ("last", "best"):
         # Steps far too long: the last iterate is a poor one.
-        attack = PGD("linf", 0.2, 5, 0.4, eot=2, select=select, restarts=restarts, aggregate=aggregate)
-        pgd[select] = cross_entropy_loss(classifier(attack(model, images, label, keyed(6))), label)
+        attack = PGD("linf", 0.2, 5, 0.4, 2, "ce", select, restarts=restarts, aggregate=aggregate)
+        pgd[select] = cross_entropy_loss(classifier(attack(classifier, images, label, keyed(6))), label)
         attack = APGD("linf", 0.2, 3, select=select, restarts=restarts)
-        apgd[select] = margin_loss(classifier(attack(model, images, label, keyed(6))), label)
+        apgd[select] = margin_loss(classifier(attack(classifier, images, label, keyed(6))), label)
     for found in (pgd, apgd):
         assert bool((found["best"] >= found["last"] - 1e-6).all())
         assert bool((found["best"] > found["last"]).any())
@@ -292,11 +353,8 @@ def test_squares_reach_every_pixel_equally():
 def test_square_uses_its_ball(norm, classifier, images):
     """Where the box is far, every Linf pixel moves by eps, and the L2 norm is eps."""
 
-    def model(x, noise):
-        return classifier(x)
-
     image, eps = 0.4 + 0.2 * images, 0.1
-    delta = Square(norm, eps, 12)(model, image, torch.arange(6), keyed(6)) - image
+    delta = Square(norm, eps, 12)(classifier, image, torch.arange(6), keyed(6)) - image
     if norm == "linf":
         torch.testing.assert_close(delta.abs(), torch.full_like(delta, eps))
     else:
@@ -307,7 +365,7 @@ def test_square_uses_its_ball(norm, classifier, images):
 def test_the_mask_is_moved_off_the_image(norm, eps, unet, classifier, images):
     """Where the loss does not matter, the hard mask that is left overlaps less with the original one."""
     rule = MinMaxThreshold(0.4)
-    model = DefendedClassifier(HeterogeneousPurifier(unet, classifier, rule, 200, 100, 2), classifier)
+    model = DefendedClassifier(HeterogeneousPurifier(unet, rule, 200, 100, 2), classifier)
     settings = {"norm": norm, "eps": eps, "steps": 1, "step_size": eps / 10, "loss": "margin"}
     label = torch.arange(6)
     shifted = MaskShift(**settings)(model, images, label, keyed(6), chunk=8)
@@ -317,28 +375,20 @@ def test_the_mask_is_moved_off_the_image(norm, eps, unet, classifier, images):
     assert overlaps[0] < overlaps[1] - 0.1
     size = (linf_norm if norm == "linf" else l2_norm)(shifted - images)
     assert float(size.max()) > 0.9 * eps
-    with pytest.raises(RuntimeError, match="tells where it looks"):
-        MaskShift(**settings)(lambda image, noise: model(image, noise), images, label, keyed(6))
 
 
 def test_without_a_mask_to_move_nothing_is_shifted(unet, classifier, images):
-    for purifier in (
-        UniformPurifier(unet, classifier, 200, 2),
-        HeterogeneousPurifier(unet, classifier, Ones(), 200, 100, 2),
-    ):
+    for purifier in (UniformPurifier(unet, 200, 2), HeterogeneousPurifier(unet, Ones(), 200, 100, 2)):
         model, settings = DefendedClassifier(purifier, classifier), ("linf", 0.1, 2, 0.06)
         found = [kind(*settings, eot=2)(model, images, torch.arange(6), keyed(6)) for kind in (PGD, MaskShift)]
         assert torch.equal(*found)
 
 
 def test_fast_gradient_step_has_full_length(classifier, images):
-    def model(x, noise):
-        return classifier(x)
-
     image = 0.4 + 0.2 * images
-    delta = FGSM("linf", 0.1)(model, image, torch.arange(6), keyed(6)) - image
+    delta = FGSM("linf", 0.1)(classifier, image, torch.arange(6), keyed(6)) - image
     torch.testing.assert_close(delta.abs(), torch.full_like(delta, 0.1))
-    started = FGSM("linf", 0.1, random_start=True)(model, image, torch.arange(6), keyed(6)) - image
+    started = FGSM("linf", 0.1, random_start=True)(classifier, image, torch.arange(6), keyed(6)) - image
     assert not torch.equal(started, delta)
     # 1.25 eps from a uniform point of -eps .. eps: at least eps / 4 beyond the image, and cut at eps in 5 of 8 pixels.
     assert 0.025 - 1e-6 <= float(started.abs().min()) < float(started.abs().max()) <= 0.1 + 1e-6
@@ -403,6 +453,10 @@ def test_settings_that_cannot_be(make, message, images):
         make()(few_classes, images, torch.zeros(6, dtype=torch.long), keyed(6))
 
 
+def nothing(x):
+    """A model that nobody asks."""
+
+
 def save(path, images):
     if path.suffix == ".npy":
         np.save(path, images.numpy())
@@ -430,7 +484,8 @@ def test_saved_images_come_back_by_sample(name, channels, tmp_path):
     # Another attack around it passes on what it is told.
     Transfer(attack).prepare(index.tolist())
     rows = torch.tensor([5, 2, 0])
-    found = attack(None, original[rows], None, KeyedNoise(0, index[rows], torch.zeros(3).long(), ATTACK))
+    noise = KeyedNoise(0, index[rows], torch.zeros(3).long(), ATTACK)
+    found = attack(nothing, original[rows], torch.zeros(3).long(), noise)
     torch.testing.assert_close(found, adversarial[rows], rtol=0, atol=0.5 / 255 + 1e-6 if name == "pictures" else 0)
     assert attack.queries == (0, 0)
 
@@ -438,16 +493,17 @@ def test_saved_images_come_back_by_sample(name, channels, tmp_path):
 def test_rounding_to_bytes_is_allowed_only_when_said(tmp_path):
     original = torch.full((6, 1, 4, 4), 100.4 / 255)
     save(tmp_path / "pictures", original + 0.04)
-    noise = KeyedNoise(0, torch.tensor([7]), torch.zeros(1).long(), ATTACK)
+    label = torch.zeros(1).long()
+    noise = KeyedNoise(0, torch.tensor([7]), label, ATTACK)
     for norm, eps in (("linf", 0.04), ("l2", 0.16)):
         with pytest.raises(InputError, match=r"sample 7 is 0\.\d+ from its original, more than .*rounded: true"):
-            SavedImages(norm, eps, tmp_path / "pictures")(None, original[:1], None, noise)
+            SavedImages(norm, eps, tmp_path / "pictures")(nothing, original[:1], label, noise)
         attack = SavedImages(norm, eps, tmp_path / "pictures", rounded=True)
         assert "half a level" in attack.title
-        assert float(attack(None, original[:1], None, noise)[0, 0, 0, 0]) == pytest.approx(111 / 255)
+        assert float(attack(nothing, original[:1], label, noise)[0, 0, 0, 0]) == pytest.approx(111 / 255)
         far = original[:1] + 0.4 / 255
         with pytest.raises(InputError, match="more than"):
-            SavedImages(norm, eps / 2, tmp_path / "pictures", rounded=True)(None, far, None, noise)
+            SavedImages(norm, eps / 2, tmp_path / "pictures", rounded=True)(nothing, far, label, noise)
 
 
 def test_saved_images_that_cannot_be_used(tmp_path):
@@ -457,7 +513,7 @@ def test_saved_images_that_cannot_be_used(tmp_path):
         attack = SavedImages("linf", 0.1, path)
         if prepare:
             attack.prepare(prepare)
-        attack(None, original, label, keyed(2))
+        attack(nothing, original, label, keyed(2))
 
     def refuses(message, name, content=None, prepare=None):
         path = tmp_path / name

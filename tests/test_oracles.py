@@ -2,21 +2,18 @@
 
 import pytest
 import torch
+from conftest import keyed
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.square import SquareAttack
 
-from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, Square
+from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, Square, apgd
 from lit_purify.attacks.square import _pyramid, _pyramids
 from lit_purify.data import Digits
-from lit_purify.functional.noise import ATTACK, KeyedNoise
+from lit_purify.functional.losses import named_loss, targeted_dlr_loss
 from lit_purify.functional.threat import l2_norm, violations
 from lit_purify.models import load_classifier
 
 OFFICIAL = {"linf": "Linf", "l2": "L2"}
-
-
-def keyed(count):
-    return KeyedNoise(0, torch.arange(count), torch.zeros(count, dtype=torch.long), ATTACK)
 
 
 @pytest.fixture(scope="session")
@@ -85,12 +82,9 @@ def test_carlini_wagner_finds_the_nearest_point_of_a_linear_classifier():
 def test_carlini_wagner_comes_nearer_than_the_ball_where_pgd_succeeds(digits):
     classifier, image, label = digits[0], digits[1][:80], digits[2][:80]
 
-    def model(x, noise):
-        return classifier(x)
-
     broken = {}
     for name, attack in {"pgd": PGD("l2", 0.4, 20, 0.1, loss="margin"), "cw": CarliniWagnerL2(3.0, 40, 4)}.items():
-        adversarial = attack(model, image, label, keyed(80), chunk=80)
+        adversarial = attack(classifier, image, label, keyed(80), chunk=80)
         broken[name] = classifier(adversarial).argmax(dim=1) != label
     nearer = l2_norm(adversarial - image) < 0.4
     assert 20 < int(broken["pgd"].sum()) < 60
@@ -137,14 +131,21 @@ def test_apgd_goes_the_way_of_the_official_one(norm, eps, loss, digits, monkeypa
     if targets:
         official.y_target = classifier(image).scatter(1, label[:, None], -torch.inf).argmax(dim=1)
         goal = torch.stack([label, official.y_target], dim=1)
-    official.start_loss = attack.loss(classifier(start), goal)
+    raised = targeted_dlr_loss if targets else named_loss(loss)
+    official.start_loss = raised(classifier(start), goal)
     official.init_hyperparam(image)
     with torch.random.fork_rng():
         _, right, official_loss, theirs = official.attack_single_run(image, label, x_init=start)
 
-    attack_loss, seen = attack.loss, []
-    monkeypatch.setattr(attack, "loss", lambda *of: seen.append(attack_loss(*of)) or seen[-1])
-    ours = attack(lambda x, noise: classifier(x), image, label, keyed(len(image)), chunk=700)
+    seen = []
+
+    def noting(*of):
+        seen.append(raised(*of))
+        return seen[-1]
+
+    monkeypatch.setattr(apgd, "targeted_dlr_loss", noting)
+    monkeypatch.setattr(apgd, "named_loss", lambda name: noting)
+    ours = attack(classifier, image, label, keyed(len(image)), chunk=700)
     survived = classifier(ours).argmax(dim=1) == label
     assert not violations(theirs, image, norm, eps).any()
     assert 0.4 < float(survived.float().mean()) < 0.8

@@ -66,7 +66,9 @@ class ForeignAttack(Attack):
         rows = min(len(image), chunk)
         key = int(noise.uniform(START_STEP, image[:, :1, :1, :1].double()).sum() * 2**20) % 2**32
         with _seeded(key), torch.enable_grad():
-            found = self.function(_Module(model, noise, rows), image.clone(), label.clone())
+            found = self.function(_Module(model, noise, rows, image.device), image.clone(), label.clone())
+        if not isinstance(found, (Tensor, np.ndarray)):
+            raise InputError(f"{self.name} returned a {type(found).__name__}, not images: return a tensor (B, C, H, W)")
         adversarial = torch.as_tensor(found).detach().to(image)
         if adversarial.shape != image.shape:
             raise InputError(f"{self.name} returned {tuple(adversarial.shape)} for images {tuple(image.shape)}")
@@ -82,9 +84,11 @@ class ForeignAttack(Attack):
 class _Module(nn.Module):
     """The attacked function as a network that draws fresh noise at every call."""
 
-    def __init__(self, model: AttackedFunction, noise: Noise, rows: int) -> None:
+    def __init__(self, model: AttackedFunction, noise: Noise, rows: int, device: torch.device) -> None:
         super().__init__()
         self.model, self.noise, self.rows, self.draw = model, noise, rows, 0
+        # Libraries ask a parameter for the device.
+        self.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from lit_purify.models import Denoiser
 
 RECOMPUTED_LIMIT, FINITE_LIMIT, ZERO_LIMIT = 1e-5, 1e-4, 0.9
 """Largest relative differences, and largest part of zeros."""
-_STEPS = (1e-7, 1e-8, 1e-9, 1e-6, 1e-5)
+_STEPS = (1e-9, 1e-8, 1e-10, 1e-7, 1e-6)
 """Of finite differences, in pixels of [0, 1], in the order of trial."""
 _DIRECTIONS, _DRAWS = 5, 4
 _MOVED = 0.02
