@@ -50,8 +50,6 @@ class FinishedRun:
             InputError: The folder holds no finished evaluation, or a file in it is missing or damaged.
         """
         folder = RunFolder(path.parent if path.name == "summary.json" else path)
-        if not folder.path.is_dir():
-            raise InputError(f"{path}: no such run folder; give a folder that eval.py has written")
         if not folder.summary.is_file():
             unfinished = folder.records.exists()
             remedy = "the same eval.py command finishes it" if unfinished else "give a folder that eval.py has written"

@@ -38,8 +38,6 @@ def page(run: FinishedRun) -> str:
         flags = f"--config {shlex.quote(str(RunFolder(run.path).config))} --run"
         commands = {name: f"python eval.py {name} {flags} {shlex.quote(str(run.path))}" for name in CHECKS}
         commands["again"] = f"python eval.py {flags} {shlex.quote(f'{run.path}-again')}"
-    highest = max(max(record.label, *record.clean, *record.adversarial) for record in run.records)
-    classes = run.summary["classes"] or [str(k) for k in range(highest + 1)]
     order = [(result["defense"], result["attack"]) for result in run.summary["results"]]
     views = sorted(run.views, key=lambda view: (view.record.index, order.index(view.record.key[:2])))
     return render(
@@ -47,7 +45,7 @@ def page(run: FinishedRun) -> str:
         run=run,
         summary=run.summary,
         drawings={threat: drawing(list(results.values())) for threat, results in run.threats.items()},
-        pictures=[shown(view, classes) for view in views],
+        pictures=[shown(view, run.summary["classes"]) for view in views],
         outcomes=OUTCOMES,
         commands=commands,
     )

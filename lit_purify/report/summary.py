@@ -19,19 +19,8 @@ from torch import Tensor
 from lit_purify.errors import InputError
 from lit_purify.evaluation.evaluator import ENSEMBLE
 from lit_purify.evaluation.records import Record
+from lit_purify.functional import statistics
 from lit_purify.functional.frontier import bootstrap, gap, resampled
-from lit_purify.functional.statistics import (
-    Interval,
-    accuracies,
-    ensemble,
-    held_out,
-    mean_interval,
-    outcomes,
-    paired_difference,
-    submissions,
-    survival,
-    vote,
-)
 
 _RESAMPLES = 2000
 """Of the samples, for the intervals of frontiers."""
@@ -81,7 +70,7 @@ class Summary:
             _ = range(found.runs), range(found.samples)
             for result in found.results:
                 _ = [result[key] for key in ("defense", "attack", "norm", "eps", "attack_steps", "eot", "gradient")]
-                _ = [Interval(*map(float, result[kind][rule])) for kind in KINDS for rule in RULES]
+                _ = [statistics.Interval(*map(float, result[kind][rule])) for kind in KINDS for rule in RULES]
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = str(error).replace("Summary.__init__() ", "")
             remedy = "give the eval.py command again"
@@ -127,7 +116,9 @@ def groups_of(pairs: Pairs, result: Mapping[str, Any], kind: str = "robust") -> 
 
 def outcomes_of(pairs: Pairs, result: Mapping[str, Any], kind: str) -> Tensor:
     """(B, 3) ``outcomes`` of a kind of runs, under the ensemble of its attacks."""
-    return ensemble(torch.stack([outcomes(getattr(g, kind), g.label) for g in groups_of(pairs, result, kind)]))
+    return statistics.ensemble(
+        torch.stack([statistics.outcomes(getattr(g, kind), g.label) for g in groups_of(pairs, result, kind)])
+    )
 
 
 def summarize(
@@ -153,19 +144,19 @@ def summarize(
         runs = len(own[0].clean)
         for kind in KINDS:
             values = found[defense, attack, kind]
-            shares = accuracies(values.sum(dim=0), values.square().sum(dim=0), len(values), runs)
+            shares = statistics.accuracies(values.sum(dim=0), values.square().sum(dim=0), len(values), runs)
             entry[kind] = {rule: list(getattr(shares, rule)) for rule in RULES}
-            for name, share in (("resubmission", survival), ("vote", vote)):
+            for name, share in (("resubmission", statistics.survival), ("vote", statistics.vote)):
                 rows = entry.setdefault(name, {}).setdefault(kind, [])
-                for draws in submissions(runs):
+                for draws in statistics.submissions(runs):
                     each = [share(getattr(g, kind), g.label, draws) for g in groups_of(pairs, result, kind)]
-                    rows.append([draws, *mean_interval(torch.stack(each).amin(dim=0), runs)])
+                    rows.append([draws, *statistics.mean_interval(torch.stack(each).amin(dim=0), runs)])
             if defense != baseline:
                 entry[f"{kind}_difference"] = _differences(found[baseline, attack, kind], values)
         repeated, first = sum(record.lost_to is not None for record in own), firsts[result["norm"], result["eps"]]
         if len(groups) > 1 and runs > 1:
             right = torch.stack([group.robust == group.label[:, None] for group in groups])
-            entry["robust_average_held_out"] = list(mean_interval(held_out(right), runs))
+            entry["robust_average_held_out"] = list(statistics.mean_interval(statistics.held_out(right), runs))
         elif len(groups) == 1 and repeated:
             entry["repeated"] = repeated
         elif len(groups) == 1 and attack != first:
@@ -185,7 +176,7 @@ def summarize(
 
 
 def _differences(first: Tensor, second: Tensor) -> dict[str, list[float]]:
-    return {rule: list(paired_difference(first[:, k], second[:, k])) for k, rule in enumerate(RULES)}
+    return {rule: list(statistics.paired_difference(first[:, k], second[:, k])) for k, rule in enumerate(RULES)}
 
 
 def ensembles(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -226,22 +217,18 @@ def families(defenses: Iterable[str]) -> dict[str, list[str]]:
     return found if len(found) > 1 and max(map(len, found.values())) > 1 else {}
 
 
-def compared(shares: Tensor, defenses: Sequence[str]) -> dict[str, Any]:
-    """How families differ under one attack.
+def compared(shares: Tensor, defenses: Sequence[str]) -> list[dict[str, Any]]:
+    """How each two families differ under one attack.
 
     Args:
         shares: (B, P, 2) for each sample and defense the share of right runs, clean and attacked. Average accuracies:
             only these mix in proportion.
         defenses: Names of the P defenses.
-
-    Returns:
-        ``comparisons`` of each two families, and ``open_ended``: families that are most robust at their least clean
-        point, so that stronger noise might be better still.
     """
     means, draws = shares.mean(dim=0), resampled(shares, _RESAMPLES)
     columns = {name: [defenses.index(each) for each in own] for name, own in families(defenses).items()}
 
-    def between(first: list[int], second: list[int]) -> Interval:
+    def between(first: list[int], second: list[int]) -> statistics.Interval:
         return bootstrap(means, draws, len(shares), lambda p: gap(p[:, first], p[:, second]))
 
     comparisons = []
@@ -251,8 +238,7 @@ def compared(shares: Tensor, defenses: Sequence[str]) -> dict[str, Any]:
         difference = None if math.isnan(found.value) else list(found)
         verdict = "above" if found.low > 0 else "below" if found.high < 0 else "not distinguishable"
         comparisons.append({"family": family, "to": to, "difference": difference, "verdict": verdict})
-    ends = [name for name, at in columns.items() if len(at) > 1 and means[at, 1].argmax() == means[at, 0].argmin()]
-    return {"comparisons": comparisons, "open_ended": ends}
+    return comparisons
 
 
 def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
@@ -305,13 +291,11 @@ def table(summary: Mapping[str, Any]) -> str:
                 f"{signed(result.get('robust_difference', {}).get('average')):>19}"
             )
         lines.append("")
-    for attack, part in summary["frontier"].items():
+    for attack, comparisons in summary["frontier"].items():
         lines.append(f"families at equal clean accuracy under {attack}, robust avg in points")
-        for each in part["comparisons"]:
+        for each in comparisons:
             less = signed(each["difference"]) or "nowhere as clean"
             lines.append(f"  {each['family']} less {each['to']}: {less}, {each['verdict']}")
-        if part["open_ended"]:
-            lines.append(f"  most robust at the strongest noise, try more: {', '.join(part['open_ended'])}")
         lines += ["  The best of many points on the same samples is optimistic: evaluate a choice on test.", ""]
     lines.append("avg: mean over runs. worst: right in every run. vote: majority of the runs, a tie counts as wrong.")
     if any("repeated" in result for result in results):
