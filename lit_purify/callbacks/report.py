@@ -15,7 +15,7 @@ from lit_purify.evaluation import RobustnessTask
 from lit_purify.evaluation.folder import RunFolder, file_hashes
 from lit_purify.evaluation.records import uncollected, write_whole
 from lit_purify.report.html import write_report
-from lit_purify.report.summary import RULES, summarize, table
+from lit_purify.report.summary import summarize, table
 
 
 class Report(Callback):
@@ -45,15 +45,6 @@ class Report(Callback):
         facts["smaller_chunks"] = dict(Counter(record.chunk for record in used if record.chunk is not None))
         summary = summarize(used, evaluator.describe(), facts, evaluator.baseline)
         write_whole(folder.summary, json.dumps(summary, indent=1) + "\n")
-        combined = {
-            f"robust/{result['defense']}/{result['attack']}/{rule}": result["robust"][rule][0]
-            for result in summary["results"]
-            for rule in RULES
-            if "attacks" in result
-        }
-        # The task logs those of single attacks.
-        for logger in trainer.loggers if combined else ():
-            logger.log_metrics(combined)
         write_report(folder)
         self.text = f"{table(summary)}\nReport: {folder.report}"
 

@@ -24,10 +24,7 @@ from lit_purify.report.summary import KINDS, RULES
 
 
 class WandbReport(Callback, EvaluationListener):
-    """Logs accuracies, mask overlays that can be toggled, a table of samples, the frontier and costs; rank zero alone.
-
-    The names that it logs under are listed in docs/wandb.md.
-    """
+    """Logs accuracies, masks that can be toggled, a table of samples and costs, on rank zero; names: docs/wandb.md."""
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs what is evaluated."""
@@ -35,16 +32,13 @@ class WandbReport(Callback, EvaluationListener):
         if logger is None or not isinstance(pl_module, RobustnessTask):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        facts = {
-            "subset_sha256": data.subset_sha256,
-            "samples": len(data.evaluated),
-            "nfe": {result["defense"]: result["nfe_defense"] for result in pl_module.evaluator.describe()},
-        }
+        evaluator, run = pl_module.evaluator, logger.experiment
+        facts = {"subset_sha256": data.subset_sha256, "samples": len(data.evaluated)}
+        facts["nfe"] = {result["defense"]: result["nfe_defense"] for result in evaluator.describe()}
         log_settings(logger, RunFolder(Path(trainer.default_root_dir)), facts)
-        run = logger.experiment
         run.define_metric("running/samples", hidden=True)
-        names = [f"robust/{defense}/{attack}" for defense, attack in pl_module.evaluator.pairs]
-        for name in (*names, *(f"clean/{defense}" for defense in pl_module.evaluator.defenses), "images_per_second"):
+        clean = [f"clean/{defense}" for defense in evaluator.defenses]
+        for name in ("images_per_second", *clean, *("robust/" + "/".join(pair) for pair in evaluator.pairs)):
             run.define_metric(f"running/{name}", step_metric="running/samples")
         self.told = time.perf_counter()
 
@@ -58,22 +52,16 @@ class WandbReport(Callback, EvaluationListener):
         now = time.perf_counter()
         speed, self.told = len(records) * trainer.world_size / (now - self.told), now
         defense, attack = records[0].defense, records[0].attack
-        logger.log_metrics(
-            {
-                "running/samples": len(task.ledger.done),
-                f"running/robust/{defense}/{attack}": task.running(defense, attack),
-                f"running/clean/{defense}": task.running(defense),
-                "running/images_per_second": speed,
-                "cost/peak_memory_gib": peak_memory(task.device) / 2**30,
-            }
-        )
+        found = {f"robust/{defense}/{attack}": task.running(defense, attack), f"clean/{defense}": task.running(defense)}
+        found |= {"samples": len(task.ledger.done), "images_per_second": speed}
+        running = {f"running/{name}": value for name, value in found.items()}
+        logger.log_metrics({**running, "cost/peak_memory_gib": peak_memory(task.device) / 2**30})
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reads what all processes have written into the run's folder."""
-        logger = wandb_run(trainer)
-        if logger is None or not isinstance(pl_module, RobustnessTask):
+        logger, folder = wandb_run(trainer), RunFolder(Path(trainer.default_root_dir))
+        if logger is None:
             return
-        folder = RunFolder(Path(trainer.default_root_dir))
         if folder.summary.exists():
             logger.log_media(_figures(json.loads(folder.summary.read_text())))
         views = list(pictures.read(folder.overlays, folder.collect(write=False)))
@@ -85,21 +73,21 @@ class WandbReport(Callback, EvaluationListener):
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Costs, a table of all results, and the clean against the robust accuracy of every defense."""
     logged: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    points: list[dict[str, Any]] = []
+    rows, points = [], []
     for result in summary["results"]:
         pair, nfe = {name: result[name] for name in ("defense", "attack")}, result["nfe_defense"]
         # Seconds of all processes: the speed of one.
-        speed = summary["samples"] / max(1e-9, result["seconds"])
-        costs = {"nfe": result["nfe_attack"], "images_per_second": speed}
-        logged |= {f"cost/{'/'.join(pair.values())}/{name}": value for name, value in costs.items()}
+        speed, place = summary["samples"] / max(1e-9, result["seconds"]), "cost/" + "/".join(pair.values())
+        logged |= {f"{place}/nfe": result["nfe_attack"], f"{place}/images_per_second": speed}
         logged[f"cost/{result['defense']}/nfe"] = nfe
-        intervals = {
-            f"{kind} {rule}{end}": result[kind][rule][k]
-            for kind, rule in itertools.product(KINDS, RULES)
-            for k, end in enumerate(("", " low", " high"))
-        }
-        rows.append({**pair, "gradient": result["gradient"], "nfe": nfe, "images per second": speed, **intervals})
+        row = {**pair, "gradient": result["gradient"], "nfe": nfe, "images per second": speed}
+        for kind, rule in itertools.product(KINDS, RULES):
+            ends = zip(("", " low", " high"), result[kind][rule], strict=True)
+            row |= {f"{kind} {rule}{end}": value for end, value in ends}
+        if "attacks" in result:
+            # The task logs those of single attacks.
+            logged |= {f"robust/{'/'.join(pair.values())}/{rule}": result["robust"][rule][0] for rule in RULES}
+        rows.append(row)
         points.append({**pair, **{kind: result[kind]["average"][0] for kind in KINDS}})
     title = "Clean against robust accuracy"
     return {**logged, "results": _table(rows), "frontier": wandb.plot.scatter(_table(points), *KINDS, title=title)}
@@ -107,13 +95,11 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pictures(views: Sequence[View], classes: Sequence[str]) -> dict[str, Any]:
     """Strips, adversarial images with their mask as a layer, and a table of samples."""
-    rows: list[dict[str, Any]] = []
-    strips, masks = [], []
+    strips, masks, rows = [], [], []
     for view in views:
-        record = view.record
+        record, masked = view.record, None
         caption = f"{record.defense}, {record.attack}, sample {record.index}"
         strips.append(wandb.Image(pil(strip(view)), caption=caption))
-        masked = None
         if view.mask is not None:
             layer = (enlarged(view.mask)[0] > 0.5).numpy().astype("uint8")
             strong = {"strong_noise": {"mask_data": layer, "class_labels": {0: "weak", 1: "strong"}}}
@@ -125,9 +111,8 @@ def _pictures(views: Sequence[View], classes: Sequence[str]) -> dict[str, Any]:
             row[f"{name} right"] = sum(p == record.label for p in predictions) / len(predictions)
         images = {name: wandb.Image(pil(enlarged(getattr(view, name)))) for name in PANELS}
         rows.append({**row, "label": classes[record.label], **images, "mask": masked})
-    return {name: found for name, found in (("pictures", strips), ("masks", masks)) if found} | (
-        {"samples": _table(rows)} if rows else {}
-    )
+    found = {"pictures": strips, "masks": masks, "samples": _table(rows) if rows else None}
+    return {name: each for name, each in found.items() if each}
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:  # noqa: ANN401
