@@ -284,7 +284,7 @@ def test_classifier_learns_and_adversarial_training_is_more_robust(tmp_path):
             warmup=10,
         )
         trainer = L.Trainer(
-            max_epochs=8,
+            max_epochs=5,
             accelerator="cpu",
             logger=False,
             enable_progress_bar=False,
@@ -298,7 +298,7 @@ def test_classifier_learns_and_adversarial_training_is_more_robust(tmp_path):
         trainer.fit(task, data)
         task.attack = PGD("linf", 0.15, 10, 0.04)
         (accuracy[name],) = trainer.validate(task, data, verbose=False)
-    assert accuracy["plain"]["val/clean_accuracy"] > 0.93
+    assert accuracy["plain"]["val/clean_accuracy"] > 0.9
     assert accuracy["adversarial"]["val/robust_accuracy"] > accuracy["plain"]["val/robust_accuracy"] + 0.2
 
 

@@ -75,7 +75,7 @@ class WandbRun(WandbLogger):
                 finish_timeout_raises=True,
                 silent=True,
             )
-        except ValueError as error:
+        except (ValueError, wandb.Error) as error:
             raise InputError(f"trainer.logger: W&B refuses these settings: {' '.join(str(error).split())}") from error
         super().__init__(
             project=project, save_dir=save_dir, entity=entity, group=group, tags=[*tags], settings=self.settings
