@@ -21,6 +21,7 @@ from lit_purify.defense import Attacked, BareClassifier, Exact, Gradient, Purifi
 from lit_purify.errors import InputError
 from lit_purify.evaluation.records import Key, Record
 from lit_purify.functional.chunks import logits_in_chunks, out_of_memory
+from lit_purify.functional.diffusion import noised, to_diffusion
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.functional.threat import l2_norm, linf_norm
 from lit_purify.models import Classifier
@@ -206,8 +207,43 @@ class Evaluator(nn.Module):
             "chunk": self.chunk,
             "classifier": self.classifier.title,
             "denoiser": ", ".join(sorted(denoisers)) or "none",
+            "denoising": self.denoising(data),
             "versions": {package: version(package) for package in ("torch", "lightning")},
         }
+
+    @torch.no_grad()
+    def denoising(self, data: ImageDataset, samples: int = 16) -> dict[str, list[float]]:
+        """How well denoisers denoise the evaluated images.
+
+        Args:
+            data: The evaluated samples.
+            samples: How many are noised, from the first.
+
+        Returns:
+            For each defense with a denoiser its strongest level, and the mean squared error of the noise predicted
+            there, in parts of the error of predicting none: near 0 for a good denoiser, 1 for one that has learned
+            nothing.
+        """
+        found: dict[str, list[float]] = {}
+        known: dict[tuple[int, int], float] = {}
+        device = self.classifier.mean.device
+        items = [data[k] for k in range(min(samples, len(data)))]
+        image = torch.stack([item["image"] for item in items]).to(device)
+        index = torch.tensor([item["index"] for item in items], device=device)
+        noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
+        for name, defended in self.defenses.items():
+            purifier = defended.purifier
+            if not purifier.nfe or image.shape[-1] != purifier.denoiser.size:
+                continue
+            denoiser, level = purifier.denoiser, purifier.levels[0]
+            if (id(denoiser), level) not in known:
+                u = to_diffusion(image)
+                eps = noise.normal(0, u)
+                t = torch.full((len(u),), level, device=device)
+                error = denoiser(noised(u, denoiser.schedule.at(level), eps), t) - eps
+                known[id(denoiser), level] = float(error.square().mean() / eps.square().mean())
+            found[name] = [level, known[id(denoiser), level]]
+        return found
 
     def check(self, data: ImageDataset) -> None:
         """Raises an ``InputError`` when data, networks and attacks do not fit each other."""

@@ -20,6 +20,7 @@ class Denoiser(Recorded, nn.Module, ABC):
         size: Height and width of the images.
         schedule: The noise schedule it was trained with; ``t`` counts its noising steps.
         origin: The file that its weights come from.
+        validation: Mean squared error of the predicted noise on validation images; ``None`` if no file states it.
         gradient_checkpointing: Whether it keeps few activations for a backward pass and recomputes the others.
     """
 
@@ -27,13 +28,15 @@ class Denoiser(Recorded, nn.Module, ABC):
     size: int
     schedule: Schedule
     origin: str = "not loaded from a file"
+    validation: float | None = None
     gradient_checkpointing: bool = False
 
     @property
     def title(self) -> str:
         """What reports call it."""
         count = sum(p.numel() for p in self.parameters())
-        return f"{type(self).__name__}, {count / 1e6:.2f} M parameters, {self.origin}"
+        error = "" if self.validation is None else f", validation error {self.validation:.3f}"
+        return f"{type(self).__name__}, {count / 1e6:.2f} M parameters, {self.origin}{error}"
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor | LevelMap) -> Tensor:

@@ -137,6 +137,8 @@ def _load(path: Path, kind: type[Network]) -> Network:
         raise InputError(f"{path}: was written by another version of {name} ({error})") from error
     load_into(network.network if isinstance(network, Classifier) else network, state, str(path))
     if isinstance(network, Denoiser):
-        network.schedule = network.schedule.trained_to(header.get("info", {}).get("max_level"))
+        info = header.get("info", {})
+        network.schedule = network.schedule.trained_to(info.get("max_level"))
+        network.validation = info.get("metrics", {}).get("val/loss")
     network.origin = path.name
     return network

@@ -17,7 +17,7 @@ from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.frontier import on_envelope
 from lit_purify.report.finished import FinishedRun, threat_name
 from lit_purify.report.pictures import OUTCOMES, shown
-from lit_purify.report.summary import KINDS, RULES, attack_line, attacks_of
+from lit_purify.report.summary import KINDS, RULES, attack_line, attacks_of, denoising_lines
 
 _COLORS = 8
 """Series colors of the page, ``--series-0`` and so on; with five markers they tell forty series apart."""
@@ -104,7 +104,7 @@ def render(template: str, **content: Any) -> str:  # noqa: ANN401
     environment = Environment(loader=PackageLoader("lit_purify.report"), trim_blocks=True, lstrip_blocks=True, **strict)
     environment.filters |= {"interval": _interval, "signed": _signed}
     style = (resources.files("lit_purify.report") / "templates/page.css").read_text()
-    content |= {"attack_line": attack_line, "attacks_of": attacks_of}
+    content |= {"attack_line": attack_line, "attacks_of": attacks_of, "denoising_lines": denoising_lines}
     content |= {"style": Markup(style), "RULES": RULES, "CHECKS": CHECKS, "threat_name": threat_name}
     return environment.get_template(template).render(**content)
 

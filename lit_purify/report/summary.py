@@ -30,6 +30,10 @@ _GRADIENTS = ("exact", "theirs", "bpda", "surrogate", "none")
 """The strongest first; ``theirs`` is that of an attack of another library."""
 
 
+_POOR = 0.5
+"""Part of the noise from which on a denoiser is called poor."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """Content of ``summary.json``: facts of an evaluation, and its results.
@@ -38,6 +42,8 @@ class Summary:
         undefended_clean_accuracy: Average without a defense, in [0, 1]; ``None`` if that was not evaluated.
         results: One for each (defense, attack), then for each ensemble of attacks: what the evaluation states of it,
             and ``clean`` and ``robust`` accuracies by rule as [value, low, high], in [0, 1].
+        denoising: By defense the strongest level, and the error of the noise predicted there, see
+            ``Evaluator.denoising``.
         smaller_chunks: Number of records by the rows of a network call, if memory was too small for ``chunk``.
         files: Hashes of the files that the records depend on.
         frontier: By attack the comparison of families of defenses, see ``compared``; empty without families.
@@ -57,6 +63,7 @@ class Summary:
     chunk: int = 0
     smaller_chunks: dict[str, int] = field(default_factory=dict)
     denoiser: str = ""
+    denoising: dict[str, list[float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     frontier: dict[str, Any] = field(default_factory=dict)
@@ -256,6 +263,17 @@ def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
     return f"{', '.join(parts)}; {result['attack_title']}"
 
 
+def denoising_lines(summary: Mapping[str, Any]) -> list[str]:
+    """How well the denoisers denoise the evaluated images; a warning about those that do not."""
+    errors = {(level, error) for level, error in summary["denoising"].values()}
+    if not errors:
+        return []
+    listed = ", ".join(f"{error:.2f} at t = {level:g}" for level, error in sorted(errors))
+    poor = [name for name, (_, error) in summary["denoising"].items() if error > _POOR]
+    warning = f"warning: {', '.join(poor)} hardly denoise these images: what survives there is not owed to denoising"
+    return [f"noise left by a call of the denoiser: {listed} (1 is all of it)", *([warning] if poor else [])]
+
+
 def percent(value: Sequence[float]) -> str:
     """An interval as ``value [low, high]`` in percent."""
     return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * each for each in value))
@@ -273,7 +291,7 @@ def table(summary: Mapping[str, Any]) -> str:
     width = max(10, *map(len, rows))
     split = f" ({summary['split']})" if summary["split"] else ""
     samples = f"{summary['dataset']}{split}, {summary['samples']} samples, {summary['runs']} runs each"
-    lines = ["", f"{samples}; classifier {summary['classifier']}"]
+    lines = ["", f"{samples}; classifier {summary['classifier']}", *denoising_lines(summary)]
     for attack in dict.fromkeys(result["attack"] for result in results):
         group = [(row, result) for row, result in zip(rows, results, strict=True) if result["attack"] == attack]
         lines += [
