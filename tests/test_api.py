@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Curved, GaussianDenoiser
 from torch import nn
 from torch.utils.data import TensorDataset
 
 import lit_purify as lp
 from lit_purify import cli
-from lit_purify.data import Digits, First
+from lit_purify.data import Digits, First, ImageDataset
 from lit_purify.errors import InputError
-from lit_purify.evaluation import read_records
+from lit_purify.evaluation import Evaluator, read_records
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {name: ROOT / f"checkpoints/digits_{name}.safetensors" for name in ("classifier", "denoiser")}
@@ -220,3 +221,21 @@ def test_purified_images_are_those_of_the_purifier(classifier, unet, images):
     assert lp.purify(lp.UniformPurifier(unet, 100, 1), images).mask is None
     with pytest.raises(InputError, match="mask is made from a classifier's attention: give one"):
         lp.purify(masked, images)
+
+
+def test_the_result_says_how_well_the_denoiser_denoises(classifier, images):
+    """Of Gaussian pixels with mean 0.2 and variance 0.05 the optimal denoiser's error has a closed form."""
+    denoiser, level = GaussianDenoiser(variance=0.05, size=8), 100
+    normal = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    u = (0.2 + 0.05**0.5 * normal).clamp(-1, 1)
+    data = ImageDataset.of((u + 1) / 2, torch.arange(64) % 10, [str(k) for k in range(10)])
+    attacks = {"pgd": lp.PGD(eps=0.1, steps=1)}
+    untrained = Curved()
+    defenses = {"best": lp.UniformPurifier(denoiser, level, 1), "none": lp.UniformPurifier(untrained, level, 1)}
+    found = Evaluator(classifier, defenses, attacks).denoising(data, samples=64)
+    abar = float(denoiser.schedule.at(level))
+    # Var(eps | x) with a^2 = abar and v = 0.05.
+    assert found["best"] == [level, pytest.approx(abar * 0.05 / (abar * 0.05 + 1 - abar), rel=0.1)]
+    assert found["none"][1] > 0.8
+    result = lp.evaluate(classifier, defenses, attacks, images[:2], LABELS[:2], runs=1, chunk=16, progress=False)
+    assert "warning: none hardly denoise these images" in str(result)
