@@ -20,8 +20,8 @@ from lit_purify.defense import (
     UniformPurifier,
 )
 from lit_purify.errors import InputError
-from lit_purify.evaluation import Record, RobustAccuracy, RobustnessTask, read_records
-from lit_purify.evaluation.folder import RunFolder, identify
+from lit_purify.evaluation import Evaluator, Ledger, Record, RobustAccuracy, RobustnessTask, read_records
+from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional import mask as F
 from lit_purify.functional.chunks import logits_in_chunks
 from lit_purify.functional.diffusion import step_back
@@ -44,7 +44,7 @@ def keyed(count, run=0, stream=EVALUATION):
 def test_heterogeneous_follows_its_docstring(kind, unet, classifier, images):
     """Written a second time, plainly: x0 from eps, then back; fresh noise at every draw."""
     high, low, steps, jump, small = 300, 100, 5, 12, 4
-    purifier = HeterogeneousPurifier(unet, classifier, TOP, high, low, steps, kind, jump, small)
+    purifier = HeterogeneousPurifier(unet, TOP, high, low, steps, kind, jump, small)
     u, abar, step = 2 * images - 1, Schedule.linear().abar.tolist(), -1
     mask = TOP(classifier, images, keyed(6))
 
@@ -92,11 +92,11 @@ def test_heterogeneous_follows_its_docstring(kind, unet, classifier, images):
         if kind != "none":
             x = mended(x, low, walk(low))
     x = back(back(x, 100, 50), 50, 0)
-    torch.testing.assert_close(purifier(images, keyed(6)), (x / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(purifier(images, keyed(6), mask), (x / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
 
 
-def test_share_of_steps_above_low_is_rounded(unet, classifier):
-    assert HeterogeneousPurifier(unet, classifier, TOP, 100, 60, 4).levels == [100, 80, 60, 30]
+def test_share_of_steps_above_low_is_rounded(unet):
+    assert HeterogeneousPurifier(unet, TOP, 100, 60, 4).levels == [100, 80, 60, 30]
 
 
 def test_records_are_what_attack_and_runs_give_by_hand():
@@ -106,26 +106,28 @@ def test_records_are_what_attack_and_runs_give_by_hand():
     classifier = load_classifier(ROOT / "checkpoints/digits_classifier.safetensors")
     unet = load_denoiser(ROOT / "checkpoints/digits_denoiser.safetensors")
     attack = PGD("linf", 0.2, 3, 0.1, eot=2)
-    make = {"uniform": lambda d, c: UniformPurifier(d, c, 200, 2)}
-    task = RobustnessTask(classifier, unet, make, {"pgd": attack}, runs=5, chunk=8, seed=4)
+    purifier = UniformPurifier(unet, 200, 2)
+    evaluator = Evaluator(classifier, {"uniform": purifier}, {"pgd": attack}, runs=5, chunk=8, seed=4)
     index, label = torch.arange(6) + 10, classifier(images).argmax(dim=1)
-    records, _ = task._evaluate("uniform", "pgd", {"image": images, "label": label, "index": index})
-    model, zero = DefendedClassifier(make["uniform"](unet, classifier), classifier), torch.zeros_like(index)
+    ((records, _),) = evaluator.evaluate({"image": images, "label": label, "index": index}, Ledger())
+    model, zero = DefendedClassifier(purifier, classifier), torch.zeros_like(index)
     adversarial = attack(model, images, label, KeyedNoise(4, index, zero, ATTACK), 8)
     noise = KeyedNoise(4, index, zero, EVALUATION)
-    clean, broken = (logits_in_chunks(model, x, noise, [0, 1, 2, 3, 4], 8).argmax(dim=2) for x in (images, adversarial))
+    clean, broken = (
+        logits_in_chunks(model.attacked(), x, noise, [0, 1, 2, 3, 4], 8).argmax(dim=2) for x in (images, adversarial)
+    )
     assert [record.clean for record in records] == clean.tolist()
     assert [record.adversarial for record in records] == broken.tolist()
     assert not torch.equal(clean, broken)
 
 
-def test_clean_is_counted_once_when_several_processes_resume(unet, classifier):
+def test_clean_is_counted_once_when_several_processes_resume(classifier):
     attacks = {"a": PGD("linf", 0.1, 1, 0.1), "b": PGD("l2", 0.1, 1, 0.1)}
-    ranks = [RobustnessTask(classifier, unet, {"none": NoPurifier}, attacks, runs=1) for _ in range(2)]
+    ranks = [RobustnessTask(Evaluator(classifier, {"none": NoPurifier()}, attacks, runs=1)) for _ in range(2)]
     for rank, task in enumerate(ranks):
         task.resume([Record("none", "a", 1, 3, [3], [3], 0, 0, 0)], count=rank == 0)
     ranks[1]._count([Record("none", "b", 1, 3, [3], [3], 0, 0, 0)])
-    assert sum(int(task.clean["none"].count) for task in ranks) == 1
+    assert sum(int(task.metrics["none"].count) for task in ranks) == 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +143,7 @@ class Spy(KeyedNoise):
 def test_no_key_is_drawn_twice(norm, unet, classifier, images):
     """Random starts, random masks and the sampler's draws, over restarts, steps and EOT draws."""
     spy = Spy(0, torch.arange(6), torch.zeros(6, dtype=torch.long), ATTACK)
-    purifier = HeterogeneousPurifier(unet, classifier, RandomArea(TOP), 300, 100, 3)
+    purifier = HeterogeneousPurifier(unet, RandomArea(TOP), 300, 100, 3)
     attack = PGD(norm, 0.1, 2, 0.05, eot=2, restarts=2)
     attack(DefendedClassifier(purifier, classifier), images, torch.arange(6), spy, chunk=6)
     assert len(spy.seen) == len(set(spy.seen))
@@ -197,8 +199,11 @@ def test_eta_between_ddim_and_ddpm_scales_the_noise():
 
 
 def test_extreme_words_stay_in_range():
-    assert float(_to_uniform(torch.tensor([0xFFFFFFFF])).float()) < 1.0
-    assert torch.isfinite(_to_normal(torch.zeros(4, dtype=torch.long))).all()
+    words, out = torch.tensor([0, 0xFFFFFFFF]), torch.empty(2, 2, dtype=torch.float64)
+    _to_uniform(words, words, out)
+    assert out.float().max() < 1.0
+    _to_normal(words, words, out)
+    assert torch.isfinite(out).all()
 
 
 def test_top_fraction_takes_the_largest_of_the_maximum_over_blocks():
@@ -232,12 +237,13 @@ def record(defense="none", attack="a", index=0, right=True):
 
 def test_paired_difference_is_to_the_baseline_under_the_same_attack():
     broken = {("none", "a"): 4, ("none", "b"): 3, ("uniform", "a"): 1, ("uniform", "b"): 0}
+    facts = {"dataset": "Digits", "samples": 4, "runs": 2, "classifier": "ResNet"}
     records = [record(d, a, i, right=i >= n) for (d, a), n in broken.items() for i in range(4)]
     described = [
         {"defense": d, "attack": a, "nfe_defense": 0, "norm": "linf", "eps": float(k)}
         for k, (d, a) in enumerate(broken)
     ]
-    results = summarize(records, described, {}, "none")["results"]
+    results = summarize(records, described, facts, "none")["results"]
     assert [r["robust_difference"]["average"][0] for r in results[2:]] == [0.75, 0.75]
     assert "robust_difference" not in results[0]
     assert results[2]["robust"]["average"][0] == 0.75
@@ -272,24 +278,6 @@ def test_one_run_at_a_time_writes_into_a_folder(tmp_path):
     RunFolder(tmp_path).lock()
 
 
-def test_identity_sees_what_changes_records(tmp_path):
-    weights = tmp_path / "weights"
-
-    def of(seed=0, runs=8, n=1, content="a", precision="32-true", devices=1, batch=1):
-        weights.write_text(content)
-        return identify(
-            {
-                "model": {"init_args": {"seed": seed, "runs": runs, "path": str(weights)}},
-                "data": {"init_args": {"subset": {"n": n}, "batch_size": batch}},
-                "trainer": {"precision": precision, "devices": devices},
-            }
-        )
-
-    for change in ({"seed": 1}, {"runs": 2}, {"n": 2}, {"content": "b"}, {"precision": "bf16-true"}):
-        assert of(**change) != of(), change
-    assert of(devices=2, batch=7) == of()
-
-
 def test_metric_states_add_up_over_processes():
     assert {each.__name__ for each in RobustAccuracy(2)._reductions.values()} == {"dim_zero_sum"}
 
@@ -300,8 +288,8 @@ def test_ddpm_leaves_a_clean_pixel_finite():
     assert torch.isfinite(step_back(x, x, at(levels), at(levels // 2), 1.0, x)).all()
 
 
-def test_multi_step_resampling_needs_room_for_its_steps(unet, classifier, images):
+def test_multi_step_resampling_needs_room_for_its_steps(unet, images):
     with pytest.raises(InputError, match="steps = 20"):
-        HeterogeneousPurifier(unet, classifier, TOP, 300, 100, 3, "multi", jump=10, resampling_steps=20)
-    purifier = HeterogeneousPurifier(unet, classifier, TOP, 300, 100, 3, "multi")
-    assert purifier(images, keyed(6)).shape == images.shape
+        HeterogeneousPurifier(unet, TOP, 300, 100, 3, "multi", jump=10, resampling_steps=20)
+    purifier = HeterogeneousPurifier(unet, TOP, 300, 100, 3, "multi")
+    assert purifier(images, keyed(6), torch.ones_like(images)).shape == images.shape
