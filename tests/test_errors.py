@@ -397,7 +397,7 @@ def test_weights(refused_evaluation, weights, tmp_path, make, said):
 
 def test_weights_that_are_not_trained_yet(refused_evaluation):
     said = refused_evaluation({"denoiser": "runs/mine/model.safetensors"})
-    assert said.startswith("runs/mine/model.safetensors: no such file; train it first (train.py fit --config")
+    assert said.startswith("runs/mine/model.safetensors: no such file; train it first, by one of configs/train")
 
 
 def test_denoiser_in_place_of_a_classifier(refused_evaluation, weights):

@@ -96,3 +96,12 @@ def test_the_house_stays_small():
     assert lines(ROOT / "tests") <= 12_500
     assert max(len(path.read_text().splitlines()) for path in FILES) <= 400
     assert all(len((ROOT / name).read_text().splitlines()) <= 15 for name in ("train.py", "eval.py"))
+
+
+def test_nothing_outside_the_command_line_knows_a_flag():
+    """Messages name arguments; only the report shows commands, those that repeat it."""
+    for path in FILES:
+        if part(path) != "cli" and path.name != "html.py":
+            texts = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+            found = [t for t in texts if re.search(r"(?<!wandb sync )--[a-z]\w+|init_args\.", str(t))]
+            assert not found, f"{path}: {found}"

@@ -28,7 +28,7 @@ _ORIGINS = {
 def remedy(path: Path) -> str:
     """What to do about a file of weights that is not there, in words."""
     if path.name == "model.safetensors":
-        return "train it first (train.py fit --config configs/train/...), or check the path"
+        return "train it first, by one of configs/train, or check the path"
     if path.name not in _ORIGINS:
         return "check the path"
     return f"it is {_ORIGINS[path.name]}; fetch it and put it there: it is read as it is"
