@@ -245,7 +245,7 @@ def test_configuration(refused_evaluation, key, value, said):
         (["--trainer.accelerator", "gpu"], "trainer.accelerator = gpu: there is none that torch can use"),
         (["--classifier", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["--runs"], "--runs: expected one argument"),
-        (["--model.init_args.runs", "2"], "there is no setting model: its settings stand at the top level"),
+        (["--model.init_args.runs", "2"], "there is no setting model; its settings stand at the top level"),
     ],
 )
 def test_flags(refused_evaluation, flags, said):

@@ -12,11 +12,11 @@ from processes import Launch, tiny
 from lit_purify.attacks import PGD
 from lit_purify.callbacks import Progress, progress
 from lit_purify.cli import evaluate, train
-from lit_purify.cli.help import EVALUATE, TRAIN
 from lit_purify.defense import NoPurifier, UniformPurifier
 from lit_purify.evaluation import Evaluator, RobustnessTask
 
 ROOT = Path(__file__).parent.parent
+EVALUATE, TRAIN = ((ROOT / f"lit_purify/cli/{name}.txt").read_text() for name in ("eval", "train"))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["purify", "--help"], ["test", "-h", "--run", "x"]])

@@ -24,6 +24,21 @@ _LAUNCHER = 7.0
 """Seconds that a launcher may take to notice that a process has died."""
 
 
+_REMARKS = (
+    "does not have many workers|deprecat|isinstance.*treespec|Checkpoint directory|using a `DistributedSampler`",
+    "args parameter is intended|smaller than the logging interval",
+    # The first of several commands that are the same.
+    "there is no last checkpoint available",
+    # Of it the loader knows: see data/base.py.
+    "your dataloader is not resumable",
+    # Of few samples a process may get none.
+    "was called before the ``update`` method",
+    # Metrics are summed over processes already.
+    "sync_dist=True",
+)
+"""What libraries warn of and no user can act on."""
+
+
 @dataclass
 class State:
     """How far a command is.
@@ -87,29 +102,12 @@ def quiet() -> None:
             stream.reconfigure(errors="backslashreplace")
     for name in ("pytorch.utilities.rank_zero", "pytorch.trainer.connectors.checkpoint_connector", "fabric.utilities"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*deprecat.*",
-        ".*isinstance.*treespec.*",
-        ".*Checkpoint directory.*",
-        # The first of several commands that are the same.
-        ".*there is no last checkpoint available.*",
-        ".*using a `DistributedSampler`.*",
-        ".*args parameter is intended.*",
-        ".*smaller than the logging interval.*",
-        # Of it the loader knows: see data/base.py.
-        ".*your dataloader is not resumable.*",
-        # Of few samples a process may get none.
-        ".*was called before the ``update`` method.*",
-        # Metrics are summed over processes already.
-        ".*sync_dist=True.*",
-    ):
-        warnings.filterwarnings("ignore", message=pattern)
+    warnings.filterwarnings("ignore", message=f".*({'|'.join(_REMARKS)})")
 
 
-def helped(given: list[str], page: str) -> list[str]:
+def helped(given: list[str], program: str) -> list[str]:
     """The arguments; when they ask for help, a page that fits a screen is all there is."""
     if "-h" in given or "--help" in given:
-        print(page, end="")
+        print(Path(__file__).with_name(f"{program}.txt").read_text(), end="")
         sys.exit(0)
     return ["--help" if word == "--help_all" else word for word in given]

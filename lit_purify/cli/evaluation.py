@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
 from jsonargparse import Namespace
 
-from lit_purify.attacks import Attack
 from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stopping, WandbReport
 from lit_purify.checks.audit import audit_attack
 from lit_purify.checks.findings import Findings
 from lit_purify.checks.gradcheck import check_gradients
-from lit_purify.cli.common import fail, guarded, helped, rank
+from lit_purify.cli import settings as reading
+from lit_purify.cli.common import State, fail, guarded, helped, rank
 from lit_purify.cli.compare import compare
-from lit_purify.cli.help import EVALUATE
 from lit_purify.cli.messages import COMMANDS
-from lit_purify.cli.settings import (
-    Parser,
-    dump,
-    evaluation_parser,
-    instantiated,
-    make_trainer,
-    place_loggers,
-    read,
-    run_folder,
-)
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, RobustnessTask
@@ -41,41 +31,27 @@ from lit_purify.evaluation.own_images import purify_files
 from lit_purify.evaluation.records import identity_sha256, write_whole
 from lit_purify.report.html import write_report
 
-_DEFAULTS = {"frontier": "configs/eval/digits_frontier.yaml"}
-_DEFAULT = "configs/eval/digits.yaml"
+_CONFIGS = {"frontier": "configs/eval/digits_frontier.yaml"}
+_CONFIG = "configs/eval/digits.yaml"
+_NEEDED = ("attacks", "gradients", "baseline", "runs", "chunk", "seed", "skip_lost")
+_say = partial(print, flush=True)
 
 
 class Evaluation:
-    """What a configuration describes: networks, defenses, attacks and data, made and checked.
+    """What a configuration describes: networks, defenses, attacks and data, made and checked."""
 
-    Args:
-        settings: Of the parser.
-        made: The same with its classes made.
-        config: The resolved configuration, YAML.
-    """
-
-    def __init__(self, settings: Namespace, made: Namespace, config: str, folder: RunFolder) -> None:
-        self.config, self.folder, self.settings = config, folder, settings
-        self.data: ImageDataModule = made.data
-        self.gallery: int = made.gallery
+    def __init__(self, made: Namespace, config: str, folder: RunFolder) -> None:
+        self.config, self.folder, self.gallery, self.data = config, folder, made.gallery, made.data
+        assert isinstance(self.data, ImageDataModule)
         denoiser = None if made.denoiser is None else made.denoiser.eval()
-        self.evaluator = Evaluator(
-            made.classifier.eval(),
-            {name: _defense(name, make, denoiser) for name, make in made.defenses.items()},
-            made.attacks,
-            made.gradients,
-            made.baseline,
-            made.runs,
-            made.chunk,
-            made.seed,
-            made.skip_lost,
-        )
-        self.trainer_arguments: dict[str, Any] = vars(made.trainer)
+        defenses = {name: _defense(name, make, denoiser) for name, make in made.defenses.items()}
+        self.evaluator = Evaluator(made.classifier.eval(), defenses, **{name: made[name] for name in _NEEDED})
+        self.given: dict[str, Any] = vars(made.trainer)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What the records depend on."""
-        precision = str(self.trainer_arguments.get("precision"))
+        precision = str(self.given.get("precision"))
         stated = {} if precision in ("None", "32", "32-true") else {"precision": precision}
         return self.evaluator.identity() | self.data.identity() | stated
 
@@ -84,12 +60,11 @@ class Evaluation:
         self.data.prepare_data()
         self.evaluator.check(self.data.evaluated)
 
-    def trainer(self, *callbacks: L.Callback, logged: bool) -> L.Trainer:
+    def trainer(self, *callbacks: L.Callback, **changes: Any) -> L.Trainer:  # noqa: ANN401
         """A trainer for the evaluation."""
-        given = self.trainer_arguments | ({} if logged else {"logger": False})
-        return make_trainer(
-            given,
-            callbacks=[*callbacks, *(given.get("callbacks") or [])],
+        return reading.make_trainer(
+            self.given | changes,
+            callbacks=[*callbacks, *(self.given.get("callbacks") or [])],
             default_root_dir=str(self.folder.path),
             # An attack differentiates, which Lightning's inference mode forbids.
             inference_mode=False,
@@ -99,20 +74,20 @@ class Evaluation:
             enable_model_summary=False,
         )
 
-    def device(self) -> torch.device:
-        """Where a command of one process runs."""
-        chosen = str(self.trainer_arguments.get("accelerator", "auto"))
+    def moved(self) -> torch.device:
+        """Moves the networks to where a command of one process runs."""
+        chosen = str(self.given.get("accelerator", "auto"))
         cuda = chosen in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if chosen in ("gpu", "cuda") and not cuda:
             raise InputError(f"trainer.accelerator = {chosen}: torch finds none; take cpu, or leave it out")
-        return torch.device("cuda" if cuda else "cpu")
+        device = torch.device("cuda" if cuda else "cpu")
+        self.evaluator.to(device)
+        return device
 
 
 def _defense(name: str, make: Any, denoiser: Any) -> Any:  # noqa: ANN401
-    if isinstance(make, torch.nn.Module):
-        return make
     try:
-        return make(denoiser)
+        return make if isinstance(make, torch.nn.Module) else make(denoiser)
     except InputError as error:
         raise InputError(f"defenses.{name}: {error}") from error
     except AttributeError as error:
@@ -121,11 +96,10 @@ def _defense(name: str, make: Any, denoiser: Any) -> Any:  # noqa: ANN401
         raise
 
 
-def test(evaluation: Evaluation) -> None:
+def _test(evaluation: Evaluation) -> None:
     """Attacks every defense, and writes records, summary and report."""
-    callbacks = Stopping(), Gallery(), RecordWriter(), Progress(), Report(), WandbReport()
     # Pictures before records: a sample whose record exists is not shown again.
-    trainer = evaluation.trainer(*callbacks, logged=True)
+    trainer = evaluation.trainer(Stopping(), Gallery(), RecordWriter(), Progress(), Report(), WandbReport())
     if trainer.is_global_zero:
         # The data may have to be fetched; the other processes look in their setup.
         evaluation.prepare()
@@ -134,150 +108,119 @@ def test(evaluation: Evaluation) -> None:
     trainer.test(task, datamodule=evaluation.data, verbose=False)
 
 
-def estimate(evaluation: Evaluation) -> None:
+def _estimate(evaluation: Evaluation) -> None:
     """Measures what the evaluation will cost, and writes nothing."""
     evaluation.prepare()
-    folder, data, device = evaluation.folder, evaluation.data, evaluation.device()
+    evaluation.moved()
+    folder, data, evaluator = evaluation.folder, evaluation.data, evaluation.evaluator
     done = {record.key for record in folder.collect(write=False)}
     if done and (found := folder.differences(evaluation.identity)):
         print(f"{folder.path} holds a run with other settings ({found}): its records do not count")
         done = set()
-    processes = evaluation.trainer(logged=False).world_size
-    print(f"{data.name} ({data.evaluate_on}), {len(data.evaluated)} samples, {evaluation.evaluator.runs} runs each")
-    measured = Estimate(evaluation.evaluator.to(device), data.evaluated, data.batch_size, done, processes)
-    print(f"{measured}\nNothing was written.")
+    print(f"{data.name} ({data.evaluate_on}), {len(data.evaluated)} samples, {evaluator.runs} runs each")
+    processes = evaluation.trainer(logger=False).world_size
+    print(Estimate(evaluator, data.evaluated, data.batch_size, done, processes))
+    print("Nothing was written.")
 
 
-def check(evaluation: Evaluation, command: Literal["gradcheck", "audit"], options: Namespace) -> bool:
+def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
     """Checks the defenses, and writes ``gradcheck.json`` or ``audit.json``; returns whether they passed."""
     evaluation.prepare()
     evaluator, folder, data = evaluation.evaluator, evaluation.folder, evaluation.data
     # The verdict is about the records beside it: with records of other settings the folder is refused.
     folder.claim(evaluation.identity, None, write=False)
-    device = evaluation.device()
-    evaluator.to(device)
-
-    def say(line: str) -> None:
-        print(line, flush=True)
-
+    device, seed = evaluation.moved(), evaluator.seed
     count = min(options.samples, len(data.evaluated))
     if command == "gradcheck":
-        say(f"Gradients of {count} samples of {data.name} ({data.evaluate_on})")
-        found = check_gradients(evaluator.defenses, data.evaluated, options.samples, evaluator.seed, device, say)
+        _say(f"Gradients of {count} samples of {data.name} ({data.evaluate_on})")
+        found = check_gradients(evaluator.defenses, data.evaluated, options.samples, seed, device, _say)
     else:
-        name, attack = _followed(evaluator.attacks)
-        say(f"Audit of {name} ({attack.title}, eps {attack.eps:.4g}) on {count} samples of {data.name}")
+        usable = [(n, a) for n, a in evaluator.attacks.items() if (a.gradient, a.target) == ("exact", "defense")]
+        if not usable:
+            names = ", ".join(evaluator.attacks)
+            raise InputError(f"attacks: none of {names} follows a gradient of the defense: add one, such as PGD")
+        name, attack = usable[0]
+        _say(f"Audit of {name} ({attack.title}, eps {attack.eps:.4g}) on {count} samples of {data.name}")
         views = {defense: evaluator.views[defense, name] for defense in evaluator.defenses}
-        found = audit_attack(
-            views,
-            attack,
-            data.evaluated,
-            options.samples,
-            options.audit_runs,
-            options.proposals,
-            evaluator.seed,
-            evaluator.chunk,
-            device,
-            say,
-        )
+        counts = options.samples, options.audit_runs, options.proposals
+        found = audit_attack(views, attack, data.evaluated, *counts, seed, evaluator.chunk, device, _say)
         found.facts = {"attack": name, **found.facts}
     _write_verdict(evaluation, command, found)
     print(f"{command}: {found.conclusion}")
     return found.passed
 
 
-def _followed(attacks: Mapping[str, Attack]) -> tuple[str, Attack]:
-    """The first attack that follows a gradient of the defense."""
-    usable = [(name, a) for name, a in attacks.items() if (a.gradient, a.target) == ("exact", "defense")]
-    if not usable:
-        names = ", ".join(attacks)
-        raise InputError(f"attacks: none of {names} follows a gradient of the defense: add one, such as PGD")
-    return usable[0]
-
-
 def _write_verdict(evaluation: Evaluation, command: str, found: Findings) -> None:
     data, folder = evaluation.data, evaluation.folder
     about = {"dataset": data.name, "split": data.evaluate_on}
-    digest = identity_sha256(comparable(evaluation.identity))
+    content = {**found.json(), **about, "settings_sha256": identity_sha256(comparable(evaluation.identity))}
     folder.path.mkdir(parents=True, exist_ok=True)
-    content = {**found.json(), **about, "settings_sha256": digest}
     write_whole(folder.path / f"{command}.json", json.dumps(content, indent=1) + "\n")
     if folder.summary.exists():
         write_report(folder)
 
 
-def purify(evaluation: Evaluation, command: Literal["purify", "predict"], options: Namespace) -> bool:
+def _purify(evaluation: Evaluation, command: str, options: Namespace) -> bool:
     """Takes people's own images through a defense; returns whether all could be read."""
-    trainer = evaluation.trainer(Stopping(), Progress(), logged=False)
-    return purify_files(
-        evaluation.evaluator,
-        evaluation.data,
-        trainer,
-        options.input,
-        options.output,
-        options.defense,
-        options.existing,
-        options.overlays,
-        classify=command == "predict",
-        config=evaluation.config,
-    )
+    trainer = evaluation.trainer(Stopping(), Progress(), logger=False)
+    given = {name: options[name] for name in ("output", "defense", "existing", "overlays")}
+    given |= {"classify": command == "predict", "config": evaluation.config}
+    return purify_files(evaluation.evaluator, evaluation.data, trainer, options.input, **given)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
     """``eval.py``: attacks defenses and reports what survives; no arguments evaluate the embedded digits.
 
-    ``eval.py gradcheck`` checks that attacks differentiate what is defended, ``eval.py audit`` that no other attack is
-    stronger than the configured one. ``eval.py frontier`` evaluates families of defenses, and compares them at equal
-    clean accuracy. ``eval.py compare`` sets finished evaluations side by side. ``eval.py purify`` and ``predict``
-    take people's own images through a defense.
+    Args:
+        argv: A command, of those that ``--help`` explains, and flags; ``None`` takes those of the process.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["compare"]:
         try:
-            compare(given[1:])
+            return compare(given[1:])
         except InputError as error:
             fail(str(error))
-        return
-    given = helped(given, EVALUATE)
+    given = helped(given, "eval")
     command = given.pop(0) if given and given[0] in COMMANDS else "test"
     dry = "--dry_run" in given
     if dry and command not in ("test", "frontier"):
         fail(f"--dry_run goes with test and frontier, not with {command}: leave it out")
-    given = [word for word in given if word != "--dry_run"]
     if (dry or command in ("gradcheck", "audit")) and rank() != 0:
         # These run once: the first process speaks for all.
-        return
+        return None
     with guarded() as state:
-        if not any(word.partition("=")[0] in ("--help", "--config") for word in given):
-            if command in ("purify", "predict"):
-                raise InputError(f"{command}: name a configuration, whose networks and size are used: --config FILE")
-            given = ["--config", _DEFAULTS.get(command, _DEFAULT), *given]
-        parser = evaluation_parser()
-        _add_options(parser, command)
-        settings = read(given, parser)
-        folder = state.folder = RunFolder(run_folder(settings, command))
-        config = dump(parser, settings, *_OPTIONS)
-        place_loggers(settings, folder.path)
-        evaluation = Evaluation(settings, instantiated(parser, settings), config, folder)
-        # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
-        state.running = good = True
-        if dry:
-            estimate(evaluation)
-        elif command in ("gradcheck", "audit"):
-            good = check(evaluation, command, settings)  # type: ignore[arg-type]
-        elif command in ("purify", "predict"):
-            good = purify(evaluation, command, settings)  # type: ignore[arg-type]
-        else:
-            test(evaluation)
-        if not good:
-            sys.exit(1)
+        _run(command, dry, [word for word in given if word != "--dry_run"], state)
 
 
-_OPTIONS = ("samples", "audit_runs", "proposals", "input", "output", "defense", "existing", "overlays")
+def _run(command: str, dry: bool, given: list[str], state: State) -> None:
+    if not any(word.partition("=")[0] in ("--help", "--config") for word in given):
+        if command in ("purify", "predict"):
+            raise InputError(f"{command}: name a configuration, whose networks and size are used: --config FILE")
+        given = ["--config", _CONFIGS.get(command, _CONFIG), *given]
+    parser = reading.evaluation_parser()
+    own = _add_options(parser, command)
+    settings = reading.read(given, parser)
+    folder = state.folder = RunFolder(reading.run_folder(settings, command))
+    config = reading.dump(parser, settings, *own)
+    reading.place_loggers(settings, folder.path)
+    evaluation = Evaluation(reading.instantiated(parser, settings), config, folder)
+    # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
+    state.running = good = True
+    if dry:
+        _estimate(evaluation)
+    elif command in ("gradcheck", "audit"):
+        good = _check(evaluation, command, settings)
+    elif command in ("purify", "predict"):
+        good = _purify(evaluation, command, settings)
+    else:
+        _test(evaluation)
+    if not good:
+        sys.exit(1)
 
 
-def _add_options(parser: Parser, command: str) -> None:
-    """What belongs to one command."""
+def _add_options(parser: reading.Parser, command: str) -> list[str]:
+    """What belongs to one command; returns the names."""
+    before = {action.dest for action in parser._actions}
     add: Callable[..., Any] = parser.add_argument
     if command in ("gradcheck", "audit"):
         count = {"gradcheck": 4, "audit": 32}[command]
@@ -289,5 +232,6 @@ def _add_options(parser: Parser, command: str) -> None:
         add("--input", type=Path, required=True, help="A folder of images at any depth, or one image.")
         add("--output", type=Path, required=True, help="The folder to write; subfolders are kept.")
         add("--defense", type=str | None, default=None, help="Name of the defense (default: the first with a mask).")
-        add("--existing", type=Existing, default="refuse", help="skip goes on, replace writes anew what was made here.")
+        add("--existing", type=Existing, default="refuse", help="skip goes on, replace makes again what was made here.")
         add("--overlays", type=bool, default=True, help="Write NAME.mask.png and NAME.overlay.png too.")
+    return [action.dest for action in parser._actions if action.dest not in before]

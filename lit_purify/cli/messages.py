@@ -11,7 +11,7 @@ import traceback
 import types
 import typing
 from argparse import ArgumentError
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,8 @@ _NO_REASON = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|Proble
 COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "predict")
 """Of ``eval.py``."""
 _USAGE = f"eval.py takes one of {', '.join(COMMANDS)} or none, and settings as --NAME VALUE"
-_GONE = (
-    "its settings stand at the top level of the file now (classifier, attacks, runs ...), see configs/eval/digits.yaml"
-)
+_GONE = "its settings stand at the top level of the file now: classifier, attacks, runs ..."
+_CLASS = "give its class_path, and its arguments beside it"
 _BEFORE = ""
 """Key of the arguments of a class that a flag has replaced by another one."""
 
@@ -192,65 +191,58 @@ def diagnosis(parser: ArgumentParser, tree: Mapping[str, Any]) -> str | None:
     """What is wrong with settings that a parser has refused; ``None`` where this is not seen."""
     actions = [a for a in parser._actions if not a.dest.endswith(".help")]
     hints = {a.dest: getattr(a, "_typehint", None) or a.type for a in actions}
-    if "model" in tree and "model" not in hints:
-        return f"there is no setting model: {_GONE}"
     try:
         for name, value in tree.items():
-            below = [dest for dest in hints if dest.startswith(f"{name}.")]
-            for key, inner in value.items() if below and isinstance(value, dict) else (("", value),):
-                dest = f"{name}.{key}" if key else name
-                if dest not in hints and not (below and not key):
-                    near = _nearest(dest, [*hints]) or "--help_all lists all"
-                    raise InputError(f"there is no setting {dest}; {near}")
-                _diagnose(inner, hints.get(dest), dest)
+            if any(dest.startswith(f"{name}.") for dest in hints) and isinstance(value, dict):
+                for key, inner in value.items():
+                    _diagnose_setting(f"{name}.{key}", inner, hints)
+            else:
+                _diagnose_setting(name, value, hints)
     except InputError as error:
         return str(error)
     return None
+
+
+def _diagnose_setting(name: str, value: Any, hints: Mapping[str, Any]) -> None:  # noqa: ANN401
+    if name not in hints:
+        near = _GONE if name == "model" else _nearest(name, [*hints]) or "--help_all lists all"
+        raise InputError(f"there is no setting {name}; {near}")
+    _diagnose(value, hints[name], name)
 
 
 def _diagnose(value: Any, hint: Any, place: str) -> None:  # noqa: ANN401
     """Raises an ``InputError`` about the first thing in a tree that does not fit its type."""
     kinds = _members(hint)
     bases = [base for base in map(_base, kinds) if base is not None]
-    if isinstance(value, list) and (
-        item := next((k for k in kinds if typing.get_origin(k) in (list, Sequence, Iterable)), None)
-    ):
+    inside = {typing.get_origin(kind): typing.get_args(kind) for kind in kinds}
+    items = next((inside[kind] for kind in (list, Sequence, Iterable) if kind in inside), None)
+    if items and isinstance(value, list):
         for each in value:
-            _diagnose(each, typing.get_args(item)[0], place)
+            _diagnose(each, items[0], place)
         return
-    named = next((k for k in kinds if typing.get_origin(k) is dict), None)
-    if named is not None and isinstance(value, dict):
+    if dict in inside and isinstance(value, dict):
         for name, inner in value.items():
-            if (
-                isinstance(inner, dict)
-                and "class_path" not in inner
-                and (near := _nearest(name, [*value.keys() - {name}]))
-            ):
+            others = value.keys() - {name}
+            if isinstance(inner, dict) and "class_path" not in inner and (near := _nearest(name, others)):
                 raise InputError(f"{place} has no {name}; {near}")
-            _diagnose(inner, typing.get_args(named)[1], f"{place}.{name}")
+            _diagnose(inner, inside[dict][1], f"{place}.{name}")
         return
-    if not bases or value is None:
+    given = value if isinstance(value, dict) else {"class_path": value}
+    path = given.get("class_path")
+    if not bases or not isinstance(path, str) or (given is not value and _accepts(hint, value)):
         if hint is not None and not _accepts(hint, value):
-            expected = " or ".join(_title(kind) for kind in kinds)
-            raise InputError(f"{place}: expected {expected}; got {value}")
-        return
-    path = value.get("class_path") if isinstance(value, dict) else value
-    if not isinstance(path, str):
-        if not _accepts(hint, value):
-            raise InputError(f"{place}: a class is needed: give its class_path, and its arguments beside it")
-        return
-    if not isinstance(value, dict) and len(bases) < len(kinds) and _accepts(hint, value):
+            expected = f"expected {' or '.join(map(_title, kinds))}; got {value}"
+            raise InputError(f"{place}: {f'a class is needed: {_CLASS}' if bases else expected}")
         return
     made = _class(path, bases, place)
-    hints = _options(made)
-    arguments = {k: v for k, v in value.items() if k not in ("class_path", _BEFORE)} if isinstance(value, dict) else {}
-    for name, argument in arguments.items():
-        if name not in hints and name != "dict_kwargs":
-            near = _nearest(name, [*hints, "class_path"]) or "it has " + ", ".join(hints)
+    options, before = _options(made), given.get(_BEFORE, {})
+    for name, argument in given.items():
+        if name in options:
+            _diagnose(argument, options[name][0], f"{place}.{name}")
+        elif name not in ("class_path", "dict_kwargs", _BEFORE):
+            near = _nearest(name, [*options, "class_path"]) or "it has " + ", ".join(options)
             raise InputError(f"{place}: {_last(path)} has no option {name}; {near}")
-        _diagnose(argument, hints.get(name, (Any, False))[0], f"{place}.{name}")
-    before = value.get(_BEFORE, {}) if isinstance(value, dict) else {}
-    if missing := [name for name, (_, needed) in hints.items() if needed and name not in {**arguments, **before}]:
+    if missing := [name for name, (_, needed) in options.items() if needed and name not in {**given, **before}]:
         raise InputError(f"{place}: {_last(path)} needs {', '.join(missing)}")
 
 
@@ -341,6 +333,6 @@ def _last(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def _nearest(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else ""

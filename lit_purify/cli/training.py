@@ -15,7 +15,6 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from lit_purify.callbacks import Stopping, WandbRun, WandbTraining
 from lit_purify.cli.common import State, guarded, helped, rank
-from lit_purify.cli.help import TRAIN
 from lit_purify.cli.messages import check_checkpoint
 from lit_purify.cli.settings import (
     Parser,
@@ -126,7 +125,7 @@ def _fit(made: Namespace, config: str, state: State) -> None:
 
 def train(argv: Sequence[str] | None = None) -> None:
     """``train.py fit --config ...``: trains a denoiser or a classifier; ``train.py export ...`` writes its network."""
-    given = helped(list(sys.argv[1:] if argv is None else argv), TRAIN)
+    given = helped(list(sys.argv[1:] if argv is None else argv), "train")
     with guarded() as state:
         if not given or given[0] not in _COMMANDS:
             raise InputError(f"say what to do, one of {', '.join(_COMMANDS)}: fit --config FILE trains")
