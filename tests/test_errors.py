@@ -351,7 +351,7 @@ def test_levels(refused_evaluation, purifier, init_args, said):
 @pytest.mark.parametrize("n", [0, 401])
 def test_subset_larger_than_the_split(refused_evaluation, n):
     said = refused_evaluation({"data.subset.n": n})
-    assert said == f"n = {n} samples cannot be chosen from a split of 400: use 1 .. 400"
+    assert said == f"subset: n = {n} samples cannot be chosen from a split of 400: use n = 1 .. 400"
 
 
 @pytest.mark.parametrize(
