@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from made_runs import ATTACKS, DEFENSES, HOSTILE, RUNS, Cells, finished_run
+from made_runs import ATTACKS, DEFENSES, HOSTILE, RUNS, cells, finished_run
 
 from lit_purify.cli import evaluate
 from lit_purify.functional.statistics import paired_difference
@@ -46,9 +46,8 @@ def test_differences_are_paired_over_the_shared_samples(pair):
         assert row.remarks == "another attack, 10 shared samples"
     # A radius that only one has.
     assert all(row.robust is None for row in comparison.rows["linf", 16 / 255])
-    assert [row[0] for row in Cells(comparison.page()).tables["Settings that are not the same in all runs"][1:]] == [
-        "depth"
-    ]
+    differing = cells(comparison.page())["Settings that are not the same in all runs"]
+    assert [row[0] for row in differing] == ["setting", "depth"]
 
 
 @pytest.mark.parametrize(("attack", "differ"), [(None, []), ("square", [0]), ("far", [1]), ("other", [2])])
@@ -108,10 +107,10 @@ def test_what_cannot_be_paired_is_not(pair, tmp_path, changes, reason):
 
 def test_text_and_page_have_each_figure_in_its_place(pair):
     comparison = Comparison(list(pair))
-    printed, cells = comparison.table().splitlines(), Cells(comparison.page()).tables
+    printed, tables = comparison.table().splitlines(), cells(comparison.page())
     for threat, rows in comparison.rows.items():
         start = next(k for k, line in enumerate(printed) if line.startswith(f"{threat[0]} <= {radius(threat)}"))
-        head, *table = cells[f"{threat_name(threat)}, under all attacks of this kind: accuracy in %"]
+        head, *table = tables[f"{threat_name(threat)}, under all attacks of this kind: accuracy in %"]
         for line, row, words in zip(printed[start + 2 :], rows, table, strict=False):
             wanted = [percent(row.result[kind]["average"]) for kind in ("clean", "robust")]
             wanted += [signed(row.clean), signed(row.robust)] if row.robust else []
