@@ -13,8 +13,8 @@ from conftest import Curved
 import lit_purify as lp
 from lit_purify.attacks import PGD
 from lit_purify.checks.audit import CHECKS
-from lit_purify.checks.audited import Audited
-from lit_purify.checks.findings import Fixed, holm, least_samples, sign_flip, verdict
+from lit_purify.checks.audited import Audited, judged
+from lit_purify.checks.findings import Fixed, holm, least_samples, sign_flip
 from lit_purify.cli import evaluate
 from lit_purify.defense import (
     BPDA,
@@ -98,10 +98,10 @@ def test_holm_by_hand():
 
 
 def test_a_failure_needs_size_and_significance():
-    assert verdict(0.2, 0.01, 0.05, 0.05) == "fail"
-    assert verdict(0.2, 0.06, 0.05, 0.05) == "note"
-    assert verdict(0.05, 1e-9, 0.05, 0.05) == "pass"
-    assert verdict(-0.3, 1e-9, 0.05, 0.05) == "pass"
+    assert judged(0.2, 0.01) == "fail"
+    assert judged(0.2, 0.06) == "note"
+    assert judged(0.05, 1e-9) == "pass"
+    assert judged(-0.3, 1e-9) == "pass"
 
 
 def test_fixed_noise_is_one_draw_for_each_row():

@@ -8,19 +8,7 @@ from dataclasses import replace
 import torch
 
 from lit_purify.attacks import PGD, Attack, MaskShift, NotApplicableError, Square, Transfer
-from lit_purify.checks.audited import (
-    AVERAGE,
-    DRAWS,
-    LEVEL,
-    MAJORITY,
-    RULES,
-    TOLERANCE,
-    WORST,
-    Audited,
-    Fact,
-    RandomNoise,
-    different,
-)
+from lit_purify.checks.audited import AVERAGE, LEVEL, MAJORITY, RULES, TOLERANCE, WORST, Audited, Fact, RandomNoise
 from lit_purify.checks.findings import Comparison, Findings, Fixed, least_samples
 from lit_purify.checks.gradcheck import first_samples, relative
 from lit_purify.data.base import ImageDataset
@@ -38,8 +26,6 @@ _STEPS, _EOT, _STARTS = 20, 16, 2
 """What a thorough attack has at least; else twice the configured."""
 _SOFT = 5.0
 """Deviation of logits up to which a softmax over them is not saturated."""
-_UNSEEN = 2**31
-"""The first of the draws that no attack reaches."""
 _MASKED = "the gradient is masked, or the attack weak"
 _SATURATES = "the configured loss saturates"
 
@@ -54,50 +40,33 @@ def same_model(audit: Audited) -> Iterator[Fact]:
     """The attacked function has the outputs of the defense, and the gradient that it is said to have."""
     purifier, view = audit.defended.purifier, audit.view
     figure = relative(audit.attacked, audit.defending)
-    walked = (view.levels, view.nfe), (purifier.levels, purifier.nfe)
-    said = f"relative difference of attacked and defended logits; levels {walked[0][0]} and {walked[1][0]}"
+    said = f"relative difference of attacked and defended logits; levels {view.levels} and {purifier.levels}"
     if view.gradient != "exact":
         yield "same_model", figure, _SAME, "note", f"{said}; said to be {view.gradient}"
-    elif walked[0] != walked[1] or not figure <= _SAME:
-        said += ": another model is attacked than is defended"
-        yield "same_model", figure, _SAME, "fail", said
-    else:
-        yield "same_model", figure, _SAME, "pass", said
+        return
+    same = (view.levels, view.nfe) == (purifier.levels, purifier.nfe) and figure <= _SAME
+    yield "same_model", figure, _SAME, same, said + ("" if same else ": another model is attacked than is defended")
+    if same:
         # A view with the defense's outputs may still hand out another gradient.
         kind, samples = view.mask_gradient, audit.moved
         sound = Exact("frozen" if kind == "none" else kind).attacked(audit.defended)
         figure = relative(samples.gradient(view.function), samples.gradient(sound.function))
-        # Where it is not, the comparison with the exact gradient is made as well.
-        audit.exact = figure <= _SAME
-        said = "relative difference of the attack's gradient and the defense's"
-        if not audit.exact:
-            relaxed = kind in ("straight_through", "soft")
-            said += ": the mask may be relaxed in another way" if relaxed else ": said to be exact, and is not"
-            yield "same_gradient", figure, _SAME, "note" if relaxed else "fail", said
-        else:
-            yield "same_gradient", figure, _SAME, "pass", said
+        audit.exact, relaxed = figure <= _SAME, kind in ("straight_through", "soft")
+        said = ": the mask may be relaxed in another way" if relaxed else ": said to be exact, and is not"
+        said = "relative difference of the attack's gradient and the defense's" + ("" if audit.exact else said)
+        yield "same_gradient", figure, _SAME, "note" if relaxed and not audit.exact else audit.exact, said
 
 
-def fresh_draws(audit: Audited) -> Iterator[Fact]:
-    """The attack sees as many draws of noise as it asks for."""
-    if not audit.randomized:
-        return
-    queries, outputs = audit.attack.queries.forward, (different(audit.attacked), different(audit.evaluated))
-    drawn = 1 if outputs[0] == 1 else len(audit.drawn)
-    said = (
-        f"draws of noise in {queries} queries of the attack; {len(DRAWS)} draws have {outputs[0]} outputs for it, "
-        f"{outputs[1]} for the evaluation"
-    )
-    if drawn < min(2, queries) or outputs[0] <= outputs[1] / 2:
-        said += ": it sees frozen noise, the evaluation draws anew"
-        yield "fresh_draws", drawn, 2.0, "fail", said
-    else:
-        yield "fresh_draws", drawn, min(2.0, queries), "pass", said
-
-
-def frozen_noise(audit: Audited) -> Iterator[Fact]:
-    """What is owed to randomness: attack and defense with one and the same draw."""
+def randomness(audit: Audited) -> Iterator[Fact]:
+    """The attack sees fresh draws of noise; and what is owed to them: attack and defense with one and the same draw."""
     if audit.randomized:
+        queries, outputs = audit.attack.queries.forward, audit.outputs
+        drawn = 1 if outputs[0] == 1 else len(audit.drawn)
+        fresh = drawn >= min(2, queries) and outputs[0] > outputs[1] / 2
+        said = f"draws of noise in {queries} queries of the attack; {audit.attacked.shape[1]} draws have {outputs[0]} "
+        said += f"outputs for it, {outputs[1]} for the evaluation"
+        said += "" if fresh else ": it sees frozen noise, the evaluation draws anew"
+        yield "fresh_draws", drawn, min(2.0, queries) if fresh else 2.0, fresh, said
         noise = Fixed(audit.seed, audit.index, torch.zeros_like(audit.index), ATTACK)
         adversarial = single_draw(audit.attack)(audit.view, audit.image, audit.label, noise, audit.chunk)
         left = audit.outcomes(adversarial, noise=noise)[:, AVERAGE].mean()
@@ -112,13 +81,11 @@ def unbounded(audit: Audited) -> Iterator[Fact]:
     except NotApplicableError as error:
         yield "unbounded", 0.0, None, "not applicable", str(error)
         return
-    adversarial = audit.attacked_by(attack, audit.view)
     limit = float(audit.label.bincount().max()) / len(audit.label)
-    left = mean_interval(audit.outcomes(adversarial)[:, AVERAGE], audit.runs)
+    left = mean_interval(audit.outcomes(audit.attacked_by(attack, audit.view))[:, AVERAGE], audit.runs)
     said = f"survive at eps {audit.everything:.3g}, at least {left.low:.1%}; by guessing {limit:.1%}"
-    failed = left.low > limit
-    said += ": the attack does not find what there is" if failed else ""
-    yield "unbounded", left.value, limit, "fail" if failed else "pass", said
+    said += ": the attack does not find what there is" if left.low > limit else ""
+    yield "unbounded", left.value, limit, left.low <= limit, said
 
 
 def ablations(audit: Audited) -> Iterator[Fact]:
@@ -131,43 +98,35 @@ def ablations(audit: Audited) -> Iterator[Fact]:
         adversarial = audit.attacked_by(audit.attack, model)
         left, clean = (audit.outcomes(shown, model)[:, AVERAGE] for shown in (adversarial, audit.image))
         gain = paired_difference(left, audit.reference[:, AVERAGE])
-        said = (
-            f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points that the mask gains over this one "
-            f"({float(left.mean()):.1%} robust, {float(clean.mean()):.1%} clean)"
-        )
+        said = f"({float(left.mean()):.1%} robust, {float(clean.mean()):.1%} clean)"
+        said = f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points that the mask gains over this one {said}"
         yield f"mask_{name}", gain.value, None, "note", said
-
-
-def wider(audit: Audited) -> Iterator[Comparison]:
-    """No more survives in a larger ball than in the smaller one."""
-    for k in (4.0, 2.0):
-        if k * audit.attack.eps < audit.everything:
-            said, meaning = f"eps in place of {k:g} eps", "the gradient misleads"
-            found = audit.compare_stronger("wider", said, meaning, eps=k * audit.attack.eps)
-            yield replace(found, excess=None if found.excess is None else -found.excess)
-            return
 
 
 def same_noise(audit: Audited) -> Iterator[Comparison]:
     """Draws that the attack has not seen, of the noise that it saw."""
     if audit.randomized:
-        left = audit.outcomes(audit.adversarial, noise=audit.noise(ATTACK), first=_UNSEEN)
+        left = audit.outcomes(audit.adversarial, noise=audit.noise(ATTACK), first=2**31)
         excess, said = (audit.reference - left)[:, AVERAGE], "the same images under the attack's noise"
         yield Comparison("same_noise", excess, AVERAGE, said, "the defense tells attack from evaluation")
 
 
 def stronger_versions(audit: Audited) -> Iterator[Comparison]:
-    """Random noise; and more steps, draws and starts of the attack itself."""
+    """Random noise; and a larger ball, more steps, draws and starts of the attack itself."""
     attack = audit.attack
-    random = RandomNoise(attack.norm, attack.eps)
-    yield audit.compare("noise", random, audit.view, "random noise of equal norm", _MASKED)
+    wider = next((k for k in (4.0, 2.0) if k * attack.eps < audit.everything), None)
+    if wider is not None:
+        said, meaning = f"eps in place of {wider:g} eps", "the gradient misleads"
+        found = audit.compare_stronger("wider", said, meaning, eps=wider * attack.eps)
+        # No more survives in the larger ball: the other way around.
+        yield replace(found, excess=None if found.excess is None else -found.excess)
+    random, said = RandomNoise(attack.norm, attack.eps), "random noise of equal norm"
+    yield audit.compare("noise", random, audit.view, said, _MASKED)
     steps, restarts = max(2 * attack.steps, _STEPS), _STARTS * attack.restarts
     yield audit.compare_stronger("more_steps", f"{steps} steps", "the attack is cut short", steps=steps)
     if audit.randomized:
         eot = max(2 * attack.eot, _EOT)
-        yield audit.compare_stronger(
-            "more_eot", f"{eot} draws a step", "the attack averages over too few draws", eot=eot
-        )
+        yield audit.compare_stronger("more_eot", f"{eot} draws a step", "too few draws are averaged", eot=eot)
     yield audit.compare_stronger("restarts", f"{restarts} starts", "one start is not enough", restarts=restarts)
 
 
@@ -233,11 +192,9 @@ def mask_gradients(audit: Audited) -> Iterator[Comparison]:
 CHECKS: list[Callable[[Audited], Iterator[Fact | Comparison]]] = [
     reference,
     same_model,
-    fresh_draws,
-    frozen_noise,
+    randomness,
     unbounded,
     ablations,
-    wider,
     same_noise,
     stronger_versions,
     other_gradients,
@@ -263,19 +220,8 @@ def audit_attack(
     """Checks for each defense whether its robust accuracy under an attack holds up against other attacks.
 
     The verdict is undecided, and not passed, where no check fails, but an attack that takes half of the samples would
-    not be significant on so few.
-
-    Args:
-        views: What the attack differentiates, by the defense's name.
-        attack: The configured attack; it follows a gradient of the defense.
-        data: The evaluated samples.
-        samples: How many of them, from the first.
-        runs: N, with which each image is evaluated.
-        proposals: Steps of the black-box attack.
-        seed: Seed of all noise.
-        chunk: Rows that networks are called with, at most.
-        device: Where the networks are; ``None`` is the CPU.
-        say: Is handed a line for each finding as soon as it is known.
+    not be significant on so few. Arguments are those of ``lit_purify.audit``.
+    ``views`` are what the attack differentiates, by the defense's name; ``say`` is handed a line for each finding.
 
     Raises:
         InputError: An argument is below 1, or the attack follows no gradient of the defense.
@@ -290,9 +236,7 @@ def audit_attack(
     findings, compared = Findings(), 0
     for name, view in views.items():
         audited, first = Audited(view, attack, image, label, index, seed, runs, rows, proposals), len(findings)
-        for finding in audited.findings(name, CHECKS):
-            findings.append(finding)
-            say(str(finding))
+        findings.take(audited.findings(name, CHECKS), say)
         compared = max(compared, sum(finding.limit == TOLERANCE for finding in findings[first:]))
     least = least_samples(compared, LEVEL)
     if len(index) < least:
@@ -305,13 +249,11 @@ def audit_attack(
 
 
 def single_draw(attack: Attack) -> Attack:
-    """The same attack with one draw of noise a step, as far as it has draws."""
-    for changes in ({"eot": 1, "aggregate": "mean"}, {"eot": 1}):
-        try:
-            return attack.stronger(**changes)
-        except NotApplicableError:
-            continue
-    return attack
+    """The same attack with one draw of noise a step, where it has such a version."""
+    try:
+        return attack.stronger(eot=1)
+    except NotApplicableError:
+        return attack
 
 
 def scaled(function: AttackedFunction, scale: float) -> AttackedFunction:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_purify.attacks import Attack, NotApplicableError, Queries
-from lit_purify.checks.findings import Comparison, Finding, Verdict, holm, sign_flip, verdict
+from lit_purify.checks.findings import Comparison, Finding, Verdict, holm, sign_flip
 from lit_purify.checks.gradcheck import Samples, check_gradient
 from lit_purify.defense import Attacked, DefendedClassifier
 from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, logits_in_chunks
@@ -23,13 +23,10 @@ LEVEL, TOLERANCE = 0.05, 0.05
 """Chance to fail a sound defense by its comparisons; what an attack may overstate."""
 AVERAGE, WORST, MAJORITY = range(3)
 RULES = ("average accuracy", "worst-of-N accuracy", "accuracy of the vote")
-DRAWS = list(range(8))
-"""Draws of noise that are looked at one by one."""
-_CHECKED = 4
-"""Samples whose gradients are checked."""
 
-Fact = tuple[str, float, float | None, Verdict, str]
-"""Check, figure, limit, verdict and reason of a ``Finding``."""
+Model = Attacked | DefendedClassifier | AttackedFunction
+Fact = tuple[str, float, float | None, Verdict | bool, str]
+"""Check, figure, limit, verdict (or whether it passed) and reason of a ``Finding``."""
 
 
 class RandomNoise(Attack):
@@ -52,9 +49,8 @@ class Audited:
     A comparison shows the same samples, under the same noise of evaluation, to a second attack that has no right to be
     stronger. It fails when the configured attack overstates robust accuracy by more than ``TOLERANCE`` and the paired
     differences are significant at ``LEVEL``: by an exact sign-flip test for each, with Holm's correction over all
-    comparisons of the defense. So by its comparisons a sound defense fails with a chance of at most 5 %. With few
-    samples only gross overstatement is significant: what is above the tolerance but not significant is a ``note`` that
-    asks for more of them.
+    comparisons of the defense. So by its comparisons a sound defense fails with a chance of at most 5 %. What is above
+    the tolerance but not significant is a ``note`` that asks for more samples.
 
     Attributes:
         view: The defense, and what the attack is handed.
@@ -87,7 +83,7 @@ class Audited:
     ) -> Iterator[Finding]:
         """Those of the gradient and of all checks, in order, of the defense ``name``; comparisons come last."""
         sound, compared = True, []
-        for finding in check_gradient(name, self.defended, self.moved):
+        for finding in check_gradient(name, self.view.defended, self.moved):
             sound = sound and finding.passed
             yield finding
         try:
@@ -102,29 +98,22 @@ class Audited:
                 if isinstance(found, Comparison):
                     compared.append(found)
                 else:
-                    yield Finding(name, *found)
+                    title, figure, limit, how, reason = found
+                    how = how if isinstance(how, str) else "pass" if how else "fail"
+                    yield Finding(name, title, figure, limit, how, reason)
         chances = iter(holm([sign_flip(c.excess, self.runs) for c in compared if c.excess is not None]))
         for found in compared:
             if found.excess is None:
                 yield Finding(name, found.check, 0.0, None, "not applicable", found.other)
                 continue
             gap, chance = paired_difference(torch.zeros_like(found.excess), found.excess), next(chances)
-            how = verdict(gap.value, chance, TOLERANCE, LEVEL)
-            tail = f": {found.meaning}" if how == "fail" else ": undecided, use more samples" if how == "note" else ""
+            how = judged(gap.value, chance)
+            tail = {"pass": "", "fail": f": {found.meaning}"}.get(how, ": undecided, use more samples")
             lost = f"[{100 * gap.low:+.1f}, {100 * gap.high:+.1f}] points more of the {RULES[found.rule]} lost"
-            yield Finding(
-                name, found.check, gap.value, TOLERANCE, how, f"{found.other}: {lost}, p = {chance:.2g}{tail}"
-            )
+            reason = f"{found.other}: {lost}, p = {chance:.2g}{tail}"
+            yield Finding(name, found.check, gap.value, TOLERANCE, how, reason)
 
-    def compare(
-        self,
-        check: str,
-        attack: Attack,
-        model: Attacked | DefendedClassifier | AttackedFunction,
-        other: str,
-        meaning: str,
-        rule: int = AVERAGE,
-    ) -> Comparison:
+    def compare(self, check: str, attack: Attack, model: Model, other: str, meaning: str, rule: int = 0) -> Comparison:
         """The configured attack against another one, on a model in place of the view; words as in ``Comparison``."""
         excess = self.reference - self.outcomes(self.attacked_by(attack, model))
         return Comparison(check, excess[:, rule], rule, other, meaning)
@@ -136,7 +125,7 @@ class Audited:
         except NotApplicableError as error:
             return Comparison(check, None, AVERAGE, str(error), meaning)
 
-    def attacked_by(self, attack: Attack, model: Attacked | DefendedClassifier | AttackedFunction) -> Tensor:
+    def attacked_by(self, attack: Attack, model: Model) -> Tensor:
         """Adversarial images."""
         return attack(model, self.image, self.label, self.noise(ATTACK), self.chunk)
 
@@ -144,7 +133,7 @@ class Audited:
         self, image: Tensor, defended: DefendedClassifier | None = None, noise: Noise | None = None, first: int = 0
     ) -> Tensor:
         """What survives in the defense: by the average, worst and majority rule, (B, 3)."""
-        runs, function = list(range(first, first + self.runs)), (defended or self.defended).attacked()
+        runs, function = list(range(first, first + self.runs)), (defended or self.view.defended).attacked()
         logits = logits_in_chunks(function, image, noise or self.noise(EVALUATION), runs, self.chunk)
         return outcomes(logits.argmax(dim=2), self.label)
 
@@ -153,26 +142,23 @@ class Audited:
         return KeyedNoise(self.seed, self.index, torch.zeros_like(self.index), stream)
 
     def _probe(self) -> None:
-        """Logits of some draws, (B, n, classes): what an attack sees when it differentiates, and the defense."""
-        noise, model = self.noise(ATTACK), self.view.function
+        """Logits (B, n, classes) of some draws, for the attack, which differentiates, and for the defense."""
+        noise, model, draws = self.noise(ATTACK), self.view.function, list(range(8))
         # Off the samples: there symmetries can hide what differs between two draws.
         image = RandomNoise(self.attack.norm, self.attack.eps)(model, self.image, self.label, noise)
-        self.attacked = draws_in_chunks(model, margin_loss, image, self.label, noise, DRAWS, self.chunk).logits
-        self.defending, self.evaluated = (
-            logits_in_chunks(self.defended.attacked(), image, self.noise(stream), DRAWS, self.chunk)
+        self.attacked = draws_in_chunks(model, margin_loss, image, self.label, noise, draws, self.chunk).logits
+        self.defending, evaluated = (
+            logits_in_chunks(self.view.defended.attacked(), image, self.noise(stream), draws, self.chunk)
             for stream in (ATTACK, EVALUATION)
         )
-        self.randomized = different(self.evaluated) > 1
-
-    @property
-    def defended(self) -> DefendedClassifier:
-        """The defense."""
-        return self.view.defended
+        # Of the sample with the most: in the attack and in the evaluation.
+        self.outputs = [max(len(x.unique(dim=0)) for x in of) for of in (self.attacked, evaluated)]
+        self.defended, self.randomized = self.view.defended, self.outputs[1] > 1
 
     @cached_property
     def moved(self) -> Samples:
-        """The first samples, moved as in ``gradcheck``."""
-        rows = torch.arange(min(_CHECKED, len(self.image)), device=self.image.device)
+        """The first four samples, moved as in ``gradcheck``."""
+        rows = torch.arange(min(4, len(self.image)), device=self.image.device)
         return Samples.moved(self.image[rows], self.label[rows], self.noise(ATTACK).rows(rows))
 
     @cached_property
@@ -202,6 +188,6 @@ class Audited:
         return self.attack.eps / 4.0 if self.attack.step_size is None else self.attack.step_size
 
 
-def different(logits: Tensor) -> int:
-    """How many different outputs the draws (B, n, classes) of a sample have, of the sample with the most."""
-    return max(len(draws.unique(dim=0)) for draws in logits)
+def judged(excess: float, chance: float) -> Verdict:
+    """Of a comparison with an adjusted p-value; what is above the tolerance, but may be by chance, is a ``note``."""
+    return "pass" if excess <= TOLERANCE else "fail" if chance <= LEVEL else "note"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -62,6 +62,12 @@ class Findings(list[Finding]):
     undecided: str = ""
     facts: Mapping[str, Any] = {}
 
+    def take(self, findings: Iterable[Finding], say: Callable[[str], None]) -> None:
+        """Adds findings, and says a line for each as soon as it is known."""
+        for finding in findings:
+            self.append(finding)
+            say(str(finding))
+
     @property
     def failed(self) -> list[Finding]:
         """Those that failed."""
@@ -99,14 +105,13 @@ class Findings(list[Finding]):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A check by another attack, judged together with the others.
+    """A check by another attack, which is judged together with the others.
 
     Attributes:
-        check: Its name.
         excess: What survives the configured attack minus what survives the other, (B,); ``None``: not applicable.
         rule: Which accuracy.
         other: The other attack, in words; where there is none, why.
-        meaning: What follows when it is the stronger one.
+        meaning: What follows when the other is stronger.
     """
 
     check: str
@@ -125,16 +130,11 @@ class Fixed(KeyedNoise):
 
 
 def sign_flip(excess: Tensor, runs: int) -> float:
-    """Exact one-sided p-value of paired differences: how often random signs give a sum as large as theirs.
+    """Exact one-sided p-value of paired differences, (B,) multiples of 1 / ``runs``.
 
-    Fisher's randomization test (The Design of Experiments, 1935, section 21). Its hypothesis: for each sample the two
-    attacks are interchangeable, so that a difference is as likely as its negative. Exact at any number of samples, and
-    conservative where the second attack is the weaker one. The runs of a sample share its sign: they are not
-    independent trials. For differences of -1, 0 and 1 it is McNemar's exact test.
-
-    Args:
-        excess: Share of the N runs that survive the first attack minus the share that survives the second, (B,).
-        runs: N: the differences are whole multiples of 1 / N.
+    Fisher's randomization test (The Design of Experiments, 1935, section 21) of the hypothesis that for each sample the
+    two attacks are interchangeable; conservative where the second is the weaker one. The runs of a sample share its
+    sign: they are not independent trials. For differences of -1, 0 and 1 it is McNemar's exact test.
     """
     counts = (excess.double().cpu() * runs).round().long()
     total = int(counts.abs().sum())
@@ -161,17 +161,3 @@ def holm(chances: Sequence[float]) -> list[float]:
 def least_samples(comparisons: int, level: float) -> int:
     """Samples from which on losing half of them in all runs is significant, among so many comparisons."""
     return 2 * math.ceil(math.log2(max(1, comparisons) / level))
-
-
-def verdict(excess: float, chance: float, tolerance: float, level: float) -> Verdict:
-    """Of a comparison: ``pass`` within the tolerance; above it ``fail`` when significant, else ``note``: undecided.
-
-    Args:
-        excess: Mean of the paired differences.
-        chance: Their p-value, adjusted.
-        tolerance: By how much robust accuracy may be overstated.
-        level: Of significance.
-    """
-    if excess <= tolerance:
-        return "pass"
-    return "fail" if chance <= level else "note"
