@@ -22,7 +22,7 @@ MOST_LEVELS = 2
 
 _TILE = 8192
 _SMALL_TILE = 2048
-_PROGRAMS = 528
+_PROGRAMS, _MOST_PARTS = 528, 128
 _FUSED_ROWS = 96
 _FUSED_SIZE = 32768
 _BLOCK = 4096
@@ -38,7 +38,7 @@ def _split(x: Tensor, second: Tensor | None, groups: int, tile: int) -> dict[str
     height = max(1, min(tile // (blocks * width), triton.next_power_of_2(pixels)))
     parts = 1
     if rows < _FUSED_ROWS and pixels * channels > _FUSED_SIZE:
-        parts = max(1, min(-(-_PROGRAMS // rows), -(-pixels // height)))
+        parts = max(1, min(_MOST_PARTS, -(-_PROGRAMS // rows), -(-pixels // height)))
     chunk = -(-pixels // (parts * height)) * height
     parts = -(-pixels // chunk)
     return {
@@ -50,7 +50,6 @@ def _split(x: Tensor, second: Tensor | None, groups: int, tile: int) -> dict[str
         "G": groups,
         "BG": blocks,
         "GP": width,
-        "BS": triton.next_power_of_2(parts),
         "BP": height,
         "num_warps": _WARPS,
     }

@@ -42,6 +42,19 @@ def _store(x, second, pixel, channel, there, value, C: tl.constexpr, C2: tl.cons
         tl.store(second + place, value.to(second.dtype.element_ty), mask=other)
 
 
+@triton.jit
+def _gathered(partial, S, groups, BG: tl.constexpr):
+    """Sums of two quantities over the S programs of an image."""
+    one = tl.zeros((BG,), tl.float32)
+    other = tl.zeros((BG,), tl.float32)
+    for at in range(0, S, 16):
+        part = (at + tl.arange(0, 16))[:, None]
+        place = partial + part * 2 * BG + groups[None, :]
+        one += tl.sum(tl.load(place, mask=part < S, other=0.0), axis=0)
+        other += tl.sum(tl.load(place + BG, mask=part < S, other=0.0), axis=0)
+    return one, other
+
+
 # fmt: off
 @triton.jit
 def _modulation(
@@ -67,7 +80,7 @@ def _modulation(
 @triton.jit
 def forward(
     x, second, y, pre, weight, bias, levels, spread, partial, statistics, level_stride, P, chunk, S, eps,
-    C: tl.constexpr, C2: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, GP: tl.constexpr, BS: tl.constexpr,
+    C: tl.constexpr, C2: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, GP: tl.constexpr,
     BP: tl.constexpr, L: tl.constexpr, MAPPED: tl.constexpr, PRE: tl.constexpr, SILU: tl.constexpr,
     STAGE: tl.constexpr,
 ):
@@ -108,10 +121,7 @@ def forward(
             tl.store(slot, sums)
             tl.store(slot + BG, squares)
     else:
-        parts = tl.arange(0, BS)
-        slot = partial + ((row * S + parts[:, None]) * 2) * BG + groups[None, :]
-        sums = tl.sum(tl.load(slot, mask=parts[:, None] < S, other=0.0), axis=0)
-        squares = tl.sum(tl.load(slot + BG, mask=parts[:, None] < S, other=0.0), axis=0)
+        sums, squares = _gathered(partial + row * S * 2 * BG, S, groups, BG)
     if STAGE != 0:
         count = P * W * 1.0
         off = sums / count
@@ -162,7 +172,7 @@ def _slopes(
 def backward(
     x, second, dy, dx, dsecond, pre, weight, bias, levels, spread, statistics, partial, sums, dspread, level_stride,
     P, chunk, S, C: tl.constexpr, C2: tl.constexpr, G: tl.constexpr, BG: tl.constexpr, GP: tl.constexpr,
-    BS: tl.constexpr, BP: tl.constexpr, L: tl.constexpr, MAPPED: tl.constexpr, PRE: tl.constexpr, SILU: tl.constexpr,
+    BP: tl.constexpr, L: tl.constexpr, MAPPED: tl.constexpr, PRE: tl.constexpr, SILU: tl.constexpr,
     PARAMETERS: tl.constexpr, STAGE: tl.constexpr,
 ):
 # fmt: on
@@ -235,10 +245,7 @@ def backward(
             tl.store(slot, one)
             tl.store(slot + BG, other)
     else:
-        parts = tl.arange(0, BS)
-        slot = partial + ((row * S + parts[:, None]) * 2) * BG + groups[None, :]
-        one = tl.sum(tl.load(slot, mask=parts[:, None] < S, other=0.0), axis=0)
-        other = tl.sum(tl.load(slot + BG, mask=parts[:, None] < S, other=0.0), axis=0)
+        one, other = _gathered(partial + row * S * 2 * BG, S, groups, BG)
     if STAGE != 0:
         dx += row * P * (C - C2)
         dsecond += row * P * C2

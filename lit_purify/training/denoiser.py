@@ -157,10 +157,12 @@ class DenoiserTask(TrainingTask):
         inside, outside = (1 + (draws[:, k] * self.max_level).long() for k in (0, 1))
         mask = random_shapes(image, noise.uniform(_SHAPES, image.new_empty(len(image), 6 * _SHAPE_COUNT)), _SHAPE_COUNT)
         if self.attention > 0:
-            # One level everywhere needs no mask: the classifier is called with the other images only.
             attends = (draws[:, 2] >= self.constant) & (draws[:, 2] < self.constant + self.attention)
-            rows = attends.nonzero().flatten()
-            if len(rows):
+            if image.is_cuda:
+                # To count them the host would wait for the GPU, which costs more than the other images.
+                mask = torch.where(attends.reshape(-1, 1, 1, 1), self._attention(image, noise), mask)
+            elif len(rows := attends.nonzero().flatten()):
+                # One level everywhere needs no mask: the classifier is called with the other images only.
                 mask = mask.index_copy(0, rows, self._attention(image[rows], noise.rows(rows)))
         outside = torch.where(draws[:, 2] < self.constant, inside, outside)
         return two_level(mask, inside, outside)

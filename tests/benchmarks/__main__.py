@@ -1,22 +1,22 @@
 """How fast everything is beside what it cannot be faster than, measured in the same run:
 
-    python tests/benchmarks [--device cuda] [--only PART ...] [--networks SIZE ...] [--variants VARIANT ...]
-        [--images FOLDER] [--pairs N] [--output FILE]
+    python tests/benchmarks [--device cuda] [--quick] [--only PART ...] [--images FOLDER] [--output FILE]
 
-Prints a table and writes it, with machine and versions, as JSON. What is measured and its bound take turns; a ratio
-is the median over pairs. On a CPU times are CPU seconds of one thread, so that other load disturbs them less; on a
-GPU they are wall-clock seconds. There all networks are measured, in float32, under bf16 autocast, and compiled under
-it; the limits are closer; whatever makes a purification wait for the device is an error. About ten minutes on one core
-of a CPU. docs/speed.md has the results.
+Prints tables, then each target with its verdict, and writes all of it, with machine and versions, as JSON. On a CPU
+times are CPU seconds of one thread, so that other load disturbs them less; on a GPU they are wall-clock seconds. A
+ratio is the median over pairs that are measured in turns. What makes a purification wait for a GPU is an error. With
+--quick it takes less than eight minutes on a GPU. docs/speed.md has the results.
 """
 
 import argparse
-import itertools
 import json
 import logging
 import os
 import sys
+import time
+import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -24,74 +24,95 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import calls
-import cost
-import precision
-import records
+import evaluations
+import rates
+import ratios
 import startup
 import torch
 import training
-from measuring import machine
-
-SIZED = {"calls": calls.measure, "evaluations": calls.measure_evaluations, "training": training.measure}
-PARTS = (*SIZED, "precision", "cost", "records", "startup")
-VARIANTS = ("float32", "bf16", "compiled")
+from measuring import clock, machine
 
 
-def rows(device, only, sizes, variants, images, batch, pairs):
-    """Measures one thing after the other."""
-    for variant, size, part in itertools.product(variants, sizes, SIZED):
-        compiled = {"compiled": True} if variant == "compiled" else {}
-        # Trainings are not compiled; the network of ImageNet does not fit what the other parts do.
-        if part in only and not (compiled and part == "training") and (size != "imagenet" or part == "calls"):
-            with torch.autocast(device.type, torch.bfloat16, enabled=variant != "float32"):
-                for found in SIZED[part](size, device, batch, pairs, **compiled):
-                    yield found | {"name": f"{size}, {variant}: {found['name']}"}
-    if "precision" in only:
-        yield from precision.measure(device, images)
-    if "cost" in only:
-        yield from cost.measure("small", device)
-    for part, module in (("records", records), ("startup", startup)):
-        if part in only:
-            yield from module.measure(pairs)
+def parts(given):
+    """Generators of rows, by name."""
+    common = given.device, clock(given.device)
+    return {
+        "rates": partial(rates.measure, *common, given.quick),
+        "training": partial(training.measure, *common, given.quick),
+        "evaluations": partial(evaluations.measure, *common, given.images, given.quick),
+        "ratios": partial(ratios.measure, *common, given.quick),
+        "startup": partial(startup.measure, 3),
+    }
+
+
+def targets(rows):
+    """What is wanted of a GPU: name, figure, bound, and whether the figure is to be above it."""
+    shares = {
+        (row["network"], row["rows"], row["backward"]): row["peak_share"]
+        for row in rows
+        if row.get("road") == "accelerated" and row["precision"] == "bf16"
+    }
+    for size, count, backward, wanted in (
+        ("imagenet", 8, False, 0.45),
+        ("full", 256, False, 0.35),
+        ("full", 256, True, 0.30),
+    ):
+        if (size, count, backward) in shares:
+            name = f"{size}, {count} rows, bf16, forward{' + backward' if backward else ''}: share of the peak"
+            yield name, shares[size, count, backward], wanted, True
+    for row in rows:
+        if row.get("name") == "bare loop / matrix peak":
+            yield "training step: share of the peak", 1.0 / row["ratio"], 0.25, True
+        if row.get("name") == "evaluation" and row["attacked"] == "tf32":
+            yield "256 images, PGD 20 x EOT 4, N = 10, five purifiers: seconds", row["seconds"], 15.0, False
+        if "limit" in row:
+            yield row["name"], row["ratio"], row["limit"], False
 
 
 def main():
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--networks", nargs="+", choices=calls.SIZES, help="default: small, on a GPU all")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: float32, on a GPU all")
-    parser.add_argument("--images", type=Path, help="CIFAR-10, for the part precision (default: the embedded digits)")
-    parser.add_argument("--batch", type=int, help="rows of a network call (default: 32, on a GPU 256)")
-    parser.add_argument("--pairs", type=int, default=7, help="how often each is measured")
+    parser.add_argument("--quick", action="store_true", help="what the targets are about, and little more")
+    parser.add_argument("--only", nargs="+", choices=("rates", "training", "evaluations", "ratios", "startup"))
+    parser.add_argument("--images", type=Path, help="CIFAR-10 in folders; without it evaluations attack noise")
     parser.add_argument("--output", type=Path, help="a JSON file")
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    gpu = given.device.type == "cuda"
-    batch = given.batch or (256 if gpu else 32)
-    sizes, variants = (
-        chosen or every[: None if gpu else 1]
-        for chosen, every in ((given.networks, [*calls.SIZES]), (given.variants, VARIANTS))
-    )
-    if batch < 2 or batch % 2:
-        parser.error(f"argument --batch: {batch} rows; use an even number, an evaluation takes half as many images")
-    found = {"command": sys.argv[1:], "batch": batch, "machine": machine(given.device), "results": []}
+    started, rows, failed = time.perf_counter(), [], []
+    found = {"command": sys.argv[1:], "machine": machine(given.device), "results": rows}
     print(json.dumps(found["machine"], indent=1))
-    print(f"{'':80} {'seconds':>10} {'bound':>10} {'ratio':>7} {'quartiles':>15} {'limit':>6}")
-    for row in rows(given.device, given.only, sizes, variants, given.images, batch, given.pairs):
-        low, high = row["quartiles"]
-        limit = f"{row['limit']:6.2f}{' !' * (row['ratio'] > row['limit'])}" if "limit" in row else ""
-        print(
-            f"{row['name']:80} {row['seconds']:10.4g} {row['bound']:10.4g} {row['ratio']:7.3f} "
-            f"{low:7.3f} {high:7.3f} {limit}",
-            flush=True,
-        )
-        found["results"].append(row)
-        if given.output:
-            given.output.write_text(json.dumps(found, indent=1) + "\n")
+    for part, measure in parts(given).items():
+        if part not in (given.only or parts(given)):
+            continue
+        print(f"\n{part}, after {time.perf_counter() - started:.0f} s", flush=True)
+        try:
+            for row in measure():
+                rows.append(row)
+                if "ratio" in row:
+                    low, high = row["quartiles"]
+                    print(
+                        f"{row['name']:60} {row['seconds']:10.4g} / {row['bound']:10.4g} s = {row['ratio']:7.3f} "
+                        f"[{low:.3f}, {high:.3f}]",
+                        flush=True,
+                    )
+        except Exception:
+            # The other parts are measured all the same.
+            traceback.print_exc()
+            failed.append(part)
+    verdicts = [
+        (name, figure, wanted, figure >= wanted if above else figure <= wanted)
+        for name, figure, wanted, above in targets(rows)
+    ]
+    print("\ntargets")
+    for name, figure, wanted, reached in verdicts:
+        print(f"{name:84} {figure:8.3f} {wanted:8.3f} {'reached' if reached else 'MISSED'}")
+    print(f"{time.perf_counter() - started:.0f} s; {', '.join(failed) or 'no part'} failed")
+    found |= {"targets": verdicts, "failed": failed, "seconds": time.perf_counter() - started}
+    if given.output:
+        given.output.write_text(json.dumps(found, indent=1) + "\n")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,58 +1,58 @@
-"""A training step through Lightning, against the same step in a bare loop and against the network alone."""
+"""A training step through Lightning, against the same step in a bare loop, and its share of the peak."""
 
 import lightning as L
 import torch
-from calls import networks
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
-from measuring import clock, row
+from measuring import row, timed
+from networks import classifier, denoiser, images, needs, peak
 from torch.nn.utils import clip_grad_norm_
 
 from lit_purify.data.base import ImageDataModule, ImageDataset
 from lit_purify.defense import TopFraction
 from lit_purify.training import DenoiserTask
 
-STEPS, SKIPPED, DECAY = 8, 2, 0.999
+DECAY = 0.999
 
 
 class Random(ImageDataModule):
     """Images in memory."""
 
-    images = torch.rand(2048, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
     def split(self, name):
-        return ImageDataset.whole(self.images.__getitem__, [0] * len(self.images), ["a", "b"])
+        return ImageDataset.whole(images(4096, "cpu").__getitem__, [0] * 4096, ["a", "b"])
 
 
 class Watch(Callback):
     """Notes when steps are over, the first ones left out."""
 
-    def __init__(self, now):
-        self.now, self.times = now, []
+    def __init__(self, now, steps):
+        self.now, self.steps, self.times = now, steps, []
 
     def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step in (SKIPPED, SKIPPED + STEPS):
+        if trainer.global_step in self.steps:
             self.times.append(self.now())
 
 
-def measure(size, device, batch, pairs):
-    """Rows of one network."""
-    now, data = clock(device), Random(batch)
+def measure(device, now, quick):
+    """Rows: through Lightning / bare loop; the bare loop's share of the peak."""
+    gpu = device.type == "cuda"
+    size, batch = ("full", 256) if gpu else ("small", 16)
+    skipped, steps = (10, 40 if quick else 200) if gpu else (2, 4)
+    flops = 3 * batch * needs(size)[0]
 
     def task():
-        denoiser, classifier = networks(size, device)
-        denoiser.requires_grad_(True)
+        network = denoiser(size, device).requires_grad_(True)
         shares = {"constant": 0.5, "attention": 0.3, "shapes": 0.2}
-        made = DenoiserTask(denoiser, classifier, TopFraction(0.25), max_level=450, mirror=True, **shares)
-        made.to(device)
-        return made
+        rule = TopFraction(0.25)
+        return DenoiserTask(network, classifier(device), rule, max_level=450, mirror=True, **shares).to(device)
 
     def lightning():
-        watch = Watch(now)
+        watch = Watch(now, (skipped, skipped + steps))
         L.Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
+            accelerator="gpu" if gpu else "cpu",
             devices=1,
-            max_steps=SKIPPED + STEPS,
+            max_steps=skipped + steps,
             gradient_clip_val=1.0,
+            precision="bf16-mixed" if gpu else "32-true",
             callbacks=[EMAWeightAveraging(decay=DECAY, use_buffers=False, update_starting_at_step=0), watch],
             limit_val_batches=0,
             logger=False,
@@ -62,43 +62,28 @@ def measure(size, device, batch, pairs):
         ).fit(task(), Random(batch))
         return watch.times[1] - watch.times[0]
 
-    def loop(loss):
+    def loop():
         ours = task()
         ours.network.train().to(memory_format=torch.channels_last)
         weights = list(ours.network.parameters())
         average = [weight.detach().clone() for weight in weights]
-        optimizer = torch.optim.AdamW(weights, 1e-3, weight_decay=ours.weight_decay)
-        batches = iter(data.train_dataloader())
-        for k in range(SKIPPED + STEPS):
-            if k == SKIPPED:
-                started = now()
+        optimizer = torch.optim.AdamW(weights, 1e-3, weight_decay=ours.weight_decay, fused=gpu)
+        data = {"image": images(batch, device), "index": torch.arange(batch, device=device)}
+
+        def step():
             optimizer.zero_grad()
-            loss(ours, {name: values.to(device) for name, values in next(batches).items()}).backward()
+            with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+                loss = ours.loss(data, ours.keyed(data))
+            loss.backward()
             clip_grad_norm_(weights, 1.0)
             optimizer.step()
             torch._foreach_lerp_(average, [weight.detach() for weight in weights], 1.0 - DECAY)
-        return now() - started
 
-    def same(ours, batch):
-        return ours.training_step(batch, 1)
+        for _ in range(skipped):
+            step()
+        return timed(lambda: [step() for _ in range(steps)], now)
 
-    def alone(ours, batch):
-        """No noise, no levels, no masks drawn."""
-        image = batch["image"]
-        return (ours.network(image, levels) - image).square().mean()
-
-    levels = torch.full((batch, 1, 32, 32), 100, device=device)
-    levels[..., :16] = 200
-    # Outside of a trainer there is nowhere to log to.
-    DenoiserTask.log, log = lambda self, *args, **kwargs: self._trainer and log(self, *args, **kwargs), DenoiserTask.log
-    try:
-        seconds = [(lightning(), loop(same), loop(alone)) for _ in range(pairs)]
-    finally:
-        del DenoiserTask.log
-    yield row(
-        "training step / bare loop",
-        [(a, b) for a, b, _ in seconds],
-        per=STEPS,
-        limit=1.03 if device.type == "cuda" else 1.05,
-    )
-    yield row("training step / network alone", [(a, c) for a, _, c in seconds], per=STEPS)
+    seconds = [(lightning(), loop()) for _ in range(1 if quick else 3)]
+    yield row("training step / bare loop", seconds, per=steps, limit=1.05)
+    bound = steps * flops / peak(device, now, "bf16" if gpu else "float32")[0]
+    yield row("bare loop / matrix peak", [(bare, bound) for _, bare in seconds], per=steps, images_s=batch)
