@@ -38,7 +38,7 @@ def deck(draw):
 def interrupt(draw, config, run, duration, kind):
     """Begins an evaluation and ends it; returns the launch, of which processes may live on."""
     world = draw.choice((1, 2, 3))
-    flags = ["--data.init_args.batch_size", str(draw.choice((1, 3, 5, 13)))]
+    flags = ["--data.batch_size", str(draw.choice((1, 3, 5, 13)))]
     spoil = Killer(run, draw.randrange(world), draw.randrange(22)) if kind == "folder" else None
     spoil = Room(draw.randrange(50, 2_500)) if kind == "room" else spoil
     launched = launch(config, run, world, flags, spoil)
@@ -115,7 +115,7 @@ def campaign(folder, rounds, seed, worlds=(1, 2, 3, 4)):
                 counts["unfinished"] += len(before) < SAMPLES or not (run / "report.html").exists()
             world, batch = draw.choice(worlds), draw.choice((1, 2, 4, 13))
             story.append(f"{world} x {batch}")
-            said = finish(config, run, world, ["--data.init_args.batch_size", str(batch)])
+            said = finish(config, run, world, ["--data.batch_size", str(batch)])
             assert result(run) == expected, "another result"
             after = recorded(run)
             lost = [key for key, seconds in before.items() if not after[key] <= seconds]
