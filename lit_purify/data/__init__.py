@@ -1,12 +1,11 @@
 """One LightningDataModule a dataset, on one base."""
 
 from lit_purify.data.base import ImageDataModule, ImageDataset
-from lit_purify.data.cifar10 import CIFAR10, CIFAR10Folder
 from lit_purify.data.digits import Digits
 from lit_purify.data.folder import ImageFolder
-from lit_purify.data.imagenet import ImageNet
+from lit_purify.data.known_folders import CIFAR10Folder, ImageNet
 from lit_purify.data.subset import Balanced, First, IndexFile, RandomChoice, RandomDraws, Subset
-from lit_purify.data.svhn import SVHN
+from lit_purify.data.torchvision_files import CIFAR10, SVHN
 
 __all__ = [
     "CIFAR10",

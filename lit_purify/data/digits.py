@@ -24,11 +24,6 @@ class Digits(ImageDataModule):
     Args:
         size: Height and width; 8 is the original, larger ones are resized bilinearly.
         batch_size: See ``ImageDataModule``, as for all that follow.
-        num_workers: Processes that read images.
-        subset: Which samples of the evaluated split count.
-        evaluate_on: The split that is evaluated.
-        seed: Of the shuffling.
-        val_subset: Which samples a training is validated on.
     """
 
     def __init__(

@@ -56,11 +56,6 @@ class ImageFolder(ImageDataModule):
         split_seed: Of the random split.
         splits: Whether folders named like splits are splits, or classes; ``None`` decides where there is no doubt.
         batch_size: See ``ImageDataModule``, as for all that follow.
-        num_workers: Processes that read images.
-        subset: Which samples of the evaluated split count.
-        evaluate_on: The split that is evaluated.
-        seed: Of the shuffling.
-        val_subset: Which samples a training is validated on.
     """
 
     def __init__(

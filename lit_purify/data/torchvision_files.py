@@ -1,9 +1,9 @@
-"""Datasets in the files that torchvision reads."""
+"""CIFAR-10 (Krizhevsky 2009) and SVHN (Netzer et al. 2011), in the files that torchvision reads."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision import datasets
 
 from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
 from lit_purify.data.subset import Subset
 from lit_purify.errors import InputError
 
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 VAL = 5000
 """Training images kept back for validation, drawn with ``RandomState(0)``."""
 
@@ -27,11 +29,6 @@ class TorchvisionFiles(ImageDataModule):
         root: Folder that holds the files.
         download: Fetch them when they are missing (needs a network).
         batch_size: See ``ImageDataModule``, as for all that follow.
-        num_workers: Processes that read images.
-        subset: Which samples of the evaluated split count.
-        evaluate_on: The split that is evaluated.
-        seed: Of the shuffling.
-        val_subset: Which samples a training is validated on.
     """
 
     def __init__(
@@ -65,23 +62,44 @@ class TorchvisionFiles(ImageDataModule):
 
     def open(self, make: Callable[..., Any], **options: Any) -> Any:  # noqa: ANN401
         """A torchvision dataset, or an ``InputError`` that says what to do."""
-        folders = "or use ImageFolder for a root with folders train and test of images, one subfolder a class"
         try:
             return make(self.root, download=self.download, **options)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if not self.download and not self.root.is_dir():
                 raise InputError(f"{self.root}: no such folder; check the root of the data") from error
+            damaged = isinstance(error, RuntimeError)
             remedy = "remove its files and try again" if self.download else "set download: true to fetch them"
             raise InputError(
-                f"{self.root}: files of {make.__name__} are missing or damaged; {remedy}, {folders}"
-            ) from error
-        except OSError as error:
-            raise InputError(
-                f"{self.root}: {make.__name__} cannot be fetched or read ({error}); try again, {folders}"
+                f"{self.root}: files of {make.__name__} are missing or damaged{'' if damaged else f' ({error})'}; "
+                f"{remedy}, or use ImageFolder for a root with folders train and test, one subfolder a class"
             ) from error
 
 
-def from_arrays(images: np.ndarray[Any, Any], labels: Any, classes: list[str]) -> ImageDataset:  # noqa: ANN401
+class CIFAR10(TorchvisionFiles):
+    """CIFAR-10 from torchvision's files, in the folder ``cifar-10-batches-py`` of ``root``.
+
+    5,000 of the training images, drawn with ``RandomState(0)``, are the validation split.
+    """
+
+    def read(self, train: bool) -> ImageDataset:
+        """All training images, or all test images."""
+        found = self.open(datasets.CIFAR10, train=train)
+        return _from_arrays(found.data.transpose(0, 3, 1, 2), found.targets, CIFAR10_CLASSES)
+
+
+class SVHN(TorchvisionFiles):
+    """Street View House Numbers, cropped digits, from torchvision's files ``train_32x32.mat`` and ``test_32x32.mat``.
+
+    5,000 of the training images, drawn with ``RandomState(0)``, are the validation split.
+    """
+
+    def read(self, train: bool) -> ImageDataset:
+        """All training images, or all test images."""
+        found = self.open(datasets.SVHN, split="train" if train else "test")
+        return _from_arrays(found.data, found.labels, [str(c) for c in range(10)])
+
+
+def _from_arrays(images: np.ndarray[Any, Any], labels: Sequence[int], classes: list[str]) -> ImageDataset:
     """A split from uint8 images (n, C, H, W)."""
     return ImageDataset.whole(partial(_read_array, np.ascontiguousarray(images)), labels, classes)
 
