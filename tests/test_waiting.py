@@ -73,7 +73,7 @@ def copies(unet, classifier):
     unet, classifier = (copy.deepcopy(network).to("meta") for network in (unet, classifier))
 
     def count(build):
-        defended = DefendedClassifier(build(unet, classifier), classifier)
+        defended = DefendedClassifier(build(unet), classifier)
         image = torch.rand(4, 1, 8, 8, device="meta").requires_grad_()
         index = torch.arange(4, device="meta")
         with Copies() as copied, Literals() as told:
@@ -91,16 +91,16 @@ def copies(unet, classifier):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_purifier_waits(name, copies):
-    assert not copies(lambda *networks: every(*networks)[name])
+    assert not copies(lambda unet: every(unet)[name])
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_no_mask_waits(rule, copies):
-    assert not copies(lambda *networks: VariableIntensityPurifier(*networks, RULES[rule], 400, 200, 2))
+    assert not copies(lambda unet: VariableIntensityPurifier(unet, RULES[rule], 400, 200, 2))
 
 
 def test_matched_levels_do_not_wait(copies):
-    assert not copies(lambda unet, c: VariableIntensityPurifier(MatchedSchedule(unet), c, RULES["top"], 400, 200, 2))
+    assert not copies(lambda unet: VariableIntensityPurifier(MatchedSchedule(unet), RULES["top"], 400, 200, 2))
 
 
 @pytest.mark.parametrize(
@@ -117,4 +117,4 @@ def test_waiting_is_seen(copies, wait):
         def build(self, *args):
             return wait(super().build(*args))
 
-    assert copies(lambda *networks: VariableIntensityPurifier(*networks, Waiting(0.3), 400, 200, 2))
+    assert copies(lambda unet: VariableIntensityPurifier(unet, Waiting(0.3), 400, 200, 2))
