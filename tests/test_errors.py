@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -16,16 +17,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from lit_purify import cli
+from lit_purify.attacks import PGD
+from lit_purify.defense import HeterogeneousPurifier, TopFraction, UniformPurifier, VariableIntensityPurifier
 from lit_purify.errors import InputError
 from lit_purify.evaluation import RobustnessTask
 from lit_purify.evaluation.folder import RunFolder
-from lit_purify.models import ResNetClassifier, UNet
+from lit_purify.models import ResNetClassifier, UNet, load_denoiser
 from lit_purify.models.files import save_network
 
 ROOT = Path(__file__).parent.parent
-PGD = "attacks.pgd"
+ATTACK = "attacks.pgd"
 UNIFORM = "defenses.uniform"
-MASK = {"class_path": "TopFraction", "init_args": {"fraction": 0.3}}
 CLASSIFIER = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
 DENOISER = {"channels": 1, "size": 8, "width": 8, "multipliers": [1], "blocks": 1}
 
@@ -177,7 +179,7 @@ def images_from(root, **options):
         ("rnus", 3, "there is no setting rnus; did you mean runs?"),
         (f"{UNIFORM}.levl", 5, "defenses.uniform: UniformPurifier has no option levl; did you mean level?"),
         (f"{UNIFORM}.foo", 5, "UniformPurifier has no option foo; it has level, steps, sampler, recompute"),
-        (f"{PGD}.stepz", 5, "attacks.pgd: PGD has no option stepz; did you mean steps?"),
+        (f"{ATTACK}.stepz", 5, "attacks.pgd: PGD has no option stepz; did you mean steps?"),
         ("data.subset.m", 5, "data.subset: First has no option m; it has n"),
         (
             "classifier",
@@ -187,8 +189,8 @@ def images_from(root, **options):
         ("trainer.logger", [{"class_path": "CSVLogger", "sav_dir": "x"}], "did you mean save_dir?"),
         (f"{UNIFORM}.level", "five", "defenses.uniform.level: expected int; got five"),
         (f"{UNIFORM}.sampler", "ddimm", "defenses.uniform.sampler: expected 'ddim' or 'ddpm' or 'sde'; got"),
-        (f"{PGD}.steps", 5.5, "attacks.pgd.steps: expected int; got 5.5"),
-        (f"{PGD}.eps", [1], "attacks.pgd.eps: expected float or str; got [1]"),
+        (f"{ATTACK}.steps", 5.5, "attacks.pgd.steps: expected int; got 5.5"),
+        (f"{ATTACK}.eps", [1], "attacks.pgd.eps: expected float or str; got [1]"),
         ("data.batch_size", "many", "data.batch_size: expected int; got many"),
         ("runs", "abc", "runs: expected int; got abc"),
         ("seed", -1, "seed = -1 is outside"),
@@ -200,7 +202,7 @@ def images_from(root, **options):
         (UNIFORM, 5, "defenses.uniform: a class is needed: give its class_path"),
         ("data", "Digitz", "data: there is no class Digitz; did you mean Digits?"),
         (UNIFORM, "Unifrm", "defenses.uniform: there is no class Unifrm"),
-        (f"{PGD}.class_path", "PGGD", "attacks.pgd: there is no class PGGD; did you mean PGD?"),
+        (f"{ATTACK}.class_path", "PGGD", "attacks.pgd: there is no class PGGD; did you mean PGD?"),
         (f"{UNIFORM}.class_path", "Uniform", "there is no class Uniform; did you mean UniformPurifier?"),
         (f"{UNIFORM}.class_path", "PGD", "defenses.uniform: PGD is of another kind than is needed here"),
         (
@@ -234,7 +236,7 @@ def test_configuration(refused_evaluation, key, value, said):
         (["--data.batch", "4"], "data: Digits has no option batch; did you mean batch_size?"),
         ([f"--{UNIFORM}.levl", "5"], f"{UNIFORM}: UniformPurifier has no option levl; did you mean"),
         ([f"--{UNIFORM}.level", "x"], f"{UNIFORM}.level: expected int; got x"),
-        ([f"--{PGD}.class_path", "PGGD"], f"{PGD}: there is no class PGGD; did you mean PGD?"),
+        ([f"--{ATTACK}.class_path", "PGGD"], f"{ATTACK}: there is no class PGGD; did you mean PGD?"),
         (["--data.subset.n", "x"], "data.subset.n: expected int; got x"),
         (["--atacks.pgd.steps", "5"], "there is no setting atacks; did you mean attacks?"),
         (["--attacks.pdg.steps", "5"], "attacks has no pdg; did you mean pgd?"),
@@ -261,9 +263,7 @@ def test_several_loggers_are_no_error(evaluate, run):
     ("content", "said"),
     [
         (None, "no such configuration; name another with --config"),
-        (b"model:\n  class_path: [unclosed\ndata: x\n", "not valid YAML: line 3: "),
-        (b"model:\n\tclass_path: x\n", "not valid YAML: line 2: "),
-        (b"", "holds no settings"),
+        (b"classifier:\n  class_path: [unclosed\ndata: x\n", "not valid YAML: line 3: "),
         (b"- 1\n- 2\n", "holds no settings"),
         (bytes(range(256)), "not a text file of YAML"),
     ],
@@ -272,9 +272,8 @@ def test_configuration_file(refused, tmp_path, content, said):
     path = tmp_path / "settings.yaml"
     if content is not None:
         path.write_bytes(content)
-    for function, argv in ((cli.evaluate, []), (cli.train, ["fit"])):
-        assert refused(function, *argv, "--config", path).startswith(f"{path}: {said}")
-        assert refused(function, *argv, f"--config={path}").startswith(f"{path}: {said}")
+    assert refused(cli.evaluate, "--config", path).startswith(f"{path}: {said}")
+    assert refused(cli.train, "fit", f"--config={path}").startswith(f"{path}: {said}")
 
 
 def test_default_configuration_elsewhere(refused, tmp_path, monkeypatch):
@@ -283,127 +282,92 @@ def test_default_configuration_elsewhere(refused, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        ([], "say what to do, one of fit, validate, export: fit --config FILE trains"),
-        (["fit"], "no model given: name a configuration with --config"),
-        (["fti"], "say what to do, one of fit, validate, export: fit --config FILE trains"),
-    ],
-)
-def test_training_without_a_configuration(refused, argv, said):
-    assert said in refused(cli.train, *argv)
+def test_training_without_a_configuration(refused):
+    for words in ([], ["fti"]):
+        assert "say what to do, one of fit, validate, export: fit --config FILE trains" in refused(cli.train, *words)
+    assert "no model given: name a configuration with --config" in refused(cli.train, "fit")
 
 
 @pytest.mark.parametrize(
-    ("eps", "norm", "said"),
+    ("eps", "said"),
     [
-        (0, "linf", "eps = 0.0 must be above 0"),
-        (-0.1, "linf", "eps = -0.1 must be above 0"),
-        ("abc", "linf", "eps = 'abc' is not a number or a fraction such as 8/255"),
-        ("8/0", "linf", "eps = '8/0' is not a number or a fraction such as 8/255"),
-        (8, "linf", "eps = 8.0 is above 1, the whole range of a pixel"),
-        (0.1, "l3", "expected 'linf' or 'l2'; got l3"),
+        (0.0, "must be above 0"),
+        ("abc", "eps = 'abc' is not a number or a fraction such as 8/255"),
+        ("8/0", "eps = '8/0' is not a number or a fraction such as 8/255"),
+        (8.0, "is above 1, the whole range of a pixel"),
     ],
 )
-def test_threat_model(refused_evaluation, eps, norm, said):
-    assert said in refused_evaluation({f"{PGD}.eps": eps, f"{PGD}.norm": norm})
+def test_threat_model(eps, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        PGD(eps=eps)
 
 
 @pytest.mark.parametrize(
-    ("purifier", "init_args", "said"),
+    ("purifier", "arguments", "said"),
     [
-        ("UniformPurifier", {"level": 0, "steps": 1}, "level = 0 is outside 1 .. 1000"),
-        ("UniformPurifier", {"level": 1001, "steps": 1}, "level = 1001 is outside 1 .. 1000"),
-        ("UniformPurifier", {"level": 3, "steps": 4}, "steps = 4 is more than the 3 whole levels"),
-        ("UniformPurifier", {"level": 3, "steps": 0}, "steps = 0: use at least 1"),
-        (
-            "HeterogeneousPurifier",
-            {"mask": MASK, "high": 100, "low": 200, "steps": 4},
-            "low = 200 (t_s) is above high = 100",
-        ),
-        ("HeterogeneousPurifier", {"mask": MASK, "high": 4, "low": 2, "steps": 8}, "whole levels"),
-        ("HeterogeneousPurifier", {"mask": MASK, "high": 1000, "low": 2, "steps": 8}, "high + jump = 1010 is outside"),
-        (
-            "VariableIntensityPurifier",
-            {"mask": MASK, "high": 100, "low": 200, "steps": 4},
-            "low = 200 (t_s) is above high = 100",
-        ),
-        (
-            "VariableIntensityPurifier",
-            {"mask": MASK, "high": 1001, "low": 200, "steps": 4},
-            "high = 1001 is outside 1 .. 1000",
-        ),
-        (
-            "VariableIntensityPurifier",
-            {"mask": {"class_path": "TopFraction", "init_args": {"fraction": 1.5}}, "high": 10, "low": 2, "steps": 4},
-            "fraction = 1.5 is outside (0, 1)",
-        ),
+        (UniformPurifier, (0, 1), "level = 0 is outside 1 .. 1000"),
+        (UniformPurifier, (1001, 1), "level = 1001 is outside 1 .. 1000"),
+        (UniformPurifier, (3, 4), "steps = 4 is more than the 3 whole levels"),
+        (UniformPurifier, (3, 0), "steps = 0: use at least 1"),
+        (HeterogeneousPurifier, (TopFraction(0.3), 100, 200, 4), "low = 200 (t_s) is above high = 100"),
+        (HeterogeneousPurifier, (TopFraction(0.3), 4, 2, 8), "whole levels"),
+        (HeterogeneousPurifier, (TopFraction(0.3), 1000, 2, 8), "high + jump = 1010 is outside"),
+        (VariableIntensityPurifier, (TopFraction(0.3), 100, 200, 4), "low = 200 (t_s) is above high = 100"),
+        (VariableIntensityPurifier, (TopFraction(0.3), 1001, 200, 4), "high = 1001 is outside 1 .. 1000"),
     ],
 )
-def test_levels(refused_evaluation, purifier, init_args, said):
-    found = refused_evaluation({UNIFORM: {"class_path": purifier, "init_args": init_args}})
-    assert said in found
-    # A mask is made before its defense.
-    assert found.startswith("defenses.uniform: ") == (not said.startswith("fraction"))
+def test_levels(unet, purifier, arguments, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        purifier(unet, *arguments)
 
 
-@pytest.mark.parametrize("n", [0, 401])
-def test_subset_larger_than_the_split(refused_evaluation, n):
-    said = refused_evaluation({"data.subset.n": n})
-    assert said == f"subset: n = {n} samples cannot be chosen from a split of 400: use n = 1 .. 400"
+def test_what_a_constructor_refuses_has_its_place(refused_evaluation):
+    assert refused_evaluation({f"{UNIFORM}.level": 0}).startswith("defenses.uniform: level = 0 is outside 1 .. 1000")
+
+
+def test_subset_larger_than_the_split(refused_evaluation):
+    said = refused_evaluation({"data.subset.n": 401})
+    assert said == "subset: n = 401 samples cannot be chosen from a split of 400: use n = 1 .. 400"
+
+
+def saved(info):
+    return lambda path, weights: save_file({"w": torch.zeros(1)}, path, info)
+
+
+def holding(content):
+    return lambda path, weights: path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda path, weights: None, "no such file; check the path"),
-        (
-            lambda path, weights: path.mkdir(),
-            "is a folder; load_diffusers reads those of diffusers, for others name a file in it",
-        ),
-        (lambda path, weights: path.write_bytes(b""), "the file is empty"),
-        (
-            lambda path, weights: path.write_text("\n<!DOCTYPE html><html>Sign in</html>"),
-            "this is an HTML page, not weights",
-        ),
-        (lambda path, weights: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git-lfs pointer"),
+        (lambda path, weights: path.mkdir(), "is a folder; load_diffusers reads those of diffusers"),
+        (holding(b""), "the file is empty"),
+        (holding(b"\n<!DOCTYPE html><html>Sign in</html>"), "this is an HTML page, not weights"),
+        (holding(b"version https://git-lfs.github.com/spec/v1\n"), "git-lfs pointer"),
         (
             lambda path, weights: path.write_bytes((weights / "denoiser.safetensors").read_bytes()[:-9]),
             "is it complete?",
         ),
-        (lambda path, weights: path.write_bytes(b"\x93NUMPY" * 99), "not a safetensors file"),
-        (lambda path, weights: save_file({"w": torch.zeros(1)}, path), "carries no configuration"),
-        (
-            lambda path, weights: save_file(
-                {}, path, {"lit_purify": json.dumps({"class_path": "no.Net", "init_args": {}})}
-            ),
-            "no.Net",
-        ),
-        (
-            lambda path, weights: path.write_bytes((weights / "classifier.safetensors").read_bytes()),
-            "holds a ResNetClassifier",
-        ),
+        (holding(b"\x93NUMPY" * 99), "not a safetensors file"),
+        (saved(None), "carries no configuration"),
+        (saved({"lit_purify": json.dumps({"class_path": "no.Net", "init_args": {}})}), "no.Net"),
+        (lambda path, weights: shutil.copy(weights / "classifier.safetensors", path), "holds a ResNetClassifier"),
     ],
-    ids=["missing", "folder", "empty", "html", "lfs", "truncated", "other", "foreign", "unknown", "classifier"],
 )
-def test_weights(refused_evaluation, weights, tmp_path, make, said):
+def test_weights(weights, tmp_path, make, said):
     path = tmp_path / "weights.safetensors"
     make(path, weights)
-    message = refused_evaluation({"denoiser": str(path)})
-    assert message.startswith(f"{path}: ")
-    assert said in message
+    with pytest.raises(InputError, match=f"^{re.escape(f'{path}: ')}.*{re.escape(said)}"):
+        load_denoiser(path)
 
 
-def test_weights_that_are_not_trained_yet(refused_evaluation):
+def test_weights_of_a_configuration(refused_evaluation, weights):
     said = refused_evaluation({"denoiser": "runs/mine/model.safetensors"})
     assert said.startswith("runs/mine/model.safetensors: no such file; train it first, by one of configs/train")
-
-
-def test_denoiser_in_place_of_a_classifier(refused_evaluation, weights):
     path = weights / "denoiser.safetensors"
-    said = refused_evaluation({"classifier": str(path)})
-    assert said == f"{path}: holds a UNet, where a classifier is needed"
+    assert refused_evaluation({"classifier": str(path)}) == f"{path}: holds a UNet, where a classifier is needed"
 
 
 class Code:
@@ -416,29 +380,20 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("kind", ["pickle", "zip", "truncated", "other network", "no state_dict"])
-def test_checkpoint_of_others(refused_evaluation, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path, code: path.write_bytes(pickle.dumps(code)), "refused, not a file of plain tensors"),
+        (lambda path, code: torch.save(code, path), "refused, not a file of plain tensors"),
+        (lambda path, code: torch.save([1, 2], path), "holds no state_dict"),
+        (lambda path, code: torch.save(UNet(**DENOISER).state_dict(), path), "these weights are of another network"),
+    ],
+)
+def test_checkpoint_of_others(tmp_path, write, said):
     path, trap = tmp_path / "weights.pth", tmp_path / "trap"
-    if kind == "pickle":
-        path.write_bytes(pickle.dumps({"w": Code(trap)}))
-    elif kind == "zip":
-        torch.save({"w": Code(trap)}, path)
-    elif kind == "no state_dict":
-        torch.save([1, 2], path)
-    else:
-        torch.save(UNet(**DENOISER).state_dict(), path)
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:-99])
-    classifier = {"class_path": "ResNetClassifier", "init_args": {**CLASSIFIER, "checkpoint": str(path)}}
-    said = refused_evaluation({"classifier": classifier})
-    reason = {
-        "pickle": "refused, not a file of plain tensors",
-        "zip": "refused, not a file of plain tensors",
-        "truncated": "cannot be read as weights; is the download complete?",
-        "other network": "these weights are of another network",
-        "no state_dict": "holds no state_dict",
-    }[kind]
-    assert said.startswith(f"{path}: {reason}")
+    write(path, {"w": Code(trap)})
+    with pytest.raises(InputError, match=f"^{re.escape(f'{path}: {said}')}"):
+        ResNetClassifier(**CLASSIFIER, checkpoint=path)
     assert not trap.exists(), "code from the file was run"
 
 
@@ -458,8 +413,7 @@ def test_data_folder_missing_or_empty(refused_evaluation, tmp_path):
         assert "set download: true to fetch" in said
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("name", ["class00/0.png", "class01/1.png"], ids=["first", "last"])
+@pytest.mark.parametrize(("workers", "name"), [(0, "class00/0.png"), (1, "class01/1.png")], ids=["first", "last"])
 def test_unreadable_image(refused_evaluation, evaluate, evaluation, tmp_path, run, workers, name):
     root = image_folder(tmp_path / "images")
     image = (root / name).read_bytes()
@@ -472,18 +426,12 @@ def test_unreadable_image(refused_evaluation, evaluate, evaluation, tmp_path, ru
     assert len(evaluate()) == 8
 
 
-@pytest.mark.parametrize(
-    ("shape", "options", "said"),
-    [
-        ((8, 8, 3), {"channels": 3}, "the classifier takes images of shape (1, 8, 8), the data has (3, 8, 8)"),
-        ((9, 9), {}, "the classifier takes images of shape (1, 8, 8), the data has (1, 9, 9)"),
-    ],
-)
-def test_data_and_classifier(refused_evaluation, tmp_path, run, shape, options, said):
-    root = image_folder(tmp_path / "images", shape=shape)
-    # A logger would make folders as soon as the run starts.
-    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(run)}}
-    assert refused_evaluation({"data": images_from(root, **options), "trainer.logger": logger}).startswith(said)
+def test_data_and_classifier(refused_evaluation, tmp_path, run):
+    """A logger would make folders as soon as the run starts."""
+    root = image_folder(tmp_path / "images", shape=(9, 9, 3))
+    logger = {"class_path": "CSVLogger", "save_dir": str(run)}
+    said = refused_evaluation({"data": images_from(root, channels=3), "trainer.logger": logger})
+    assert said.startswith("the classifier takes images of shape (1, 8, 8), the data has (3, 9, 9)")
 
 
 def test_data_and_the_classifier_of_one_defense(refused_evaluation):
@@ -500,17 +448,11 @@ def test_a_refused_training_leaves_no_part_of_a_dashboard(refused_training, tmp_
     assert said.startswith("the classifier takes images of shape (1, 8, 8), the data has (1, 9, 9)")
 
 
-@pytest.mark.parametrize(
-    ("shape", "options", "network"),
-    [((8, 8, 3), {"channels": 3}, {"channels": 3}), ((16, 16), {}, {"size": 16})],
-)
-def test_data_and_denoiser(refused_evaluation, tmp_path, shape, options, network):
-    root = image_folder(tmp_path / "images", shape=shape)
-    classifier = {"class_path": "ResNetClassifier", "init_args": {**CLASSIFIER, **network}}
-    said = refused_evaluation({"data": images_from(root, **options), "classifier": classifier})
-    assert said.startswith(
-        f"the denoiser takes images of shape (1, 8, 8), the data has {(shape[2:] or (1,)) + shape[:2]}:"
-    )
+def test_data_and_denoiser(refused_evaluation, tmp_path):
+    root = image_folder(tmp_path / "images", shape=(16, 16))
+    classifier = {"class_path": "ResNetClassifier", **CLASSIFIER, "size": 16}
+    said = refused_evaluation({"data": images_from(root), "classifier": classifier})
+    assert said.startswith("the denoiser takes images of shape (1, 8, 8), the data has (1, 16, 16):")
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -521,16 +463,9 @@ def test_images_of_several_sizes(refused_evaluation, tmp_path, batch_size):
     assert "(1, 9, 9)" in said
 
 
-@pytest.mark.parametrize("classes", [9, 11])
-def test_label_outside_the_classifier(refused_evaluation, tmp_path, classes):
-    network = {"classifier": {"class_path": "ResNetClassifier", "init_args": CLASSIFIER}}
-    root = image_folder(tmp_path / "images", classes=11, count=1)
-    for label in range(classes, 11):
-        shutil.rmtree(root / f"class{label:02d}")
-    said = refused_evaluation({"data": images_from(root), **network})
-    assert said.startswith(
-        f"the data has {classes} classes (class00, class01, class02 ...) but the classifier has 10: "
-    )
+def test_label_outside_the_classifier(refused_evaluation, tmp_path):
+    said = refused_evaluation({"data": images_from(image_folder(tmp_path / "images", classes=11, count=1))})
+    assert said.startswith("the data has 11 classes (class00, class01, class02 ...) but the classifier has 10: ")
 
 
 @pytest.mark.parametrize(
@@ -574,17 +509,15 @@ def test_last_checkpoint_to_resume_from(refused_training, tmp_path):
     assert said.startswith(f"{last}: refused, it is not a checkpoint")
 
 
-@pytest.mark.parametrize("kind", ["file", "below a file", "below /proc"])
-def test_run_folder_that_cannot_be_made(refused, evaluation, training, tmp_path, kind):
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+@pytest.mark.parametrize("place", ["file", "file/run", "/proc/lit_purify/run"])
+def test_run_folder_that_cannot_be_made(refused, evaluation, training, tmp_path, place):
     """Permission bits do not bind root; these do."""
-    file = tmp_path / "file"
-    file.write_text("")
-    if kind == "below /proc" and not Path("/proc/self").exists():
-        pytest.skip("no /proc")
-    run = {"file": file, "below a file": file / "run", "below /proc": Path("/proc/lit_purify/run")}[kind]
+    (tmp_path / "file").write_text("")
+    run = tmp_path / place
     for function, argv, config in ((cli.evaluate, [], evaluation), (cli.train, ["fit"], training)):
         said = refused(function, *argv, "--config", written_to(tmp_path, config, None), "--run", run)
-        assert said.startswith(f"{'/proc' if kind == 'below /proc' else run}")
+        assert said.startswith("/proc" if place.startswith("/") else str(run))
         assert said.endswith("; choose another folder with --run")
 
 
@@ -605,9 +538,7 @@ def test_no_right_to_write(refused_evaluation, monkeypatch, run):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize(
-    "name", ["config.yaml", "identity.json", "summary.json", "report.html", "overlays/none.pgd.000000.png"]
-)
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "overlays/none.pgd.000000.png"])
 def test_no_space_left(refused_evaluation, evaluate, run, name):
     partial = run / f"{name}.partial"
     partial.parent.mkdir(parents=True)
@@ -642,19 +573,6 @@ def test_no_space_left_for_the_network(refused_training, run):
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml"]
 
 
-def test_records_of_other_settings(refused_evaluation, evaluate, run):
-    evaluate()
-
-    def everything():
-        return {path: path.is_file() and path.read_bytes() for path in run.rglob("*")}
-
-    before = everything()
-    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(run)}}
-    said = refused_evaluation({"runs": 3, "trainer.logger": logger}, written=True)
-    assert said.startswith(f"{run} holds a run with other settings (runs: 2 there, 3 here): choose another folder")
-    assert everything() == before
-
-
 def test_other_settings_without_records(run):
     """A run that ended before its first record does not hold the folder."""
     folder = RunFolder(run)
@@ -666,25 +584,6 @@ def test_other_settings_without_records(run):
 
 
 RECORD = ["defense", "attack", "index", "label", "clean", "adversarial", "linf", "l2", "seconds"]
-
-
-@pytest.mark.parametrize("cut", [1, 30])
-def test_torn_last_line(evaluate, run, capsys, cut):
-    """A killed writer leaves a line without its end; the sample is evaluated again."""
-    records = evaluate()
-    content = (run / "records.jsonl").read_bytes()
-    (run / "records.jsonl").write_bytes(content[:-cut])
-    capsys.readouterr()
-    assert evaluate() == records
-    assert f"goes on after {8 if cut == 1 else 7} records" in capsys.readouterr().out
-
-
-def test_torn_line_in_the_middle(refused_evaluation, evaluate, run):
-    evaluate()
-    lines = (run / "records.jsonl").read_text().splitlines()
-    (run / "records.jsonl").write_text("\n".join([lines[0][:30], *lines[1:]]) + "\n")
-    said = refused_evaluation(written=True)
-    assert said.startswith(f"{run / 'records.jsonl'}: line 1 is not a record ")
 
 
 def test_only_one_process_speaks_before_the_run(evaluation, monkeypatch, capsys, tmp_path):

@@ -2,13 +2,11 @@
 
 import copy
 import json
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import nn
@@ -16,11 +14,9 @@ from torch import nn
 from lit_purify.attacks import FGSM
 from lit_purify.cli import evaluate
 from lit_purify.defense import NoPurifier, UniformPurifier
-from lit_purify.evaluation import EvaluationListener, Evaluator, RobustAccuracy, read_records
+from lit_purify.evaluation import EvaluationListener, Evaluator, read_records
 from lit_purify.evaluation.folder import RunFolder, comparable
-from lit_purify.functional.statistics import outcomes
 from lit_purify.recorded import identity, path_sha256
-from lit_purify.report.html import write_report
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,14 +39,14 @@ attacks:
 runs: 3
 chunk: 16
 gallery: 2
-data: {{class_path: Digits, batch_size: 4, subset: {{class_path: First, n: 9}}}}
+data: {{class_path: Digits, batch_size: 4, subset: {{class_path: First, n: 6}}}}
 trainer: {{logger: false}}
 """
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A complete evaluation in small: three defenses, two attacks, nine digits."""
+    """A complete evaluation in small: three defenses, two attacks, six digits."""
     path = tmp_path_factory.mktemp("evaluation") / "tiny.yaml"
     path.write_text(CONFIG)
     return path
@@ -79,14 +75,14 @@ def finished(config, tmp_path_factory):
 
 def test_a_run_leaves_what_the_contract_names(finished):
     found = read_records(finished / "records.jsonl")
-    assert len(found) == 3 * 2 * 9
+    assert len(found) == 3 * 2 * 6
     assert {len(record.clean) for record in found} == {len(record.adversarial) for record in found} == {3}
     # Were nothing broken, the comparisons below would compare little.
     assert any(record.clean != record.adversarial for record in found if record.defense != "none")
     assert len({tuple(record.adversarial) for record in found}) > 10
     summary = json.loads((finished / "summary.json").read_text())
     assert {"schema", "dataset", "samples", "subset_sha256", "seed", "runs", "classifier"} <= set(summary)
-    assert (summary["samples"], summary["runs"], summary["dataset"]) == (9, 3, "Digits")
+    assert (summary["samples"], summary["runs"], summary["dataset"]) == (6, 3, "Digits")
     assert [(r["defense"], r["attack"]) for r in summary["results"]] == [
         (d, a) for d in ("none", "uniform", "paper") for a in ("pgd", "pgd-l2")
     ]
@@ -98,54 +94,11 @@ def test_a_run_leaves_what_the_contract_names(finished):
     assert len([n for n in names if n.endswith(".png") and not n.endswith(".mask.png")]) == 3 * 2 * 2
 
 
-def test_summary_follows_from_the_records(finished):
-    summary = json.loads((finished / "summary.json").read_text())
-    for result in summary["results"]:
-        group = [
-            r
-            for r in read_records(finished / "records.jsonl")
-            if (r.defense, r.attack) == (result["defense"], result["attack"])
-        ]
-        metric = RobustAccuracy(3)
-        for record in group:
-            metric.update(torch.tensor([record.adversarial]), torch.tensor([record.label]))
-        for rule in ("average", "worst", "majority"):
-            value, low, high = result["robust"][rule]
-            assert value == pytest.approx(getattr(metric.compute(), rule).value)
-            assert low <= value <= high
-        if result["defense"] != "none":
-            first = [
-                r
-                for r in read_records(finished / "records.jsonl")
-                if (r.defense, r.attack) == ("none", result["attack"])
-            ]
-            shares = [
-                outcomes(torch.tensor([r.adversarial for r in rs]), torch.tensor([r.label for r in rs]))[:, 0].mean()
-                for rs in (group, first)
-            ]
-            assert result["robust_difference"]["average"][0] == pytest.approx(float(shares[0] - shares[1]))
-
-
-def test_report_is_one_file_that_needs_nothing_else(finished):
-    text = (finished / "report.html").read_text()
-    # Four panels of each picture, and the masks of one defense.
-    assert text.count("data:image/webp;base64,") == 12 * 4 + 4
-    assert "<svg" in text
-    links = re.findall(r"(?:src|href)=['\"]([^'\"]+)", text)
-    assert all(link.startswith(("data:", "#")) for link in links)
-    for name in ("none", "uniform", "paper", "pgd-l2"):
-        assert name in text
-
-
 def test_report_shows_a_verdict_that_came_later(config, finished, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     evaluate(["gradcheck", "--config", str(config), "--run", str(run), "--samples", "1"])
     assert '<span class="badge survived">passed on 1 sample</span>' in (run / "report.html").read_text()
-    identity = json.loads((run / "identity.json").read_text())
-    (run / "identity.json").write_text(json.dumps({**identity, "seed": 1}))
-    write_report(RunFolder(run))
-    assert "stale: passed on 1 sample, for other settings" in (run / "report.html").read_text()
 
 
 def test_saved_configuration_repeats_the_run_in_batches_of_another_size(finished, tmp_path):
@@ -159,12 +112,12 @@ def test_saved_configuration_repeats_the_run_in_batches_of_another_size(finished
 
 
 def test_a_sample_alone_and_in_another_order_has_the_same_record(config, finished, tmp_path):
-    (tmp_path / "indices.txt").write_text("7\n0\n3\n")
+    (tmp_path / "indices.txt").write_text("5\n0\n")
     subset = json.dumps({"class_path": "IndexFile", "path": str(tmp_path / "indices.txt")})
     flags = ["--data.batch_size=1", f"--data.subset={subset}"]
     evaluate(["--config", str(config), "--run", str(tmp_path / "run"), *flags])
     part = records(tmp_path / "run")
-    assert len(part) == 3 * 2 * 3
+    assert len(part) == 3 * 2 * 2
     assert part.items() <= records(finished).items()
 
 
@@ -195,7 +148,7 @@ def test_other_settings_are_refused_in_a_used_folder(config, finished, capsys):
     assert "attacks.pgd: lit_purify.attacks.pgd.PGD there, lit_purify.attacks.fgsm.FGSM here" in said
     evaluate([*arguments, "--dry_run"])
     assert "its records do not count\nDigits (test)" in (said := capsys.readouterr().out)
-    assert "54 records, 0 of them exist already" in said
+    assert "36 records, 0 of them exist already" in said
     assert (finished / "records.jsonl").read_bytes() == before
 
 
