@@ -91,11 +91,10 @@ def load_guided_diffusion(
         return tensors.layer(prefix, _RESIDUAL)
 
     ends = tensors.layer("", _ENDS)
-    prefixes = [
-        f"input_blocks.{k}.{j}" for k in range(1, depth) for j in range(tensors.count(f"input_blocks.{k}.{{}}."))
-    ]
-    prefixes += [f"middle_block.{j}" for j in range(tensors.count("middle_block.{}."))]
-    prefixes += [f"output_blocks.{k}.{j}" for k in range(up) for j in range(tensors.count(f"output_blocks.{k}.{{}}."))]
+    parts = (
+        [f"input_blocks.{k}" for k in range(1, depth)] + ["middle_block"] + [f"output_blocks.{k}" for k in range(up)]
+    )
+    prefixes = [f"{part}.{j}" for part in parts for j in range(tensors.count(part + ".{}."))]
     layers = [layer(prefix) for prefix in prefixes]
     return assembled(
         tensors,
