@@ -211,6 +211,9 @@ PIPELINE = {
 REPOSITORIES = {
     "org/unet": {"config.json": b"{}", "diffusion_pytorch_model.bin": b"bin", "README.md": b"text"},
     "org/pipeline": PIPELINE,
+    "org/shards": dict.fromkeys(
+        ["diffusion_pytorch_model-00001-of-00001.bin", "diffusion_pytorch_model.bin.index.json", "config.json"], b"{}"
+    ),
     "org/other": {"deep/net.safetensors": b"deep"},
 }
 
@@ -270,11 +273,17 @@ def names(folder):
 
 def test_the_hub_gives_files_and_folders(hub, monkeypatch):
     given = ["hf://org/other/deep/net.safetensors", "hf:/org/other@v1/deep/net.safetensors"]
-    given += ["hf://org/other@refs%2Fpr%2F2/deep/net.safetensors", "hf://org/unet", "hf://org/pipeline@v1/"]
-    main, tagged, pulled, unet, pipeline = found = [locate(source) for source in given]
+    given += [
+        "hf://org/other@refs%2Fpr%2F2/deep/net.safetensors",
+        "hf://org/unet",
+        "hf://org/pipeline@v1/",
+        "hf://org/shards",
+    ]
+    main, tagged, pulled, unet, pipeline, shards = found = [locate(source) for source in given]
     assert (main.read_bytes(), tagged.read_bytes(), pulled.read_bytes()) == (b"deepa", b"deepb", b"deepc")
     assert main.name == "net.safetensors"
     # What a UNet needs, and its weights in one form.
+    assert names(shards) == sorted(REPOSITORIES["org/shards"])
     assert names(unet) == ["config.json", "diffusion_pytorch_model.bin"]
     unet = ["unet/config.json", "unet/diffusion_pytorch_model.safetensors"]
     assert names(pipeline) == ["scheduler/scheduler_config.json", *unet]

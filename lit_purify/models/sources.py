@@ -20,7 +20,7 @@ from lit_purify.errors import InputError
 
 # Early repositories keep the scheduler's settings beside the network's.
 _MODEL = ["config.json", "scheduler_config.json", "scheduler/scheduler_config.json", "unet/config.json"]
-_WEIGHTS = ["diffusion_pytorch_model.{}", "unet/diffusion_pytorch_model.{}"]
+_WEIGHTS = ["diffusion_pytorch_model.{}", "diffusion_pytorch_model-*-of-*.{}", "diffusion_pytorch_model.{}.index.json"]
 
 
 def locate(source: str | Path) -> Path:
@@ -147,9 +147,9 @@ def _from_hub(address: str) -> Path:
             return Path(hf_hub_download(repository, file, revision=revision))
         # Many repositories hold the same weights in both forms.
         for suffix in ("safetensors", "bin"):
-            names = [name.format(suffix) for name in _WEIGHTS]
+            names = [part + name.format(suffix) for part in ("", "unet/") for name in _WEIGHTS]
             folder = Path(snapshot_download(repository, revision=revision, allow_patterns=_MODEL + names))
-            if any((folder / name).is_file() for name in names):
+            if any(found for name in names for found in folder.glob(name)):
                 return folder
     # Of several HTTP libraries, as the hub's versions go.
     except Exception as error:
