@@ -86,6 +86,14 @@ def randomized(network, seed=0):
     return network.eval().requires_grad_(False)
 
 
+class Small(ResNetClassifier):
+    """The same random weights in every process."""
+
+    def __init__(self, seed=0):
+        super().__init__(depth=8, size=8, num_classes=10, channels=1, width=4)
+        randomized(self, seed)
+
+
 @pytest.fixture(scope="session")
 def unet():
     return randomized(UNet(channels=1, size=8, width=8, multipliers=[1, 2], blocks=1, attention=[4], head_width=8))
@@ -93,7 +101,7 @@ def unet():
 
 @pytest.fixture(scope="session")
 def classifier():
-    return randomized(ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4))
+    return Small()
 
 
 @pytest.fixture(scope="session")
@@ -112,14 +120,7 @@ def tiny(tmp_path):
 
     def write(defenses, attacks=None, gradients=None, samples=3):
         settings = {
-            "classifier": {
-                "class_path": "ResNetClassifier",
-                "depth": 8,
-                "size": 8,
-                "num_classes": 10,
-                "channels": 1,
-                "width": 4,
-            },
+            "classifier": "conftest.Small",
             "denoiser": "conftest.Curved",
             "defenses": defenses,
             "attacks": attacks or {"pgd": {"class_path": "PGD", "eps": 0.1, "steps": 2, "step_size": 0.1}},

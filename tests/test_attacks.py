@@ -1,9 +1,9 @@
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import FixedNoise
 from conftest import keyed as keyed_in
 from PIL import Image
 
@@ -31,7 +31,7 @@ from lit_purify.defense import (
     VariableIntensityPurifier,
 )
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import draws_in_chunks, gradient_in_chunks, logits_in_chunks, plain
+from lit_purify.functional.chunks import draws_in_chunks, gradient_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import (
     cross_entropy_loss,
     dlr_loss,
@@ -115,19 +115,11 @@ def test_an_attack_takes_modules_functions_and_defenses(unet, classifier, images
     attack, label = PGD(eps=0.1, steps=2), torch.arange(6)
     assert (attack.norm, attack.loss, attack.step_size) == ("linf", "margin", 0.125)
     expected = attack(classifier, images, label, keyed(6), chunk=6)
-    for model in (
-        lambda x: classifier(x),
-        lambda x, noise: classifier(x),
-        classifier.network,
-        plain(lambda x, noise: classifier(x)),
-    ):
+    for model in (lambda x: classifier(x), lambda x, noise: classifier(x), classifier.network):
         assert torch.equal(attack(model, images, label, keyed(6), chunk=6), expected)
     defended = DefendedClassifier(UniformPurifier(unet, 200, 2), classifier)
-    found = [
-        attack(model, images, label, keyed(6)) for model in (defended, defended.attacked(), Exact().attacked(defended))
-    ]
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    for model in (defended.attacked(), Exact().attacked(defended)):
+        assert torch.equal(attack(model, images, label, keyed(6)), attack(defended, images, label, keyed(6)))
     torch.manual_seed(0)
     first, second = attack(defended, images, label), attack(defended, images, label)
     torch.manual_seed(0)
@@ -242,6 +234,9 @@ def test_draws_are_fresh_and_their_number_is_stated(name, images):
     assert attack.queries == (len(seen) / 6, differentiated / 6)
     times = set(Counter(seen).values())
     assert times == ({1, 2} if name == "square-l2" else {1})
+    assert re.fullmatch(".+", attack.title)
+    assert attack.target == ("classifier" if name == "transfer" else "defense")
+    assert attack.gradient == {"transfer": "surrogate", "square": "none", "square-l2": "none"}.get(name, "exact")
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -252,15 +247,6 @@ def test_an_output_or_gradient_that_is_not_a_number_stops_the_attack(name, image
 
     with pytest.raises(RuntimeError, match="of the attacked network is NaN or infinite"):
         every_attack()[name](model, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=6)
-
-
-@pytest.mark.parametrize("name", EACH)
-def test_title_is_one_line(name):
-    attack = every_attack()[name]
-    assert attack.title
-    assert "\n" not in attack.title
-    assert attack.target == ("classifier" if name == "transfer" else "defense")
-    assert attack.gradient == {"transfer": "surrogate", "square": "none", "square-l2": "none"}.get(name, "exact")
 
 
 def test_votes_follow_the_gradient_of_the_averaged_probability(unet, classifier, images):
@@ -363,7 +349,6 @@ def test_squares_reach_every_pixel_equally():
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_square_uses_its_ball(norm, classifier, images):
     """Where the box is far, every Linf pixel moves by eps, and the L2 norm is eps."""
-
     image, eps = 0.4 + 0.2 * images, 0.1
     delta = Square(norm, eps, 12)(classifier, image, torch.arange(6), keyed(6)) - image
     if norm == "linf":
@@ -406,14 +391,9 @@ def test_fast_gradient_step_has_full_length(classifier, images):
     assert float((started.abs() > 0.0999).float().mean()) == pytest.approx(5 / 8, abs=0.07)
 
 
-def test_margin_loss_is_positive_where_misclassified():
-    logits = torch.tensor([[3.0, 1.0, 0.0], [3.0, 1.0, 0.0]])
-    assert margin_loss(logits, torch.tensor([0, 2])).tolist() == [-2.0, 3.0]
-
-
-def test_difference_of_logits_ratio():
-    logits = torch.tensor([[5.0, 3.0, 1.0, 0.0], [5.0, 3.0, 1.0, 0.0]])
-    label = torch.tensor([0, 2])
+def test_margin_and_difference_of_logits_ratio():
+    logits, label = torch.tensor([[5.0, 3.0, 1.0, 0.0], [5.0, 3.0, 1.0, 0.0]]), torch.tensor([0, 2])
+    assert margin_loss(logits, label).tolist() == [-2.0, 4.0]
     torch.testing.assert_close(dlr_loss(logits, label), torch.tensor([-0.5, 1.0]))
     torch.testing.assert_close(dlr_loss(3.0 * logits + 7.0, label), dlr_loss(logits, label))
     goal = torch.tensor([[0, 3], [2, 1]])
@@ -555,12 +535,3 @@ def test_saved_images_that_cannot_be_used(tmp_path):
     refuses("cannot be read as a PNG", "gray")
     Image.new("RGBA", (4, 4)).save(tmp_path / "gray" / "0.png")
     refuses("its mode is RGBA", "gray")
-
-
-def test_noise_of_rows_is_asked_for_by_key(images):
-    """A stub without keys works as well: attacks use the protocol alone."""
-
-    def model(x, noise):
-        return torch.stack([x.sum(dim=(1, 2, 3)), noise.normal(0, x).sum(dim=(1, 2, 3))], dim=1)
-
-    PGD("l2", 0.1, 2, 0.1, eot=2)(model, images, torch.zeros(6, dtype=torch.long), FixedNoise(images), chunk=4)

@@ -133,7 +133,7 @@ def test_an_honest_linear_classifier_passes_with_the_robust_accuracy_that_it_has
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_an_honest_randomized_defense_passes(norm):
     eps = EPS if norm == "linf" else 0.5
-    rows = audited(zoo.defense(zoo.Blurred), PGD(norm, eps, 10, eps / 4, eot=4, loss="ce"), count=24)
+    rows = audited(zoo.defense(zoo.Blurred), PGD(norm, eps, 10, eps / 4, eot=4, loss="ce"))
     assert not failed(rows)
     assert rows["fresh_draws"].figure == 40
     assert {"frozen_noise", "more_eot", "vote", "worst", "bpda", "scaled"} < set(rows)
@@ -141,11 +141,11 @@ def test_an_honest_randomized_defense_passes(norm):
 
 def tiny_network(purifier, classifier, images, attack):
     label = classifier(images).argmax(dim=1)
-    return by_check(DefendedClassifier(purifier, classifier), attack, None, images, label, runs=4, chunk=16)
+    return by_check(DefendedClassifier(purifier, classifier), attack, None, images, label, runs=2, chunk=16)
 
 
 def test_an_honest_purifier_with_a_tiny_network_passes(classifier, images):
-    attack = PGD("linf", 0.05, 10, 0.01, eot=2)
+    attack = PGD("linf", 0.05, 5, 0.02, eot=2)
     assert not failed(tiny_network(UniformPurifier(Curved(), 60, 2), classifier, images, attack))
 
 
@@ -161,7 +161,7 @@ def test_where_an_attack_states_no_stronger_version_the_check_is_not_applicable(
     """Nothing is left out without a word, and nothing that belongs to no attack is poked at."""
     lazy = zoo.Lazy("linf", EPS)
     lazy.step_size, before = 0.3, {**vars(lazy), "step_size": 0.3}
-    rows = audited(zoo.defense(zoo.Blurred), lazy, count=24)
+    rows = audited(zoo.defense(zoo.Blurred), lazy)
     absent = {check: row.reason for check, row in rows.items() if row.verdict == "not applicable"}
     assert set(absent) == {
         "unbounded",
@@ -328,6 +328,5 @@ def test_the_command_writes_its_verdict_and_touches_no_records(tiny, capsys):
     assert set(found["checks"][0]) == {"defense", "check", "figure", "limit", "verdict", "reason"}
     assert [line.split()[1:3] for line in lines[1:-1]] == [["it", c["check"]] for c in found["checks"]]
     # The same settings have the same hash as in the other verdict.
-    with pytest.raises(SystemExit):
-        evaluate(["gradcheck", *arguments, "--samples", "1"])
+    evaluate(["gradcheck", *arguments, "--samples", "1"])
     assert json.loads((tiny.run / "gradcheck.json").read_text())["settings_sha256"] == found["settings_sha256"]

@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import FixedNoise, GaussianDenoiser, keyed, randomized
+from conftest import FixedNoise, GaussianDenoiser, Small, keyed, randomized
 from torch import nn
 
 from lit_purify.attacks import PGD, ForeignAttack, Transfer
@@ -118,7 +118,7 @@ def test_ddpm_keeps_the_data_distribution():
     denoiser = GaussianDenoiser(mean=0.0, variance=0.1, size=16)
     generator = torch.Generator().manual_seed(0)
     image = (0.1**0.5 * torch.randn(64, 1, 16, 16, generator=generator)) / 2 + 0.5
-    out = UniformPurifier(denoiser, 600, 600, "ddpm")(image, keyed(64))
+    out = UniformPurifier(denoiser, 300, 300, "ddpm")(image, keyed(64))
     u = 2 * out - 1
     assert float(u.mean()) == pytest.approx(0.0, abs=0.01)
     assert float(u.var()) == pytest.approx(0.1, rel=0.03)
@@ -139,9 +139,9 @@ def test_recomputed_gradient_has_the_same_bits(name, unet, classifier, images):
     assert float(gradients[0].abs().sum()) > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["sde", "gradual", "resized", "heterogeneous-multi"])
 def test_gradient_agrees_with_finite_differences(name, unet, classifier):
-    """In float64, along random directions. The mask is hard: it does not move under so small a change."""
+    """Of those without a closed form, in float64. The hard mask does not move under so small a change."""
     unet64, classifier64 = copy.deepcopy(unet).double(), copy.deepcopy(classifier).double()
     model = DefendedClassifier(every(unet64)[name], classifier64)
     generator = torch.Generator().manual_seed(0)
@@ -221,7 +221,7 @@ def test_impossible_settings_are_refused(make, message, unet):
 
 def test_another_classifier_is_attacked_as_itself(unet, classifier, images):
     """Also by attacks on bare classifiers; and it is checked and frozen like the first."""
-    other = randomized(ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4), seed=1)
+    other = Small(seed=1)
     other.requires_grad_(True)
     pgd = PGD("linf", 0.1, steps=3, step_size=0.05, loss="ce")
     evaluator = Evaluator(classifier, {"none": NoPurifier(), "other": other}, {"pgd": pgd, "transfer": Transfer(pgd)})
