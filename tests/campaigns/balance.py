@@ -62,8 +62,8 @@ class Clock(L.Callback):
 
 def idle(folder, costs, world):
     """Share of the time that the first process to end waits, and the time, in seconds."""
-    config = tiny(folder / f"{costs}.yaml", SAMPLES, class_path="balance.Sleeper", init_args={"costs": costs})
-    run, flags = folder / costs, ["--data.init_args.batch_size", str(BATCH), "--trainer.callbacks+=balance.Clock"]
+    config = tiny(folder / f"{costs}.yaml", SAMPLES, class_path="balance.Sleeper", costs=costs)
+    run, flags = folder / costs, ["--data.batch_size", str(BATCH), "--trainer.callbacks+=balance.Clock"]
     if costs == "resumed":
         finish(config, run, 4, flags)
         lines = (run / "records.jsonl").read_text().splitlines(keepends=True)

@@ -17,9 +17,9 @@ import numpy as np
 
 from lit_purify.attacks import PGD
 from lit_purify.defense import NoPurifier
-from lit_purify.evaluation import Record, RobustnessTask
+from lit_purify.evaluation import Evaluator, Record, RobustnessTask
 from lit_purify.evaluation.folder import RunFolder
-from lit_purify.models import ResNetClassifier, UNet
+from lit_purify.models import ResNetClassifier
 from lit_purify.report.summary import summarize
 
 
@@ -58,14 +58,14 @@ def main(folder, samples=50_000, pairs=12, runs=8, ranks=64):
         records = run.collect(write=True)
     with measured("read (every rank, at the start)", count):
         run.collect(write=False)
-    classifier, denoiser = ResNetClassifier(8, 8, 1000, 1, 4), UNet(1, 8, 8, [1])
+    classifier = ResNetClassifier(8, 8, 1000, 1, 4)
     attacks = {attack: PGD("linf", 0.03, 1, 0.01) for attack in dict.fromkeys(a for _, a in names)}
-    task = RobustnessTask(classifier, denoiser, {d: NoPurifier for d, _ in names}, attacks, runs=runs)
+    task = RobustnessTask(Evaluator(classifier, {d: NoPurifier() for d, _ in names}, attacks, runs=runs))
     with measured("taken over (every rank)", count):
         task.resume(records, count=True)
     described = [
         {"defense": d, "attack": a, "norm": "linf", "eps": 0.03, "attack_steps": 40, "eot": 4, "gradient": "exact"}
-        | {"nfe_defense": 4, "nfe_attack": 4, "queries": {"forward": 1}}
+        | {"nfe_defense": 4, "nfe_attack": 4, "queries": {"forward": 1}, "stopping": ""}
         for d, a in names
     ]
     with measured("summarized", count):

@@ -120,16 +120,16 @@ def evaluation(folder):
     ended(job, folder, "third", (0,), requeued=False)
     assert records(run) == records(folder / "alone")
     print(f"evaluation: {len(records(run))} records, equal to those of one process")
-    ended(submit([*argv, "--model.init_args.runs=0"], folder, "wrong"), folder, "wrong", (2, 143), requeued=False)
-    flags = [f"--run={folder}/seed%a", "--model.init_args.seed", "%a", "--data.init_args.subset.init_args.n=4"]
+    ended(submit([*argv, "--runs=0"], folder, "wrong"), folder, "wrong", (2, 143), requeued=False)
+    flags = [f"--run={folder}/seed%a", "--seed", "%a", "--data.subset.n=4"]
     job = submit([*EVALUATION, *flags], folder, "array", nodes=1, SLURM_ARRAY_TASK_ID=3)
     ended(job, folder, "array", (0,), requeued=False)
-    assert yaml.safe_load((folder / "seed3" / "config.yaml").read_text())["model"]["init_args"]["seed"] == 3
+    assert yaml.safe_load((folder / "seed3" / "config.yaml").read_text())["seed"] == 3
 
 
 def training(folder):
     argv = ["train.py", "fit", f"--config={training_config(folder)}"]
-    alone([*argv, f"--run={folder / 'trained'}", "--data.init_args.batch_size=32"])
+    alone([*argv, f"--run={folder / 'trained'}", "--data.batch_size=32"])
     run = folder / "training"
     argv += [f"--run={run}", "--ckpt_path=last"]
     job = submit(argv, folder, "training")

@@ -27,12 +27,12 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIB
 EVALUATION = [
     "eval.py",
     "--config=configs/eval/digits.yaml",
-    "--model.init_args.attacks.pgd.init_args.steps=2",
-    "--model.init_args.attacks.pgd.init_args.eot=1",
-    "--model.init_args.runs=2",
-    "--model.init_args.chunk=16",
-    "--data.init_args.subset.init_args.n=40",
-    "--data.init_args.batch_size=4",
+    "--attacks.pgd.steps=2",
+    "--attacks.pgd.eot=1",
+    "--runs=2",
+    "--chunk=16",
+    "--data.subset.n=40",
+    "--data.batch_size=4",
     "--trainer.logger=false",
     "--trainer.accelerator=cpu",
 ]
@@ -131,10 +131,9 @@ def evaluation(folder):
 def training_config(folder):
     """A short training that saves every fifth step."""
     settings = yaml.safe_load((ROOT / "configs/train/digits_denoiser.yaml").read_text())
-    settings["data"]["init_args"]["batch_size"] = 16
+    settings["data"]["batch_size"] = 16
     keeps = {"save_last": True, "every_n_train_steps": 5}
-    callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keeps}
-    settings["trainer"]["callbacks"] = [settings["trainer"]["callbacks"][0], callback, {"class_path": "Export"}]
+    settings["trainer"]["callbacks"] = [{"class_path": "ModelCheckpoint", **keeps}]
     settings["trainer"] |= {"logger": False, "accelerator": "cpu", "max_epochs": 3, "enable_progress_bar": False}
     path = folder / "training.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -143,7 +142,7 @@ def training_config(folder):
 
 def training(folder):
     argv = ["train.py", "fit", f"--config={training_config(folder)}"]
-    alone([*argv, f"--run={folder / 'trained'}", "--data.init_args.batch_size=32"])
+    alone([*argv, f"--run={folder / 'trained'}", "--data.batch_size=32"])
     argv += [*TIMEOUT, "--ckpt_path=last", "--run"]
     run = folder / "trained_cut"
     cut([*argv, str(run)], folder, "training", (run / "checkpoints" / "last.ckpt").exists)
