@@ -1,17 +1,24 @@
 """The Triton kernels, run by Triton's interpreter on CPU tensors, against PyTorch's formulas in float64."""
 
 import copy
+import gc
 import os
+import sys
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import randomized
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lit_purify.errors import InputError
 from lit_purify.functional.levels import two_level
 from lit_purify.functional.noise import ATTACK, KeyedNoise
 from lit_purify.models import MatchedSchedule, ResNetClassifier, UNet, accelerated, layers
+from lit_purify.models.accelerated import _Graph
 
 LAST = torch.channels_last
 
@@ -164,6 +171,73 @@ def test_accelerated_networks(unet):
     for network, precision in ((unet, "fp8"), (classifier, "bf16")):
         with pytest.raises(InputError, match="use float32, or bf16 for a denoiser"):
             accelerated(network, precision)
+
+
+class Eager(_Graph):
+    """A recorded call that is made again at each replay; like a CUDA graph it keeps the activations of the last one."""
+
+    def __init__(self, function, tensors, needs, learned):
+        self.inputs = [x.detach().clone().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
+        self.wanted = [x for x in self.inputs if x.requires_grad] + learned
+        self.needs, self.call = (*needs, *(True for _ in learned)), None
+        self.ahead, self.back = SimpleNamespace(replay=self.forward), SimpleNamespace(replay=self.backward)
+        self.function, self.slope = function, torch.empty_like(tensors[0])
+
+    def forward(self):
+        with (
+            torch.set_grad_enabled(bool(self.wanted)),
+            torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        ):
+            self.kept = self.function(*self.inputs)
+        self.out = self.kept.detach()
+
+    def backward(self):
+        self.gradients = torch.autograd.grad(self.kept, self.wanted, self.slope, retain_graph=True)
+
+
+@pytest.fixture(params=[True, False])
+def recorded(request, monkeypatch):
+    """Calls on a CPU are recorded as those on a GPU are, with and without memory for several graphs."""
+    module = sys.modules[_Graph.__module__]
+    monkeypatch.setattr(module, "_Graph", Eager)
+    monkeypatch.setattr(module, "recordable", lambda tensor: True)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(Eager, "fits_again", lambda self: request.param)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_gradients_of_recorded_calls(recorded, unet, recompute, learned):
+    """Of a chain of calls, of two shapes, and of one whose activations are gone."""
+    unet.requires_grad_(learned)
+    made, found = accelerated(unet), []
+    if learned:
+        made = copy.deepcopy(made).requires_grad_()
+    x, mask = torch.randn(3, 1, 8, 8), (torch.rand(3, 1, 8, 8) < 0.5).float()
+    for network in (unet, made):
+        leaf, other = x.clone().requires_grad_(), (2.0 * x[:2]).requires_grad_()
+        h = leaf
+        for t in (torch.tensor([5, 50, 500]), two_level(mask, 200, 100), torch.tensor([3, 30, 300])):
+            h = h - 0.1 * (checkpoint(network, h, t, use_reentrant=False) if recompute else network(h, t))
+        small = network(other, torch.tensor([7, 70]))
+        with torch.no_grad():
+            network(leaf, torch.tensor([9, 9, 9]))
+        wanted = [leaf, other, *(network.parameters() if learned else [])]
+        found.append([h.detach(), *torch.autograd.grad(h.square().sum() + small.sum(), wanted)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_networks_with_recorded_calls_are_freed(recorded, unet):
+    made = accelerated(unet)
+    made(torch.randn(2, 1, 8, 8).requires_grad_(), torch.tensor([5, 50]))
+    seen = weakref.ref(made)
+    gc.disable()
+    try:
+        del made
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

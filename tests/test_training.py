@@ -211,6 +211,17 @@ def test_precisions_that_would_round_the_noise_are_refused(config, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_gradients_are_clipped_for_a_fused_optimizer():
+    """Lightning would refuse, under bf16-mixed too."""
+    task = DenoiserTask(UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1), attention=0.0, shapes=0.5)
+    weights = list(task.network.requires_grad_().parameters())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    task.configure_gradient_clipping(optimizer, 1.0, "norm")
+    assert sum(weight.grad.square().sum() for weight in weights) <= 1.001
+
+
 def test_training_noise_depends_on_sample_and_epoch_alone():
     """So two processes with half a batch each see what one sees with the whole batch."""
     task = denoiser_task()

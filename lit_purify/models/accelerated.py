@@ -42,43 +42,51 @@ def accelerated(network: Network, precision: Literal["float32", "bf16"] = "float
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(torch.bfloat16)
         made.origin += ", bf16"
-    made.forward = Replayed(made.forward, made)  # type: ignore[method-assign, assignment]
+    made.forward = Replayed(made)  # type: ignore[method-assign, assignment]
     return made
 
 
 class Replayed:
-    """A function of tensors whose calls on a GPU are recorded as CUDA graphs, with their gradients.
+    """A network whose calls on a GPU are recorded as CUDA graphs, with their gradients; elsewhere they are ordinary.
 
     There is a graph, or more, for each of the latest eight sets of shapes, types and modes. A gradient needs the
     activations of its call: while it is outstanding, the next call gets a graph of its own, up to eight of them and as
     long as memory is free; after that the oldest activations make room, and are recomputed for their gradient. Results
-    are copies, so that later calls do not change them. Elsewhere the function is called as it is.
+    are copies, so that later calls do not change them.
 
     Args:
-        function: From tensors and tuples of tensors to one tensor. It must not wait for the device.
-        module: The network that it calls; gradients of those weights that require one at the first call are recorded.
+        network: From tensors and tuples of tensors to one tensor; its calls must not wait for the device. It is not
+            kept alive. Gradients of those weights that require one at the first call are recorded as well.
     """
 
-    def __init__(self, function: Callable[..., Tensor], module: nn.Module) -> None:
-        self._function, self._module = function, module
-        self._learned: list[Tensor] | None = None
+    def __init__(self, network: nn.Module) -> None:
+        self._network = weakref.ref(network)
         self._graphs: dict[Any, list[_Graph]] = {}
+        self._learned: list[Tensor] | None = None
+
+    def _call(self, *arguments: Any) -> Tensor:  # noqa: ANN401
+        network = self._network()
+        assert network is not None
+        out: Tensor = type(network).forward(network, *arguments)
+        return out
 
     def __call__(self, *arguments: Any) -> Tensor:  # noqa: ANN401
-        """The function's result."""
+        """The network's output."""
         tensors: list[Tensor] = []
         for argument in arguments:
             tensors += argument if isinstance(argument, tuple) else [argument]
         # Levels of pixels, (B, 1, H, W), are sorted first, for which the host waits.
         sorts = len(arguments) > 1 and isinstance(arguments[1], Tensor) and arguments[1].ndim == 4
-        if not tensors[0].is_cuda or sorts or torch.cuda.is_current_stream_capturing():
-            return self._function(*arguments)
+        if sorts or not recordable(tensors[0]):
+            return self._call(*arguments)
+        network = self._network()
+        assert network is not None
         if self._learned is None:
-            self._learned = [weight for weight in self._module.parameters() if weight.requires_grad]
+            self._learned = [weight for weight in network.parameters() if weight.requires_grad]
         learned = self._learned if torch.is_grad_enabled() else []
         needs = tuple(tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors)
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key: tuple[Any, ...] = (*map(type, arguments), needs, cast, len(learned), self._module.training)
+        key: tuple[Any, ...] = (*map(type, arguments), needs, cast, len(learned), network.training)
         key += tuple((tensor.device, tensor.shape, tensor.dtype) for tensor in tensors)
         graphs = self._graphs.pop(key, [])
         self._graphs[key] = graphs
@@ -89,7 +97,7 @@ class Replayed:
 
             def function(*flat: Tensor) -> Tensor:
                 left = iter(flat)
-                return self._function(
+                return self._call(
                     *(type(a)(*(next(left) for _ in a)) if isinstance(a, tuple) else next(left) for a in arguments)
                 )
 
@@ -112,7 +120,12 @@ class Replayed:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replayed:
         """The copy of a network records its own calls."""
-        return Replayed(copy.deepcopy(self._function, memo), copy.deepcopy(self._module, memo))
+        return Replayed(copy.deepcopy(self._network(), memo))  # type: ignore[arg-type]
+
+
+def recordable(tensor: Tensor) -> bool:
+    """Whether a call with this tensor can become a CUDA graph."""
+    return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 class _Graph:
@@ -130,27 +143,29 @@ class _Graph:
         ]
         self.wanted = [tensor for tensor in self.inputs if tensor.requires_grad] + learned
         self.needs = (*needs, *(True for _ in learned))
+        self.call: weakref.ref[_Call] | None = None
+        before = torch.cuda.mem_get_info()[0]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            # Kernels are built and workspaces taken before anything is recorded.
-            for _ in range(2):
+        # A checkpoint that this call is part of is not to take these activations for its own.
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            with torch.cuda.stream(stream):
+                # Kernels are built and workspaces taken before anything is recorded.
+                for _ in range(2):
+                    out = function(*self.inputs)
+                    if self.wanted:
+                        torch.autograd.grad(out, self.wanted, torch.ones_like(out))
+                del out
+            torch.cuda.current_stream().wait_stream(stream)
+            self.ahead, self.back, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+            # Other threads, such as one that pins the memory of batches, may go on meanwhile.
+            with torch.cuda.graph(self.ahead, pool=pool, capture_error_mode="thread_local"):
                 out = function(*self.inputs)
-                if self.wanted:
-                    torch.autograd.grad(out, self.wanted, torch.ones_like(out))
-            del out
-        torch.cuda.current_stream().wait_stream(stream)
-        before = torch.cuda.memory_reserved()
-        self.call: weakref.ref[_Call] | None = None
-        self.ahead, self.back, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        # Other threads, such as one that pins the memory of batches, may go on meanwhile.
-        with torch.cuda.graph(self.ahead, pool=pool, capture_error_mode="thread_local"):
-            out = function(*self.inputs)
-        if self.wanted:
-            self.slope = torch.empty_like(out)
-            with torch.cuda.graph(self.back, pool=pool, capture_error_mode="thread_local"):
-                self.gradients = torch.autograd.grad(out, self.wanted, self.slope)
-        self.out, self.bytes = out.detach(), torch.cuda.memory_reserved() - before
+            if self.wanted:
+                self.slope = torch.empty_like(out)
+                with torch.cuda.graph(self.back, pool=pool, capture_error_mode="thread_local"):
+                    self.gradients = torch.autograd.grad(out, self.wanted, self.slope)
+        self.out, self.bytes = out.detach(), before - torch.cuda.mem_get_info()[0]
 
     @property
     def awaited(self) -> bool:
@@ -168,6 +183,10 @@ class _Graph:
                 mine.copy_(given)
         self.ahead.replay()
         self.call = weakref.ref(call)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Call:

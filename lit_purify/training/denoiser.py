@@ -113,7 +113,7 @@ class DenoiserTask(TrainingTask):
         self.denoiser, self.constant, self.attention, self.max_level = denoiser, constant, attention, max_level
         self.mask, self.val_levels = mask, tuple(val_levels)
         denoiser.gradient_checkpointing = gradient_checkpointing
-        self._replayed = Replayed(denoiser.forward, denoiser)
+        self._replayed = Replayed(denoiser)
         # In a tuple: the weight average and the checkpoints are about the denoiser alone.
         self._classifier: tuple[Classifier, ...] = ()
         if classifier is not None:
