@@ -14,7 +14,7 @@ import lit_purify as lp
 from lit_purify.attacks import PGD
 from lit_purify.checks.audit import CHECKS
 from lit_purify.checks.audited import Audited, judged
-from lit_purify.checks.findings import Fixed, holm, least_samples, sign_flip
+from lit_purify.checks.findings import Fixed, Memory, holm, least_samples, sign_flip
 from lit_purify.cli import evaluate
 from lit_purify.defense import (
     BPDA,
@@ -330,3 +330,24 @@ def test_the_command_writes_its_verdict_and_touches_no_records(tiny, capsys):
     # The same settings have the same hash as in the other verdict.
     evaluate(["gradcheck", *arguments, "--samples", "1"])
     assert json.loads((tiny.run / "gradcheck.json").read_text())["settings_sha256"] == found["settings_sha256"]
+
+
+def test_an_interrupted_audit_goes_on(tmp_path):
+    """Comparisons that were measured are not attacked again, a torn line is; one about something else begins anew."""
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return torch.tensor([[1.0, 0.5, 0.0]], dtype=torch.float64)
+
+    path = tmp_path / "audit.partial.jsonl"
+    Memory(path, "this")("paper: noise", compute)
+    with path.open("a") as stream:
+        stream.write('["paper: restarts", [[1.0')
+    again = Memory(path, "this")
+    assert set(again.known) == {"paper: noise"}
+    assert torch.equal(again("paper: noise", compute), compute())
+    assert len(calls) == 2
+    again("paper: restarts", compute)
+    assert set(Memory(path, "this").known) == {"paper: noise", "paper: restarts"}
+    assert Memory(path, "other").known == {}

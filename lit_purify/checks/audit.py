@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from lit_purify.attacks import PGD, Attack, MaskShift, NotApplicableError, Square, Transfer
 from lit_purify.checks.audited import AVERAGE, LEVEL, MAJORITY, RULES, TOLERANCE, WORST, Audited, Fact, RandomNoise
@@ -216,12 +218,14 @@ def audit_attack(
     chunk: int = 64,
     device: torch.device | None = None,
     say: Callable[[str], None] = lambda line: None,
+    recall: Callable[[str, Callable[[], Tensor]], Tensor] = lambda name, compute: compute(),
 ) -> Findings:
     """Checks for each defense whether its robust accuracy under an attack holds up against other attacks.
 
     The verdict is undecided, and not passed, where no check fails, but an attack that takes half of the samples would
     not be significant on so few. Arguments are those of ``lit_purify.audit``.
-    ``views`` are what the attack differentiates, by the defense's name; ``say`` is handed a line for each finding.
+    ``views`` are what the attack differentiates, by the defense's name; ``say`` is handed a line for each finding;
+    ``recall`` may answer from memory what survives a comparison (``Memory``).
 
     Raises:
         InputError: An argument is below 1, or the attack follows no gradient of the defense.
@@ -236,6 +240,7 @@ def audit_attack(
     findings, compared = Findings(), 0
     for name, view in views.items():
         audited, first = Audited(view, attack, image, label, index, seed, runs, rows, proposals), len(findings)
+        audited.recall = partial(_recalled, recall, name)
         findings.take(audited.findings(name, CHECKS), say)
         compared = max(compared, sum(finding.limit == TOLERANCE for finding in findings[first:]))
     least = least_samples(compared, LEVEL)
@@ -246,6 +251,21 @@ def audit_attack(
     facts = {"runs": runs, "proposals": proposals, "level": LEVEL, "tolerance": TOLERANCE}
     findings.facts = {"samples": index.tolist(), **facts}
     return findings
+
+
+def _recalled(
+    recall: Callable[[str, Callable[[], Tensor]], Tensor], defense: str, check: str, compute: Callable[[], Tensor]
+) -> Tensor:
+    return recall(f"{defense}: {check}", compute)
+
+
+def audit_cost(view: Attacked, attack: Attack, data: ImageDataset, samples: int, runs: int, proposals: int) -> Audited:
+    """What an audit of one defense would compute: ``queries`` and ``evaluated`` of the result."""
+    image, label, index = first_samples(data, samples, next(view.defended.parameters()).device)
+    audited = Audited(view, attack, image, label, index, 0, runs, 16, proposals, dry=True)
+    for _ in audited.findings("", CHECKS):
+        pass
+    return audited
 
 
 def single_draw(attack: Attack) -> Attack:

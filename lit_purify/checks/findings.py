@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -161,3 +164,35 @@ def holm(chances: Sequence[float]) -> list[float]:
 def least_samples(comparisons: int, level: float) -> int:
     """Samples from which on losing half of them in all runs is significant, among so many comparisons."""
     return 2 * math.ceil(math.log2(max(1, comparisons) / level))
+
+
+class Memory:
+    """What an interrupted audit has measured: a file with a line of JSON for each comparison.
+
+    Args:
+        path: The file.
+        about: Hash of all that the measurements depend on; a file about something else is begun again.
+    """
+
+    def __init__(self, path: Path, about: str) -> None:
+        self.path = path
+        self.known: dict[str, Tensor] = {}
+        lines = path.read_text().splitlines() if path.exists() else []
+        for line in lines[1:] if lines[:1] == [about] else ():
+            # A killed audit leaves a torn line.
+            with contextlib.suppress(ValueError):
+                name, values = json.loads(line)
+                self.known[name] = torch.tensor(values, dtype=torch.float64)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join([about + "\n", *map(self._line, self.known)]))
+
+    def _line(self, name: str) -> str:
+        return json.dumps([name, self.known[name].tolist()]) + "\n"
+
+    def __call__(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """What survives a comparison, (B, 3): from the file, or computed and written."""
+        if name not in self.known:
+            self.known[name] = compute()
+            with self.path.open("a") as stream:
+                stream.write(self._line(name))
+        return self.known[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,9 +14,10 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 
+from lit_purify.attacks import Attack
 from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stopping, WandbReport
-from lit_purify.checks.audit import audit_attack
-from lit_purify.checks.findings import Findings
+from lit_purify.checks.audit import audit_attack, audit_cost
+from lit_purify.checks.findings import Findings, Memory
 from lit_purify.checks.gradcheck import check_gradients
 from lit_purify.cli import settings as reading
 from lit_purify.cli.common import State, fail, guarded, helped, rank
@@ -24,7 +26,7 @@ from lit_purify.cli.messages import COMMANDS
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, RobustnessTask
-from lit_purify.evaluation.estimate import Estimate
+from lit_purify.evaluation.estimate import Estimate, chunk_seconds, duration
 from lit_purify.evaluation.folder import RunFolder, comparable
 from lit_purify.evaluation.own_files import Existing
 from lit_purify.evaluation.own_images import purify_files
@@ -123,6 +125,38 @@ def _estimate(evaluation: Evaluation) -> None:
     print("Nothing was written.")
 
 
+def _followed(evaluator: Evaluator) -> tuple[str, Attack]:
+    """The first attack that follows a gradient of the defense."""
+    usable = [(n, a) for n, a in evaluator.attacks.items() if (a.gradient, a.target) == ("exact", "defense")]
+    if not usable:
+        names = ", ".join(evaluator.attacks)
+        raise InputError(f"attacks: none of {names} follows a gradient of the defense: add one, such as PGD")
+    return usable[0]
+
+
+def _estimate_audit(evaluation: Evaluation, options: Namespace) -> None:
+    """Counts what the audit will compute, times a chunk of it, and writes nothing."""
+    evaluation.prepare()
+    evaluation.moved()
+    evaluator, data = evaluation.evaluator, evaluation.data.evaluated
+    name, _ = _followed(evaluator)
+    samples, total = min(options.samples, len(data)), 0.0
+    for defense in evaluator.defenses:
+        view = evaluator.views[defense, name]
+        cost = audit_cost(view, evaluator.attacks[name], data, samples, options.audit_runs, options.proposals)
+        backward = sum(queries.backward for queries in cost.queries)
+        forward = sum(queries.forward for queries in cost.queries) - backward + cost.evaluated * options.audit_runs
+        image, label = cost.image[:1], cost.label[:1]
+        each, differentiated = (
+            chunk_seconds(view.function, image, label, evaluator.chunk, gradient) for gradient in (False, True)
+        )
+        seconds = samples * (forward * each + backward * differentiated) / evaluator.chunk
+        total += seconds
+        calls = f"{(forward + backward) * view.nfe:,d} network calls a sample"
+        print(f"{defense:14}  {len(cost.queries)} attacks, {calls}, {duration(seconds)}", flush=True)
+    print(f"Expected: {duration(total)} on {samples} samples\nNothing was written.")
+
+
 def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
     """Checks the defenses, and writes ``gradcheck.json`` or ``audit.json``; returns whether they passed."""
     evaluation.prepare()
@@ -135,16 +169,17 @@ def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
         _say(f"Gradients of {count} samples of {data.name} ({data.evaluate_on})")
         found = check_gradients(evaluator.defenses, data.evaluated, options.samples, seed, device, _say)
     else:
-        usable = [(n, a) for n, a in evaluator.attacks.items() if (a.gradient, a.target) == ("exact", "defense")]
-        if not usable:
-            names = ", ".join(evaluator.attacks)
-            raise InputError(f"attacks: none of {names} follows a gradient of the defense: add one, such as PGD")
-        name, attack = usable[0]
+        name, attack = _followed(evaluator)
         _say(f"Audit of {name} ({attack.title}, eps {attack.eps:.4g}) on {count} samples of {data.name}")
         views = {defense: evaluator.views[defense, name] for defense in evaluator.defenses}
         counts = options.samples, options.audit_runs, options.proposals
-        found = audit_attack(views, attack, data.evaluated, *counts, seed, evaluator.chunk, device, _say)
+        about = json.dumps([comparable(evaluation.identity), name, *counts, evaluator.chunk], sort_keys=True)
+        memory = Memory(folder.path / "audit.partial.jsonl", hashlib.sha256(about.encode()).hexdigest())
+        if memory.known:
+            _say(f"{memory.path}: goes on after {len(memory.known)} comparisons")
+        found = audit_attack(views, attack, data.evaluated, *counts, seed, evaluator.chunk, device, _say, memory)
         found.facts = {"attack": name, **found.facts}
+        memory.path.unlink()
     _write_verdict(evaluation, command, found)
     print(f"{command}: {found.conclusion}")
     return found.passed
@@ -183,8 +218,8 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     given = helped(given, "eval")
     command = given.pop(0) if given and given[0] in COMMANDS else "test"
     dry = "--dry_run" in given
-    if dry and command not in ("test", "frontier"):
-        fail(f"--dry_run goes with test and frontier, not with {command}: leave it out")
+    if dry and command not in ("test", "frontier", "audit"):
+        fail(f"--dry_run goes with test, frontier and audit, not with {command}: leave it out")
     if (dry or command in ("gradcheck", "audit")) and rank() != 0:
         # These run once: the first process speaks for all.
         return None
@@ -206,7 +241,9 @@ def _run(command: str, dry: bool, given: list[str], state: State) -> None:
     evaluation = Evaluation(reading.instantiated(parser, settings), config, folder)
     # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
     state.running = good = True
-    if dry:
+    if dry and command == "audit":
+        _estimate_audit(evaluation, settings)
+    elif dry:
         _estimate(evaluation)
     elif command in ("gradcheck", "audit"):
         good = _check(evaluation, command, settings)

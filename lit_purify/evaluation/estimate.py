@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lit_purify.attacks.base import Queries
 from lit_purify.data.base import ImageDataset
@@ -99,21 +100,7 @@ class Estimate:
         return total
 
     def _chunk(self, function: AttackedFunction, gradient: bool) -> float:
-        """Seconds of a chunk: of the second call, as the first one takes longer."""
-        runs = list(range(self.evaluator.chunk))
-        index = torch.zeros(1, dtype=torch.long, device=self.device)
-        noise = KeyedNoise(self.evaluator.seed, index, index, ATTACK)
-        # Two draws would show that a deterministic function is one.
-        called = AttackedFunction(function.logits, function.mask)
-
-        def call() -> None:
-            if gradient:
-                draws_in_chunks(called, margin_loss, self.image, self.label, noise, runs, self.evaluator.chunk)
-            else:
-                logits_in_chunks(called, self.image, noise, runs, self.evaluator.chunk)
-
-        _seconds(call, self.device)
-        return _seconds(call, self.device)
+        return chunk_seconds(function, self.image, self.label, self.evaluator.chunk, gradient)
 
     def __str__(self) -> str:
         """The table that a dry run prints."""
@@ -179,6 +166,31 @@ def peak_memory(device: torch.device) -> int:
 def gibibytes(count: int) -> str:
     """Bytes in GiB."""
     return f"{count / 2**30:.1f} GiB"
+
+
+def chunk_seconds(function: AttackedFunction, image: Tensor, label: Tensor, chunk: int, gradient: bool) -> float:
+    """Seconds of a chunk, with or without a gradient: of the second call, as the first one takes longer.
+
+    Args:
+        function: What is called.
+        image: (1, C, H, W) in [0, 1].
+        label: (1,).
+        chunk: Rows of the chunk.
+        gradient: Whether the loss is differentiated in the image.
+    """
+    runs, index = list(range(chunk)), torch.zeros(1, dtype=torch.long, device=image.device)
+    noise = KeyedNoise(0, index, index, ATTACK)
+    # Two draws would show that a deterministic function is one.
+    called = AttackedFunction(function.logits, function.mask)
+
+    def call() -> None:
+        if gradient:
+            draws_in_chunks(called, margin_loss, image, label, noise, runs, chunk)
+        else:
+            logits_in_chunks(called, image, noise, runs, chunk)
+
+    _seconds(call, image.device)
+    return _seconds(call, image.device)
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:
