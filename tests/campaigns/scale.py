@@ -68,8 +68,9 @@ def main(folder, samples=50_000, pairs=12, runs=8, ranks=64):
         | {"nfe_defense": 4, "nfe_attack": 4, "queries": {"forward": 1}, "stopping": ""}
         for d, a in names
     ]
+    facts = {"chunk": 64, "dataset": "made up", "samples": samples, "runs": runs, "classifier": "none"}
     with measured("summarized", count):
-        summary = summarize(records, described, {"chunk": 64}, "defense0")
+        summary = summarize(records, described, facts, "defense0")
     print(f"{len(json.dumps(summary)) / 1024:.0f} KiB of summary")
 
 
