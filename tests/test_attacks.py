@@ -115,7 +115,7 @@ def test_an_attack_takes_modules_functions_and_defenses(unet, classifier, images
     attack, label = PGD(eps=0.1, steps=2), torch.arange(6)
     assert (attack.norm, attack.loss, attack.step_size) == ("linf", "margin", 0.125)
     expected = attack(classifier, images, label, keyed(6), chunk=6)
-    for model in (lambda x: classifier(x), lambda x, noise: classifier(x), classifier.network):
+    for model in (lambda x, scale=1.0: scale * classifier(x), lambda x, noise: classifier(x), classifier.network):
         assert torch.equal(attack(model, images, label, keyed(6), chunk=6), expected)
     defended = DefendedClassifier(UniformPurifier(unet, 200, 2), classifier)
     for model in (defended.attacked(), Exact().attacked(defended)):

@@ -159,15 +159,16 @@ class Attack(Recorded, ABC):
 def attackable(model: AttackedFunction | Attackable | nn.Module | Callable[..., Tensor]) -> AttackedFunction:
     """The function that an attack on a model sees.
 
-    Functions of two arguments take (image, noise); modules that are not ``Attackable``, and functions of one argument,
-    take images.
+    Functions of two required arguments take (image, noise); other functions and modules take images.
     """
     if isinstance(model, AttackedFunction):
         return model
     if isinstance(model, Attackable):
         return model.attacked()
-    if not isinstance(model, nn.Module) and len(inspect.signature(model).parameters) > 1:
-        return plain(model)
+    if not isinstance(model, nn.Module):
+        parameters = inspect.signature(model).parameters.values()
+        if sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1:
+            return plain(model)
     return plain(lambda image, noise: model(image))
 
 
