@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from processes import CONTEXT
 from scipy.io import savemat
 from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader
 from torchvision import datasets
 
 from lit_purify.data import (
@@ -797,3 +798,24 @@ def test_worker_processes_give_the_same_batches(loader):
     assert len(alone) == len(helped)
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_training_images_stay_in_memory(exact):
+    """Of 8 bits: read once, and the batches are those of a loader that reads each time."""
+    reads = []
+
+    class Counted(ImageDataModule):
+        def split(self, name):
+            images = torch.arange(10 * 12).reshape(10, 3, 2, 2) / (255.0 if exact else 254.0)
+            return ImageDataset.whole(lambda i: (reads.append(i), images[i])[1], np.arange(10) % 2, ["a", "b"])
+
+    kept = Counted(batch_size=4).train_dataloader()
+    plain = DataLoader(kept.dataset.split, batch_sampler=kept.batch_sampler)
+    for epoch in range(2):
+        kept.sampler.set_epoch(epoch)
+        for one, other in zip(list(kept), list(plain), strict=True):
+            assert one.keys() == other.keys()
+            assert all(one[name].equal(other[name]) and one[name].dtype == other[name].dtype for name in one)
+    # The first image is asked for its size twice.
+    assert (len(reads) <= 2 + 10 + 2 * 8) == exact

@@ -26,6 +26,8 @@ from lit_purify.recorded import SHA256, Recorded, identity
 Batch = dict[str, Tensor]
 """``image`` (B, C, H, W) float32 in [0, 1], ``label`` (B,) int64, ``index`` (B,) int64: position in the split."""
 
+_MOST_KEPT = 2**30
+
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -93,6 +95,34 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return {"image": self.read(position), "label": int(self.labels[position]), "index": position}
 
 
+class _Kept(Dataset[dict[str, Any]]):
+    """A split whose images stay in memory once they are read, 8 bits a value: a batch of them is one copy.
+
+    Images that 8 bits do not hold exactly are read each time.
+    """
+
+    def __init__(self, split: ImageDataset) -> None:
+        self.split, self.known, self.exact = split, np.zeros(len(split), dtype=bool), True
+        self.images = torch.empty(len(split), *split[0]["image"].shape, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, items: list[int]) -> Batch | list[dict[str, Any]]:
+        for item in items:
+            if self.exact and not self.known[item]:
+                image = self.split[item]["image"]
+                whole = image.mul(255.0).round()
+                self.exact = image.shape == self.images.shape[1:] and whole.div(255.0).equal(image)
+                if self.exact:
+                    self.images[item], self.known[item] = whole.byte(), True
+        if not self.exact:
+            return [self.split[item] for item in items]
+        index = torch.as_tensor(self.split.positions[items])
+        label = torch.as_tensor(self.split.labels[self.split.positions[items]])
+        return {"image": self.images[items].float().div(255.0), "label": label, "index": index}
+
+
 class _Shuffle(DistributedSampler[dict[str, Any]]):
     """A process's share of the shuffled positions, without the first ``taken()`` of them."""
 
@@ -121,8 +151,9 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
 
     Args:
         batch_size: Samples a batch and process.
-        num_workers: Processes that read images; 0 reads in the main process. An evaluation on several processes reads
-            in each of them: who reads ahead would claim samples that another process is free for.
+        num_workers: Processes that read images; 0 reads in the main process, where training images up to 1 GiB then
+            stay in memory. An evaluation on several processes reads in each of them: who reads ahead would claim
+            samples that another process is free for.
         subset: Which samples of the evaluated split count; ``None`` takes all.
         evaluate_on: The split that ``test`` reads: ``test``, or ``val`` to choose settings on, or ``train``.
         seed: Of the shuffling.
@@ -200,7 +231,8 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         sampler = _Shuffle(split, world, rank, shuffle=True, seed=self.seed, drop_last=enough)
         # Lightning counts the batches of an epoch, restores the count on resuming, and leaves it to the loader to skip.
         sampler.taken = self._taken
-        return self._loader(split, sampler, drop_last=enough, kind=_LazyLoader)
+        small = self.num_workers == 0 and len(split) * split[0]["image"].numel() <= _MOST_KEPT
+        return self._loader(_Kept(split) if small else split, sampler, drop_last=enough, kind=_LazyLoader)
 
     def _taken(self) -> int:
         """Samples of this epoch and process that are trained on already."""
@@ -248,7 +280,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
 
     def _loader(
         self,
-        split: ImageDataset,
+        split: ImageDataset | _Kept,
         sampler: Any,  # noqa: ANN401
         drop_last: bool = False,
         kind: type[Loader] = Loader,
@@ -266,7 +298,9 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         )
 
 
-def _collate(samples: list[dict[str, Any]]) -> Batch:
+def _collate(samples: list[dict[str, Any]] | Batch) -> Batch:
+    if isinstance(samples, dict):
+        return samples
     shapes = sorted({tuple(sample["image"].shape) for sample in samples})
     if len(shapes) > 1:
         raise InputError(f"images of shapes {shapes[0]} and {shapes[1]} make no batch: give the data a size")
