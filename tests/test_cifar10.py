@@ -73,7 +73,7 @@ def recipe(tmp_path):
     stand_ins = {
         "python": 'case "$*" in *"$FAILING"*) exit 75;; esac',
         # Without --foreground, or with another signal, a training would not be asked to save.
-        "timeout": 'test "$1 $2 $3 $4 $5" = "--foreground --preserve-status --signal TERM 7m" && shift 5 && exec "$@"',
+        "timeout": 'test "$1 $2 $3 $4 $5" = "--foreground --preserve-status --signal TERM 420s" && shift 5 && exec "$@"',
     }
     for name, does in stand_ins.items():
         (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "${{0##*/}} $*" >> "{log}"\n{does}\n')
@@ -82,11 +82,11 @@ def recipe(tmp_path):
     def run(*flags, failing="no such word"):
         log.unlink(missing_ok=True)
         path = f"{tmp_path}:{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "FOLDER": str(tmp_path / "gpu"), "FAILING": failing, "MINUTES": "7"}
+        environment = {**os.environ, "PATH": path, "FOLDER": str(tmp_path / "gpu"), "FAILING": failing, "SECONDS_EACH": "420"}
         script = ROOT / "configs/cluster/cifar10_gpu.sh"
         done = subprocess.run([script, *flags], env=environment, capture_output=True, text=True, check=False)
         given = [line.split() for line in log.read_text().splitlines()]
-        assert [words[0] for words in given if words[0] != "python"] == ["timeout"] * 3 or failing != "no such word"
+        assert [words[0] for words in given if words[0] != "python"] == ["timeout"] * len(given[1::2]) or failing != "no such word"
         return done.returncode, done.stderr, [words[1:] for words in given if words[0] == "python"]
 
     return run
@@ -112,6 +112,7 @@ def test_full_size_recipe_gives_valid_commands(recipe, tmp_path, capsys):
     attack = trainings[1]["attack"]["init_args"]
     assert (attack["eps"], attack["steps"], attack["step_size"]) == ("8/255", 7, "2/255")
     assert trainings[2]["classifier"]["init_args"]["path"] == made["classifier"]
+    assert trainings[2]["max_level"] == 500
     assert table["classifier"]["init_args"]["path"] == made["classifier"]
     assert table["denoiser"]["init_args"]["path"] == made["denoiser"]
     assert table["defenses"]["adversarial"]["init_args"]["path"] == made["adversarial"]
@@ -123,6 +124,15 @@ def test_full_size_recipe_may_estimate_its_table(recipe, monkeypatch):
     monkeypatch.setenv("TABLE", "--dry_run")
     _, _, commands = recipe()
     assert ["--dry_run" in command for command in commands] == [False] * 3 + [True]
+
+
+def test_full_size_recipe_runs_the_stages_asked_for(recipe, monkeypatch):
+    monkeypatch.setenv("STAGES", "classifier table")
+    _, _, commands = recipe()
+    assert [(command[0], Path(command[command.index("--run") + 1]).name) for command in commands] == [
+        ("train.py", "classifier"),
+        ("eval.py", "table"),
+    ]
 
 
 def test_full_size_recipe_goes_on_where_it_was(recipe):

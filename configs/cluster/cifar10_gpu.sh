@@ -1,48 +1,56 @@
 #!/usr/bin/env bash
 # The models of CIFAR-10 at full size and their table, on one GPU:
 #
-#   configs/cluster/cifar10_gpu.sh [FLAGS]
+#   [STAGES="classifier denoiser"] [SECONDS_EACH=240] configs/cluster/cifar10_gpu.sh [FLAGS]
 #
-# A classifier (ResNet-32 of width 64, 7.4 M parameters), the same trained adversarially (PGD, 7 steps, Linf 8/255), a
-# denoiser (configs/train/cifar10_denoiser_gpu.yaml) and the evaluation of 512 test images, all under FOLDER
-# (runs/cifar10_gpu). Each training may take MINUTES (25; 0 for no limit); after that, and after any other interruption,
-# the same command goes on where it was. TABLE=--dry_run estimates the evaluation in place of making it. Paths are seen from the root of the repository. FLAGS go to all four commands:
-# --data CIFAR10Folder, --data.root my/images ...; those that only one of train.py and eval.py knows are
-# none of them.
+# Stages: a classifier (ResNet-32 of width 64, 7.4 M parameters), the same trained adversarially (PGD, 7 steps, Linf
+# 8/255), a denoiser (configs/train/cifar10_denoiser_gpu.yaml) and the table of 512 test images, all under FOLDER
+# (runs/cifar10_gpu). Without STAGES all four run. Each may take SECONDS_EACH (1500; 0 for no limit); after that, and
+# after any other interruption, the same command goes on where it was. TABLE=--dry_run estimates the table in place of
+# making it. Paths are seen from the root of the repository. FLAGS go to all commands: --data CIFAR10Folder,
+# --data.root my/images ...; not those that only one of train.py and eval.py knows.
 # The levels are those of configs/eval/cifar10.yaml, chosen for the network that ships; choose anew with
-# `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`.
-# Rehearsed on a CPU with a few steps; not run on a GPU yet, so that nobody knows how long it takes: 100,000 steps of the
-# denoiser will want the command several times, and the table, which has no limit of time, is 4.1 million gradients of a
-# purification, 17 million differentiated calls of the denoiser: look at TABLE=--dry_run first.
+# `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`. The denoiser learns levels up to 500, which
+# leaves room above them.
+# Measured on one H200 (docs/speed.md), 9 minutes are: the classifier's 60 epochs (330 s at 109 s for 20) and 200 s of
+# the denoiser (6,500 steps of 256 images at 31 ms); or the table with fewer attacks. The recipe as a whole has not run.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${FOLDER:-runs/cifar10_gpu}
-minutes=${MINUTES:-25}
+seconds=${SECONDS_EACH:-1500}
+stages=${STAGES:-classifier adversarial denoiser table}
 python=${PYTHON:-python}
 
-# NAME CONFIGURATION FLAGS: trains, or goes on with the training. SIGTERM lets it end its step and save.
-train() {
-  local name=$1 config=$2 status=0
-  shift 2
-  timeout --foreground --preserve-status --signal TERM "${minutes}m" "$python" train.py fit --config "configs/train/$config.yaml" \
-    --run "$folder/$name" --ckpt_path last "$@" || status=$?
+# NAME COMMAND: runs a stage, if it is asked for. SIGTERM lets it end its step and save.
+stage() {
+  local name=$1 status=0
+  shift
+  [[ " $stages " == *" $name "* ]] || return 0
+  timeout --foreground --preserve-status --signal TERM "${seconds}s" "$python" "$@" --run "$folder/$name" || status=$?
   if [ "$status" = 75 ]; then
-    echo "$name: interrupted or out of its $minutes minutes; give the same command again and it goes on" >&2
+    echo "$name: interrupted or out of its $seconds seconds; give the same command again and it goes on" >&2
   fi
   return "$status"
 }
 
-wide=(--model.classifier.depth 32 --model.classifier.width 64 --trainer.precision bf16-mixed --data.num_workers 8)
+# NAME CONFIGURATION FLAGS: a training, or what is left of it.
+train() {
+  local name=$1 config=$2
+  shift 2
+  stage "$name" train.py fit --config "configs/train/$config.yaml" --ckpt_path last --half true "$@"
+}
+
+wide=(--model.classifier.depth 32 --model.classifier.width 64 --trainer.precision bf16-mixed --data.num_workers 0)
 train classifier cifar10_classifier "${wide[@]}" --trainer.max_epochs 60 "$@"
 train adversarial cifar10_classifier_adversarial "${wide[@]}" --trainer.max_epochs 30 \
   --model.attack.steps 7 --model.attack.step_size 2/255 "$@"
-train denoiser cifar10_denoiser_gpu --model.classifier "$folder/classifier/model.safetensors" "$@"
+train denoiser cifar10_denoiser_gpu --model.classifier "$folder/classifier/model.safetensors" --model.max_level 500 "$@"
 
 attacks=()
 for attack in pgd apgd pgd_l2 apgd_l2; do
   attacks+=(--attacks.$attack.steps 100)
 done
-"$python" eval.py --config configs/eval/cifar10.yaml --run "$folder/table" \
+stage table eval.py --config configs/eval/cifar10.yaml \
   --classifier "$folder/classifier/model.safetensors" --denoiser "$folder/denoiser/model.safetensors" \
   --defenses.adversarial "$folder/adversarial/model.safetensors" \
-  --data.subset.n 512 --data.batch_size 128 --chunk 128 "${attacks[@]}" ${TABLE:+"$TABLE"} "$@"
+  --data.subset.n 512 --data.batch_size 256 --chunk 1024 "${attacks[@]}" ${TABLE:+"$TABLE"} "$@"
