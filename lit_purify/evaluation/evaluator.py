@@ -110,10 +110,10 @@ class Evaluator(nn.Module):
         for name, value in (("runs", runs), ("chunk", chunk)):
             if value < 1:
                 raise InputError(f"{name} = {value}: use at least 1")
-        for kind, named, letters in (("defenses", defenses, "/-"), ("attacks", attacks, "-")):
-            if not named:
+        for kind, names, letters in (("defenses", [*defenses], "/-"), ("attacks", [*attacks], "-")):
+            if not names:
                 raise InputError(f"{kind} is empty: give at least one")
-            for name in named:
+            for name in names:
                 if not isinstance(name, str) or not re.fullmatch(rf"[\w{letters}]+", name, re.ASCII):
                     raise InputError(f"{kind}: the name {name!r} may hold letters, digits, _ {letters} only")
         for name in [name for name, attack in attacks.items() if not isinstance(attack, Attack)]:
@@ -145,17 +145,8 @@ class Evaluator(nn.Module):
     def identity(self) -> dict[str, Any]:
         """What records depend on beside the data: see ``recorded.identity``."""
         order = {"order of the attacks": list(self.attacks)} if self.skip_lost else {}
-        return identity(
-            classifier=self.classifier,
-            defenses=self.given,
-            attacks=self.attacks,
-            gradients=self.gradients,
-            runs=self.runs,
-            chunk=self.chunk,
-            seed=self.seed,
-            skip_lost=self.skip_lost,
-            **order,
-        )
+        own = {name: getattr(self, name) for name in ("attacks", "gradients", "runs", "chunk", "seed", "skip_lost")}
+        return identity(classifier=self.classifier, defenses=self.given, **own, **order)
 
     def describe(self) -> list[dict[str, Any]]:
         """What each result states beside its accuracies, in the order of ``pairs``."""
@@ -202,9 +193,7 @@ class Evaluator(nn.Module):
             "classes": list(data.classes),
             "samples": len(data),
             "subset_sha256": subset_sha256(data.positions),
-            "seed": self.seed,
-            "runs": self.runs,
-            "chunk": self.chunk,
+            **{name: getattr(self, name) for name in ("seed", "runs", "chunk")},
             "classifier": self.classifier.title,
             "denoiser": ", ".join(sorted(denoisers)) or "none",
             "denoising": self.denoising(data),
@@ -247,17 +236,18 @@ class Evaluator(nn.Module):
 
     def check(self, data: ImageDataset) -> None:
         """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        first = data[0]["image"][None].to(device)
-        for name, defended in self.defenses.items():
+        first = data[0]["image"][None].to(self.classifier.mean.device)
+        classifiers = {defended.classifier: name for name, defended in self.defenses.items()}
+        for classifier, name in {self.classifier: "", **classifiers}.items():
             try:
-                defended.classifier.check_image(first)
-                defended.classifier.check_classes(data.classes)
-                defended.classifier.check_output(first)
+                classifier.check_image(first)
+                classifier.check_classes(data.classes)
+                classifier.check_output(first)
             except InputError as error:
-                if defended.classifier is self.classifier:
+                if classifier is self.classifier:
                     raise
                 raise InputError(f"defenses.{name}: {error}") from error
+        for defended in self.defenses.values():
             defended.purifier.check_image(first)
         for name, attack in self.attacks.items():
             attack.prepare(data.positions.tolist())

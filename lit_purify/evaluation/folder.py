@@ -24,41 +24,22 @@ class RunFolder:
 
     Args:
         path: The folder; made when something is written.
+
+    Attributes:
+        config: The resolved configuration, which repeats the run.
+        identity: What the records depend on: settings, and hashes of the files they name.
+        records: One line for each record.
+        summary: Accuracies of every result.
+        report: What people look at.
+        overlays: Images of the gallery.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config, self.identity = path / "config.yaml", path / "identity.json"
+        self.records, self.summary = path / "records.jsonl", path / "summary.json"
+        self.report, self.overlays = path / "report.html", path / "overlays"
         self._lock: BinaryIO | None = None
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration, which repeats the run."""
-        return self.path / "config.yaml"
-
-    @property
-    def identity(self) -> Path:
-        """What the records depend on: settings, and hashes of the files they name."""
-        return self.path / "identity.json"
-
-    @property
-    def records(self) -> Path:
-        """One line for each record."""
-        return self.path / "records.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        """Accuracies of every result."""
-        return self.path / "summary.json"
-
-    @property
-    def report(self) -> Path:
-        """What people look at."""
-        return self.path / "report.html"
-
-    @property
-    def overlays(self) -> Path:
-        """Images of the gallery."""
-        return self.path / "overlays"
 
     def pictured(self, records: Iterable[Record]) -> Iterator[tuple[Record, Path]]:
         """The records that have a picture, with it; there may be very many that have none."""
