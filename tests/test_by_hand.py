@@ -134,9 +134,9 @@ def test_clean_is_counted_once_when_several_processes_resume(classifier):
 class Spy(KeyedNoise):
     seen: list = dataclasses.field(default_factory=list)
 
-    def _draw(self, step, like, transform):
+    def _draw(self, step, like, **kind):
         self.seen.extend((int(i), int(r), step) for i, r in zip(self.index, self.run, strict=True))
-        return super()._draw(step, like, transform)
+        return super()._draw(step, like, **kind)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
