@@ -201,6 +201,8 @@ def test_channels_may_be_last():
     assert torch.equal(found[0], network.conv(image))
     with pytest.raises(InputError, match=r"last puts out .*: give layout"):
         Classifier(network, 16, 10, blocks=["last"]).features(image)
+    # So do layers that only put out channels first.
+    assert torch.equal(Classifier(network, 16, 10, blocks=["conv"]).features(image)[0], network.conv(image))
 
 
 def test_what_a_network_puts_out_is_checked():

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,12 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from lit_purify import cli
 from lit_purify.attacks import PGD
+from lit_purify.cli.messages import explanation
 from lit_purify.defense import HeterogeneousPurifier, TopFraction, UniformPurifier, VariableIntensityPurifier
 from lit_purify.errors import InputError
 from lit_purify.evaluation import RobustnessTask
@@ -212,8 +216,13 @@ def images_from(root, **options):
         ),
         ("data.class_path", "nowhere.Data", "data: No module named 'nowhere'; check class_path"),
         ("defenses", {}, "defenses is empty: give at least one"),
-        ("defenses", {100: "NoPurifier"}, "config.yaml: defenses: YAML reads the name 100 as int: write it in quotes"),
-        ("defenses", {False: "NoPurifier"}, "config.yaml: defenses: YAML reads the name False as bool"),
+        (
+            "defenses",
+            {100: "NoPurifier"},
+            "config.yaml: defenses: YAML reads a name there as 100 (int): write it in quotes",
+        ),
+        ("baseline", False, "baseline: a text is needed, and YAML reads it as False (bool): write it in quotes"),
+        ("defenses", {False: "NoPurifier"}, "config.yaml: defenses: YAML reads a name there as False (bool)"),
         ("attacks", {"ensemble": "PGD"}, "'ensemble' names the worst case over all attacks"),
         ("baseline", "best", "baseline = 'best' is not among the defenses none, uniform"),
         ("trainer.devices", "abc", "devices"),
@@ -246,6 +255,8 @@ def test_configuration(refused_evaluation, key, value, said):
         (["tset"], "unexpected argument tset; did you mean test?"),
         (["--trainer.accelerator", "gpu"], "trainer.accelerator = gpu: there is none that torch can use"),
         (["--classifier", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+        (["--attacks", "{100: FGSM}"], "attacks: YAML reads a name there as 100 (int): write it in quotes"),
+        (["--trainer.logger.mode", "onlin"], "trainer.logger.mode: expected 'offline' or 'online' or"),
         (["--runs"], "--runs: expected one argument"),
         (["--model.init_args.runs", "2"], "there is no setting model; its settings stand at the top level"),
     ],
@@ -603,6 +614,30 @@ def test_every_process_speaks_of_its_own_data(refused_evaluation, monkeypatch, t
     monkeypatch.setenv("RANK", "1")
     said = refused_evaluation({"data": images_from(root, batch_size=1)}, written=True)
     assert said == f"{bad}: cannot be read as an image; remove or replace it [rank 1]"
+
+
+class Killed(Dataset):
+    def __getitem__(self, item):
+        os._exit(1)
+
+    def __len__(self):
+        return 1
+
+
+def test_what_torch_says_is_translated():
+    with pytest.raises(RuntimeError) as killed:
+        next(iter(DataLoader(Killed(), num_workers=1)))
+    assert "lower data.num_workers" in explanation(killed.value, None)
+    with pytest.raises(ValueError, match="more than 1 value") as single:
+        nn.BatchNorm2d(1)(torch.zeros(1, 1, 1, 1))
+    assert "raise data.batch_size" in explanation(single.value, None)
+
+
+def test_a_port_that_another_program_has(refused_evaluation, monkeypatch):
+    with socket.create_server(("", 0)) as other:
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        said = refused_evaluation(None, "--trainer.devices", "2")
+    assert re.match(r"MASTER_PORT = \d+: the port cannot be used .*; unset it", said)
 
 
 def test_bugs_keep_their_traceback(evaluate, monkeypatch):

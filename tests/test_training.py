@@ -18,7 +18,7 @@ from lit_purify.errors import InputError
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import ResNetClassifier, UNet, load_denoiser
-from lit_purify.training import ClassifierTask, DenoiserTask
+from lit_purify.training import ClassifierTask, DenoiserTask, TrainingProgress, progress
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,6 +87,21 @@ def test_how_much_there_was_to_do_is_said(config, tmp_path, capsys):
     said = capsys.readouterr()
     assert "from the start" not in said.err
     assert "nothing left to do" in said.out
+
+
+def test_a_training_that_takes_days_on_a_cpu_says_so_at_once(monkeypatch, capsys):
+    seconds = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress, "perf_counter", lambda: next(seconds))
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    about = {"estimated_stepping_batches": 10_000, "is_global_zero": True, "strategy": strategy, "callback_metrics": {}}
+    trainer, callback = SimpleNamespace(global_step=7, **about), TrainingProgress()
+    callback.on_train_start(trainer, None)
+    for trainer.global_step in (7, 8, 9, 9, 10):
+        callback.on_train_batch_end(trainer)
+    said = capsys.readouterr().err
+    assert said.startswith("goes on after step 7\n")
+    assert said.count("warning: on this CPU the training takes about 2 days") == 1
+    assert "step 8 of 10000: 2 d 7 h left" in said
 
 
 def test_resuming_takes_the_very_steps_it_would_have_taken(config, tmp_path):

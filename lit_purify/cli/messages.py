@@ -31,6 +31,26 @@ _LOST = (
     "|timed out (waiting|after)|wait timeout"
 )
 
+_MEANINGS = (
+    (
+        RuntimeError,
+        r"^Error\(s\) in loading state_dict",
+        "ckpt_path: the checkpoint is of another network than the one configured",
+    ),
+    (
+        RuntimeError,
+        r"DataLoader worker \(pid|shared memory|unable to (write to file|mmap)",
+        "a process that reads images ended: memory or shared memory (/dev/shm) was used up; lower data.num_workers (0 "
+        "reads in the main process), or give the machine more (of a container: docker run --shm-size=8g)",
+    ),
+    (
+        ValueError,
+        "^Expected more than 1 value per channel when training",
+        "batch normalization needs more than one value a channel: raise data.batch_size, or the size of the images",
+    ),
+)
+"""What errors of torch mean here: their type, a pattern, the line."""
+
 
 def lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone or does not answer."""
@@ -49,8 +69,9 @@ def explanation(error: Exception, folder: RunFolder | None) -> str | None:
     if isinstance(error, (TypeError, ValueError)) and place.is_relative_to(Path(L.__file__).parent):
         # Lightning refuses a combination of settings.
         return " ".join(str(error).split())
-    if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
-        return "ckpt_path: the checkpoint is of another network than the one configured"
+    for kind, found, meaning in _MEANINGS:
+        if isinstance(error, kind) and re.search(found, str(error)):
+            return meaning
     if lost_connection(error):
         return (
             "another process of this run ended, or did not answer in time (30 minutes; --trainer.strategy DDPStrategy "
@@ -102,7 +123,7 @@ def _check_keys(node: Any, place: str) -> None:  # noqa: ANN401
     """YAML reads some names as numbers or booleans."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         if isinstance(node, dict) and not isinstance(key, str):
-            raise InputError(f"{place}: YAML reads the name {key!r} as {type(key).__name__}: write it in quotes")
+            raise InputError(f"{place}: YAML reads a name there as {key!r} ({type(key).__name__}): write it in quotes")
         _check_keys(value, f"{place}: {key}" if place.endswith((".yaml", ".yml", ".json")) else f"{place}.{key}")
 
 
@@ -126,6 +147,10 @@ def essence(message: str) -> str:
         if missing in ("input", "output", "input, output"):
             return f"no {missing.replace(', ', ' and no ')} given: say --input FOLDER --output FOLDER"
         return f"no {missing} given: name a configuration with --config"
+    if m := re.search(
+        r'key "([\w.]+)":.*Expected a <class .str.>.*type: <class .(\w+).>\s+Given value: (.+)', message, re.S
+    ):
+        return f"{m[1]}: a text is needed, and YAML reads it as {m[3]} ({m[2]}): write it in quotes"
     lines = [line for text in message.splitlines() if not _NO_REASON.match(line := text.strip(" -"))]
     return re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", lines[0] if lines else " ".join(message.split()))
 
@@ -153,9 +178,9 @@ def given_settings(configs: Sequence[Mapping[str, Any]], argv: Sequence[str]) ->
                 found = yaml.safe_load(value if equals else following)
             except yaml.YAMLError:
                 found = value or following
-            _merge(
-                tree, _nested([part for part in name[2:].rstrip("+").split(".") if part != "init_args"], _flat(found))
-            )
+            parts = [part for part in name[2:].rstrip("+").split(".") if part != "init_args"]
+            _check_keys(found, ".".join(parts))
+            _merge(tree, _nested(parts, _flat(found)))
     return tree
 
 
@@ -195,7 +220,11 @@ def diagnosis(parser: ArgumentParser, tree: Mapping[str, Any]) -> str | None:
         for name, value in tree.items():
             if any(dest.startswith(f"{name}.") for dest in hints) and isinstance(value, dict):
                 for key, inner in value.items():
-                    _diagnose_setting(f"{name}.{key}", inner, hints)
+                    # A flag may set an argument of a class that is there by default.
+                    place = f"{name}.{key}"
+                    usual = parser.get_default(place) if isinstance(inner, dict) and place in hints else None
+                    given = {"class_path": usual["class_path"], **inner} if usual else inner
+                    _diagnose_setting(place, given, hints)
             else:
                 _diagnose_setting(name, value, hints)
     except InputError as error:

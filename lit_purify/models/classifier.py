@@ -137,11 +137,13 @@ class Classifier(Recorded, nn.Module):
         unused = [name for name in self.blocks if name not in found]
         if unused:
             raise InputError(f"blocks: the network does not call its module {unused[0]!r}")
-        layouts = {name: _layout(feature) for name, feature in found.items()}
+        layouts = {
+            name: _layout(feature, self.layout, self.network.get_submodule(name)) for name, feature in found.items()
+        }
         # A network mostly has one layout: blocks that tell theirs speak for those that do not.
         told = set(layouts.values()) - {None}
         for name, layout in layouts.items():
-            layout = layout or self.layout or (next(iter(told)) if len(told) == 1 else None)
+            layout = layout or (next(iter(told)) if len(told) == 1 else None)
             if layout is None:
                 shape = tuple(found[name].shape)
                 raise InputError(f"blocks: {name} puts out {shape}: give layout, channels_first or channels_last")
@@ -242,10 +244,18 @@ def imagenet_synsets() -> list[str]:
     return list(ImageNetInfo("imagenet-1k").label_names())  # type: ignore[no-untyped-call]
 
 
-def _layout(feature: Tensor) -> Layout | None:
-    """Which of the last three axes are places: two that are equal, where the third is not."""
+def _layout(feature: Tensor, given: Layout | None, block: nn.Module) -> Layout | None:
+    """Which of the last three axes are places: two that are equal, where the third is not.
+
+    Of three equal ones it is what was given; else the block's layers tell, if all of them are of one kind.
+    """
     a, b, c = feature.shape[1:]
-    return "channels_first" if b == c != a else "channels_last" if a == b != c else None
+    if a == b == c and given is None:
+        layers = list(block.modules())
+        convolves = any(isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)) for layer in layers)
+        mixes = any(isinstance(layer, (nn.Linear, nn.LayerNorm)) for layer in layers)
+        return "channels_first" if convolves and not mixes else None
+    return given if a == b == c else "channels_first" if b == c else "channels_last" if a == b else None
 
 
 def _fine(stages: list[Tensor], image: Tensor, title: str) -> list[Tensor]:

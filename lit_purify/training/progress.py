@@ -15,12 +15,18 @@ from lit_purify.training.task import TrainingTask
 
 _FIRST, _SELDOM = 20.0, 600.0
 """Seconds until the first line, and between two lines at most."""
+_DAY = 86400.0
 _WARM, _MEASURED = 2, 5
 """Batches of a dry run: those that do not count, and those that do."""
 
 
 class TrainingProgress(Callback):
-    """Prints a line after 20 s, at every tenth of the steps, and at least every ten minutes."""
+    """Prints a line after 20 s, at every tenth of the steps, and at least every ten minutes.
+
+    After two steps it warns of a training that takes more than a day on a CPU.
+    """
+
+    warned = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Says where a resumed training goes on."""
@@ -32,15 +38,21 @@ class TrainingProgress(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """Steps, time left, loss."""
         step, total, now = trainer.global_step, int(trainer.estimated_stepping_batches), perf_counter()
+        if not trainer.is_global_zero or step == self.first:
+            return
+        left = (total - step) * (now - self.begun) / (step - self.first)
+        if step == self.first + 2 and not self.warned and left > _DAY and trainer.strategy.root_device.type == "cpu":
+            self.warned = True
+            days = f"on this CPU the training takes about {left / _DAY:.0f} days"
+            print(f"warning: {days}: take a GPU, a smaller network or fewer steps", file=sys.stderr, flush=True)
         tenth = 10 * step // total
         due = now >= self.due or (tenth > self.tenth and now >= self.begun + _FIRST)
-        if not due or step == self.first or not trainer.is_global_zero or sys.stderr.isatty():
+        if not due or sys.stderr.isatty():
             return
         self.tenth, self.due = tenth, now + _SELDOM
-        left = duration((total - step) * (now - self.begun) / (step - self.first))
         loss = trainer.callback_metrics.get("train/loss")
         shown = "" if loss is None else f", loss {float(loss):.4f}"
-        print(f"step {step} of {total}: {left} left{shown}", file=sys.stderr, flush=True)
+        print(f"step {step} of {total}: {duration(left)} left{shown}", file=sys.stderr, flush=True)
 
 
 def measure(task: TrainingTask, data: L.LightningDataModule, settings: Mapping[str, Any]) -> str:
