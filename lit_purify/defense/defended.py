@@ -92,7 +92,8 @@ class ForeignDefense(DefendedClassifier):
     """Somebody else's defense: any module from [0, 1] images to logits, which may draw random numbers.
 
     Its random numbers come from torch's global generator, which is seeded by the key of the first row before each
-    call, and restored: so a call can be repeated.
+    call, and restored: so a call can be repeated. What a random module puts out for a sample then depends on the rows
+    beside it, and so do its records on batch size and chunk.
 
     Args:
         module: The defense.

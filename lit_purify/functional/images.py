@@ -62,4 +62,5 @@ def check_unit_range(image: Tensor) -> None:
         raise InputError(f"images have shape {tuple(image.shape)} and type {image.dtype}: give floats (B, C, H, W)")
     low, high = (float(end) for end in image.aminmax()) if image.numel() else (0.0, 0.0)
     if not 0.0 <= low <= high <= 1.0:
-        raise InputError(f"images must be in [0, 1], found {low:.4g} .. {high:.4g}: divide bytes by 255, [-1, 1] by 2")
+        remedy = "divide bytes by 255; of [-1, 1] take (x + 1) / 2"
+        raise InputError(f"images must be in [0, 1], found {low:.4g} .. {high:.4g}: {remedy}")
