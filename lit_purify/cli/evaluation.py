@@ -140,7 +140,7 @@ def _estimate_audit(evaluation: Evaluation, options: Namespace) -> None:
     evaluation.moved()
     evaluator, data = evaluation.evaluator, evaluation.data.evaluated
     name, _ = _followed(evaluator)
-    samples, total = min(options.samples, len(data)), 0.0
+    samples, total, rows = min(options.samples, len(data)), 0.0, min(32, evaluator.chunk)
     for defense in evaluator.defenses:
         view = evaluator.views[defense, name]
         cost = audit_cost(view, evaluator.attacks[name], data, samples, options.audit_runs, options.proposals)
@@ -148,9 +148,9 @@ def _estimate_audit(evaluation: Evaluation, options: Namespace) -> None:
         forward = sum(queries.forward for queries in cost.queries) - backward + cost.evaluated * options.audit_runs
         image, label = cost.image[:1], cost.label[:1]
         each, differentiated = (
-            chunk_seconds(view.function, image, label, evaluator.chunk, gradient) for gradient in (False, True)
+            chunk_seconds(view.function, image, label, rows, gradient) for gradient in (False, True)
         )
-        seconds = samples * (forward * each + backward * differentiated) / evaluator.chunk
+        seconds = samples * (forward * each + backward * differentiated) / rows
         total += seconds
         calls = f"{(forward + backward) * view.nfe:,d} network calls a sample"
         print(f"{defense:14}  {len(cost.queries)} attacks, {calls}, {duration(seconds)}", flush=True)
