@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lit_purify.attacks import Attack
 from lit_purify.checks.audit import audit_attack
 from lit_purify.checks.findings import Findings
-from lit_purify.checks.gradcheck import check_gradients
+from lit_purify.checks.gradcheck import Check, check_gradients
 from lit_purify.data.base import ImageDataset
 from lit_purify.defense import Exact, Gradient, Purifier, Trace, defend
 from lit_purify.errors import InputError
@@ -214,6 +214,7 @@ def gradcheck(
     *,
     samples: int = 4,
     seed: int = 0,
+    further: Sequence[Check] = (),
 ) -> Findings:
     """Checks that attacks differentiate what is defended, see ``checks.gradcheck.check_gradient``.
 
@@ -224,13 +225,14 @@ def gradcheck(
         labels: As in ``evaluate``.
         samples: How many are checked, from the first.
         seed: Seed of all noise.
+        further: Checks of yours: functions of a defended classifier and ``Samples`` that return ``Measured``.
 
     Returns:
         Findings, a list; printing it prints a line for each, and the verdict.
     """
     own, data, device = _prepared(classifier, images, labels)
     named = {name: defend(name, d, own).to(device) for name, d in _named(defenses, "defense").items()}
-    return check_gradients(named, data, samples, seed, device)
+    return check_gradients(named, data, samples, seed, device, further=further)
 
 
 def audit(

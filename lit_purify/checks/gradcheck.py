@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -138,9 +138,11 @@ CHECKS: list[Check] = [recomputed, finite_differences, replayed, nonzero, zero_s
 """All checks of a defense's gradient, in order; each is reported by the name of its function."""
 
 
-def check_gradient(name: str, model: DefendedClassifier, samples: Samples) -> Iterator[Finding]:
-    """All ``CHECKS`` of one defense."""
-    for check in CHECKS:
+def check_gradient(
+    name: str, model: DefendedClassifier, samples: Samples, further: Sequence[Check] = ()
+) -> Iterator[Finding]:
+    """All ``CHECKS`` of one defense, and further ones."""
+    for check in (*CHECKS, *further):
         figure, limit, reason = check(model, samples)
         # A figure that is not a number has failed.
         how: Verdict = "not applicable" if figure is None else "pass" if figure <= limit else "fail"
@@ -154,6 +156,7 @@ def check_gradients(
     seed: int = 0,
     device: torch.device | None = None,
     say: Callable[[str], None] = lambda line: None,
+    further: Sequence[Check] = (),
 ) -> Findings:
     """Checks at the first samples, moved a little, that attacks differentiate what is defended.
 
@@ -163,7 +166,7 @@ def check_gradients(
     chosen = Samples.moved(image, label, KeyedNoise(seed, index, torch.zeros_like(index), ATTACK))
     findings = Findings()
     for name, defended in defenses.items():
-        findings.take(check_gradient(name, defended, chosen), say)
+        findings.take(check_gradient(name, defended, chosen, further), say)
     findings.facts = {"samples": index.tolist()}
     return findings
 

@@ -167,7 +167,8 @@ def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
     count = min(options.samples, len(data.evaluated))
     if command == "gradcheck":
         _say(f"Gradients of {count} samples of {data.name} ({data.evaluate_on})")
-        found = check_gradients(evaluator.defenses, data.evaluated, options.samples, seed, device, _say)
+        further = options.checks
+        found = check_gradients(evaluator.defenses, data.evaluated, options.samples, seed, device, _say, further)
     else:
         name, attack = _followed(evaluator)
         _say(f"Audit of {name} ({attack.title}, eps {attack.eps:.4g}) on {count} samples of {data.name}")

@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 # Imported for their classes: a class that is imported can be named in a configuration by its short name.
 from lit_purify import callbacks
 from lit_purify.attacks import Attack
+from lit_purify.checks.gradcheck import Check
 from lit_purify.cli.common import fail, rank
 from lit_purify.cli.messages import check_configs, diagnosis, essence, given_settings
 from lit_purify.data import ImageDataModule
@@ -92,6 +93,7 @@ def evaluation_parser() -> Parser:
     add("--chunk", type=int, default=64, help="Rows of a network call; part of a result's identity.")
     add("--seed", type=int, default=0, help="Seed of all noise.")
     add("--skip_lost", type=bool, default=False, help="Leave out what an earlier attack took entirely.")
+    add("--checks", type=list[Check], default=[], help="Checks of yours for gradcheck: import paths.")
     add("--gallery", type=int, default=12, help="Samples whose pictures are shown.")
     add("--data", type=ImageDataModule, required=True, help="The evaluated images.")
     others = set(inspect.signature(L.Trainer).parameters) - set(_TRAINER)
