@@ -29,14 +29,16 @@ from lit_purify.defense import (  # noqa: E402
     RandomArea,
     SoftmaxThreshold,
     TopFraction,
+    Trace,
     UniformPurifier,
     VariableIntensityPurifier,
 )
 from lit_purify.functional.chunks import draws_in_chunks  # noqa: E402
+from lit_purify.functional.levels import LevelMap  # noqa: E402
 from lit_purify.functional.losses import margin_loss  # noqa: E402
 from lit_purify.functional.noise import ATTACK, KeyedNoise  # noqa: E402
 from lit_purify.functional.rendering import overlaid  # noqa: E402
-from lit_purify.models import load_classifier, load_denoiser  # noqa: E402
+from lit_purify.models import Denoiser, load_classifier, load_denoiser  # noqa: E402
 
 INK = "#7d8590"
 """Read on white and on black ground."""
@@ -57,14 +59,19 @@ def keyed(index: Tensor, stream: int = 0) -> KeyedNoise:
     return KeyedNoise(0, index, torch.zeros_like(index), stream)
 
 
-def calls(purifier: Purifier, image: Tensor, noise: KeyedNoise) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """What the denoiser is shown, and the level that it is told, at each call; and the purified image."""
+def calls(defended: DefendedClassifier, image: Tensor, noise: KeyedNoise) -> tuple[list[tuple[Tensor, Tensor]], Trace]:
+    """What the denoiser is shown, and the level that it is told, at each call; and what came of it."""
     seen: list[tuple[Tensor, Tensor]] = []
-    handle = purifier.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+
+    def keep(module: Denoiser, inputs: tuple[Tensor, Tensor | LevelMap]) -> None:
+        x, t = inputs
+        seen.append((x, t.dense if isinstance(t, LevelMap) else t))
+
+    handle = defended.purifier.denoiser.register_forward_pre_hook(keep)
     with torch.no_grad():
-        purified = purifier(image, noise)
+        trace = defended.trace(image, noise)
     handle.remove()
-    return seen, purified
+    return seen, trace
 
 
 def show(axes: Any, image: Tensor, title: str = "", **how: Any) -> None:  # noqa: ANN401
@@ -77,35 +84,33 @@ def show(axes: Any, image: Tensor, title: str = "", **how: Any) -> None:  # noqa
     axes.spines[:].set_visible(False)
 
 
-def walk(purifiers: dict[str, Purifier], image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
+def walk(defenses: dict[str, DefendedClassifier], image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
     """What each purifier shows the denoiser, call by call."""
-    seen = {name: calls(purifier, image, keyed(index)) for name, purifier in purifiers.items()}
+    seen = {name: calls(defended, image, keyed(index)) for name, defended in defenses.items()}
     columns = 3 + max(len(states) for states, _ in seen.values())
-    figure, grid = plt.subplots(len(purifiers), columns, figsize=(1.1 * columns, 1.45 * len(purifiers)))
+    figure, grid = plt.subplots(len(defenses), columns, figsize=(1.1 * columns, 1.45 * len(defenses)))
     for axes in grid.flat:
         axes.set_axis_off()
-    for (name, (states, purified)), row in zip(seen.items(), grid, strict=True):
+    for (name, (states, trace)), row in zip(seen.items(), grid, strict=True):
         show(row[0], image[0], "image")
         row[0].set_axis_on()
         row[0].set_ylabel(name, color=COLORS[name], fontsize=11, labelpad=8)
-        rule = purifiers[name].mask
-        if rule is not None:
-            mask = rule(purifiers[name].classifier, image, keyed(index))
-            show(row[1], overlaid(image[0].expand(3, -1, -1), mask[0], 0.6), "mask")
+        if trace.mask is not None:
+            show(row[1], overlaid(image[0].expand(3, -1, -1), trace.mask[0], 0.6), "mask")
         for axes, (x, t) in zip(row[2:], states, strict=False):
             told = sorted({int(level) for level in t.unique()}, reverse=True)
             # Noise leaves [-1, 1]: a wider scale of gray shows it.
             show(axes, x[0], "t = " + " | ".join(map(str, told)), vmin=-1.6, vmax=1.6)
-        show(row[-1], purified[0], "purified")
+        show(row[-1], trace.purified[0], "purified")
     figure.subplots_adjust(left=0.05, right=0.99, top=0.93, bottom=0.02, wspace=0.08, hspace=0.25)
     return figure
 
 
-def levels(purifiers: dict[str, Purifier], image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
+def levels(defenses: dict[str, DefendedClassifier], image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
     """Maps of levels that the denoiser is told, call by call."""
-    figure, rows = plt.subplots(1, len(purifiers), figsize=(9, 2.6), sharey=True, layout="constrained")
-    for (name, purifier), axes in zip(purifiers.items(), rows, strict=True):
-        states, _ = calls(purifier, image, keyed(index))
+    figure, rows = plt.subplots(1, len(defenses), figsize=(9, 2.6), sharey=True, layout="constrained")
+    for (name, defended), axes in zip(defenses.items(), rows, strict=True):
+        states, _ = calls(defended, image, keyed(index))
         strong = [int(t.max()) for _, t in states] + [0]
         weak = [int(t.min()) for _, t in states] + [0]
         axes.plot(strong, color=COLORS[name], marker="o", ms=5, lw=1.6, label="on the mask")
@@ -139,16 +144,17 @@ def masks(classifier: Any, image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
     return figure
 
 
-def agreement(purifiers: dict[str, Purifier], classifier: Any, data: Any) -> Any:  # noqa: ANN401
+def agreement(defenses: dict[str, DefendedClassifier], data: Any) -> Any:  # noqa: ANN401
     """How well two averages of n gradients agree: the quartiles over images of their cosine."""
     image = torch.stack([item["image"] for item in data])
     label, index = (torch.tensor([item[key] for item in data]) for key in ("label", "index"))
     sizes = [1, 2, 4, 8, 16, 32]
     figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
-    for name, purifier in purifiers.items():
-        model = DefendedClassifier(purifier, classifier)
+    for name, defended in defenses.items():
         draws = list(range(2 * max(sizes)))
-        gradient = draws_in_chunks(model, margin_loss, image, label, keyed(index, ATTACK), draws, 256).gradient
+        gradient = draws_in_chunks(
+            defended.attacked(), margin_loss, image, label, keyed(index, ATTACK), draws, 256
+        ).gradient
         cosines = []
         for n in sizes:
             means = gradient.flatten(2).unflatten(1, (-1, 2, n)).mean(dim=3)
@@ -168,22 +174,22 @@ def main() -> None:
     """All figures, each beside this file."""
     classifier = load_classifier("checkpoints/digits_classifier.safetensors").requires_grad_(False)
     denoiser = load_denoiser("checkpoints/digits_denoiser.safetensors").requires_grad_(False)
-    networks = denoiser, classifier
     purifiers: dict[str, Purifier] = {
-        "uniform": UniformPurifier(*networks, level=100, steps=STEPS),
-        "heterogeneous": HeterogeneousPurifier(*networks, RULE, HIGH, LOW, STEPS),
-        "variable": VariableIntensityPurifier(*networks, RULE, HIGH, LOW, STEPS),
+        "uniform": UniformPurifier(denoiser, level=100, steps=STEPS),
+        "heterogeneous": HeterogeneousPurifier(denoiser, RULE, HIGH, LOW, STEPS),
+        "variable": VariableIntensityPurifier(denoiser, RULE, HIGH, LOW, STEPS),
+        "none": NoPurifier(),
     }
+    every = {name: DefendedClassifier(purifier, classifier) for name, purifier in purifiers.items()}
+    defenses = {name: defended for name, defended in every.items() if name != "none"}
     data = Digits().evaluated
     some = [data[k] for k in (2, 5, 9)]
     image, index = torch.stack([item["image"] for item in some]), torch.tensor([item["index"] for item in some])
     drawn = {
-        "walk": lambda: walk(purifiers, image[:1], index[:1]),
-        "levels": lambda: levels(purifiers, image[:1], index[:1]),
+        "walk": lambda: walk(defenses, image[:1], index[:1]),
+        "levels": lambda: levels(defenses, image[:1], index[:1]),
         "masks": lambda: masks(classifier, image, index),
-        "eot": lambda: agreement(
-            {**purifiers, "none": NoPurifier(*networks)}, classifier, [data[k] for k in range(32)]
-        ),
+        "eot": lambda: agreement(every, [data[k] for k in range(32)]),
     }
     with plt.rc_context(STYLE):
         for name, draw in drawn.items():
