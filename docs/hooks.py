@@ -1,0 +1,41 @@
+"""Pages of the site that are made from elsewhere: README, the weights' card, and the API of each room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parent.parent
+ROOMS = (
+    "functional",
+    "models",
+    "defense",
+    "attacks",
+    "data",
+    "evaluation",
+    "checks",
+    "training",
+    "report",
+    "callbacks",
+    "cli",
+)
+MOVED = {"](../README.md": "](index.md", "](../checkpoints/README.md": "](weights.md"}
+
+
+def on_files(files: Files, config: Any) -> Files:  # noqa: ANN401
+    """Adds the pages."""
+    home = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](checkpoints/README.md", "](weights.md")
+    pages = {"index.md": home, "weights.md": (ROOT / "checkpoints/README.md").read_text()}
+    pages |= {f"api/{room}.md": f"# lit_purify.{room}\n\n::: lit_purify.{room}\n" for room in ROOMS}
+    for name, text in pages.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:  # noqa: ANN401
+    """Leads links to those pages."""
+    for old, new in MOVED.items():
+        markdown = markdown.replace(old, new)
+    return markdown
