@@ -82,6 +82,8 @@ def shrunk(settings, folder):
 def write_weights(name, folder):
     """A small network's file, in the layout of the public one of that name."""
     path = folder / name
+    if path.exists():
+        return path
     if name in DIALECTS:
         CASES[DIALECTS[name]].file(folder).rename(path)
     elif name in LAYOUTS:
@@ -91,10 +93,16 @@ def write_weights(name, folder):
     return path
 
 
+@pytest.fixture(scope="module")
+def weights_folder(tmp_path_factory):
+    """Protocols share their files of weights."""
+    return tmp_path_factory.mktemp("weights")
+
+
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_protocol_runs_in_the_small(name, tmp_path):
+def test_protocol_runs_in_the_small(name, weights_folder):
     """Every attack is made, the first one runs."""
-    settings = shrunk(PROTOCOLS[name], tmp_path)
+    settings = shrunk(PROTOCOLS[name], weights_folder)
     made = instantiated(settings)
     rows = made_evaluator(made).describe()
     assert [(row["defense"], row["attack"]) for row in rows] == [
