@@ -73,7 +73,7 @@ def recipe(tmp_path):
     stand_ins = {
         "python": 'case "$*" in *"$FAILING"*) exit 75;; esac',
         # Without --foreground, or with another signal, a training would not be asked to save.
-        "timeout": 'test "$1 $2 $3 $4 $5" = "--foreground --preserve-status --signal TERM 420s" && shift 5 && exec "$@"',
+        "timeout": '[ "$1 $2 $3 $4 $5" = "--foreground --preserve-status --signal TERM 420s" ] && shift 5 && exec "$@"',
     }
     for name, does in stand_ins.items():
         (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "${{0##*/}} $*" >> "{log}"\n{does}\n')
@@ -82,11 +82,13 @@ def recipe(tmp_path):
     def run(*flags, failing="no such word"):
         log.unlink(missing_ok=True)
         path = f"{tmp_path}:{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "FOLDER": str(tmp_path / "gpu"), "FAILING": failing, "SECONDS_EACH": "420"}
+        environment = {**os.environ, "PATH": path, "FOLDER": str(tmp_path / "gpu"), "FAILING": failing}
+        environment["SECONDS_EACH"] = "420"
         script = ROOT / "configs/cluster/cifar10_gpu.sh"
         done = subprocess.run([script, *flags], env=environment, capture_output=True, text=True, check=False)
         given = [line.split() for line in log.read_text().splitlines()]
-        assert [words[0] for words in given if words[0] != "python"] == ["timeout"] * len(given[1::2]) or failing != "no such word"
+        timed = [words[0] for words in given if words[0] != "python"]
+        assert timed == ["timeout"] * len(given[1::2]) or failing != "no such word"
         return done.returncode, done.stderr, [words[1:] for words in given if words[0] == "python"]
 
     return run
