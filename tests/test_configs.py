@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from lit_purify.cli import evaluate
-from lit_purify.cli.settings import evaluation_parser, load
+from lit_purify.cli.settings import arguments, evaluation_parser, load
 from lit_purify.cli.training import training_parser
 from lit_purify.evaluation import Evaluator
 
@@ -69,6 +69,17 @@ def test_scientific_parameters_are_stated(path):
     """A change of class keeps arguments of the same name, so a default must not stand in for a stated value."""
     for name, given in scientific(load(path.read_text())):
         assert STATED.get(name, set()) <= given, name
+
+
+def test_paths_begin_at_home(monkeypatch):
+    """A shell leaves ``~`` in ``--run=~/x``, YAML leaves it everywhere."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert arguments(["--run=~/x", "--data.root", "~/y"]) == [
+        "--run=/home/somebody/x",
+        "--data.root",
+        "/home/somebody/y",
+    ]
+    assert load("{run: ~/x, data: {root: ~/y}}") == {"run": "/home/somebody/x", "data": {"root": "/home/somebody/y"}}
 
 
 @pytest.mark.parametrize("task", ["RobustnessTask", "lit_purify.tasks.FrontierTask"])

@@ -637,7 +637,7 @@ def test_a_port_that_another_program_has(refused_evaluation, monkeypatch):
     with socket.create_server(("", 0)) as other:
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
         said = refused_evaluation(None, "--trainer.devices", "2")
-    assert re.match(r"MASTER_PORT = \d+: the port cannot be used .*; unset it", said)
+    assert re.match(r"MASTER_PORT = \d+: the port cannot be used; unset it", said)
 
 
 def test_bugs_keep_their_traceback(evaluate, monkeypatch):

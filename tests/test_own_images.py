@@ -283,14 +283,18 @@ def test_what_cannot_be_read_stops_no_other(run, images, tmp_path, capsys):
     (images / "b.png").write_bytes(data[: len(data) // 2])
     (images / "f.png").write_bytes(b"no image")
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(images / "sub/g.png")
+    long = images / f"{'z' * 240}.png"
+    shutil.copy(images / "a.png", long)
     assert not run("out", chunk=1, classify=True)
-    *_, first, second, third, fourth = capsys.readouterr().out.splitlines()
-    assert first == "Not made, 3 of 7:"
-    assert [line[len(str(images)) + 1 :].split(";")[0] for line in (second, third, fourth)] == [
+    *_, first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
+    assert first == "Not made, 4 of 8:"
+    assert [line[len(str(images)) + 1 :].split(";")[0] for line in (second, third, fourth, fifth)] == [
         "b.png: cannot be read as an image",
         "f.png: cannot be read as an image",
         "sub/g.png: gray with more than 8 bits, which would be clipped",
+        f"{long.name}: too long a name for what is written beside it",
     ]
+    long.unlink()
     assert content(tmp_path / "out") == content(tmp_path / "good")
     # Mended.
     for name in ("b.png", "f.png", "sub/g.png"):
@@ -319,13 +323,16 @@ def mask_of_another(folder):
         (None, {"input": "images/notes.txt"}, "notes.txt: cannot be read as an image"),
         (None, {"defense": "papr"}, "defense papr: the configuration has uniform, paper"),
         (None, {"defenses": ["none"]}, "none of none purifies"),
+        (None, {"outputs": 1, "classify": True}, r"puts out \(1, 1\) .* where logits \(1, \d+\) are needed"),
     ],
 )
-def test_refused_before_anything_is_written(run, images, tmp_path, change, options, said):
+def test_refused_before_anything_is_written(run, classifier, images, tmp_path, monkeypatch, change, options, said):
     if change is not None:
         change(images)
     before = content(tmp_path)
     given = {"output": "out", **options}
+    if count := given.pop("outputs", 0):
+        monkeypatch.setattr(classifier.network, "forward", lambda x: torch.zeros(len(x), count))
     if "input" in given:
         given["source"] = tmp_path / given.pop("input")
     with pytest.raises(InputError, match=said):

@@ -89,6 +89,17 @@ def test_how_much_there_was_to_do_is_said(config, tmp_path, capsys):
     assert "nothing left to do" in said.out
 
 
+def test_a_finished_training_keeps_its_network(tmp_path, capsys):
+    """Of a checkpoint that was saved with the last validation, before its epoch had ended."""
+    command = ["fit", "--config", str(ROOT / "configs/train/digits_classifier.yaml"), "--run", str(tmp_path)]
+    command += ["--trainer.logger", "false", "--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "2"]
+    train([*command, "--data.batch_size", "256"])
+    network = (tmp_path / "model.safetensors").read_bytes()
+    train([*command, "--data.batch_size", "256", "--ckpt_path", "last"])
+    assert "nothing left to do" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").read_bytes() == network
+
+
 def test_a_training_that_takes_days_on_a_cpu_says_so_at_once(monkeypatch, capsys):
     seconds = iter(range(0, 1000, 10))
     monkeypatch.setattr(progress, "perf_counter", lambda: next(seconds))

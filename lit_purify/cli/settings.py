@@ -54,7 +54,7 @@ class Parser(ArgumentParser):
 def read(given: Sequence[str], parser: Parser) -> Namespace:
     """The settings of the files and flags of a command line; ends with one line where something is wrong."""
     flags = arguments(given)
-    Parser.given = given_settings([simplified(config) for config in check_configs(given)], flags)
+    Parser.given = given_settings([simplified(config) for config in check_configs(flags)], flags)
     settings = parser.parse_args(flags)
     for kind in ("defenses", "attacks"):
         for name in [name for name, value in (settings.get(kind) or {}).items() if value is None]:
@@ -120,8 +120,14 @@ def simplified(node: Any, key: str = "", parent: str = "") -> Any:  # noqa: ANN4
             return named
         others = {k: value for k, value in named.items() if k in _CLASS}
         return {**others, "init_args": {**arguments, **(named.get("init_args") or {})}}
+    if isinstance(node, str):
+        node = _at_home(node)
     role = "classifier" if parent == "defenses" or key == "network" else key
     return network(role, node) if isinstance(node, str) and _is_file(node) and role in _LOADERS else node
+
+
+def _at_home(text: str) -> str:
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
 def _is_file(text: str) -> bool:
@@ -147,7 +153,7 @@ def arguments(given: Sequence[str]) -> list[str]:
 
 def _written(flag: str, value: str) -> str:
     """The value of a flag; a path of a network as its loader."""
-    name = flag.removeprefix("--")
+    name, value = flag.removeprefix("--"), _at_home(value)
     role = "classifier" if name.startswith("defenses.") and name.count(".") == 1 else name.rpartition(".")[2]
     if flag.startswith("--") and role in _LOADERS and _is_file(value):
         return yaml.safe_dump(network(role, value), default_flow_style=True, width=10**6).strip()
@@ -173,7 +179,7 @@ def instantiated(parser: Parser, settings: Namespace) -> Namespace:
 def run_folder(settings: Namespace, command: str) -> Path:
     """The folder of a run: the one that was named, or one with the configuration's name."""
     if settings.run is not None:
-        return Path(settings.run).expanduser()
+        return Path(settings.run)
     if sweep := os.environ.get("WANDB_SWEEP_ID"):
         # Every combination of a sweep is a run of its own.
         return Path("runs", f"sweep-{sweep}", os.environ["WANDB_RUN_ID"])
@@ -223,7 +229,7 @@ def _check_port(port: str) -> None:
             pass
     except (OSError, OverflowError, ValueError) as error:
         raise InputError(
-            f"MASTER_PORT = {port}: the port cannot be used ({error}); unset it, or take another"
+            f"MASTER_PORT = {port}: the port cannot be used; unset it, or take another ({error})"
         ) from error
 
 

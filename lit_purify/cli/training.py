@@ -97,7 +97,7 @@ def _trainer(made: Namespace, folder: RunFolder, own: Sequence[L.Callback] = ())
 
 
 def _fit(made: Namespace, config: str, state: State) -> None:
-    folder, stepped = state.folder, False
+    folder, first = state.folder, -1
     assert folder is not None
 
     def place(trainer: L.Trainer, task: L.LightningModule, stage: str) -> None:
@@ -106,11 +106,11 @@ def _fit(made: Namespace, config: str, state: State) -> None:
 
     def start(trainer: L.Trainer, task: L.LightningModule) -> None:
         # Configuration and W&B wait until the first batches have shown that data and networks fit.
-        nonlocal stepped
+        nonlocal first
         if trainer.is_global_zero:
             folder.lock()
             folder.write_config(config)
-        state.running = stepped = True
+        state.running, first = True, trainer.global_step
 
     own: list[L.Callback] = [LambdaCallback(setup=place, on_train_start=start), TrainingProgress()]
     own += [Averaging(made.average)] if made.average else []
@@ -119,7 +119,7 @@ def _fit(made: Namespace, config: str, state: State) -> None:
         if isinstance(logger, WandbRun):
             logger.held = True
     trainer.fit(made.model, datamodule=made.data, ckpt_path=made.ckpt_path)
-    if not stepped and trainer.is_global_zero:
+    if first in (-1, trainer.global_step) and trainer.is_global_zero:
         print("nothing left to do: the training has had all its steps (trainer.max_steps, trainer.max_epochs)")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,11 @@ class Job:
     def overlay(self) -> Path:
         """Left to right: the image as the classifier takes it, the mask over it, noised, purified."""
         return self.target.with_suffix(".overlay.png")
+
+    @property
+    def too_long(self) -> bool:
+        """Whether the overlay's name, with an ending while it is written, has more than 255 bytes."""
+        return len(os.fsencode(self.overlay.name)) + len(".partial") > 255
 
     def sha256(self) -> str:
         """Of the file's content."""

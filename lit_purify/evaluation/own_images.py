@@ -193,7 +193,10 @@ def purify_files(
     name = _choose(evaluator.defenses, defense)
     defended = evaluator.defenses[name]
     taker = defended.classifier
-    defended.purifier.check_image(torch.empty(1, taker.channels, taker.size, taker.size))
+    probe = torch.zeros(1, taker.channels, taker.size, taker.size)
+    defended.purifier.check_image(probe)
+    if classify:
+        taker.check_output(probe)
     runs = evaluator.runs if classify else None
     about = identity(classifier=taker, purifier=defended.purifier, data=data.resize)
     settings = {**about, "chunk": evaluator.chunk, "seed": evaluator.seed, "runs": runs, "precision": trainer.precision}
@@ -201,12 +204,16 @@ def purify_files(
     jobs, left_out = plan(folder, output)
     table = output / "predictions.csv"
     finally_written = [output / "config.yaml", *([table] if classify else [])]
-    todo = left_to_do(jobs, finally_written, existing, settings_sha256)
+    too_long = {
+        job.name: f"{job.source}: too long a name for what is written beside it" for job in jobs if job.too_long
+    }
+    able = [job for job in jobs if job.name not in too_long]
+    todo = left_to_do(able, finally_written, existing, settings_sha256)
     if 0 < len(todo) < trainer.world_size:
         raise InputError(f"{len(todo)} images are fewer than {trainer.world_size} processes: use fewer devices")
     if trainer.is_global_zero:
         others = f"; {len(left_out)} other files left out, such as {left_out[0]}" if left_out else ""
-        there = f", {len(jobs) - len(todo)} of them exist already" if len(todo) < len(jobs) else ""
+        there = f", {len(able) - len(todo)} of them exist already" if len(todo) < len(able) else ""
         of = f" (of {', '.join(evaluator.defenses)})" if defense is None and len(evaluator.defenses) > 1 else ""
         print(f"{len(jobs)} images of {folder}{there}{others}; defense {name}{of}", flush=True)
         print(f"{taker.title}, images of {taker.size}x{taker.size} in {taker.channels} channels", flush=True)
@@ -219,7 +226,7 @@ def purify_files(
         if trainer.is_global_zero:
             print(f"\n{output}: stopped; the same command with existing: skip goes on from here", flush=True)
         raise
-    unreadable = task.unreadable
+    unreadable = task.unreadable | too_long
     if len(unreadable) == len(jobs):
         raise InputError(next(iter(unreadable.values())) + (f" ({len(jobs)} alike)" if len(jobs) > 1 else ""))
     if trainer.is_global_zero:

@@ -25,16 +25,20 @@ class Export(Callback):
 
     def __init__(self, path: Path | None = None, half: bool = False) -> None:
         self.path, self.half = path, half
-        self.trained = False
+        self.first, self.trained = 0, False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses before the training what cannot be written after it."""
         if stage == "fit" and isinstance(pl_module, TrainingTask):
             _check(pl_module.network, self.path)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A training that has had all its steps may be begun, too."""
+        self.first = trainer.global_step
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Now, or right after, WeightAveraging copies its average into the module."""
-        self.trained = True
+        self.trained = trainer.global_step > self.first
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Rank zero writes."""

@@ -31,8 +31,9 @@ class TrainingProgress(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Says where a resumed training goes on."""
         self.first, self.begun = trainer.global_step, perf_counter()
-        self.tenth, self.due = 10 * self.first // int(trainer.estimated_stepping_batches), self.begun + _FIRST
-        if self.first and trainer.is_global_zero:
+        total = int(trainer.estimated_stepping_batches)
+        self.tenth, self.due = 10 * self.first // total, self.begun + _FIRST
+        if 0 < self.first < total and trainer.is_global_zero:
             print(f"goes on after step {self.first}", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:  # noqa: ANN401
