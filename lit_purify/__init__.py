@@ -40,6 +40,7 @@ from lit_purify.defense import (
     Votes,
     Zeros,
 )
+from lit_purify.errors import InputError
 from lit_purify.models import Classifier, Denoiser, TimmClassifier, load_classifier, load_denoiser
 
 __version__ = "0.2.0"
@@ -58,6 +59,7 @@ __all__ = [
     "ForeignAttack",
     "GradualPurifier",
     "HeterogeneousPurifier",
+    "InputError",
     "Inverse",
     "Mask",
     "MaskShift",

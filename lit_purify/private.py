@@ -9,12 +9,22 @@ import atexit
 import os
 import socket
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+def settings_of(parser: ArgumentParser) -> dict[str, Any]:
+    """Types of a parser's settings by name, to find what a refused configuration means.
+
+    Neither argparse nor jsonargparse lists the arguments of a parser in public.
+    """
+    actions = [action for action in parser._actions if not action.dest.endswith(".help")]
+    return {action.dest: getattr(action, "_typehint", None) or action.type for action in actions}
 
 
 def leave(status: int) -> NoReturn:

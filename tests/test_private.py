@@ -4,6 +4,7 @@ import ast
 import atexit
 import os
 import sys
+from argparse import ArgumentParser
 from multiprocessing import get_context
 
 import pytest
@@ -14,7 +15,7 @@ from test_finetuning import EVERY_2, lives
 from test_structure import FILES, PACKAGE
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lit_purify.private import leave, mend_resumed
+from lit_purify.private import leave, mend_resumed, settings_of
 from lit_purify.training import task
 
 
@@ -27,6 +28,13 @@ def names(tree):
             yield node.attr
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
+
+
+def test_parsers_list_no_arguments_in_public():
+    parser = ArgumentParser()
+    parser.add_argument("--runs", type=int)
+    assert settings_of(parser) == {"help": None, "runs": int}
+    assert not any("action" in name for name in dir(parser) if not name.startswith(("_", "add_")))
 
 
 def private(name):

@@ -24,13 +24,14 @@ from lit_purify.cli.common import State, fail, guarded, helped, rank
 from lit_purify.cli.compare import compare
 from lit_purify.cli.messages import COMMANDS
 from lit_purify.data import ImageDataModule
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
 from lit_purify.evaluation import Evaluator, RobustnessTask
 from lit_purify.evaluation.estimate import Estimate, chunk_seconds, duration
 from lit_purify.evaluation.folder import RunFolder, comparable
 from lit_purify.evaluation.own_files import Existing
 from lit_purify.evaluation.own_images import purify_files
 from lit_purify.evaluation.records import identity_sha256, write_whole
+from lit_purify.private import settings_of
 from lit_purify.report.html import write_report
 
 _CONFIGS = {"frontier": "configs/eval/digits_frontier.yaml"}
@@ -240,6 +241,8 @@ def _run(command: str, dry: bool, given: list[str], state: State) -> None:
     config = reading.dump(parser, settings, *own)
     reading.place_loggers(settings, folder.path)
     evaluation = Evaluation(reading.instantiated(parser, settings), config, folder)
+    if command == "frontier" and evaluation.data.evaluate_on == "test":
+        notice("warning: the best of many points on the test split says little about them: choose on val")
     # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
     state.running = good = True
     if dry and command == "audit":
@@ -258,7 +261,7 @@ def _run(command: str, dry: bool, given: list[str], state: State) -> None:
 
 def _add_options(parser: reading.Parser, command: str) -> list[str]:
     """What belongs to one command; returns the names."""
-    before = {action.dest for action in parser._actions}
+    before = settings_of(parser)
     add: Callable[..., Any] = parser.add_argument
     if command in ("gradcheck", "audit"):
         count = {"gradcheck": 4, "audit": 32}[command]
@@ -272,4 +275,4 @@ def _add_options(parser: reading.Parser, command: str) -> list[str]:
         add("--defense", type=str | None, default=None, help="Name of the defense (default: the first with a mask).")
         add("--existing", type=Existing, default="refuse", help="skip goes on, replace makes again what was made here.")
         add("--overlays", type=bool, default=True, help="Write NAME.mask.png and NAME.overlay.png too.")
-    return [action.dest for action in parser._actions if action.dest not in before]
+    return [name for name in settings_of(parser) if name not in before]

@@ -24,6 +24,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lit_purify.defense import Purifier
 from lit_purify.errors import InputError
 from lit_purify.evaluation.folder import RunFolder
+from lit_purify.private import settings_of
 from lit_purify.recorded import Recorded
 
 _LOST = (
@@ -214,8 +215,7 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 def diagnosis(parser: ArgumentParser, tree: Mapping[str, Any]) -> str | None:
     """What is wrong with settings that a parser has refused; ``None`` where this is not seen."""
-    actions = [a for a in parser._actions if not a.dest.endswith(".help")]
-    hints = {a.dest: getattr(a, "_typehint", None) or a.type for a in actions}
+    hints = settings_of(parser)
     try:
         for name, value in tree.items():
             if any(dest.startswith(f"{name}.") for dest in hints) and isinstance(value, dict):
