@@ -10,12 +10,16 @@ import os
 import socket
 import sys
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import lightning as L
+import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import lightning as L
 
 
 def settings_of(parser: ArgumentParser) -> dict[str, Any]:
@@ -25,6 +29,11 @@ def settings_of(parser: ArgumentParser) -> dict[str, Any]:
     """
     actions = [action for action in parser._actions if not action.dest.endswith(".help")]
     return {action.dest: getattr(action, "_typehint", None) or action.type for action in actions}
+
+
+def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of many tensors in a few kernels. torch has operations on lists of tensors for its optimizers alone."""
+    return list(torch._foreach_mul(list(tensors), 1.0))
 
 
 def leave(status: int) -> NoReturn:
@@ -68,6 +77,9 @@ def stage_artifacts(folder: Path) -> None:
 
 def mend_resumed(trainer: L.Trainer) -> None:
     """Mends the progress of a training that goes on from a checkpoint (Lightning 2.6)."""
+    # Networks use this file as well, and need no Lightning.
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
     loop = trainer.fit_loop
     if loop.restarted_on_epoch_end:
         # The epoch would be run through and counted again where max_steps is set:

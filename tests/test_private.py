@@ -15,7 +15,7 @@ from test_finetuning import EVERY_2, lives
 from test_structure import FILES, PACKAGE
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from lit_purify.private import leave, mend_resumed, settings_of
+from lit_purify.private import copies, leave, mend_resumed, settings_of
 from lit_purify.training import task
 
 
@@ -28,6 +28,12 @@ def names(tree):
             yield node.attr
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
+
+
+def test_lists_of_tensors_have_no_public_operations():
+    tensors = [torch.rand(3), torch.rand(2, 2)]
+    assert all(a is not b and a.equal(b) for a, b in zip(copies(tensors), tensors, strict=True))
+    assert not any(name.startswith("foreach") for name in dir(torch))
 
 
 def test_parsers_list_no_arguments_in_public():

@@ -30,7 +30,7 @@ ALLOWED = {
     "private": set(),
     "recorded": {"errors"},
     "functional": {"errors"},
-    "models": _BASE,
+    "models": _BASE | {"private"},
     "defense": _BASE | {"models"},
     "attacks": _BASE,
     "data": _BASE | {"models", "private"},

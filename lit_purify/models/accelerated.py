@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
 from lit_purify.models.denoiser import Denoiser
+from lit_purify.private import copies
 
 Network = TypeVar("Network", Denoiser, Classifier)
 
@@ -212,5 +213,5 @@ class _Replay(torch.autograd.Function):
         graph.slope.copy_(slope)
         graph.back.replay()
         graph.call = None
-        found = iter(torch._foreach_mul(graph.gradients, 1.0))
+        found = iter(copies(graph.gradients))
         return None, *(next(found) if need else None for need in graph.needs)
