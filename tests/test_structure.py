@@ -9,19 +9,20 @@ PACKAGE = ROOT / "lit_purify"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BUDGETS = {
-    "functional": 1300,
-    "models": 2200,
-    "defense": 1500,
-    "attacks": 1200,
-    "data": 850,
-    "evaluation": 1500,
-    "checks": 800,
-    "training": 750,
-    "report": 1000,
-    "callbacks": 600,
-    "cli": 650,
+    "functional": 1410,
+    "models": 3350,
+    "defense": 1380,
+    "attacks": 1275,
+    "data": 1100,
+    "evaluation": 1540,
+    "checks": 880,
+    "training": 920,
+    "report": 820,
+    "callbacks": 780,
+    "cli": 1220,
 }
-"""Lines of each room at most; the whole library has 12,400, the tests have 12,500."""
+"""Lines of each room at most: what it has today. A room may shrink; what lets it grow is a decision."""
+LIBRARY, TESTS = 15_420, 15_300
 _BASE = {"errors", "recorded", "functional"}
 _EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
 _ALL = _EVALUATED | {"checks", "training", "report", "callbacks", "private", "api"}
@@ -92,8 +93,8 @@ def lines(folder):
 
 def test_the_house_stays_small():
     assert {room: lines(PACKAGE / room) for room, most in BUDGETS.items() if lines(PACKAGE / room) > most} == {}
-    assert lines(PACKAGE) <= 12_400
-    assert lines(ROOT / "tests") <= 12_500
+    assert lines(PACKAGE) <= LIBRARY
+    assert lines(ROOT / "tests") <= TESTS
     assert max(len(path.read_text().splitlines()) for path in FILES) <= 400
     assert all(len((ROOT / name).read_text().splitlines()) <= 15 for name in ("train.py", "eval.py"))
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import (
+from torch.nn.functional import conv2d, (
     avg_pool2d,
     conv2d,
     conv_transpose2d,
@@ -116,7 +116,7 @@ def normalized(norm: nn.GroupNorm, x: Tensor, act: bool, **fused: Tensor | None)
 
 def unbiased(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution without its bias."""
-    return layer._conv_forward(x, layer.weight, None)
+    return conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
