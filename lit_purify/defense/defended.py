@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lit_purify.defense.purifiers import NoPurifier, Purifier, Trace
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction
+from lit_purify.functional.images import check_unit_range
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
 from lit_purify.models import Classifier
 from lit_purify.recorded import Recorded
@@ -45,6 +46,8 @@ class DefendedClassifier(Recorded, nn.Module):
             mask: The mask of these images (B, 1, H, W), where it is known already.
         """
         if noise is None:
+            # Somebody's call. Libraries may step a little outside; images of another scale are far outside.
+            check_unit_range(image, slack=0.1)
             seed, run = (int(word) for word in torch.randint(2**32, (2,)))
             index = torch.arange(len(image), device=image.device)
             noise = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION)

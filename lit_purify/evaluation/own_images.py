@@ -216,7 +216,10 @@ def purify_files(
         there = f", {len(able) - len(todo)} of them exist already" if len(todo) < len(able) else ""
         of = f" (of {', '.join(evaluator.defenses)})" if defense is None and len(evaluator.defenses) > 1 else ""
         print(f"{len(jobs)} images of {folder}{there}{others}; defense {name}{of}", flush=True)
-        print(f"{taker.title}, images of {taker.size}x{taker.size} in {taker.channels} channels", flush=True)
+        print(
+            f"{taker.title}, images of {taker.size}x{taker.size} in {taker.channels} channels, as of {data.name}",
+            flush=True,
+        )
     task = Purification(defended, todo, runs, overlays, evaluator.chunk, evaluator.seed, settings_sha256, data).eval()
     try:
         if todo:

@@ -56,11 +56,11 @@ def flip(image: Tensor, draws: Tensor) -> Tensor:
     return torch.where(draws.reshape(-1, 1, 1, 1) < 0.5, image.flip(-1), image)
 
 
-def check_unit_range(image: Tensor) -> None:
-    """Raises an ``InputError`` when images are not (B, C, H, W) floats in [0, 1]."""
+def check_unit_range(image: Tensor, slack: float = 0.0) -> None:
+    """Raises an ``InputError`` when images are not (B, C, H, W) floats in [0, 1], or further outside than ``slack``."""
     if image.ndim != 4 or not image.is_floating_point():
         raise InputError(f"images have shape {tuple(image.shape)} and type {image.dtype}: give floats (B, C, H, W)")
-    low, high = (float(end) for end in image.aminmax()) if image.numel() else (0.0, 0.0)
-    if not 0.0 <= low <= high <= 1.0:
+    low, high = (float(end) for end in image.detach().aminmax()) if image.numel() else (0.0, 0.0)
+    if not -slack <= low <= high <= 1.0 + slack:
         remedy = "divide bytes by 255; of [-1, 1] take (x + 1) / 2"
         raise InputError(f"images must be in [0, 1], found {low:.4g} .. {high:.4g}: {remedy}")

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, (
+from torch.nn.functional import (
     avg_pool2d,
     conv2d,
     conv_transpose2d,
