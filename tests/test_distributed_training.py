@@ -166,7 +166,7 @@ def test_another_number_of_samples_a_step_is_refused(config, two, tmp_path, caps
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert "trained with 32 samples a batch" in said
-    assert "set data.init_args.batch_size to 32 for 1 processes" in said
+    assert "set data.batch_size to 32 for 1 processes" in said
 
 
 @pytest.mark.parametrize(("within", "refused"), [(True, True), (False, False)])

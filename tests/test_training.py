@@ -233,7 +233,7 @@ def test_precisions_that_would_round_the_noise_are_refused(config, tmp_path, cap
     with pytest.raises(SystemExit) as stopped:
         train(["fit", "--config", str(config), "--run", str(tmp_path / "run"), "--trainer.precision", "bf16-true"])
     assert stopped.value.code == 2
-    assert "trainer.precision = bf16-true: a training takes 32, 32-true, bf16-mixed" in capsys.readouterr().err
+    assert "trainer.precision = bf16-true: take 32-true, bf16-mixed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
