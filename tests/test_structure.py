@@ -16,7 +16,7 @@ BUDGETS = {
     "data": 1100,
     "evaluation": 1540,
     "checks": 880,
-    "training": 920,
+    "training": 950,
     "report": 820,
     "callbacks": 780,
     "cli": 1220,

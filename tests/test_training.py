@@ -1,6 +1,7 @@
 """Training as a user runs it, and what its tasks promise."""
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import GaussianDenoiser
+from lightning.pytorch.callbacks import WeightAveraging
 from safetensors.torch import load_file
 
 from lit_purify.attacks import PGD
@@ -19,6 +21,7 @@ from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import ResNetClassifier, UNet, load_denoiser
 from lit_purify.training import ClassifierTask, DenoiserTask, TrainingProgress, progress
+from lit_purify.training.checkpoints import Averaging
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,7 +103,28 @@ def test_a_finished_training_keeps_its_network(tmp_path, capsys):
     assert (tmp_path / "model.safetensors").read_bytes() == network
 
 
-def test_a_training_that_takes_days_on_a_cpu_says_so_at_once(monkeypatch, capsys):
+def test_a_training_that_takes_days_on_a_cpu_says_so_before_it_starts(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "seconds_a_sample", lambda network: 20_000.0)
+    train(["fit", "--config", str(config), "--run", str(tmp_path / "run"), "--trainer.max_steps=2"])
+    said = capsys.readouterr().err
+    assert re.search(r"warning: on this CPU the training takes about \d+ days: take a GPU", said)
+    monkeypatch.undo()
+    network = UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert 0 < progress.seconds_a_sample(network) < 60
+    assert network.training
+    assert all(p.grad is None for p in network.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_an_average_that_lags_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(WeightAveraging, "on_train_end", lambda *_: None)
+    for steps, said in ((10, True), (1000, False)):
+        Averaging().on_train_end(SimpleNamespace(global_step=steps, is_global_zero=True), None)
+        assert ("still lags: it reaches back 2 of 10 steps" in capsys.readouterr().err) == said
+
+
+def test_lines_of_a_training_without_a_terminal(monkeypatch, capsys):
     seconds = iter(range(0, 1000, 10))
     monkeypatch.setattr(progress, "perf_counter", lambda: next(seconds))
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
@@ -111,7 +135,6 @@ def test_a_training_that_takes_days_on_a_cpu_says_so_at_once(monkeypatch, capsys
         callback.on_train_batch_end(trainer)
     said = capsys.readouterr().err
     assert said.startswith("goes on after step 7\n")
-    assert said.count("warning: on this CPU the training takes about 2 days") == 1
     assert "step 8 of 10000: 2 d 7 h left" in said
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from lit_purify.errors import InputError
+
+_LAG = 0.2
+"""Part of a training from which on an average that reaches back so far is said to lag."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -52,3 +57,13 @@ class Averaging(WeightAveraging):
             return current.lerp(mean, ((1 + updates) / (10 + updates)).clamp(max=decay).to(mean.dtype))
 
         super().__init__(use_buffers=False, avg_fn=average)
+        self.decay = decay
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes the average, and says where it still lags behind the weights."""
+        super().on_train_end(trainer, pl_module)
+        steps = trainer.global_step
+        window = 1.0 / (1.0 - min(self.decay, (1 + steps) / (10 + steps)))
+        if window > _LAG * steps and trainer.is_global_zero:
+            lags = f"the average of the weights still lags: it reaches back {window:.0f} of {steps} steps"
+            print(f"warning: {lags}: train longer, or take --average 0", file=sys.stderr)

@@ -8,14 +8,16 @@ from time import perf_counter
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from lit_purify.evaluation.estimate import duration, gibibytes, peak_memory
+from lit_purify.models import Classifier, Denoiser
 from lit_purify.training.task import TrainingTask
 
 _FIRST, _SELDOM = 20.0, 600.0
 """Seconds until the first line, and between two lines at most."""
-_DAY = 86400.0
+_DAY, _ROWS = 86400.0, 2
 _WARM, _MEASURED = 2, 5
 """Batches of a dry run: those that do not count, and those that do."""
 
@@ -23,18 +25,23 @@ _WARM, _MEASURED = 2, 5
 class TrainingProgress(Callback):
     """Prints a line after 20 s, at every tenth of the steps, and at least every ten minutes.
 
-    After two steps it warns of a training that takes more than a day on a CPU.
+    Before the first step it warns of a training that takes more than a day on a CPU.
     """
 
-    warned = False
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Says where a resumed training goes on."""
+        """Says where a resumed training goes on, and whether it will take days."""
         self.first, self.begun = trainer.global_step, perf_counter()
         total = int(trainer.estimated_stepping_batches)
         self.tenth, self.due = 10 * self.first // total, self.begun + _FIRST
         if 0 < self.first < total and trainer.is_global_zero:
             print(f"goes on after step {self.first}", file=sys.stderr)
+        slowly = trainer.is_global_zero and trainer.strategy.root_device.type == "cpu"
+        if slowly and isinstance(pl_module, TrainingTask):
+            size = trainer.datamodule.batch_size * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+            days = (total - self.first) * size * seconds_a_sample(pl_module.network) / _DAY
+            if days > 1:
+                slow = f"on this CPU the training takes about {days:.0f} days"
+                print(f"warning: {slow}: take a GPU, a smaller network or fewer steps", file=sys.stderr, flush=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:  # noqa: ANN401
         """Steps, time left, loss."""
@@ -42,10 +49,6 @@ class TrainingProgress(Callback):
         if not trainer.is_global_zero or step == self.first:
             return
         left = (total - step) * (now - self.begun) / (step - self.first)
-        if step == self.first + 2 and not self.warned and left > _DAY and trainer.strategy.root_device.type == "cpu":
-            self.warned = True
-            days = f"on this CPU the training takes about {left / _DAY:.0f} days"
-            print(f"warning: {days}: take a GPU, a smaller network or fewer steps", file=sys.stderr, flush=True)
         tenth = 10 * step // total
         due = now >= self.due or (tenth > self.tenth and now >= self.begun + _FIRST)
         if not due or sys.stderr.isatty():
@@ -54,6 +57,21 @@ class TrainingProgress(Callback):
         loss = trainer.callback_metrics.get("train/loss")
         shown = "" if loss is None else f", loss {float(loss):.4f}"
         print(f"step {step} of {total}: {duration(left)} left{shown}", file=sys.stderr, flush=True)
+
+
+def seconds_a_sample(network: Classifier | Denoiser) -> float:
+    """Seconds of a forward and a backward pass, by the second of two passes of two samples; changes no weight."""
+    x = torch.zeros(_ROWS, network.channels, network.size, network.size)
+    given = (x, torch.ones(_ROWS)) if isinstance(network, Denoiser) else (x,)
+    training, started = network.training, 0.0
+    network.eval()
+    for _ in range(2):
+        started = perf_counter()
+        with torch.enable_grad():
+            # Unlike backward(), this is not seen by what averages gradients over processes.
+            torch.autograd.grad(network(*given).sum(), list(network.parameters()), allow_unused=True)
+    network.train(training)
+    return (perf_counter() - started) / _ROWS
 
 
 def measure(task: TrainingTask, data: L.LightningDataModule, settings: Mapping[str, Any]) -> str:
