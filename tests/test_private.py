@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import wandb
-from processes import CONTEXT
 from test_finetuning import EVERY_2, lives
 from test_structure import FILES, PACKAGE
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -72,8 +71,8 @@ def leaving(folder):
 
 def test_who_leaves_runs_the_exit_functions_and_torch_synchronizes_batches_on_gpus_alone(tmp_path):
     """When it does on CPUs, Lightning's ``sync_batchnorm`` can take the place of ``training/batch_norm.py``."""
-    # Not forked from here: its exit functions would remove temporary folders of this process.
-    process = CONTEXT.Process(target=leaving, args=(tmp_path,))
+    # Not a fork: its exit functions would remove temporary folders of the process that it was forked from.
+    process = get_context("spawn").Process(target=leaving, args=(tmp_path,))
     process.start()
     process.join(60)
     assert process.exitcode == 7
