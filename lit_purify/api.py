@@ -40,7 +40,7 @@ from lit_purify.report.summary import summarize, table
 
 Defenses = Purifier | nn.Module | Mapping[str, Purifier | nn.Module]
 Attacks = Attack | Mapping[str, Attack]
-Images = Tensor | Dataset[Any]
+Images = Tensor | tuple[Tensor, Tensor] | Dataset[Any]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Result:
 
     def save_report(self, path: str | Path) -> None:
         """Writes the report as one HTML file that opens without a network."""
+        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
         run = FinishedRun(self.summary, self.records, self.identity, views=self.views)
         write_whole(Path(path).expanduser(), page(run))
 
@@ -238,7 +239,7 @@ def gradcheck(
 def audit(
     classifier: nn.Module,
     defenses: Defenses,
-    attack: Attack,
+    attack: Attacks,
     images: Images,
     labels: Tensor | None = None,
     *,
@@ -267,6 +268,10 @@ def audit(
     Returns:
         Findings, a list; printing it prints a line for each, and the verdict.
     """
+    if isinstance(attack, Mapping):
+        if len(attack) != 1:
+            raise InputError(f"audit takes one attack, not {len(attack)}: choose one")
+        attack = next(iter(attack.values()))
     own, data, device = _prepared(classifier, images, labels)
     named = {name: defend(name, d, own).to(device) for name, d in _named(defenses, "defense").items()}
     views = {name: (gradient or Exact()).attacked(defended) for name, defended in named.items()}
@@ -324,6 +329,8 @@ def _prepared(
     device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
     if isinstance(images, ImageDataset):
         return as_classifier(classifier, images[0]["image"]), images, device
+    if isinstance(images, tuple) and len(images) == 2 and labels is None:
+        images, labels = images
     if not isinstance(images, Tensor):
         images, labels = _stacked(images)
     if labels is None:

@@ -16,13 +16,13 @@ BUDGETS = {
     "data": 1100,
     "evaluation": 1540,
     "checks": 880,
-    "training": 950,
+    "training": 965,
     "report": 820,
     "callbacks": 780,
     "cli": 1220,
 }
 """Lines of each room at most: what it has today. A room may shrink; what lets it grow is a decision."""
-LIBRARY, TESTS = 15_420, 15_300
+LIBRARY, TESTS = 15_480, 15_320
 _BASE = {"errors", "recorded", "functional"}
 _EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
 _ALL = _EVALUATED | {"checks", "training", "report", "callbacks", "private", "api"}

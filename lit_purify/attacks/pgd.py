@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
 from lit_purify.functional.chunks import AttackedFunction, Draws, average, draws_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import LossName, log_probabilities, named_loss
 from lit_purify.functional.noise import START_STEP, Noise
@@ -73,6 +73,8 @@ class PGD(Attack):
             raise InputError(f"aggregate = {aggregate!r} weights the draws of a sample: use eot of 2 or more")
         self.steps, self.eot, self.restarts = steps, eot, restarts
         self.step_size = 2.5 * self.eps / steps if step_size is None else pixels("step_size", step_size)
+        if steps * self.step_size < 0.999 * self.eps:
+            notice(f"{steps} steps of {self.step_size:.3g} cannot cross eps = {self.eps:.3g}: set more or longer steps")
         self.loss = loss
         self.select, self.random_start, self.aggregate = select, random_start, aggregate
         self.step_norm: Norm = "linf" if sign else norm

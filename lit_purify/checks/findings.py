@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_purify.errors import notice
 from lit_purify.functional.noise import KeyedNoise
 
 Verdict = Literal["pass", "fail", "note", "not applicable"]
@@ -183,6 +184,8 @@ class Memory:
             with contextlib.suppress(ValueError):
                 name, values = json.loads(line)
                 self.known[name] = torch.tensor(values, dtype=torch.float64)
+        if lines and lines[0] != about:
+            notice(f"{path}: measured under other settings, begun again")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join([about + "\n", *map(self._line, self.known)]))
 

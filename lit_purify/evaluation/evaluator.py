@@ -124,7 +124,7 @@ class Evaluator(nn.Module):
                 raise InputError(f"attacks: {name!r} names the worst case over all attacks; use another name")
         self.baseline = next(iter(defenses)) if baseline is None else baseline
         if self.baseline not in defenses:
-            raise InputError(f"baseline = {baseline!r} is not among the defenses {', '.join(defenses)}")
+            raise InputError(f"baseline = {baseline!r} is not among the defenses {', '.join(defenses)}: set it to one")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
         self.classifier, self.given = classifier, dict(defenses)

@@ -110,7 +110,10 @@ class Classifier(Recorded, nn.Module):
         if not self.blocks:
             intermediates = getattr(self.network, "forward_intermediates", None)
             if intermediates is None:
-                raise InputError("an attention mask needs blocks of the classifier: name some, e.g. [layer1, layer2]")
+                raise InputError(
+                    "an attention mask needs blocks of the classifier: name some, as in Classifier(network, ..., "
+                    "blocks=['layer1', 'layer2'])"
+                )
             stages = list(intermediates(normalized, intermediates_only=True, output_fmt="NCHW"))
             return _fine(stages, image, type(self.network).__name__)
         found: dict[str, Tensor] = {}

@@ -66,4 +66,4 @@ class Averaging(WeightAveraging):
         window = 1.0 / (1.0 - min(self.decay, (1 + steps) / (10 + steps)))
         if window > _LAG * steps and trainer.is_global_zero:
             lags = f"the average of the weights still lags: it reaches back {window:.0f} of {steps} steps"
-            print(f"warning: {lags}: train longer, or take --average 0", file=sys.stderr)
+            print(f"warning: {lags}: train longer, or set average to 0", file=sys.stderr)

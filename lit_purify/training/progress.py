@@ -83,9 +83,20 @@ def measure(task: TrainingTask, data: L.LightningDataModule, settings: Mapping[s
         settings: Arguments of the trainer.
     """
     times: list[float] = []
-    clock = LambdaCallback(on_train_batch_end=lambda *_: times.append(perf_counter()))
+
+    def tick(trainer: L.Trainer, *_: object) -> None:
+        times.append(perf_counter())
+        # An epoch may have fewer batches.
+        trainer.should_stop = len(times) == _WARM + _MEASURED
+
+    clock = LambdaCallback(on_train_batch_end=tick)
     own: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto", "callbacks": [clock], "logger": False}
-    own |= {"limit_train_batches": _WARM + _MEASURED, "limit_val_batches": 0, "max_epochs": 1, "max_steps": -1}
+    own |= {
+        "limit_train_batches": _WARM + _MEASURED,
+        "limit_val_batches": 0,
+        "max_epochs": _WARM + _MEASURED,
+        "max_steps": -1,
+    }
     off = ("progress_bar", "checkpointing", "model_summary")
     own |= {f"enable_{name}": False for name in off} | {"use_distributed_sampler": False}
     trainer = L.Trainer(**{**settings, **own})
