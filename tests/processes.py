@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import yaml
+from wandb.sdk.data_types._private import MEDIA_TMP
 
 from lit_purify.evaluation import read_records
 
@@ -139,6 +140,8 @@ def recorded(run):
 
 
 def run_command(command, argv, environment, log, spoil, rank):
+    # It belongs to the server that this process was forked from: exit functions must not remove it.
+    MEDIA_TMP._finalizer.detach()
     os.environ.update(environment)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(stream, 1)

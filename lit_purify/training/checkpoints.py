@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lit_purify.errors import InputError
 
-_LAG = 0.2
-"""Part of a training from which on an average that reaches back so far is said to lag."""
+_LAG, _FEW = 0.2, 10
+"""Part of a training from which on an average that reaches back so far lags, and steps that make a training."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -64,6 +64,6 @@ class Averaging(WeightAveraging):
         super().on_train_end(trainer, pl_module)
         steps = trainer.global_step
         window = 1.0 / (1.0 - min(self.decay, (1 + steps) / (10 + steps)))
-        if window > _LAG * steps and trainer.is_global_zero:
+        if steps >= _FEW and window > _LAG * steps and trainer.is_global_zero:
             lags = f"the average of the weights still lags: it reaches back {window:.0f} of {steps} steps"
             print(f"warning: {lags}: train longer, or set average to 0", file=sys.stderr)
