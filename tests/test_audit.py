@@ -333,7 +333,7 @@ def test_the_command_writes_its_verdict_and_touches_no_records(tiny, capsys):
 
 
 def test_an_interrupted_audit_goes_on(tmp_path):
-    """Comparisons that were measured are not attacked again, a torn line is; one about something else begins anew."""
+    """Measured comparisons are not repeated, a torn line is; other settings start from the beginning."""
     calls = []
 
     def compute():

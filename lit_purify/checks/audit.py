@@ -60,19 +60,19 @@ def same_model(audit: Audited) -> Iterator[Fact]:
 
 
 def randomness(audit: Audited) -> Iterator[Fact]:
-    """The attack sees fresh draws of noise; and what is owed to them: attack and defense with one and the same draw."""
+    """The attack sees fresh draws of noise; how much survives if attack and defense share a single draw."""
     if audit.randomized:
         queries, outputs = audit.attack.queries.forward, audit.outputs
         drawn = 1 if outputs[0] == 1 else len(audit.drawn)
         fresh = drawn >= min(2, queries) and outputs[0] > outputs[1] / 2
         said = f"draws of noise in {queries} queries of the attack; {audit.attacked.shape[1]} draws have {outputs[0]} "
         said += f"outputs for it, {outputs[1]} for the evaluation"
-        said += "" if fresh else ": it sees frozen noise, the evaluation draws anew"
+        said += "" if fresh else ": it sees frozen noise, the evaluation sees fresh noise"
         yield "fresh_draws", drawn, min(2.0, queries) if fresh else 2.0, fresh, said
         noise = Fixed(audit.seed, audit.index, torch.zeros_like(audit.index), ATTACK)
         adversarial = single_draw(audit.attack)(audit.view, audit.image, audit.label, noise, audit.chunk)
         left = audit.outcomes(adversarial, noise=noise)[:, AVERAGE].mean()
-        said = f"owed to randomness: {float(left):.1%} survive with one draw for attack and defense"
+        said = f"share of randomness: {float(left):.1%} survive if attack and defense share a single draw"
         yield "frozen_noise", float(audit.reference[:, AVERAGE].mean() - left), None, "note", said
 
 

@@ -179,7 +179,7 @@ class GradualPurifier(Purifier):
         denoiser: Predicts noise.
         level: t of each round, how strongly is noised, in noising steps.
         steps: Network calls of each round.
-        sampler: ``ddim`` is deterministic after the first noise of a round; ``ddpm`` draws anew at every step, and so
+        sampler: ``ddim`` is deterministic after the first noise of a round; ``ddpm`` draws fresh noise at every step, and so
             does ``sde``, Euler-Maruyama steps of the reverse SDE.
         recompute: See ``Purifier``.
     """
@@ -247,7 +247,7 @@ class UniformPurifier(GradualPurifier):
         denoiser: Predicts noise.
         level: t, how strongly is noised, in noising steps.
         steps: Network calls.
-        sampler: ``ddim`` is deterministic after the first noise; ``ddpm`` draws anew at every step, and so does
+        sampler: ``ddim`` is deterministic after the first noise; ``ddpm`` draws fresh noise at every step, and so does
             ``sde``, Euler-Maruyama steps of the reverse SDE (DiffPure's own).
         recompute: See ``Purifier``.
     """
