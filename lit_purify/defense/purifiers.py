@@ -179,8 +179,8 @@ class GradualPurifier(Purifier):
         denoiser: Predicts noise.
         level: t of each round, how strongly is noised, in noising steps.
         steps: Network calls of each round.
-        sampler: ``ddim`` is deterministic after the first noise of a round; ``ddpm`` draws fresh noise at every step, and so
-            does ``sde``, Euler-Maruyama steps of the reverse SDE.
+        sampler: ``ddim`` is deterministic after the first noise of a round; ``ddpm`` draws fresh noise at every step,
+            and so does ``sde``, Euler-Maruyama steps of the reverse SDE.
         recompute: See ``Purifier``.
     """
 
