@@ -129,8 +129,9 @@ def evaluate(
             attention a mask needs.
         defenses: By name: purifiers; other classifiers; somebody else's defenses, modules from [0, 1] images to logits.
         attacks: By name: attacks of this library, or ``ForeignAttack`` around an attack of another one.
-        images: (N, C, H, W) floats in [0, 1]; or a dataset of (image, label) pairs, or a datamodule's split.
-        labels: (N,) integers; ``None`` for a dataset, which has its own.
+        images: (N, C, H, W) floats in [0, 1]; a pair of images and labels; a dataset of (image, label) pairs; or a
+            datamodule's split.
+        labels: (N,) integers; ``None`` where ``images`` holds them.
         runs: N.
         seed: Seed of all noise.
         chunk: Rows that networks are called with, always this many; part of a result's identity.
@@ -255,7 +256,7 @@ def audit(
     Args:
         classifier: As in ``evaluate``.
         defenses: As in ``evaluate``; or one defense.
-        attack: An attack of this library that follows a gradient.
+        attack: An attack of this library that follows a gradient; or a mapping with one such attack.
         images: As in ``evaluate``.
         labels: As in ``evaluate``.
         gradient: What the attack differentiates; ``None`` is ``Exact()``.

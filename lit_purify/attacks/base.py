@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction, plain
 from lit_purify.functional.images import check_unit_range
-from lit_purify.functional.noise import ATTACK, KeyedNoise, Noise
+from lit_purify.functional.noise import ATTACK, Noise, fresh_noise
 from lit_purify.functional.threat import Norm, pixels, violations
 from lit_purify.recorded import Recorded
 
@@ -170,13 +170,6 @@ def attackable(model: AttackedFunction | Attackable | nn.Module | Callable[..., 
         if sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1:
             return plain(model)
     return plain(lambda image, noise: model(image))
-
-
-def fresh_noise(image: Tensor, stream: int) -> KeyedNoise:
-    """Noise for a batch of images, under a key that is drawn from torch's global generator."""
-    seed, run = (int(word) for word in torch.randint(2**32, (2,)))
-    index = torch.arange(len(image), device=image.device)
-    return KeyedNoise(seed, index, torch.full_like(index, run), stream)
 
 
 class Best:

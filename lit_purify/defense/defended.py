@@ -11,7 +11,7 @@ from lit_purify.defense.purifiers import NoPurifier, Purifier, Trace
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.images import check_unit_range
-from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
+from lit_purify.functional.noise import EVALUATION, Noise, fresh_noise
 from lit_purify.models import Classifier
 from lit_purify.recorded import Recorded
 
@@ -48,9 +48,7 @@ class DefendedClassifier(Recorded, nn.Module):
         if noise is None:
             # Somebody's call. Libraries may step a little outside; images of another scale are far outside.
             check_unit_range(image, slack=0.1)
-            seed, run = (int(word) for word in torch.randint(2**32, (2,)))
-            index = torch.arange(len(image), device=image.device)
-            noise = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION)
+            noise = fresh_noise(image, EVALUATION)
         return self.classifier(self.purifier(image, noise, self.masked(image, noise) if mask is None else mask))
 
     def masked(self, image: Tensor, noise: Noise) -> Tensor | None:

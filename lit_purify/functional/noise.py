@@ -111,6 +111,13 @@ def _kernel() -> Callable[..., Tensor] | None:
     return draw
 
 
+def fresh_noise(image: Tensor, stream: int) -> KeyedNoise:
+    """Noise for a batch of images, under a key that is drawn from torch's global generator."""
+    seed, run = torch.randint(2**32, (2,)).tolist()
+    index = torch.arange(len(image), device=image.device)
+    return KeyedNoise(seed, index, torch.full_like(index, run), stream)
+
+
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
     """Philox4x32-10: four 32-bit words (as int64) for each 128-bit counter under a 64-bit key.
 
