@@ -240,3 +240,17 @@ def test_the_result_says_how_well_the_denoiser_denoises(classifier, images):
     assert found["none"][1] > 0.8
     result = lp.evaluate(classifier, defenses, attacks, images[:2], LABELS[:2], runs=1, chunk=16, progress=False)
     assert re.search(r"warning: .*none hardly denoise these images", str(result))
+
+
+def test_what_a_first_try_gives_is_taken(classifier, unet, images, tmp_path, capsys):
+    """Tensors as a pair, one attack in a mapping, a report in a new folder; steps that cannot cross eps are said."""
+    attacks, given = {"pgd": lp.PGD(eps=0.1, steps=1)}, (images, LABELS)
+    pair = lp.evaluate(classifier, {"none": lp.NoPurifier()}, attacks, given, runs=1, chunk=16, progress=False)
+    apart = lp.evaluate(classifier, {"none": lp.NoPurifier()}, attacks, *given, runs=1, chunk=16, progress=False)
+    assert [r.adversarial for r in pair.records] == [r.adversarial for r in apart.records]
+    pair.save_report(tmp_path / "new" / "report.html")
+    assert (tmp_path / "new" / "report.html").stat().st_size > 1000
+    with pytest.raises(InputError, match="audit takes one attack, not 2"):
+        lp.audit(classifier, lp.NoPurifier(), {**attacks, "other": attacks["pgd"]}, given)
+    lp.PGD(eps=0.123, steps=2, step_size=0.01)
+    assert "2 steps of 0.01 cannot cross eps = 0.123" in capsys.readouterr().err
