@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from collections import Counter
 
@@ -27,6 +28,8 @@ from lit_purify.defense import (
     HeterogeneousPurifier,
     MinMaxThreshold,
     Ones,
+    RandomArea,
+    TopFraction,
     UniformPurifier,
     VariableIntensityPurifier,
 )
@@ -164,7 +167,8 @@ def test_violations_are_found_one_by_one():
     adversarial[3] += 0.099
     assert violations(adversarial, image, "linf", 0.1).tolist() == [False, True, True, False, False]
     assert violations(adversarial, image, "l2", 0.1).tolist() == [False, True, True, True, False]
-    assert violations(image + 0.6, image, "linf", 1.0).all()
+    for shift in (0.6, -0.6):
+        assert violations(image + shift, image, "linf", 1.0).all()
 
 
 def test_projection_and_steepest_direction():
@@ -535,3 +539,48 @@ def test_saved_images_that_cannot_be_used(tmp_path):
     refuses("cannot be read as a PNG", "gray")
     Image.new("RGBA", (4, 4)).save(tmp_path / "gray" / "0.png")
     refuses("its mode is RGBA", "gray")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spy(KeyedNoise):
+    seen: list = dataclasses.field(default_factory=list)
+
+    def _draw(self, step, like, **kind):
+        self.seen.extend((int(i), int(r), step) for i, r in zip(self.index, self.run, strict=True))
+        return super()._draw(step, like, **kind)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_no_key_is_drawn_twice(norm, unet, classifier, images):
+    """Random starts, random masks and the sampler's draws, over restarts, steps and EOT draws."""
+    spy = Spy(0, torch.arange(6), torch.zeros(6, dtype=torch.long), ATTACK)
+    purifier = HeterogeneousPurifier(unet, RandomArea(TopFraction(0.3)), 300, 100, 3)
+    attack = PGD(norm, 0.1, 2, 0.05, eot=2, restarts=2)
+    attack(DefendedClassifier(purifier, classifier), images, torch.arange(6), spy, chunk=6)
+    assert len(spy.seen) == len(set(spy.seen))
+
+
+def test_random_start_is_used_and_differs_between_restarts(images):
+    starts = []
+
+    def flat(x, noise):
+        starts.append(x.detach().clone())
+        return torch.stack([0 * x.sum(dim=(1, 2, 3)), 0 * x.sum(dim=(1, 2, 3))], dim=1)
+
+    attack = PGD("linf", 0.1, 1, 0.05, loss="margin", restarts=2)
+    attack(flat, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=6)
+    assert not torch.equal(starts[0], images)
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_best_is_the_highest_loss_that_was_seen(classifier, images):
+    seen, label = [], torch.arange(6)
+
+    def model(x, noise):
+        out = classifier(x)
+        seen.append(cross_entropy_loss(out.detach(), label))
+        return out
+
+    attack = PGD("linf", 0.2, 5, 0.4, select="best")
+    found = cross_entropy_loss(classifier(attack(model, images, label, keyed(6), 6)), label)
+    torch.testing.assert_close(found, torch.stack(seen).amax(dim=0), rtol=1e-4, atol=1e-4)

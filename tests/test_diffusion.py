@@ -44,6 +44,9 @@ def test_ddpm_step_is_the_gaussian_posterior():
     torch.testing.assert_close(step_back(x, eps, t, s, 1.0, zero), mean, rtol=1e-9, atol=1e-12)
     spread = step_back(x, eps, t, s, 1.0, one) - step_back(x, eps, t, s, 1.0, zero)
     torch.testing.assert_close(spread**2, ((1 - s) / (1 - t) * beta).expand(5), rtol=1e-9, atol=1e-12)
+    # Between DDIM and DDPM eta scales the noise.
+    half = step_back(zero, zero, t, s, 0.5, one)
+    torch.testing.assert_close(half, 0.5 * spread, rtol=1e-9, atol=1e-12)
 
 
 def test_euler_step_is_that_of_the_reverse_sde():
@@ -59,9 +62,10 @@ def test_euler_step_is_that_of_the_reverse_sde():
 def test_a_clean_pixel_stays_clean():
     x, eps = torch.randn(1, 1, 2, 2), torch.randn(1, 1, 2, 2)
     levels = torch.tensor([[[[0, 10], [10, 0]]]])
-    stepped = step_back(x, eps, AT(levels), AT(torch.zeros_like(levels)))
-    assert torch.equal(stepped[levels == 0], x[levels == 0])
-    assert torch.isfinite(stepped).all()
+    for eta in (0.0, 1.0):
+        stepped = step_back(x, eps, AT(levels), AT(torch.zeros_like(levels)), eta, eps)
+        assert torch.equal(stepped[levels == 0], x[levels == 0])
+        assert torch.isfinite(stepped).all()
 
 
 def test_image_range():

@@ -21,12 +21,14 @@ from processes import CONTEXT, Launch, finish, launch, recorded, result, run_com
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lit_purify import cli
+from lit_purify.attacks import PGD
 from lit_purify.callbacks import RecordWriter
 from lit_purify.cli import common
 from lit_purify.data import ImageFolder
 from lit_purify.data.claims import Claims
+from lit_purify.defense import NoPurifier
 from lit_purify.errors import INTERRUPTED, InputError
-from lit_purify.evaluation import Record, RobustnessTask, read_records
+from lit_purify.evaluation import Evaluator, Record, RobustAccuracy, RobustnessTask, read_records
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.evaluation.records import append_records, write_records
 from lit_purify.models import ResNetClassifier
@@ -439,3 +441,27 @@ def test_out_of_memory_an_evaluation_goes_on_with_smaller_chunks(config, whole, 
     summary = json.loads((tmp_path / "halved" / "summary.json").read_text())
     assert (summary["chunk"], summary["smaller_chunks"]) == (16, {"8": 13})
     assert "out of memory with chunks of 16 rows" in capsys.readouterr().err
+
+
+def test_clean_is_counted_once_when_several_processes_resume(classifier):
+    attacks = {"a": PGD("linf", 0.1, 1, 0.1), "b": PGD("l2", 0.1, 1, 0.1)}
+    ranks = [RobustnessTask(Evaluator(classifier, {"none": NoPurifier()}, attacks, runs=1)) for _ in range(2)]
+    for rank, task in enumerate(ranks):
+        task.resume([Record("none", "a", 1, 3, [3], [3], 0, 0, 0)], count=rank == 0)
+    ranks[1]._count([Record("none", "b", 1, 3, [3], [3], 0, 0, 0)])
+    assert sum(int(task.metrics["none"].count) for task in ranks) == 1
+
+
+def test_a_torn_first_line_is_mended(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.records.write_text(record(0).line()[:30])
+    folder.part(1).write_text(record(1).line()[:30])
+    assert folder.collect(write=True) == []
+    with folder.records.open("a") as stream:
+        stream.write(record(2).line())
+    assert [r.index for r in folder.collect(write=True)] == [2]
+    assert not folder.part(1).exists()
+
+
+def test_metric_states_add_up_over_processes():
+    assert {each.__name__ for each in RobustAccuracy(2)._reductions.values()} == {"dim_zero_sum"}

@@ -7,15 +7,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lit_purify.attacks import FGSM
+from lit_purify.attacks import FGSM, PGD
 from lit_purify.cli import evaluate
-from lit_purify.defense import NoPurifier, UniformPurifier
-from lit_purify.evaluation import EvaluationListener, Evaluator, read_records
+from lit_purify.data import Digits
+from lit_purify.defense import DefendedClassifier, NoPurifier, UniformPurifier
+from lit_purify.evaluation import EvaluationListener, Evaluator, Ledger, read_records
 from lit_purify.evaluation.folder import RunFolder, comparable
+from lit_purify.functional.chunks import logits_in_chunks
+from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
+from lit_purify.models import load_classifier, load_denoiser
 from lit_purify.recorded import identity, path_sha256
 
 ROOT = Path(__file__).parent.parent
@@ -236,11 +241,11 @@ def test_records_without_their_settings_are_refused(left, capsys):
     assert "holds records, but no identity.json" in refused(arguments, capsys)
 
 
-@pytest.mark.parametrize("line", ["[]", '{"adversarial": ["1", "1"]', '{"adversarial": [1]'])
+@pytest.mark.parametrize("line", ["[]", '{"defense": "no', '{"adversarial": ["1", "1"]', '{"adversarial": [1]'])
 def test_lines_that_are_no_records_are_refused(line, left, capsys):
     arguments, folder = left
     first, *others = folder.records.read_text().splitlines(keepends=True)
-    changed = line if line == "[]" else json.dumps({**json.loads(first), **json.loads(line + "}")})
+    changed = json.dumps({**json.loads(first), **json.loads(line + "}")}) if "adversarial" in line else line
     folder.records.write_text("".join([changed + "\n", *others]))
     assert "records.jsonl: line 1 is not a record" in refused(arguments, capsys)
 
@@ -311,3 +316,25 @@ def test_what_a_run_leaves_repeats_it_elsewhere(command, left, tmp_path):
     assert (other / ("gradcheck.json" if len(command) > 1 else "summary.json")).exists()
     assert sorted(path.name for path in folder.path.iterdir()) == before
     assert "save_dir: null" in folder.config.read_text() or "save_dir" not in folder.config.read_text()
+
+
+def test_records_are_what_attack_and_runs_give_by_hand():
+    """The attack's noise is of its own stream, and the attacked image is the one that is classified."""
+    split = Digits().split("test")
+    images = torch.stack([split.read(i) for i in range(6)])
+    classifier = load_classifier(ROOT / "checkpoints/digits_classifier.safetensors")
+    unet = load_denoiser(ROOT / "checkpoints/digits_denoiser.safetensors")
+    attack = PGD("linf", 0.2, 3, 0.1, eot=2)
+    purifier = UniformPurifier(unet, 200, 2)
+    evaluator = Evaluator(classifier, {"uniform": purifier}, {"pgd": attack}, runs=5, chunk=8, seed=4)
+    index, label = torch.arange(6) + 10, classifier(images).argmax(dim=1)
+    ((records, _),) = evaluator.evaluate({"image": images, "label": label, "index": index}, Ledger())
+    model, zero = DefendedClassifier(purifier, classifier), torch.zeros_like(index)
+    adversarial = attack(model, images, label, KeyedNoise(4, index, zero, ATTACK), 8)
+    noise = KeyedNoise(4, index, zero, EVALUATION)
+    clean, broken = (
+        logits_in_chunks(model.attacked(), x, noise, [0, 1, 2, 3, 4], 8).argmax(dim=2) for x in (images, adversarial)
+    )
+    assert [record.clean for record in records] == clean.tolist()
+    assert [record.adversarial for record in records] == broken.tolist()
+    assert not torch.equal(clean, broken)

@@ -6,6 +6,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from lit_purify.defense import (
     Inverse,
+    Mask,
     MinMaxThreshold,
     Ones,
     RandomArea,
@@ -67,6 +68,12 @@ def test_top_fraction_has_the_exact_area_even_with_ties():
         assert F.top_fraction(maps, 0.15).sum(dim=(1, 2, 3)).tolist() == [10.0] * 3
     chosen = F.top_fraction(torch.arange(16.0).reshape(1, 1, 4, 4), 0.25)
     assert chosen[0, 0].tolist() == [[0] * 4] * 3 + [[1] * 4]
+    # Of the maximum over blocks; and of values that differ by little.
+    maps = torch.tensor([[[[1.0, 0.6]], [[0.0, 0.6]]]])
+    assert F.top_fraction(maps, 0.5).tolist() == [[[[1.0, 0.0]]]]
+    plateau = torch.full((1, 1, 16, 16), 0.5)
+    plateau[..., 8:, :] += 2.0**-24 * 1.5
+    assert F.top_fraction(plateau, 0.5)[0, 0, :8].eq(1).all()
 
 
 @pytest.mark.parametrize(
@@ -184,3 +191,14 @@ def test_coarse_blocks_are_warned_about_and_have_no_plateaus(capsys):
     for cells, size in ((8, 32), (7, 224), (2, 8)):
         maps = torch.rand(2, 1, cells, cells)
         assert torch.equal(F.enlarged(maps, (size, size)), interpolate(maps, size=(size, size), mode="bilinear"))
+
+
+def test_masks_are_built_without_a_graph_and_use_their_power(classifier, images):
+    class Probe(Mask):
+        def build(self, classifier, image, noise):
+            assert not torch.is_grad_enabled()
+            return torch.ones_like(image[:, :1])
+
+    Probe()(classifier, images, noise(6))
+    expected = F.threshold_union(F.softmax_normalize(F.saliency(classifier.features(images), (8, 8), 1.0)), 0.02)
+    assert torch.equal(SoftmaxThreshold(0.02, power=1.0)(classifier, images, noise(6)), expected)

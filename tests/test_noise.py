@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy import stats
 
-from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise, philox4x32
+from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise, _to_normal, _to_uniform, philox4x32
 
 
 def noise(count, seed=3, run=0, stream=EVALUATION, start=0):
@@ -96,3 +96,11 @@ def test_runs_stand_side_by_side():
     expanded = noise(3).runs([7, 9])
     assert torch.equal(expanded.normal(0, like)[0::2], noise(3, run=7).normal(0, like[:3]))
     assert torch.equal(expanded.normal(0, like)[1::2], noise(3, run=9).normal(0, like[:3]))
+
+
+def test_extreme_words_stay_in_range():
+    words, out = torch.tensor([0, 0xFFFFFFFF]), torch.empty(2, 2, dtype=torch.float64)
+    _to_uniform(words, words, out)
+    assert out.float().max() < 1.0
+    _to_normal(words, words, out)
+    assert torch.isfinite(out).all()

@@ -218,6 +218,7 @@ def trains(model, images, labels):
         (lambda d: HeterogeneousPurifier(d, TOP, 100, 100, 4), "low = 100"),
         (lambda d: HeterogeneousPurifier(d, TOP, 995, 100, 4, jump=10), "1005"),
         (lambda d: HeterogeneousPurifier(d, TOP, 200, 100, 1), "steps = 1"),
+        (lambda d: HeterogeneousPurifier(d, TOP, 300, 100, 3, "multi", jump=10, resampling_steps=20), "steps = 20"),
         (lambda d: VariableIntensityPurifier(d, TOP, 100, 200, 4), "low = 200"),
         (lambda d: VariableIntensityPurifier(d, TOP, 100, -1, 4), "low = -1"),
     ],
@@ -304,5 +305,62 @@ def test_the_walk_may_end_above_0(unet):
     purifier = HeterogeneousPurifier(unet, TOP, 201, 101, 4, "release", 3, end=1)
     assert (purifier.levels, purifier.lower[-1]) == ([201, 151, 101, 51], 1)
     assert purifier.with_steps(2).lower == [101, 1]
+    # The share of the steps above low is rounded.
+    assert HeterogeneousPurifier(unet, TOP, 100, 60, 4).levels == [100, 80, 60, 30]
     with pytest.raises(InputError, match="end = 101 < low < high = 201"):
         HeterogeneousPurifier(unet, TOP, 201, 101, 4, end=101)
+
+
+@pytest.mark.parametrize("kind", ["none", "single", "release", "multi"])
+def test_heterogeneous_follows_its_docstring(kind, unet, classifier, images):
+    """Written a second time, plainly: x0 from eps, then back; fresh noise at every draw."""
+    high, low, steps, jump, small = 300, 100, 5, 12, 4
+    purifier = HeterogeneousPurifier(unet, TOP, high, low, steps, kind, jump, small)
+    u, abar, step = 2 * images - 1, unet.schedule.abar.tolist(), -1
+    mask = TOP(classifier, images, keyed(6))
+
+    def draw():
+        nonlocal step
+        step += 1
+        return keyed(6).normal(step, u)
+
+    def at(t):
+        return abar[t] ** 0.5 * u + (1 - abar[t]) ** 0.5 * draw()
+
+    def merged(x, t):
+        return torch.where(mask > 0, x, at(t))
+
+    def back(x, t, s):
+        eps = unet(x, torch.full((6,), t))
+        clean = (x - (1 - abar[t]) ** 0.5 * eps) / abar[t] ** 0.5
+        return abar[s] ** 0.5 * clean + (1 - abar[s]) ** 0.5 * eps
+
+    def jumped(x, t):
+        ratio = abar[t + jump] / abar[t]
+        return ratio**0.5 * x + (1 - ratio) ** 0.5 * draw()
+
+    def mended(x, t, walk):
+        x = jumped(x, t)
+        for k, (a, b) in enumerate(itertools.pairwise(walk)):
+            x = back(merged(x, a) if k else x, a, b)
+        return x
+
+    def walk(t):
+        return [t + 12, t + 9, t + 6, t + 3, t] if kind == "multi" else [t + 12, t]
+
+    x = at(high)
+    draw()  # the picture's
+    for t, s in ((300, 233), (233, 167), (167, 100)):
+        x = merged(x, t)
+        if kind == "release":
+            x = back(jumped(x, t), t + jump, s)
+            continue
+        if kind != "none" and t < high:
+            x = mended(x, t, walk(t))
+        x = back(x, t, s)
+    if kind != "release":
+        x = merged(x, low)
+        if kind != "none":
+            x = mended(x, low, walk(low))
+    x = back(back(x, 100, 50), 50, 0)
+    torch.testing.assert_close(purifier(images, keyed(6), mask), (x / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)

@@ -43,6 +43,8 @@ def test_average_interval_reduces_to_wilson_for_one_run_and_never_collapses():
         interval = average_interval(total, total**2 / 100, 100, 8)
         assert interval.high - interval.low > 0.005
     assert math.isnan(average_interval(0, 0, 0, 8).value)
+    # The effective number of samples is by their sample variance: here of the shares 0, 1/2, 1/2, 1.
+    assert average_interval(2.0, 1.5, 4, 8) == pytest.approx(wilson(0.5, 0.25 * 4 / (0.5 / 3)))
 
 
 @pytest.mark.parametrize("draws", [1, 4])

@@ -52,6 +52,9 @@ def test_ensemble_of_each_threat_model(summary):
     # Against the ensemble of the other defense: a loses its second sample in every run.
     assert found["robust_difference"]["average"][0] == pytest.approx(0.375 - 0.5)
     assert found["clean"] == summary["results"][3]["clean"]
+    # Of single attacks the difference is to the baseline under the same attack.
+    assert "robust_difference" not in summary["results"][0]
+    assert [r["robust_difference"]["average"][0] for r in summary["results"][3:5]] == pytest.approx([0.0, -0.25])
     # Right in one clean run of the first sample instead of three.
     wrong = [replace(r, clean=[1, 0, 0, 0]) if (r.defense, r.index) == ("second", 0) else r for r in RECORDS]
     less = summarize(wrong, DESCRIBED, FACTS, "first")["results"][-1]["clean_difference"]
