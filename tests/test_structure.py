@@ -22,7 +22,7 @@ BUDGETS = {
     "cli": 1220,
 }
 """Lines of each room at most: what it has today. A room may shrink; what lets it grow is a decision."""
-LIBRARY, TESTS = 15_480, 15_320
+LIBRARY, TESTS = 15_480, 14_889
 _BASE = {"errors", "recorded", "functional"}
 _EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
 _ALL = _EVALUATED | {"checks", "training", "report", "callbacks", "private", "api"}
