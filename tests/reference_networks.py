@@ -141,7 +141,6 @@ def guided_diffusion(
     head_width=None,
     scale_shift=True,
     updown=True,
-    heads_up=None,
     new_order=False,
 ):
     """ADM (Dhariwal and Nichol, appendix), and without ``updown`` the network of "Improved Denoising Diffusion".
@@ -158,7 +157,6 @@ def guided_diffusion(
         head_width: Channels of a head.
         scale_shift: The embedding scales and shifts the second normalization; else it is added before.
         updown: Residual blocks resample; else a convolution does.
-        heads_up: Attention heads on the way up, where they are others.
         new_order: Queries, keys and values are split first, then the heads.
 
     Returns:
@@ -183,7 +181,7 @@ def guided_diffusion(
 
     def attend(x, name):
         flat = norm(x, f"{name}.norm").flatten(2)
-        count = (name.startswith("output") and heads_up) or heads or x.shape[1] // head_width
+        count = heads or x.shape[1] // head_width
         qkv = _conv1(get, f"{name}.qkv", flat, 3 * x.shape[1])
         # One head after the other, each with its own queries, keys and values.
         parts = [each.chunk(3, dim=1) for each in qkv.chunk(count, dim=1)]

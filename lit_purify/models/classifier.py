@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -13,10 +13,10 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from lit_purify.errors import InputError, notice
-from lit_purify.models.weights import Which, load_into, read_state_dict
+from lit_purify.models.weights import load_into, read_state_dict
 from lit_purify.recorded import Recorded
 
-Layout = Literal["channels_first", "channels_last"]
+_COARSE = "has fewer than 4x4 cells"
 
 
 class Classifier(Recorded, nn.Module):
@@ -33,8 +33,6 @@ class Classifier(Recorded, nn.Module):
             empty when the network has timm's ``forward_intermediates``: then its stages are taken, those with cells of
             more than 4 pixels only where they have at least 4x4.
         checkpoint: File with the network's state_dict; ``None`` leaves the network as it is.
-        which: Of a checkpoint that holds a network and the average of its weights, what is read.
-        layout: Of blocks whose shape does not tell it (C_m = h_m = w_m): (B, C, h, w) is ``channels_first``.
 
     Attributes:
         origin: The file that its weights come from.
@@ -53,8 +51,6 @@ class Classifier(Recorded, nn.Module):
         std: Sequence[float] = (1.0,),
         blocks: Sequence[str] = (),
         checkpoint: Path | None = None,
-        which: Which = "average",
-        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
@@ -71,14 +67,14 @@ class Classifier(Recorded, nn.Module):
             some = ", ".join(list(modules)[1:9])
             raise InputError(f"blocks: the network has no module {unknown[0]!r}; it has {some} ...")
         self.network, self.size, self.num_classes, self.channels = network, size, num_classes, channels
-        self.blocks, self.layout = list(blocks), layout
+        self.blocks = list(blocks)
         self.origin = "not loaded from a file" if checkpoint is None else Path(checkpoint).name.partition("#")[0]
         # Not part of the state_dict: they are configuration, and foreign weights do not hold them.
         self.register_buffer("mean", torch.tensor(list(mean)).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(list(std)).reshape(1, -1, 1, 1), persistent=False)
         self.settle(size=size, mean=list(mean), std=list(std))
         if checkpoint is not None:
-            load_into(network, read_state_dict(checkpoint, which), str(checkpoint), which)
+            load_into(network, read_state_dict(checkpoint), str(checkpoint))
         self.eval()
 
     def settle(self, **values: Any) -> None:  # noqa: ANN401
@@ -140,21 +136,13 @@ class Classifier(Recorded, nn.Module):
         unused = [name for name in self.blocks if name not in found]
         if unused:
             raise InputError(f"blocks: the network does not call its module {unused[0]!r}")
-        layouts = {
-            name: _layout(feature, self.layout, self.network.get_submodule(name)) for name, feature in found.items()
-        }
-        # A network mostly has one layout: blocks that tell theirs speak for those that do not.
-        told = set(layouts.values()) - {None}
-        for name, layout in layouts.items():
-            layout = layout or (next(iter(told)) if len(told) == 1 else None)
-            if layout is None:
-                shape = tuple(found[name].shape)
-                raise InputError(f"blocks: {name} puts out {shape}: give layout, channels_first or channels_last")
-            if layout == "channels_last":
-                found[name] = found[name].movedim(-1, 1)
+        for name, feature in found.items():
+            height, width, channels = feature.shape[1:]
+            if height == width != channels:
+                # Channels last, as in Swin transformers.
+                found[name] = feature.movedim(-1, 1)
             if _is_coarse(found[name], image):
-                cells = f"{_cells(found[name])} cells for images of {_pixels(image)} pixels"
-                notice(f"blocks: {name} has {cells}: its mask covers whole corners; leave it out")
+                notice(f"blocks: {name} {_COARSE}: its mask covers whole corners; leave it out")
         return [found[name] for name in self.blocks]
 
     def check_classes(self, classes: Sequence[str]) -> None:
@@ -204,8 +192,6 @@ class TimmClassifier(Classifier):
         checkpoint: File with a state_dict.
         pretrained: Download timm's weights (needs a network); not together with ``checkpoint``.
         options: Further arguments of the model, e.g. ``{pad_type: same}``.
-        which: Of a checkpoint that holds a network and the average of its weights, what is read.
-        layout: See ``Classifier``.
     """
 
     def __init__(
@@ -220,8 +206,6 @@ class TimmClassifier(Classifier):
         checkpoint: Path | None = None,
         pretrained: bool = False,
         options: dict[str, Any] | None = None,
-        which: Which = "average",
-        layout: Layout | None = None,
     ) -> None:
         if not timm.is_model(name):
             near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
@@ -237,7 +221,7 @@ class TimmClassifier(Classifier):
             raise InputError(f"the weights of {name} cannot be downloaded: give a checkpoint instead") from error
         own = resolve_data_config({}, model=network)  # type: ignore[no-untyped-call]
         size, mean, std = size or int(own["input_size"][-1]), mean or own["mean"], std or own["std"]
-        super().__init__(network, size, num_classes, channels, mean, std, blocks, checkpoint, which, layout)
+        super().__init__(network, size, num_classes, channels, mean, std, blocks, checkpoint)
         if pretrained:
             self.origin = f"weights of timm ({network.pretrained_cfg.get('tag') or 'untagged'})"
 
@@ -247,42 +231,18 @@ def imagenet_synsets() -> list[str]:
     return list(ImageNetInfo("imagenet-1k").label_names())  # type: ignore[no-untyped-call]
 
 
-def _layout(feature: Tensor, given: Layout | None, block: nn.Module) -> Layout | None:
-    """Which of the last three axes are places: two that are equal, where the third is not.
-
-    Of three equal ones it is what was given; else the block's layers tell, if all of them are of one kind.
-    """
-    a, b, c = feature.shape[1:]
-    if a == b == c and given is None:
-        layers = list(block.modules())
-        convolves = any(isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)) for layer in layers)
-        mixes = any(isinstance(layer, (nn.Linear, nn.LayerNorm)) for layer in layers)
-        return "channels_first" if convolves and not mixes else None
-    return given if a == b == c else "channels_first" if b == c else "channels_last" if a == b else None
-
-
 def _fine(stages: list[Tensor], image: Tensor, title: str) -> list[Tensor]:
     """The stages that say where in the image something is; where none does, the finest."""
-    coarse = [stage for stage in stages if _is_coarse(stage, image)]
-    of = f"attention of {title} for images of {_pixels(image)} pixels"
-    if len(coarse) < len(stages):
-        if coarse:
-            left_out = f"{len(coarse)} of its {len(stages)} blocks are left out"
-            notice(f"{of}: {left_out}, with fewer than 4x4 cells ({_cells(coarse[-1])})")
-        return [stage for stage in stages if not _is_coarse(stage, image)]
-    finest = max(min(stage.shape[-2:]) for stage in stages)
-    notice(f"{of}: masks are coarse, the finest block has {finest}x{finest} cells")
-    return [stage for stage in stages if min(stage.shape[-2:]) == finest]
+    fine = [stage for stage in stages if not _is_coarse(stage, image)]
+    if not fine:
+        finest = max(min(stage.shape[-2:]) for stage in stages)
+        fine = [stage for stage in stages if min(stage.shape[-2:]) == finest]
+        notice(f"attention of {title}: each of its blocks {_COARSE}: masks are coarse")
+    elif len(fine) < len(stages):
+        notice(f"attention of {title}: {len(stages) - len(fine)} of its {len(stages)} blocks are left out: {_COARSE}")
+    return fine
 
 
 def _is_coarse(feature: Tensor, image: Tensor) -> bool:
     """Whether a block has fewer than 4x4 cells, of more than 4 pixels."""
-    return min(feature.shape[-2:]) < min(4, _pixels(image) // 4)
-
-
-def _pixels(image: Tensor) -> int:
-    return min(image.shape[-2:])
-
-
-def _cells(feature: Tensor) -> str:
-    return f"{feature.shape[-2]}x{feature.shape[-1]}"
+    return min(feature.shape[-2:]) < min(4, min(image.shape[-2:]) // 4)

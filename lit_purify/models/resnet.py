@@ -10,7 +10,6 @@ from torch.nn.functional import avg_pool2d, pad, relu
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
-from lit_purify.models.weights import Which
 
 
 class BasicBlock(nn.Module):
@@ -71,7 +70,6 @@ class ResNetClassifier(Classifier):
         mean: Subtracted from each channel of a [0, 1] image.
         std: What each channel is divided by.
         checkpoint: File with a state_dict; ``None`` leaves the network as initialized.
-        which: Of a checkpoint that holds a network and the average of its weights, what is read.
     """
 
     def __init__(
@@ -84,7 +82,6 @@ class ResNetClassifier(Classifier):
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         checkpoint: Path | None = None,
-        which: Which = "average",
     ) -> None:
         network, blocks = ResNet(depth, width, channels, num_classes), ("layer1", "layer2", "layer3")
-        super().__init__(network, size, num_classes, channels, mean, std, blocks, checkpoint, which)
+        super().__init__(network, size, num_classes, channels, mean, std, blocks, checkpoint)

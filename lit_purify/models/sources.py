@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
-import http.client
-import os
 import re
 import string
 import sys
-import urllib.error
 import urllib.parse
-import urllib.request
-from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from lit_purify.errors import InputError
 
@@ -47,18 +43,8 @@ def locate(source: str | Path) -> Path:
     return Path(source)
 
 
-def cache_folder() -> Path:
-    """``$LIT_PURIFY_CACHE``, else ``$XDG_CACHE_HOME/lit_purify``, else ``~/.cache/lit_purify``.
-
-    The one thing that is read from a shell's variables outside of ``cli``: where there is room belongs to the
-    machine, not to a run, and the configuration of a run must repeat it on another machine.
-    """
-    own, shared = os.getenv("LIT_PURIFY_CACHE"), os.getenv("XDG_CACHE_HOME")
-    return (Path(own) if own else Path(shared or "~/.cache") / "lit_purify").expanduser()
-
-
 def _from_web(address: str) -> Path:
-    """The file in the cache, as ``<SHA-256>/<its name>``: what lies there has been checked and needs no network."""
+    """The file in torch's cache, as ``<SHA-256>/<its name>``: what lies there has been checked and needs no network."""
     url, _, fragment = address.partition("#")
     match = re.fullmatch(r"sha256=([0-9a-f]{64})", fragment.strip(), re.IGNORECASE)
     if not match:
@@ -66,59 +52,31 @@ def _from_web(address: str) -> Path:
             f"{url}: the SHA-256 of the file is needed as well: write {url}#sha256=<64 hexadecimal digits>; "
             "'sha256sum FILE' prints it for a copy that you trust"
         )
-    folder = cache_folder() / match[1].lower()
-    path = folder / _file_name(url)
+    folder = Path(torch.hub.get_dir()) / "checkpoints" / match[1].lower()
+    last = urllib.parse.unquote(url.partition("?")[0].rpartition("/")[2])
+    # A leading dot is the lock's.
+    path = folder / (re.sub(r"[^\w.+-]", "_", last).lstrip(".")[-100:] or "weights")
+    if path.is_file():
+        return path
     try:
-        if path.is_file():
-            return path
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as lock:
-            # One process downloads, the others wait.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        # One process downloads, the others wait.
+        with FileLock(folder / ".lock"):
             if not path.is_file():
-                for left in folder.glob("*.partial"):
-                    left.unlink()
-                _download(url, folder.name, path)
-    except OSError as error:
-        # Not of the network: those have become an InputError.
+                print(f"Downloading {url} to {folder}", file=sys.stderr, flush=True)
+                # Spaces and letters beyond ASCII have to be escaped.
+                escaped = urllib.parse.quote(url, safe=string.punctuation)
+                torch.hub.download_url_to_file(escaped, str(path), folder.name, progress=sys.stderr.isatty())
+    # Network, server and disk; a malformed address; another content.
+    except (OSError, HTTPException, ValueError, RuntimeError) as error:
+        reason = f"cannot be fetched to {folder}: {_reason(error)}"
         raise InputError(
-            f"{folder}: cannot be written ({_reason(error)}); make room there, or name another folder: "
-            "export LIT_PURIFY_CACHE=FOLDER"
+            f"{url}: {reason}; fetch the file by hand and give its local path (TORCH_HOME names another cache)"
         ) from error
     return path
 
 
-def _file_name(url: str) -> str:
-    last = urllib.parse.unquote(url.partition("?")[0].rpartition("/")[2])
-    # Names with a leading dot are the cache's own.
-    return re.sub(r"[^\w.+-]", "_", last).lstrip(".")[-100:] or "weights"
-
-
-def _download(url: str, sha256: str, path: Path) -> None:
-    """Places the whole file, or nothing."""
-    print(f"Downloading {url} to {path.parent}", file=sys.stderr, flush=True)
-    # Spaces and letters beyond ASCII have to be escaped.
-    escaped = urllib.parse.quote(url, safe=string.punctuation)
-    by_hand = "fetch the file by hand and give its local path"
-    try:
-        torch.hub.download_url_to_file(escaped, str(path), sha256, progress=sys.stderr.isatty())
-    except urllib.error.HTTPError as error:
-        reason = f"the server answered {error.code} {error.reason}; check the address, or {by_hand}"
-        raise InputError(f"{url}: {reason}") from error
-    except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException, ValueError) as error:
-        reason = f"cannot be downloaded: {_reason(error)}; is there a network? If not, {by_hand}"
-        raise InputError(f"{url}: {reason}") from error
-    except RuntimeError as error:
-        hint = "is it the file you mean, and whole? Nothing was kept"
-        with suppress(Exception), urllib.request.urlopen(escaped) as page:
-            if page.read(512).lstrip().startswith(b"<"):
-                hint = "it is an HTML page, not weights: give the address of the file itself"
-        raise InputError(f"{url}: {_reason(error)}; {hint}") from error
-
-
 def _reason(error: BaseException) -> str:
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
-        error = error.reason
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -132,16 +90,8 @@ def _from_hub(address: str) -> Path:
         )
     repository, revision, file = match[1], match[2] and urllib.parse.unquote(match[2]), match[3]
     # Takes a moment to import, and only those who name the hub need it.
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
-    # The first that fits: those that follow are more general.
-    reasons = (
-        (errors.GatedRepoError, "its terms have to be accepted on its page, after that log in with 'hf auth login'"),
-        (errors.RepositoryNotFoundError, "no such repository; if it is private, log in with 'hf auth login'"),
-        (errors.RevisionNotFoundError, f"the repository has no revision {revision}"),
-        (errors.LocalEntryNotFoundError, "not in the cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"),
-        (errors.EntryNotFoundError, f"the repository has no file {file}"),
-    )
     try:
         if file:
             return Path(hf_hub_download(repository, file, revision=revision))
@@ -153,6 +103,9 @@ def _from_hub(address: str) -> Path:
                 return folder
     # Of several HTTP libraries, as the hub's versions go.
     except Exception as error:
-        reason = next((text for kind, text in reasons if isinstance(error, kind)), _reason(error))
-        raise InputError(f"{address}: {reason}; mend that, or fetch it by hand and give its local path") from error
+        reason = f"{type(error).__name__}: {_reason(error)}"
+        raise InputError(
+            f"{address}: {reason}; check the name and the network, log in with 'hf auth login' if it is private, or "
+            "fetch it by hand and give its local path"
+        ) from error
     raise InputError(f"{address}: holds no diffusers UNet2DModel; name a file of it: {address.rstrip('/')}/FILE")

@@ -1,13 +1,14 @@
 """What the readers share: taking tensors out of a foreign state_dict, and putting a UNet together from them.
 
 The public networks pass an image through the same sequence of residual blocks, attention and changes of resolution.
-So a reader states the configuration, and the names of those layers in order; the UNet knows its own.
+So a reader states the configuration, the names of those layers in order, and the names within each kind of layer; the
+UNet knows its own.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from einops import rearrange
 from torch import Tensor
 
 from lit_purify.errors import InputError
+from lit_purify.models.layers import Attention, Downsample, Upsample
 from lit_purify.models.unet import UNet
 from lit_purify.models.weights import behind, load_into, read_state_dict
 
-DDPM = {"head_width": None, "frequency_shift": 1, "scale_shift": False, "groups": 32, "norm_eps": 1e-6}
+DDPM: dict[str, Any] = {"head_width": None, "frequency_shift": 1, "scale_shift": False, "groups": 32, "norm_eps": 1e-6}
 DDPM["middle_attention"] = True
 """Arguments of ``UNet`` that the networks of DDPM and of score_sde share."""
 
+_RESAMPLING: dict[type, dict[str, str]] = {Downsample: {"conv": ""}, Upsample: {"conv": "conv"}}
 _MATRICES = ("q.weight", "k.weight", "v.weight", "qkv.weight", "out.weight")
 
 Source = Path | Mapping[str, Tensor]
@@ -102,11 +105,33 @@ def _joined(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
+def sequence(
+    tensors: Tensors, levels: Iterable[tuple[str, int]], block: str, attention: str, *changes: str
+) -> list[str]:
+    """Names of the layers of one way, down or up, in order, of those that the file has.
+
+    Args:
+        tensors: The file.
+        levels: Name of each resolution's part, and how many blocks it has.
+        block: Name of its blocks.
+        attention: Name of the attention after each block.
+        changes: Names of what changes the resolution.
+    """
+    parts = (
+        f"{level}.{part}"
+        for level, count in levels
+        for part in (*(f"{name}.{k}" for k in range(count) for name in (block, attention)), *changes)
+    )
+    return [part for part in parts if any(name.startswith(f"{part}.") for name in tensors)]
+
+
 def assembled(
     tensors: Tensors,
     ends: Layer,
-    layers: Iterable[Layer],
+    layers: Sequence[str],
+    names: Mapping[type, Mapping[str, str]],
     widths: Iterable[int],
+    ordered: bool = True,
     **config: Any,  # noqa: ANN401
 ) -> UNet:
     """A UNet with weights; what the first layers and ``widths`` show of its arguments is taken from them.
@@ -114,11 +139,12 @@ def assembled(
     Args:
         tensors: The file, of which nothing is left.
         ends: Tensors of ``embed``, ``stem``, ``norm`` and ``head``, and others that keep their place, by full name.
-        layers: Those of every other layer, in the order of ``UNet.layers``.
+        layers: Names of all other layers, in the order of ``UNet.layers``.
+        names: From names within a layer in the file to the UNet's, for each kind of layer.
         widths: Channels at each resolution.
+        ordered: See ``attention``.
         config: Further arguments of ``UNet``.
     """
-    tensors.finish()
     (width, channels), (embedding, sinusoids) = (ends[f"{name}.weight"].shape[:2] for name in ("stem", "embed.0"))
     multipliers, origin = [w / width for w in widths], tensors.origin
     found = len(ends["head.bias"])
@@ -132,40 +158,46 @@ def assembled(
         network = UNet(**config, embedding=embedding, sinusoids=sinusoids)
     # The noise comes before the learned variance (Nichol & Dhariwal), which samplers here do not use.
     state = ends | {f"head.{leaf}": ends[f"head.{leaf}"][:channels] for leaf in ("weight", "bias")}
-    own, given = [name for name, _ in network.layers()], list(layers)
-    if len(own) != len(given):
-        raise InputError(f"{origin}: has {len(given)} layers where its structure needs {len(own)}: is it complete?")
-    for name, layer in zip(own, given, strict=True):
+    own = list(network.layers())
+    if len(own) != len(layers):
+        raise InputError(f"{origin}: has {len(layers)} layers where its structure needs {len(own)}: is it complete?")
+    for (name, module), prefix in zip(own, layers, strict=True):
+        layer = tensors.layer(prefix, names.get(type(module), _RESAMPLING.get(type(module), {})))
+        if isinstance(module, Attention):
+            layer = attention(layer, module, ordered)
         state |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.items()}
+    tensors.finish()
     load_into(network, state, origin, assign=True)
     network.origin = origin.partition("#")[0].rstrip("/").rpartition("/")[2]
     return network
 
 
-def attention(layer: Layer, heads: int | None = None, ordered: bool = True) -> Layer:
+def attention(layer: Layer, module: Attention, ordered: bool) -> Layer:
     """Weights of 1x1 convolutions, whatever the file keeps them as; queries, keys and values in one.
 
     Args:
         layer: ``norm``, ``out`` and ``q``, ``k``, ``v`` or ``qkv``.
-        heads: Number of heads, where it must divide the channels.
+        module: What they are for.
         ordered: Whether ``qkv`` is ordered (q k v), (head), (channel), as here, and not (head), (q k v), (channel).
 
     Raises:
         InputError: The shapes are of something else.
     """
-    width = len(layer["norm.weight"])
+    width, (heads, head_width) = len(layer["norm.weight"]), (module.style.heads, module.style.head_width)
     for name, value in layer.items():
         rows = 3 * width if name.startswith("qkv") else width
         if value.numel() != (rows * width if name in _MATRICES else rows) or len(value) != rows:
             raise InputError(f"attention over {width} channels has a {name} of shape {tuple(value.shape)}")
-    if width % (heads or 1):
-        raise InputError(f"attention over {width} channels does not divide into {heads} heads")
+    if width % (heads or head_width or 1):
+        raise InputError(
+            f"{width} channels do not divide into {f'{heads} heads' if heads else f'heads of {head_width}'}"
+        )
     for leaf in ("weight", "bias"):
         if f"q.{leaf}" in layer:
             layer[f"qkv.{leaf}"] = torch.cat([layer.pop(f"{part}.{leaf}") for part in "qkv"])
         elif not ordered:
             order = "(n three c) ... -> (three n c) ..."
-            layer[f"qkv.{leaf}"] = rearrange(layer[f"qkv.{leaf}"], order, three=3, n=heads)
+            layer[f"qkv.{leaf}"] = rearrange(layer[f"qkv.{leaf}"], order, three=3, n=module.heads)
     for name in ("qkv.weight", "out.weight"):
         layer[name] = layer[name].reshape(*layer[name].shape[:2], 1, 1)
     return layer

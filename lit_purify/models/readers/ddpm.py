@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from lit_purify.models.readers.assembly import (
-    DDPM,
-    Layer,
-    Source,
-    Tensors,
-    assembled,
-    attention,
-    cosines_first,
-    renaming,
-)
+from lit_purify.models.layers import Attention, ResidualBlock
+from lit_purify.models.readers.assembly import DDPM, Source, Tensors, assembled, cosines_first, renaming, sequence
 from lit_purify.models.unet import UNet
 from lit_purify.recorded import recorded
 
-_RESIDUAL = renaming("norm1 conv1 temb_proj=level norm2 conv2 nin_shortcut=skip")
-_ATTENTION = renaming("norm q k v proj_out=out")
+_NAMES = {
+    ResidualBlock: renaming("norm1 conv1 temb_proj=level norm2 conv2 nin_shortcut=skip"),
+    Attention: renaming("norm q k v proj_out=out"),
+}
 _ENDS = renaming("temb.dense.0=embed.0 temb.dense.1=embed.2 conv_in=stem norm_out=norm conv_out=head")
 
 
@@ -34,27 +28,14 @@ def load_ddpm(path: Source, size: int = 32, steps: int = 1000, dropout: float = 
         InputError: The file is not one of these.
     """
     tensors = Tensors(path, "ddpm")
-    levels, blocks = tensors.count("down.{}."), tensors.count("down.0.block.{}.")
-    widths = [int(tensors[f"down.{k}.block.0.conv1.weight"].shape[0]) for k in range(levels)]
-    attended = [size // 2**k for k in range(levels) if f"down.{k}.attn.0.q.weight" in tensors]
+    count, blocks = tensors.count("down.{}."), tensors.count("down.0.block.{}.")
+    widths = [int(tensors[f"down.{k}.block.0.conv1.weight"].shape[0]) for k in range(count)]
+    attended = [size // 2**k for k in range(count) if f"down.{k}.attn.0.q.weight" in tensors]
+    layers = sequence(tensors, [(f"down.{k}", blocks) for k in range(count)], "block", "attn", "downsample")
+    layers += ["mid.block_1", "mid.attn_1", "mid.block_2"]
+    up = [(f"up.{k}", blocks + 1) for k in reversed(range(count))]
+    layers += sequence(tensors, up, "block", "attn", "upsample")
     ends = tensors.layer("", _ENDS)
     ends["embed.0.weight"] = cosines_first(ends["embed.0.weight"])
-    layers: list[Layer] = []
-
-    def level(prefix: str, count: int, change: str, own: str) -> None:
-        for j in range(count):
-            layers.append(tensors.layer(f"{prefix}.block.{j}", _RESIDUAL))
-            if f"{prefix}.attn.{j}.q.weight" in tensors:
-                layers.append(attention(tensors.layer(f"{prefix}.attn.{j}", _ATTENTION)))
-        if f"{prefix}.{change}.conv.weight" in tensors:
-            layers.append(tensors.layer(f"{prefix}.{change}", {"conv": own}))
-
-    for k in range(levels):
-        level(f"down.{k}", blocks, "downsample", "")
-    layers.append(tensors.layer("mid.block_1", _RESIDUAL))
-    layers.append(attention(tensors.layer("mid.attn_1", _ATTENTION)))
-    layers.append(tensors.layer("mid.block_2", _RESIDUAL))
-    for k in reversed(range(levels)):
-        level(f"up.{k}", blocks + 1, "upsample", "conv")
-    found = {"size": size, "blocks": blocks, "attention": attended, "dropout": dropout, "steps": steps}
-    return assembled(tensors, ends, layers, widths, **found, **DDPM, level_shift=1.0, resampling="conv_end")
+    config = DDPM | {"size": size, "blocks": blocks, "attention": attended, "dropout": dropout, "steps": steps}
+    return assembled(tensors, ends, layers, _NAMES, widths, **config, level_shift=1.0, resampling="conv_end")

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from lit_purify.errors import InputError, notice
-from lit_purify.models.readers.assembly import Layer, Tensors, assembled, attention, cosines_first, renaming
+from lit_purify.models.layers import Attention, ResidualBlock
+from lit_purify.models.readers.assembly import Tensors, assembled, cosines_first, renaming, sequence
 from lit_purify.models.sources import locate
 from lit_purify.models.unet import UNet
-from lit_purify.models.weights import TWO, Which, read_state_dict
+from lit_purify.models.weights import TWO, read_state_dict
 from lit_purify.recorded import recorded
 
 _RESIDUAL = renaming("norm1 conv1 time_emb_proj=level norm2 conv2 conv_shortcut=skip")
@@ -22,10 +23,7 @@ _OLD_ATTENTION = renaming("group_norm=norm query=q key=k value=v proj_attn=out")
 _ENDS = renaming(
     "time_embedding.linear_1=embed.0 time_embedding.linear_2=embed.2 conv_in=stem conv_norm_out=norm conv_out=head"
 )
-_KINDS = {
-    "down": {"DownBlock2D": (0, "conv"), "AttnDownBlock2D": (1, "conv"), "ResnetDownsampleBlock2D": (0, "resnet")},
-    "up": {"UpBlock2D": (0, "conv"), "AttnUpBlock2D": (1, "conv"), "ResnetUpsampleBlock2D": (0, "resnet")},
-}
+_BLOCKS = [f"{kind}Block2D" for kind in ("Down", "AttnDown", "ResnetDownsample", "Up", "AttnUp", "ResnetUpsample")]
 # Other values mean something that is not implemented; the first one counts where the file has none.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
@@ -49,15 +47,16 @@ _ONLY_SCHEDULER: dict[str, tuple[Any, ...]] = {
 
 
 @recorded
-def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None, which: Which = "average") -> UNet:
+def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None) -> UNet:
     """A ``UNet2DModel`` of diffusers, or the ``unet`` of an unconditional pipeline such as google/ddpm-cifar10-32.
+
+    Of a training checkpoint that holds ``unet`` and its average ``unet_ema``, the average is read.
 
     Args:
         path: The folder, or ``hf://organization/name``. A scheduler's configuration is looked for in it, in its
             ``scheduler`` folder and in that beside it; without one, the schedule is linear, 1000 steps.
         dropout: For fine-tuning.
         size: Height and width of its images, where the folder does not say.
-        which: Of a training checkpoint that holds ``unet`` and its average ``unet_ema``, what is read.
 
     Raises:
         InputError: The folder lacks a file, or the network is of a kind that is not supported.
@@ -65,8 +64,8 @@ def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None, wh
     folder = locate(path)
     parts = [folder / name for name in ("unet_ema", "unet") if (folder / name / "config.json").is_file()]
     if len(parts) == 2:
-        notice(f"{folder}: {TWO.format(which)}")
-    inner = (parts or [folder])[-1 if which == "last" else 0]
+        notice(f"{folder}: {TWO}")
+    inner = (parts or [folder])[0]
     config = _json(inner / "config.json")
     if size is not None:
         config["sample_size"] = size
@@ -123,46 +122,29 @@ def diffusers_unet(
             f"{origin}: attn_norm_num_groups = {given} normalizes the middle's attention otherwise than the rest: "
             "this is not supported"
         )
-    down = [_kind("down", name, config, origin) for name in config["down_block_types"]]
-    up = [_kind("up", name, config, origin) for name in config["up_block_types"]]
-    if [attends for attends, _ in down] != [attends for attends, _ in reversed(up)]:
-        raise InputError(f"{origin}: has attention at other resolutions up than down, which is not supported")
-    changes = {change for _, change in (*down[:-1], *up[:-1])}
-    if len(changes) > 1:
-        raise InputError(f"{origin}: mixes ways to change the resolution, which is not supported")
+    down, up = config["down_block_types"], config["up_block_types"]
+    if unknown := [name for name in (*down, *up) if name not in _BLOCKS]:
+        raise InputError(f"{origin}: blocks of type {unknown[0]} are not supported, only {', '.join(_BLOCKS)}")
     size, count = config["sample_size"], config["layers_per_block"]
     conv = "conv" if config.get("downsample_padding", 1) else "conv_end"
     tensors = Tensors(state, "diffusers", origin)
+    inside = "down_blocks.0.downsamplers.0.conv1.weight" in tensors
+    old = any(name.endswith(".query.weight") for name in tensors)
     ends = tensors.layer("", _ENDS)
     if not config.get("flip_sin_to_cos", True):
         ends["embed.0.weight"] = cosines_first(ends["embed.0.weight"])
-    layers: list[Layer] = []
-
-    def block(prefix: str, count: int, attends: int, change: str = "", own: str = "") -> None:
-        for j in range(count):
-            layers.append(tensors.layer(f"{prefix}.resnets.{j}", _RESIDUAL))
-            if j < attends:
-                name = f"{prefix}.attentions.{j}"
-                old = f"{name}.query.weight" in tensors
-                layers.append(attention(tensors.layer(name, _OLD_ATTENTION if old else _ATTENTION)))
-        if f"{prefix}.{change}.conv.weight" in tensors:
-            layers.append(tensors.layer(f"{prefix}.{change}", {"conv": own}))
-        elif f"{prefix}.{change}.conv1.weight" in tensors:
-            layers.append(tensors.layer(f"{prefix}.{change}", _RESIDUAL))
-
-    for k, (attends, _) in enumerate(down):
-        block(f"down_blocks.{k}", count, attends * count, "downsamplers.0")
-    block("mid_block", 2, int(middle))
-    for k, (attends, _) in enumerate(up):
-        block(f"up_blocks.{k}", count + 1, attends * (count + 1), "upsamplers.0", "conv")
+    parts = [(f"down_blocks.{k}", count) for k in range(len(down))] + [("mid_block", 2)]
+    parts += [(f"up_blocks.{k}", count + 1) for k in range(len(up))]
+    layers = sequence(tensors, parts, "resnets", "attentions", "downsamplers.0", "upsamplers.0")
     return assembled(
         tensors,
         ends,
         layers,
+        {ResidualBlock: _RESIDUAL, Attention: _OLD_ATTENTION if old else _ATTENTION},
         config["block_out_channels"],
         size=size,
         blocks=count,
-        attention=[size // 2**k for k, (attends, _) in enumerate(down) if attends],
+        attention=[size // 2**k for k, name in enumerate(down) if name.startswith("Attn")],
         head_width=config.get("attention_head_dim", 8),
         dropout=dropout,
         schedule="linear" if scheduler.get("beta_schedule", "linear") == "linear" else "cosine",
@@ -174,19 +156,9 @@ def diffusers_unet(
         scale_shift=scale_shift,
         groups=groups,
         norm_eps=config.get("norm_eps", 1e-5),
-        resampling="residual" if changes == {"resnet"} else conv,
+        resampling="residual" if inside else conv,
         middle_attention=middle,
     )
-
-
-def _kind(way: str, name: str, config: Mapping[str, Any], origin: str) -> tuple[int, str]:
-    known = _KINDS[way]
-    if name not in known:
-        raise InputError(f"{origin}: blocks of type {name} are not supported, only {', '.join(known)}")
-    attends, change = known[name]
-    if attends:
-        change = config.get(f"{way}sample_type") or change
-    return attends, change
 
 
 def _check(config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], origin: str) -> None:

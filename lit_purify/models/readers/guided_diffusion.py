@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Literal
 
 from lit_purify.errors import InputError, notice
-from lit_purify.models.readers.assembly import Layer, Source, Tensors, assembled, attention, renaming
+from lit_purify.models.layers import Attention, Downsample, ResidualBlock
+from lit_purify.models.readers.assembly import Source, Tensors, assembled, renaming
 from lit_purify.models.unet import UNet
 from lit_purify.recorded import recorded
 
-_RESIDUAL = renaming(
-    "in_layers.0=norm1 in_layers.2=conv1 emb_layers.1=level out_layers.0=norm2 out_layers.3=conv2 skip_connection=skip"
-)
-_ATTENTION = renaming("norm qkv proj_out=out")
+_NAMES = {
+    ResidualBlock: renaming(
+        "in_layers.0=norm1 in_layers.2=conv1 emb_layers.1=level out_layers.0=norm2 out_layers.3=conv2 "
+        "skip_connection=skip"
+    ),
+    Attention: renaming("norm qkv proj_out=out"),
+    Downsample: {"op": ""},
+}
 _ENDS = renaming("time_embed.0=embed.0 time_embed.2=embed.2 input_blocks.0.0=stem out.0=norm out.2=head")
 
 
@@ -26,7 +31,6 @@ def load_guided_diffusion(
     steps: int = 1000,
     rescale_timesteps: bool = False,
     dropout: float = 0.0,
-    heads_upsample: int | None = None,
     new_attention_order: bool = False,
 ) -> UNet:
     """An unconditional network of guided-diffusion, such as ``256x256_diffusion_uncond.pt``.
@@ -43,7 +47,6 @@ def load_guided_diffusion(
         steps: T of the schedule.
         rescale_timesteps: Whether levels were rescaled to 0 .. 1000 for the embedding.
         dropout: For fine-tuning.
-        heads_upsample: Number of attention heads on the way up, where it is another (``num_heads_upsample``).
         new_attention_order: Whether queries, keys and values were split before the heads
             (``use_new_attention_order``).
 
@@ -73,40 +76,25 @@ def load_guided_diffusion(
     if any(name.endswith(".qkv.weight") for name in tensors):
         order = "new" if new_attention_order else "legacy"
         many = f"heads of {head_width} channels" if heads is None and head_width else f"{heads or 1} heads"
-        up_too = f", {heads_upsample} on the way up" if heads_upsample else ""
-        notice(f"{origin}: read as: {order} attention order, {many}{up_too}; heads and new_attention_order change it")
-
-    def layer(prefix: str) -> Layer:
-        if f"{prefix}.qkv.weight" in tensors:
-            taken = tensors.layer(prefix, _ATTENTION)
-            here = len(taken["norm.weight"])
-            count = (heads_upsample if prefix.startswith("output") else None) or heads
-            if count is None and head_width is not None and here % head_width:
-                raise InputError(f"{origin}: {here} channels do not divide into heads of {head_width}")
-            count = count or (1 if head_width is None else here // head_width)
-            return attention(taken, count, ordered=new_attention_order)
-        for resample, own in (("op", ""), ("conv", "conv")):
-            if f"{prefix}.{resample}.weight" in tensors:
-                return tensors.layer(prefix, {resample: own})
-        return tensors.layer(prefix, _RESIDUAL)
+        notice(f"{origin}: read as: {order} attention order, {many}; heads and new_attention_order change it")
 
     ends = tensors.layer("", _ENDS)
     parts = (
         [f"input_blocks.{k}" for k in range(1, depth)] + ["middle_block"] + [f"output_blocks.{k}" for k in range(up)]
     )
-    prefixes = [f"{part}.{j}" for part in parts for j in range(tensors.count(part + ".{}."))]
-    layers = [layer(prefix) for prefix in prefixes]
+    layers = [f"{part}.{j}" for part in parts for j in range(tensors.count(part + ".{}."))]
     return assembled(
         tensors,
         ends,
         layers,
+        _NAMES,
         widths,
+        new_attention_order,
         size=size,
         blocks=blocks,
         attention=attended,
         head_width=head_width,
         heads=heads,
-        heads_up=heads_upsample,
         dropout=dropout,
         schedule=schedule,
         steps=steps,
@@ -130,12 +118,9 @@ def load_improved_diffusion(
     steps: int = 4000,
     rescale_timesteps: bool = True,
     dropout: float = 0.0,
-    heads_upsample: int | None = None,
 ) -> UNet:
     """An unconditional network of improved-diffusion; the defaults are those of ``cifar10_uncond_50M_500K.pt``.
 
     The layout is that of ``load_guided_diffusion``, and so are the arguments.
     """
-    return load_guided_diffusion(
-        path, size, None, heads, schedule, steps, rescale_timesteps, dropout, heads_upsample=heads_upsample
-    )
+    return load_guided_diffusion(path, size, None, heads, schedule, steps, rescale_timesteps, dropout)

@@ -8,21 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from lit_purify.errors import InputError
-from lit_purify.models.readers.assembly import (
-    DDPM,
-    Layer,
-    Source,
-    Tensors,
-    assembled,
-    attention,
-    cosines_first,
-    renaming,
-)
+from lit_purify.models.layers import Attention, ResidualBlock
+from lit_purify.models.readers.assembly import DDPM, Source, Tensors, assembled, cosines_first, renaming
 from lit_purify.models.unet import UNet
 from lit_purify.models.weights import read_container, state_dict_in
 from lit_purify.recorded import recorded
 
-_RESIDUAL = renaming("GroupNorm_0=norm1 Conv_0=conv1 Dense_0=level GroupNorm_1=norm2 Conv_1=conv2 Conv_2=skip")
+_NAMES = {
+    ResidualBlock: renaming("GroupNorm_0=norm1 Conv_0=conv1 Dense_0=level GroupNorm_1=norm2 Conv_1=conv2 Conv_2=skip"),
+    Attention: renaming("GroupNorm_0=norm q k v out"),
+}
 
 
 @recorded
@@ -72,11 +67,15 @@ def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropou
     ends["embed.0.weight"] = cosines_first(ends["embed.0.weight"])
     for k, name in enumerate(pyramid):
         ends |= tensors.layer(name, {"Conv2d_0": f"pyramid.{k}"})
-    layers = [tensors.layer(name, _RESIDUAL) if name in residual else _attention(tensors, name) for name in order]
+    for name in order:
+        for k, part in enumerate(("q", "k", "v", "out") if name not in residual else ()):
+            tensors[f"{name}.{part}.weight"] = tensors.take(f"{name}.NIN_{k}.W").T
+            tensors[f"{name}.{part}.bias"] = tensors.take(f"{name}.NIN_{k}.b")
     return assembled(
         tensors,
         ends,
-        layers,
+        order,
+        _NAMES,
         widths,
         size=size,
         blocks=sum(name in residual for name in order[: halving[0]]),
@@ -98,14 +97,6 @@ def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropou
 def _channels(tensors: Tensors, name: str) -> tuple[int, int]:
     out, into = tensors[f"{name}.Conv_0.weight"].shape[:2]
     return into, out
-
-
-def _attention(tensors: Tensors, name: str) -> Layer:
-    layer = tensors.layer(name, {"GroupNorm_0": "norm"})
-    for k, part in enumerate(("q", "k", "v", "out")):
-        layer[f"{part}.weight"] = tensors.take(f"{name}.NIN_{k}.W").T
-        layer[f"{part}.bias"] = tensors.take(f"{name}.NIN_{k}.b")
-    return attention(layer)
 
 
 def _averaged(ema: Any, state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:  # noqa: ANN401
