@@ -27,6 +27,7 @@ from lit_purify.defense import Gradient, Purifier
 from lit_purify.errors import InputError
 from lit_purify.models import Classifier, Denoiser
 from lit_purify.private import renew_store
+from lit_purify.shipped import shipped
 
 _CLASS = {"class_path", "init_args", "dict_kwargs"}
 _LOADERS = {"denoiser": "lit_purify.models.load_denoiser", "classifier": "lit_purify.models.load_classifier"}
@@ -154,6 +155,8 @@ def arguments(given: Sequence[str]) -> list[str]:
 def _written(flag: str, value: str) -> str:
     """The value of a flag; a path of a network as its loader."""
     name, value = flag.removeprefix("--"), _at_home(value)
+    if flag == "--config":
+        return str(shipped(Path(value)))
     role = "classifier" if name.startswith("defenses.") and name.count(".") == 1 else name.rpartition(".")[2]
     if flag.startswith("--") and role in _LOADERS and _is_file(value):
         return yaml.safe_dump(network(role, value), default_flow_style=True, width=10**6).strip()

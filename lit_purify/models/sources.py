@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 
 from lit_purify.errors import InputError
+from lit_purify.shipped import shipped
 
 # Early repositories keep the scheduler's settings beside the network's.
 _MODEL = ["config.json", "scheduler_config.json", "scheduler/scheduler_config.json", "unet/config.json"]
@@ -24,7 +25,7 @@ def locate(source: str | Path) -> Path:
 
     Args:
         source: One of
-            a local path, which is returned as it is, whether there is something or not;
+            a local path, which is returned as it is, whether there is something or not (see ``shipped``);
             ``https://host/file.pt#sha256=<64 hexadecimal digits>`` (or ``http``), downloaded once into the cache;
             ``hf://organization/name/path/to/file``, a file of the Hugging Face hub;
             ``hf://organization/name``, the folder of a diffusers ``UNet2DModel`` there, without what it does not need.
@@ -40,7 +41,7 @@ def locate(source: str | Path) -> Path:
         return _from_web(f"{match[1].lower()}://{text[match.end() :]}")
     if match := re.match(r"hf:/+", text, re.IGNORECASE):
         return _from_hub(f"hf://{text[match.end() :]}")
-    return Path(source)
+    return shipped(Path(source))
 
 
 def _from_web(address: str) -> Path:
