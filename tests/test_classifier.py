@@ -605,6 +605,7 @@ def rewritten(path, old, new):
     ("damage", "message"),
     [
         (lambda p: p.unlink(), "no such file"),
+        (lambda p: (p.unlink(), p.mkdir()), "is a folder; load_diffusers reads those of diffusers"),
         (lambda p: p.write_bytes(b"<html>"), "HTML page"),
         (lambda p: p.write_bytes(p.read_bytes()[:-9]), "not a safetensors file"),
         (lambda p: torch.save({}, p), "not a safetensors file"),

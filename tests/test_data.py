@@ -35,7 +35,6 @@ from lit_purify.data import (
     RandomDraws,
 )
 from lit_purify.data.folder import read_image
-from lit_purify.data.torchvision_files import train_or_val
 from lit_purify.errors import InputError, notice
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -164,42 +163,27 @@ def test_batches(every):
         assert batch["label"].max() < len(data.classes)
 
 
-def test_evaluation_reads_the_split_in_order(every):
-    data, _ = every
-    whole = data.split("test")
-    assert positions(data.test_dataloader()) == list(range(len(whole)))
-    assert positions(data.val_dataloader()) == list(range(len(data.split("val"))))
-    for batch in data.test_dataloader():
-        for image, label, index in zip(*batch.values(), strict=True):
-            assert torch.equal(image, whole[int(index)]["image"])
-            assert label == whole.labels[index]
-
-
 def test_index_does_not_depend_on_subset_or_batch_size(every):
     data, _ = every
     whole = data.split("test")
+    assert positions(data.val_dataloader()) == list(range(len(data.split("val"))))
     for subset, batch_size in ((None, 4), (First(4), 3), (RandomChoice(5, seed=2), 1), (RandomChoice(5, seed=2), 5)):
         data.subset, data.batch_size = subset, batch_size
         expected = range(len(whole)) if subset is None else subset.indices(whole.labels)
         assert positions(data.test_dataloader()) == list(expected)
         assert len(data.evaluated) == len(expected)
-        for sample in samples(data.evaluated):
-            assert torch.equal(sample["image"], whole[sample["index"]]["image"])
-            assert sample["label"] == whole.labels[sample["index"]]
-
-
-def test_splits_pickle(every):
-    data, _ = every
-    for name in ("train", "val", "test"):
-        split = data.split(name)
-        copy = pickle.loads(pickle.dumps(split))
-        assert torch.equal(copy[1]["image"], split[1]["image"])
+        for batch in data.test_dataloader():
+            for image, label, index in zip(*batch.values(), strict=True):
+                assert torch.equal(image, whole[int(index)]["image"])
+                assert label == whole.labels[index]
 
 
 def test_the_same_split_is_made_every_time(every):
+    """And handed to workers."""
     data, _ = every
     for name in ("train", "val", "test"):
-        assert np.array_equal(as_bytes(data.split(name)), as_bytes(data.split(name)))
+        again = pickle.loads(pickle.dumps(data.split(name)))
+        assert np.array_equal(as_bytes(data.split(name)), as_bytes(again))
 
 
 def test_evaluate_on_another_split():
@@ -234,21 +218,39 @@ def test_digits_are_cut_from_the_stated_permutation():
     assert Digits().classes == [str(digit) for digit in range(10)]
 
 
-def test_cifar10_from_its_files(tmp_path, any_md5):
-    written = write_cifar10(tmp_path)
-    data = CIFAR10(tmp_path)
+@pytest.mark.parametrize(("kind", "write"), [(CIFAR10, write_cifar10), (SVHN, write_svhn)])
+def test_splits_of_the_original_files(kind, write, tmp_path, any_md5):
+    written = write(tmp_path)
+    data = kind(tmp_path)
     # Pictures beside the files, also in folders that are named like splits, change nothing.
     write_folders(tmp_path, {"test/cat": 1, "train/cat": 1})
     assert data.names_sha256 is None
-    # A tenth of 50 training images.
-    val = sorted(np.random.RandomState(0).permutation(50)[:5])
-    train = sorted(set(range(50)) - set(val))
-    for name, part, chosen in (("train", "train", train), ("val", "train", val), ("test", "test", range(10))):
+    count = len(written["train"][1])
+    val = sorted(np.random.RandomState(0).permutation(count)[: count // 10])
+    train = sorted(set(range(count)) - set(val))
+    test = list(range(len(written["test"][1])))
+    for name, part, chosen in (("train", "train", train), ("val", "train", val), ("test", "test", test)):
         images, labels = written[part]
         assert np.array_equal(as_bytes(data.split(name)), np.stack([images[i] for i in chosen]))
         assert data.split(name).labels.tolist() == [labels[i] for i in chosen]
-    assert data.classes == CIFAR10_CLASSES
-    assert data.name == "CIFAR10"
+    assert data.classes == (CIFAR10_CLASSES if kind is CIFAR10 else [str(digit) for digit in range(10)])
+    assert data.name == kind.__name__
+
+
+@pytest.mark.parametrize(
+    ("kind", "folders", "labels"),
+    [
+        (CIFAR10Folder, {"val/ship": 2, "val/cat": 1}, [3, 8, 8]),
+        (ImageNet, {"val/n15075141": 2, "val/n01440764": 1, "val/n01443537": 1}, [0, 1, 999, 999]),
+    ],
+)
+def test_labels_are_positions_among_all_classes(kind, folders, labels, tmp_path):
+    write_folders(tmp_path, folders)
+    data = kind(tmp_path, size=8)
+    assert data.split("test").labels.tolist() == labels
+    (tmp_path / "val" / "goldfish").mkdir()
+    with pytest.raises(InputError, match=f"'goldfish' is not a class of {kind.__name__}"):
+        data.split("val")
 
 
 def test_cifar10_from_folders(tmp_path):
@@ -262,37 +264,6 @@ def test_cifar10_from_folders(tmp_path):
         split = data.split(name)
         assert [folder_of[g].split("/")[1] for g in grays(split)] == [CIFAR10_CLASSES[i] for i in split.labels]
     assert data.name == f"CIFAR10Folder({tmp_path.name})"
-
-
-def test_cifar10_labels_hold_when_only_some_classes_are_there(tmp_path):
-    write_folders(tmp_path, {"test/cat": 1, "test/ship": 2})
-    assert CIFAR10Folder(tmp_path).split("test").labels.tolist() == [3, 8, 8]
-    (tmp_path / "test" / "tiger").mkdir()
-    with pytest.raises(InputError, match="'tiger' is not a class of CIFAR10Folder"):
-        CIFAR10Folder(tmp_path).split("test")
-
-
-def test_validation_of_the_whole_cifar10_has_5000_images():
-    whole = ImageDataset.whole(constant_image, np.zeros(50_000), ["a"])
-    order = np.random.RandomState(0).permutation(50_000)
-    val, train = train_or_val(whole, "val"), train_or_val(whole, "train")
-    assert [round(float(val[i]["image"][0, 0, 0]) * 1000) for i in (0, 4999)] == [
-        order[:5000].min(),
-        order[:5000].max(),
-    ]
-    assert (len(train), len(val)) == (45_000, 5000)
-
-
-def test_svhn_from_its_files(tmp_path, any_md5):
-    written = write_svhn(tmp_path)
-    data = SVHN(tmp_path)
-    val = sorted(np.random.RandomState(0).permutation(30)[:3])
-    train = sorted(set(range(30)) - set(val))
-    for name, part, chosen in (("train", "train", train), ("val", "train", val), ("test", "test", list(range(12)))):
-        images, digits = written[part]
-        assert np.array_equal(as_bytes(data.split(name)), images[chosen])
-        assert data.split(name).labels.tolist() == digits[chosen].tolist()
-    assert (data.split("test").labels == 0).sum() == 1
 
 
 @pytest.mark.parametrize("kind", [CIFAR10, SVHN])
@@ -331,19 +302,6 @@ def test_failed_download_is_told(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(getattr(datasets, kind.__name__), "download", download)
     with pytest.raises(InputError, match="no network"):
         kind(tmp_path, download=True).split("test")
-
-
-def test_imagenet_labels_are_positions_among_all_classes(tmp_path):
-    folder_of = write_folders(tmp_path, {"val/n15075141": 2, "val/n01440764": 1, "val/n01443537": 1})
-    data = ImageNet(tmp_path, size=8)
-    label_of = {"val/n01440764": 0, "val/n01443537": 1, "val/n15075141": 999}
-    split = data.split("test")
-    assert split.labels.tolist() == [label_of[folder_of[g]] for g in grays(split)] == [0, 1, 999, 999]
-    assert len(data.classes) == 1000
-    assert data.classes == sorted(data.classes)
-    (tmp_path / "val" / "goldfish").mkdir()
-    with pytest.raises(InputError, match="'goldfish' is not a class of ImageNet"):
-        data.split("val")
 
 
 # Folders of one's own.
@@ -394,22 +352,6 @@ def test_splits_hold_every_class_where_they_can():
     assert sorted(order) == list(range(551))
     for end in range(1, 552):
         assert (np.abs(np.bincount(labels[order[:end]], minlength=3) - np.bincount(labels) * end / 551) < 1.5).all()
-
-
-def test_everything_can_be_tested_on(tmp_path):
-    write_folders(tmp_path, {"cat": 3, "dog": 4})
-    data = ImageFolder(tmp_path, val_fraction=0.0, test_fraction=1.0)
-    assert grays(data.split("test")) == list(range(7))
-    with pytest.raises(InputError, match="none are left for train"):
-        data.split("train")
-
-
-@pytest.mark.parametrize("present", ["val", "test"])
-def test_nothing_to_train_on(tmp_path, present):
-    write_folders(tmp_path, {f"{present}/cat": 3})
-    assert len(ImageFolder(tmp_path).split("test")) == 3
-    with pytest.raises(InputError, match="no folder train"):
-        ImageFolder(tmp_path).split("train")
 
 
 def test_labels_agree_between_splits_with_different_classes(tmp_path):
@@ -491,17 +433,6 @@ def test_a_process_ends_whose_loader_has_workers_at_work():
     assert process.exitcode == 0
 
 
-def test_unreadable_images_are_named(tmp_path):
-    write_folders(tmp_path, {"test/some": 2})
-    broken = tmp_path / "test" / "some" / "001.png"
-    for damage in (b"", b"GIF", broken.read_bytes()[:45]):
-        broken.write_bytes(damage)
-        with pytest.raises(InputError, match=f"{broken}: cannot be read"):
-            list(ImageFolder(tmp_path).test_dataloader())
-    with pytest.raises(InputError, match=f"{broken}: cannot be read"):
-        list(ImageFolder(tmp_path, num_workers=1).test_dataloader())
-
-
 def exif(orientation, kind):
     """EXIF with an orientation and a resolution, which cannot be written again if its type is ``kind`` 10 (-1 / 0)."""
     entries = struct.pack("<HHHIHHHHII", 2, 0x0112, 3, 1, orientation, 0, 0x011A, kind, 1, 38)
@@ -527,7 +458,8 @@ def test_whatever_pillow_raises_names_the_file(tmp_path):
     Image.new("RGB", (32, 24)).save(data, "AVIF")
     avif = data.getvalue()
     cut = avif.index(b"mdat") + 4
-    for name, content in (("a.tif", bytes(tiff)), ("b.avif", avif[:cut] + bytes(len(avif) - cut))):
+    avif = avif[:cut] + bytes(len(avif) - cut)
+    for name, content in (("a.tif", bytes(tiff)), ("b.avif", avif), ("c.png", b""), ("d.png", b"GIF")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=f"{name}: cannot be read as an image"):
             read_image(tmp_path / name, 3)
@@ -603,30 +535,32 @@ def test_deep_gray_images_are_not_clipped_silently(tmp_path):
         ImageFolder(tmp_path).split("test")[0]
 
 
+def images_without_classes(root):
+    Image.new("L", (8, 8)).save(root / "0.png")
+    ImageFolder(root).split("test")
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("folders", "make", "message"),
     [
-        (lambda root: ImageFolder(root / "nowhere").split("test"), "nowhere: no such folder"),
-        (lambda root: ImageFolder(root).split("test"), "no images in it; it needs one subfolder a class"),
-        (lambda root: ImageFolder(root, channels=4), "channels = 4"),
-        (lambda root: ImageFolder(root, val_fraction=-0.1), "val_fraction = -0.1"),
-        (lambda root: ImageFolder(root, val_fraction=0.5, test_fraction=0.6), "test_fraction = 0.6"),
-        (lambda root: ImageFolder(root, split_seed=-1).split("test"), "seed = -1"),
+        ([], lambda root: ImageFolder(root / "nowhere").split("test"), "nowhere: no such folder"),
+        ([], lambda root: ImageFolder(root).split("test"), "no images in it; it needs one subfolder a class"),
+        ([], images_without_classes, "its images lie in no class folders"),
+        ([], lambda root: ImageFolder(root, channels=4), "channels = 4"),
+        ([], lambda root: ImageFolder(root, val_fraction=-0.1), "val_fraction = -0.1"),
+        ([], lambda root: ImageFolder(root, val_fraction=0.5, test_fraction=0.6), "test_fraction = 0.6"),
+        (["cat"], lambda root: ImageFolder(root, split_seed=-1).split("test"), "seed = -1"),
+        (["cat"], lambda root: ImageFolder(root).split("val"), "of 3 images none are left for val"),
+        (["cat"], lambda root: ImageFolder(root, val_fraction=0, test_fraction=1).split("train"), "none are left for"),
+        (["val/cat"], lambda root: ImageFolder(root).split("train"), "no folder train"),
+        (["test/cat"], lambda root: ImageFolder(root).split("train"), "no folder train"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_told(tmp_path, make, message):
-    (tmp_path / "cat").mkdir()
-    if "seed" in message:
-        Image.new("L", (2, 2)).save(tmp_path / "cat" / "0.png")
+def test_what_is_wrong_with_a_folder_is_told(tmp_path, folders, make, message):
+    write_folders(tmp_path, dict.fromkeys(folders, 3))
     with pytest.raises(InputError, match=message) as raised:
         make(tmp_path)
     assert "\n" not in str(raised.value)
-
-
-def test_too_few_images_for_a_split(tmp_path):
-    write_folders(tmp_path, {"cat": 3})
-    with pytest.raises(InputError, match="of 3 images none are left for val"):
-        ImageFolder(tmp_path).split("val")
 
 
 # Subsets.
@@ -634,14 +568,11 @@ def test_too_few_images_for_a_split(tmp_path):
 LABELS = np.random.RandomState(5).randint(0, 7, 200)
 
 
-def test_first():
-    assert First(4).indices(LABELS).tolist() == [0, 1, 2, 3]
-
-
 def test_random_choice_is_numpys():
     expected = np.random.RandomState(0).choice(10_000, 512, replace=False)
     assert RandomChoice(512).indices(np.zeros(10_000, np.int64)).tolist() == expected.tolist()
     assert RandomChoice(3, seed=1).indices(LABELS).tolist() != RandomChoice(3, seed=2).indices(LABELS).tolist()
+    assert First(4).indices(LABELS).tolist() == [0, 1, 2, 3]
 
 
 def test_random_draws_are_a_union_in_order():

@@ -4,9 +4,7 @@ import json
 import os
 import pickle
 import re
-import shutil
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,18 +13,16 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from processes import launch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lit_purify import cli
-from lit_purify.attacks import PGD
 from lit_purify.cli.messages import explanation
-from lit_purify.defense import HeterogeneousPurifier, TopFraction, UniformPurifier, VariableIntensityPurifier
 from lit_purify.errors import InputError
 from lit_purify.evaluation import RobustnessTask
 from lit_purify.evaluation.folder import RunFolder
-from lit_purify.models import ResNetClassifier, UNet, load_denoiser
+from lit_purify.models import ResNetClassifier, UNet
 from lit_purify.models.files import save_network
 
 ROOT = Path(__file__).parent.parent
@@ -178,13 +174,9 @@ def images_from(root, **options):
     ("key", "value", "said"),
     [
         ("defences", {"none": "NoPurifier"}, "there is no setting defences; did you mean defenses?"),
-        ("model", 3, "there is no setting model"),
-        ("trainer.devixes", 3, "there is no setting trainer.devixes; did you mean trainer.devices?"),
         ("rnus", 3, "there is no setting rnus; did you mean runs?"),
-        (f"{UNIFORM}.levl", 5, "defenses.uniform: UniformPurifier has no option levl; did you mean level?"),
         (f"{UNIFORM}.foo", 5, "UniformPurifier has no option foo; it has level, steps, sampler, recompute"),
         (f"{ATTACK}.stepz", 5, "attacks.pgd: PGD has no option stepz; did you mean steps?"),
-        ("data.subset.m", 5, "data.subset: First has no option m; it has n"),
         (
             "classifier",
             {"class_path": "lit_purify.models.load_classifier", "pth": 5},
@@ -195,19 +187,14 @@ def images_from(root, **options):
         (f"{UNIFORM}.sampler", "ddimm", "defenses.uniform.sampler: expected 'ddim' or 'ddpm' or 'sde'; got"),
         (f"{ATTACK}.steps", 5.5, "attacks.pgd.steps: expected int; got 5.5"),
         (f"{ATTACK}.eps", [1], "attacks.pgd.eps: expected float or str; got [1]"),
-        ("data.batch_size", "many", "data.batch_size: expected int; got many"),
-        ("runs", "abc", "runs: expected int; got abc"),
         ("seed", -1, "seed = -1 is outside"),
         ("attacks", None, "no attacks given: name a configuration with --config"),
         (f"{UNIFORM}.level", None, "defenses.uniform: UniformPurifier needs level"),
         ("data", None, "no data given: name a configuration with --config"),
         ("data", 5, "data: a class is needed: give its class_path"),
-        ("data.subset", 5, "data.subset: a class is needed: give its class_path"),
         (UNIFORM, 5, "defenses.uniform: a class is needed: give its class_path"),
         ("data", "Digitz", "data: there is no class Digitz; did you mean Digits?"),
-        (UNIFORM, "Unifrm", "defenses.uniform: there is no class Unifrm"),
         (f"{ATTACK}.class_path", "PGGD", "attacks.pgd: there is no class PGGD; did you mean PGD?"),
-        (f"{UNIFORM}.class_path", "Uniform", "there is no class Uniform; did you mean UniformPurifier?"),
         (f"{UNIFORM}.class_path", "PGD", "defenses.uniform: PGD is of another kind than is needed here"),
         (
             f"{UNIFORM}.class_path",
@@ -222,7 +209,6 @@ def images_from(root, **options):
             "config.yaml: defenses: YAML reads a name there as 100 (int): write it in quotes",
         ),
         ("baseline", False, "baseline: a text is needed, and YAML reads it as False (bool): write it in quotes"),
-        ("defenses", {False: "NoPurifier"}, "config.yaml: defenses: YAML reads a name there as False (bool)"),
         ("attacks", {"ensemble": "PGD"}, "'ensemble' names the worst case over all attacks"),
         ("baseline", "best", "baseline = 'best' is not among the defenses none, uniform"),
         ("trainer.devices", "abc", "devices"),
@@ -241,15 +227,11 @@ def test_configuration(refused_evaluation, key, value, said):
         (["--defences", "3"], "there is no setting defences; did you mean defenses?"),
         # Abbreviations, both with one meaning only.
         (["--trainer.device", "3"], "there is no setting trainer.device; did you mean trainer.devices?"),
-        (["--trainer.device=3"], "there is no setting trainer.device; did you mean trainer.devices?"),
         (["--data.batch", "4"], "data: Digits has no option batch; did you mean batch_size?"),
         ([f"--{UNIFORM}.levl", "5"], f"{UNIFORM}: UniformPurifier has no option levl; did you mean"),
-        ([f"--{UNIFORM}.level", "x"], f"{UNIFORM}.level: expected int; got x"),
-        ([f"--{ATTACK}.class_path", "PGGD"], f"{ATTACK}: there is no class PGGD; did you mean PGD?"),
         (["--data.subset.n", "x"], "data.subset.n: expected int; got x"),
         (["--atacks.pgd.steps", "5"], "there is no setting atacks; did you mean attacks?"),
         (["--attacks.pdg.steps", "5"], "attacks has no pdg; did you mean pgd?"),
-        (["--defenses.unifrom.steps", "5"], "defenses has no unifrom; did you mean uniform?"),
         (["--attacks.other.steps", "5"], "attacks.other: a class is needed"),
         (["stray"], "unexpected argument stray; eval.py takes one of test, frontier"),
         (["tset"], "unexpected argument tset; did you mean test?"),
@@ -299,39 +281,6 @@ def test_training_without_a_configuration(refused):
     assert "no model given: name a configuration with --config" in refused(cli.train, "fit")
 
 
-@pytest.mark.parametrize(
-    ("eps", "said"),
-    [
-        (0.0, "must be above 0"),
-        ("abc", "eps = 'abc' is not a number or a fraction such as 8/255"),
-        ("8/0", "eps = '8/0' is not a number or a fraction such as 8/255"),
-        (8.0, "is above 1, the whole range of a pixel"),
-    ],
-)
-def test_threat_model(eps, said):
-    with pytest.raises(InputError, match=re.escape(said)):
-        PGD(eps=eps)
-
-
-@pytest.mark.parametrize(
-    ("purifier", "arguments", "said"),
-    [
-        (UniformPurifier, (0, 1), "level = 0 is outside 1 .. 1000"),
-        (UniformPurifier, (1001, 1), "level = 1001 is outside 1 .. 1000"),
-        (UniformPurifier, (3, 4), "steps = 4 is more than the 3 whole levels"),
-        (UniformPurifier, (3, 0), "steps = 0: use at least 1"),
-        (HeterogeneousPurifier, (TopFraction(0.3), 100, 200, 4), "low = 200 (t_s) is above high = 100"),
-        (HeterogeneousPurifier, (TopFraction(0.3), 4, 2, 8), "whole levels"),
-        (HeterogeneousPurifier, (TopFraction(0.3), 1000, 2, 8), "high + jump = 1010 is outside"),
-        (VariableIntensityPurifier, (TopFraction(0.3), 100, 200, 4), "low = 200 (t_s) is above high = 100"),
-        (VariableIntensityPurifier, (TopFraction(0.3), 1001, 200, 4), "high = 1001 is outside 1 .. 1000"),
-    ],
-)
-def test_levels(unet, purifier, arguments, said):
-    with pytest.raises(InputError, match=re.escape(said)):
-        purifier(unet, *arguments)
-
-
 def test_what_a_constructor_refuses_has_its_place(refused_evaluation):
     assert refused_evaluation({f"{UNIFORM}.level": 0}).startswith("defenses.uniform: level = 0 is outside 1 .. 1000")
 
@@ -339,39 +288,6 @@ def test_what_a_constructor_refuses_has_its_place(refused_evaluation):
 def test_subset_larger_than_the_split(refused_evaluation):
     said = refused_evaluation({"data.subset.n": 401})
     assert said == "subset: n = 401 samples cannot be chosen from a split of 400: use n = 1 .. 400"
-
-
-def saved(info):
-    return lambda path, weights: save_file({"w": torch.zeros(1)}, path, info)
-
-
-def holding(content):
-    return lambda path, weights: path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("make", "said"),
-    [
-        (lambda path, weights: None, "no such file; check the path"),
-        (lambda path, weights: path.mkdir(), "is a folder; load_diffusers reads those of diffusers"),
-        (holding(b""), "the file is empty"),
-        (holding(b"\n<!DOCTYPE html><html>Sign in</html>"), "this is an HTML page, not weights"),
-        (holding(b"version https://git-lfs.github.com/spec/v1\n"), "git-lfs pointer"),
-        (
-            lambda path, weights: path.write_bytes((weights / "denoiser.safetensors").read_bytes()[:-9]),
-            "is it complete?",
-        ),
-        (holding(b"\x93NUMPY" * 99), "not a safetensors file"),
-        (saved(None), "carries no configuration"),
-        (saved({"lit_purify": json.dumps({"class_path": "no.Net", "init_args": {}})}), "no.Net"),
-        (lambda path, weights: shutil.copy(weights / "classifier.safetensors", path), "holds a ResNetClassifier"),
-    ],
-)
-def test_weights(weights, tmp_path, make, said):
-    path = tmp_path / "weights.safetensors"
-    make(path, weights)
-    with pytest.raises(InputError, match=f"^{re.escape(f'{path}: ')}.*{re.escape(said)}"):
-        load_denoiser(path)
 
 
 def test_weights_of_a_configuration(refused_evaluation, weights):
@@ -391,39 +307,6 @@ class Code:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize(
-    ("write", "said"),
-    [
-        (lambda path, code: path.write_bytes(pickle.dumps(code)), "refused, not a file of plain tensors"),
-        (lambda path, code: torch.save(code, path), "refused, not a file of plain tensors"),
-        (lambda path, code: torch.save([1, 2], path), "holds no state_dict"),
-        (lambda path, code: torch.save(UNet(**DENOISER).state_dict(), path), "these weights are of another network"),
-    ],
-)
-def test_checkpoint_of_others(tmp_path, write, said):
-    path, trap = tmp_path / "weights.pth", tmp_path / "trap"
-    write(path, {"w": Code(trap)})
-    with pytest.raises(InputError, match=f"^{re.escape(f'{path}: {said}')}"):
-        ResNetClassifier(**CLASSIFIER, checkpoint=path)
-    assert not trap.exists(), "code from the file was run"
-
-
-def test_data_folder_missing_or_empty(refused_evaluation, tmp_path):
-    root = tmp_path / "images"
-    assert refused_evaluation({"data": images_from(root)}).startswith(f"{root}: no such folder; ")
-    root.mkdir()
-    assert refused_evaluation({"data": images_from(root)}).startswith(f"{root}: no images in it; ")
-    (root / "class").mkdir()
-    assert refused_evaluation({"data": images_from(root)}).startswith(f"{root}: no images in it; ")
-    Image.new("L", (8, 8)).save(root / "one.png")
-    assert refused_evaluation({"data": images_from(root)}).startswith(f"{root}: its images lie in no class folders; ")
-    for dataset in ("CIFAR10", "SVHN"):
-        said = refused_evaluation({"data": {"class_path": dataset, "init_args": {"root": str(root)}}})
-        assert said.startswith(f"{root}: ")
-        assert dataset in said
-        assert "set download: true to fetch" in said
-
-
 @pytest.mark.parametrize(("workers", "name"), [(0, "class00/0.png"), (1, "class01/1.png")], ids=["first", "last"])
 def test_unreadable_image(refused_evaluation, evaluate, evaluation, tmp_path, run, workers, name):
     root = image_folder(tmp_path / "images")
@@ -437,33 +320,11 @@ def test_unreadable_image(refused_evaluation, evaluate, evaluation, tmp_path, ru
     assert len(evaluate()) == 8
 
 
-def test_data_and_classifier(refused_evaluation, tmp_path, run):
-    """A logger would make folders as soon as the run starts."""
-    root = image_folder(tmp_path / "images", shape=(9, 9, 3))
-    logger = {"class_path": "CSVLogger", "save_dir": str(run)}
-    said = refused_evaluation({"data": images_from(root, channels=3), "trainer.logger": logger})
-    assert said.startswith("the classifier takes images of shape (1, 8, 8), the data has (3, 9, 9)")
-
-
-def test_data_and_the_classifier_of_one_defense(refused_evaluation):
-    """It is named: the defended one fits."""
-    other = {"class_path": "ResNetClassifier", **CLASSIFIER, "size": 16}
-    said = refused_evaluation({UNIFORM: other})
-    assert said.startswith("defenses.uniform: the classifier takes images of shape (1, 16, 16), the data has (1, 8, 8)")
-
-
 def test_a_refused_training_leaves_no_part_of_a_dashboard(refused_training, tmp_path):
     root = image_folder(tmp_path / "images", shape=(9, 9), count=4)
     data = {"class_path": "ImageFolder", "init_args": {"root": str(root), "channels": 1, "val_fraction": 0.3}}
     said = refused_training({"data": data, "trainer.logger": {"class_path": "WandbRun"}})
     assert said.startswith("the classifier takes images of shape (1, 8, 8), the data has (1, 9, 9)")
-
-
-def test_data_and_denoiser(refused_evaluation, tmp_path):
-    root = image_folder(tmp_path / "images", shape=(16, 16))
-    classifier = {"class_path": "ResNetClassifier", **CLASSIFIER, "size": 16}
-    said = refused_evaluation({"data": images_from(root), "classifier": classifier})
-    assert said.startswith("the denoiser takes images of shape (1, 8, 8), the data has (1, 16, 16):")
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -472,11 +333,6 @@ def test_images_of_several_sizes(refused_evaluation, tmp_path, batch_size):
     Image.fromarray(np.zeros((9, 9), dtype=np.uint8)).save(root / "class01" / "1.png")
     said = refused_evaluation({"data": images_from(root, batch_size=batch_size)}, written=True)
     assert "(1, 9, 9)" in said
-
-
-def test_label_outside_the_classifier(refused_evaluation, tmp_path):
-    said = refused_evaluation({"data": images_from(image_folder(tmp_path / "images", classes=11, count=1))})
-    assert said.startswith("the data has 11 classes (class00, class01, class02 ...) but the classifier has 10: ")
 
 
 @pytest.mark.parametrize(
@@ -496,6 +352,7 @@ def test_label_outside_the_classifier(refused_evaluation, tmp_path):
         ({"model.init_args.classifier.init_args.width": -4}, "negative dimension"),
         ({"trainer.val_check_interval": 5000}, "`val_check_interval` (5000) must be less than or equal"),
         ({"trainer.strategy": "foo"}, "invalid strategy name"),
+        ({"trainer.precision": "bf16-true"}, "trainer.precision = bf16-true: take 32-true, bf16-mixed"),
     ],
 )
 def test_training(refused_training, changes, said):
@@ -624,7 +481,9 @@ class Killed(Dataset):
         return 1
 
 
-def test_what_torch_says_is_translated():
+def test_what_torch_says_is_translated(monkeypatch):
+    # How long torch waits for a batch before it looks whether its workers live.
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     with pytest.raises(RuntimeError) as killed:
         next(iter(DataLoader(Killed(), num_workers=1)))
     assert "lower data.num_workers" in explanation(killed.value, None)
@@ -654,12 +513,10 @@ def test_the_whole_standard_error(evaluation, tmp_path, run):
     root = image_folder(tmp_path / "images", classes=10, count=1)
     (root / "class01" / "0.png").write_bytes(b"")
     evaluation["data"] = images_from(root, batch_size=1, num_workers=1)
-    argv = [sys.executable, "eval.py", "--config", written_to(tmp_path, evaluation, None), "--run", run]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"eval.py: error: {root}/class01/0.png: cannot be read as an image")
-    assert done.stderr.count("\n") == 1
+    launched = launch(written_to(tmp_path, evaluation, None), run)
+    assert launched.wait() == [2]
+    assert launched.said.startswith(f"eval.py: error: {root}/class01/0.png: cannot be read as an image")
+    assert launched.said.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [[], ["--trainer.devices", "1"]])
@@ -668,3 +525,35 @@ def test_processes_that_know_nothing_of_each_other(refused_evaluation, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = refused_evaluation(None, *flags, "--trainer.accelerator", "cpu")
     assert said.startswith("2 processes were started (WORLD_SIZE), the trainer has 1: add --trainer.devices 2")
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "changes", "said"),
+    [
+        ((9, 9, 3), {"channels": 3}, {}, "the classifier takes images of shape (1, 8, 8), the data has (3, 9, 9)"),
+        # The defended one fits.
+        (
+            (8, 8),
+            {},
+            {UNIFORM: {"class_path": "ResNetClassifier", **CLASSIFIER, "size": 16}},
+            "defenses.uniform: the classifier takes images of shape (1, 16, 16), the data has (1, 8, 8)",
+        ),
+        (
+            (16, 16),
+            {},
+            {"classifier": {"class_path": "ResNetClassifier", **CLASSIFIER, "size": 16}},
+            "the denoiser takes images of shape (1, 8, 8), the data has (1, 16, 16):",
+        ),
+        (
+            (8, 8),
+            {"classes": 11},
+            {},
+            "the data has 11 classes (class00, class01, class02 ...) but the classifier has 10: ",
+        ),
+    ],
+)
+def test_data_and_networks(refused_evaluation, tmp_path, run, shape, options, changes, said):
+    """A logger would make folders as soon as the run starts."""
+    root = image_folder(tmp_path / "images", options.pop("classes", 2), shape)
+    changes["trainer.logger"] = {"class_path": "CSVLogger", "save_dir": str(run)}
+    assert refused_evaluation({"data": images_from(root, **options), **changes}).startswith(said)

@@ -217,6 +217,8 @@ def trains(model, images, labels):
         (lambda d: HeterogeneousPurifier(d, TOP, 100, 200, 4), "low = 200"),
         (lambda d: HeterogeneousPurifier(d, TOP, 100, 100, 4), "low = 100"),
         (lambda d: HeterogeneousPurifier(d, TOP, 995, 100, 4, jump=10), "1005"),
+        (lambda d: HeterogeneousPurifier(d, TOP, 4, 2, 8), "whole levels"),
+        (lambda d: VariableIntensityPurifier(d, TOP, 1001, 200, 4), "high = 1001"),
         (lambda d: HeterogeneousPurifier(d, TOP, 200, 100, 1), "steps = 1"),
         (lambda d: HeterogeneousPurifier(d, TOP, 300, 100, 3, "multi", jump=10, resampling_steps=20), "steps = 20"),
         (lambda d: VariableIntensityPurifier(d, TOP, 100, 200, 4), "low = 200"),

@@ -252,14 +252,6 @@ def test_a_second_training_does_not_overwrite_the_first(config, tmp_path, capsys
     assert last.read_bytes() == b"weeks of work"
 
 
-def test_precisions_that_would_round_the_noise_are_refused(config, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train(["fit", "--config", str(config), "--run", str(tmp_path / "run"), "--trainer.precision", "bf16-true"])
-    assert stopped.value.code == 2
-    assert "trainer.precision = bf16-true: take 32-true, bf16-mixed" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
 def test_gradients_are_clipped_for_a_fused_optimizer():
     """Lightning would refuse, under bf16-mixed too."""
     task = DenoiserTask(UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1), attention=0.0, shapes=0.5)
