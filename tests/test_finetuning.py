@@ -1,9 +1,5 @@
 """Fine-tuning: what validation measures and shows, what survives a kill, what is exported."""
 
-import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from functools import partial
@@ -14,13 +10,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import wandb
 import yaml
 from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint
 from PIL import Image
+from processes import Launch
 from safetensors.torch import load_file
-from test_wandb import transactions
-from wandb.proto import wandb_internal_pb2
 
 from lit_purify.cli import train
 from lit_purify.cli.settings import load
@@ -29,14 +23,15 @@ from lit_purify.data.subset import Balanced
 from lit_purify.defense import HeterogeneousPurifier, TopFraction, UniformPurifier, VariableIntensityPurifier
 from lit_purify.errors import InputError
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
-from lit_purify.models import Classifier, ResNetClassifier, UNet, load_classifier, load_denoiser
-from lit_purify.training import ClassifierTask, DenoiserTask, Export, Previews
+from lit_purify.models import ResNetClassifier, UNet, load_classifier, load_denoiser
+from lit_purify.training import ClassifierTask, DenoiserTask, Export, Previews, checkpoints
 from lit_purify.training.checkpoints import WholeCheckpoints
 from lit_purify.training.denoiser import Purified, psnr
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {kind: str(ROOT / f"checkpoints/digits_{kind}.safetensors") for kind in ("classifier", "denoiser")}
 NETWORK = {"channels": 1, "size": 8, "width": 8, "multipliers": [1], "blocks": 1, "dropout": 0.1}
+AVERAGE = {"decay": 0.9, "use_buffers": False, "update_starting_at_step": 0}
 CLASSIFIER = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
 PURIFIERS = {
     "uniform": partial(UniformPurifier, level=200, steps=1),
@@ -167,25 +162,10 @@ def test_the_classifier_goes_where_the_training_runs():
     assert {p.device.type for p in made._classifier[0].parameters()} == {"meta"}
 
 
-def test_less_memory_gives_the_same_gradient(images):
-    gradients, calls = [], []
-    for checkpointing in (False, True):
-        torch.manual_seed(0)
-        made = task(UNet(**{**NETWORK, "dropout": 0.0}), gradient_checkpointing=checkpointing)
-        assert made.denoiser.gradient_checkpointing == checkpointing
-        made.denoiser.head.weight.data.normal_()
-        count = []
-        made.denoiser.middle[0].register_forward_hook(lambda *_, count=count: count.append(1))
-        x = torch.randn(6, 1, 8, 8)
-        (made.denoiser(x, torch.full((6,), 50)) - x).square().mean().backward()
-        gradients.append([p.grad for p in made.denoiser.parameters()])
-        calls.append(len(count))
-    assert calls == [1, 2]
-    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
-
-
 def test_mixed_precision_on_a_cpu(tmp_path):
+    """With less memory: the network recomputes its blocks, as test_unet.py has it."""
     made = task(UNet(**NETWORK), gradient_checkpointing=True)
+    assert made.denoiser.gradient_checkpointing
     losses = []
     look = LambdaCallback(on_train_batch_end=lambda trainer, task, outputs, *_: losses.append(outputs["loss"]))
     ran = trainer(tmp_path, look, max_steps=2, precision="bf16-mixed", enable_checkpointing=False)
@@ -217,7 +197,7 @@ def lives(folder, batches, checkpoints, num_workers=0, **options):
 
         ran = trainer(
             folder,
-            EMAWeightAveraging(decay=0.9, use_buffers=False, update_starting_at_step=0),
+            EMAWeightAveraging(**AVERAGE),
             ModelCheckpoint(folder, save_last=True, enable_version_counter=False, **checkpoints),
             LambdaCallback(on_train_batch_start=tick),
             limit_val_batches=1,
@@ -265,64 +245,41 @@ def test_killed_and_resumed_is_as_never_killed(tmp_path, batches, checkpoints, o
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A fine-tuning in small, with everything a real one has."""
-    folder = tmp_path_factory.mktemp("config")
+    mask = {"class_path": "TopFraction", "fraction": 0.3}
+    variable = {"class_path": "VariableIntensityPurifier", "mask": mask, "high": 300, "low": 100, "steps": 2}
     settings = {
         "model": {
             "class_path": "DenoiserTask",
-            "init_args": {
-                "denoiser": {"class_path": "UNet", "init_args": dict(NETWORK)},
-                "classifier": {
-                    "class_path": "lit_purify.models.load_classifier",
-                    "init_args": {"path": WEIGHTS["classifier"]},
-                },
-                "mask": {"class_path": "TopFraction", "init_args": {"fraction": 0.3}},
-                "purifiers": {
-                    "uniform": {"class_path": "UniformPurifier", "init_args": {"level": 200, "steps": 2}},
-                    "variable": {
-                        "class_path": "VariableIntensityPurifier",
-                        "init_args": {
-                            "mask": {"class_path": "TopFraction", "init_args": {"fraction": 0.3}},
-                            "high": 300,
-                            "low": 100,
-                            "steps": 2,
-                        },
-                    },
-                },
-                "val_levels": [100],
-                "max_level": 900,
-                "warmup": 2,
-            },
+            "denoiser": {"class_path": "UNet", **NETWORK},
+            "classifier": WEIGHTS["classifier"],
+            "mask": mask,
+            "purifiers": {"uniform": {"class_path": "UniformPurifier", "level": 200, "steps": 2}, "variable": variable},
+            "val_levels": [100],
+            "max_level": 900,
+            "warmup": 2,
         },
         "data": {
             "class_path": "Digits",
-            "init_args": {
-                "batch_size": 128,
-                "val_subset": {"class_path": "RandomChoice", "init_args": {"n": 30, "seed": 1}},
-            },
+            "batch_size": 128,
+            "val_subset": {"class_path": "RandomChoice", "n": 30, "seed": 1},
         },
         "trainer": {
             "max_steps": 12,
             "accelerator": "cpu",
-            "logger": {"class_path": "WandbRun"},
+            "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "check_val_every_n_epoch": None,
             "val_check_interval": 6,
             "callbacks": [
-                {
-                    "class_path": "lightning.pytorch.callbacks.EMAWeightAveraging",
-                    "init_args": {"decay": 0.9, "use_buffers": False, "update_starting_at_step": 0},
-                },
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {**EVERY_2, "save_last": True, "enable_version_counter": False},
-                },
-                {"class_path": "Previews", "init_args": {"samples": 5}},
+                {"class_path": "EMAWeightAveraging", **AVERAGE},
+                {"class_path": "ModelCheckpoint", **EVERY_2, "save_last": True, "enable_version_counter": False},
+                {"class_path": "Previews", "samples": 5},
                 {"class_path": "Export"},
             ],
         },
     }
-    path = folder / "tiny.yaml"
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     return path
 
@@ -331,54 +288,40 @@ def config(tmp_path_factory):
 def run(config):
     folder = config.parent / "run"
     train(["fit", "--config", str(config), "--run", str(folder)])
-    # The client's process may still be writing.
-    wandb.teardown()
     return folder
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-import torch
-from lit_purify.training import checkpoints
-from lit_purify.cli import train
-
 class Half:
+    """Lets a process hang in the middle of its fourth checkpoint."""
+
     saved = 0
+
+    def __call__(self, rank):
+        checkpoints.torch = self
+
     def save(self, checkpoint, stream):
         self.saved += 1
         if self.saved < 4:
             return torch.save(checkpoint, stream)
         stream.write(b"half a checkpoint")
         stream.flush()
-        Path(sys.argv[1]).touch()
         time.sleep(100)
-
-checkpoints.torch = Half()
-train(sys.argv[2:])
-"""
 
 
 def test_kill_9_while_a_checkpoint_is_written(run, config, tmp_path):
     """The process dies at step 8, leaves that of step 6, in the middle of an epoch of 8, and goes on from there."""
-    mark, folder = tmp_path / "mark", tmp_path / "killed"
-    argv = ["fit", "--config", str(config), "--run", str(folder), "--trainer.logger", "false"]
-    # Sums of gradients round differently for another number of threads.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(mark), *argv], cwd=ROOT, env=environment)
-    while not mark.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    last = folder / "checkpoints" / "last.ckpt"
-    assert (folder / "checkpoints" / "last.ckpt.partial").read_bytes() == b"half a checkpoint"
-    assert torch.load(last, weights_only=True)["global_step"] == 6
-    train([*argv, "--ckpt_path", str(last)])
-    expected, resumed = (load_file(path / "model.safetensors") for path in (run, folder))
+    argv, folder = ["fit", "--config", str(config), "--run", str(tmp_path / "run")], tmp_path / "run/checkpoints"
+    # Sums of gradients round differently for another number of threads: this process has one, as that has.
+    launched, partial = Launch("train", argv, tmp_path / "log", spoil=Half()), folder / "last.ckpt.partial"
+    launched.until(lambda: partial.exists() and partial.read_bytes() == b"half a checkpoint")
+    launched.kill()
+    assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == 6
+    train([*argv, "--ckpt_path", str(folder / "last.ckpt")])
+    expected, resumed = (load_file(path / "model.safetensors") for path in (run, tmp_path / "run"))
     assert expected.keys() == resumed.keys()
     for name, value in expected.items():
         assert torch.equal(resumed[name], value), name
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["last.ckpt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt"]
 
 
 def test_no_space_left_for_a_checkpoint(tmp_path):
@@ -430,22 +373,6 @@ def test_previews_come_from_whatever_process_holds_a_sample(images):
     assert torch.equal(whole[0, 0, 4::16, 4:128:16], images[5, 0])
 
 
-def test_previews_in_wandb_stand_at_the_step_of_the_metrics(run):
-    (path,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    steps = {}
-    for message in transactions(path):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(message)
-        row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for key in row:
-            steps.setdefault(key, []).append(row.get("trainer/global_step"))
-    assert len(steps["val/loss"]) == 2
-    for key in ("previews/_type", "previews/filenames", "val/psnr/variable", "val/purified_accuracy/uniform"):
-        assert steps[key] == steps["val/loss"], key
-    files = {file.read_bytes() for file in run.glob("wandb/offline-run-*/files/media/images/previews*.png")}
-    assert len(files) == 2
-
-
 # What is exported
 
 
@@ -473,19 +400,9 @@ def test_export_writes_the_average_of_a_checkpoint(run, tmp_path, capsys):
 
 def test_export_without_a_checkpoint_converts_what_is_configured(config, tmp_path):
     path = tmp_path / "model.safetensors"
-    denoiser = {"class_path": "lit_purify.models.load_denoiser", "init_args": {"path": WEIGHTS["denoiser"]}}
-    # Nothing of the run is needed for it: no such device, no logger.
-    train(
-        [
-            "export",
-            "--config",
-            str(config),
-            f"--model.init_args.denoiser={json.dumps(denoiser)}",
-            "--trainer.accelerator=cuda",
-            "--trainer.strategy=fsdp",
-            f"--output={path}",
-        ]
-    )
+    # Nothing of the run is needed for it: no such device.
+    flags = ["--trainer.accelerator=cuda", "--trainer.strategy=fsdp", f"--output={path}"]
+    train(["export", "--config", str(config), f"--model.denoiser={WEIGHTS['denoiser']}", *flags])
     expected, converted = load_denoiser(WEIGHTS["denoiser"]), load_denoiser(str(path))
     assert converted.arguments == expected.arguments
     # The configured training has not taken place.
@@ -495,18 +412,12 @@ def test_export_without_a_checkpoint_converts_what_is_configured(config, tmp_pat
 
 
 def test_export_of_a_classifier(tmp_path, capsys):
-    classifier = {"class_path": "ResNetClassifier", "init_args": dict(CLASSIFIER)}
+    classifier = {"class_path": "ResNetClassifier", **CLASSIFIER}
+    checkpoints = {"class_path": "ModelCheckpoint", "every_n_train_steps": 1, "save_last": True}
     settings = {
-        "model": {"class_path": "ClassifierTask", "init_args": {"classifier": classifier, "warmup": 1}},
-        "data": {"class_path": "Digits", "init_args": {"batch_size": 256}},
-        "trainer": {
-            "max_epochs": 1,
-            "limit_train_batches": 2,
-            "logger": False,
-            "callbacks": [
-                {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 1, "save_last": True}}
-            ],
-        },
+        "model": {"class_path": "ClassifierTask", "classifier": classifier, "warmup": 1},
+        "data": {"class_path": "Digits", "batch_size": 256},
+        "trainer": {"max_epochs": 1, "limit_train_batches": 2, "logger": False, "callbacks": [checkpoints]},
     }
     path, run = tmp_path / "tiny.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(settings))
@@ -521,14 +432,6 @@ def test_export_of_a_classifier(tmp_path, capsys):
     image = torch.stack([split[k]["image"] for k in range(len(split))])
     right = [split[k]["label"] for k in range(len(split))] == loaded(image).argmax(dim=1).numpy()
     assert f"Accuracy at the last validation: clean {100 * right.mean():.1f} %" in capsys.readouterr().out
-
-
-def test_a_finished_training_that_is_taken_up_leaves_its_file(run, config):
-    """With its figures: a run that reads it knows it by its hash."""
-    before = (run / "model.safetensors").read_bytes()
-    last = run / "checkpoints" / "last.ckpt"
-    train(["fit", f"--config={config}", f"--run={run}", f"--ckpt_path={last}", "--trainer.logger=false"])
-    assert (run / "model.safetensors").read_bytes() == before
 
 
 def test_killed_between_the_last_step_and_the_export(run, config):
@@ -600,20 +503,10 @@ def refused(monkeypatch, capsys):
     return call
 
 
-BARE = {
-    "class_path": "Classifier",
-    "init_args": {
-        "network": {"class_path": "torch.nn.Flatten", "init_args": {}},
-        "size": 8,
-        "num_classes": 10,
-        "channels": 1,
-    },
-}
-
-
 def test_a_network_that_cannot_be_saved_is_refused_before_it_is_trained(refused, tmp_path):
+    bare = {"class_path": "Classifier", "network": "torch.nn.Flatten", "size": 8, "num_classes": 10, "channels": 1}
     settings = {
-        "model": {"class_path": "ClassifierTask", "init_args": {"classifier": BARE}},
+        "model": {"class_path": "ClassifierTask", "classifier": bare},
         "data": {"class_path": "Digits"},
         "trainer": {"max_epochs": 1, "logger": False, "callbacks": [{"class_path": "Export"}]},
     }
@@ -649,6 +542,8 @@ def test_purifiers_and_previews_need_each_other(tmp_path):
         DenoiserTask(UNet(**NETWORK), constant=1.0, attention=0.0, shapes=0.0, purifiers=PURIFIERS)
     with pytest.raises(InputError, match=r"the name 'a\.b' may hold letters"):
         task(purifiers={"a.b": PURIFIERS["uniform"]})
+    with pytest.raises(InputError, match=r"m\.pt: networks are written as safetensors"):
+        trainer(tmp_path, Export(tmp_path / "m.pt"), max_steps=1).fit(task(purifiers=None), SmallDigits())
     with pytest.raises(InputError, match="the model has none"):
         trainer(tmp_path, Previews(), max_steps=1).fit(task(purifiers=None), SmallDigits())
     with pytest.raises(InputError, match="samples = 0"):
@@ -657,11 +552,3 @@ def test_purifiers_and_previews_need_each_other(tmp_path):
     made._classifier[0].num_classes = 9
     with pytest.raises(InputError, match="has 10 classes"):
         trainer(tmp_path, enable_checkpointing=False).validate(made, SmallDigits(), verbose=False)
-
-
-def test_export_checks_its_path_first(tmp_path):
-    with pytest.raises(InputError, match=r"m\.pt: networks are written as safetensors"):
-        trainer(tmp_path, Export(tmp_path / "m.pt"), max_steps=1).fit(task(purifiers=None), SmallDigits())
-    bare = Classifier(torch.nn.Flatten(), size=8, num_classes=10, channels=1)
-    with pytest.raises(InputError, match="no file can rebuild it"):
-        trainer(tmp_path, Export(), max_steps=1).fit(ClassifierTask(bare), SmallDigits())
