@@ -1,4 +1,7 @@
-"""Draws the figures of docs/method.md with the weights that ship: ``python docs/figures.py`` in the root."""
+"""Draws the figures of docs/method.md with the weights that ship: ``python docs/figures.py`` in the root.
+
+``python docs/figures.py mobilenetv2_100.safetensors`` draws README's photograph with timm's ImageNet weights.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +24,7 @@ import matplotlib  # noqa: E402
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
+from lit_purify.attacks import PGD  # noqa: E402
 from lit_purify.data import Digits  # noqa: E402
 from lit_purify.defense import (  # noqa: E402
     DefendedClassifier,
@@ -38,7 +45,7 @@ from lit_purify.functional.levels import LevelMap  # noqa: E402
 from lit_purify.functional.losses import margin_loss  # noqa: E402
 from lit_purify.functional.noise import ATTACK, KeyedNoise  # noqa: E402
 from lit_purify.functional.rendering import overlaid  # noqa: E402
-from lit_purify.models import Denoiser, load_classifier, load_denoiser  # noqa: E402
+from lit_purify.models import Denoiser, TimmClassifier, load_classifier, load_denoiser  # noqa: E402
 
 INK = "#7d8590"
 """Read on white and on black ground."""
@@ -76,9 +83,8 @@ def calls(defended: DefendedClassifier, image: Tensor, noise: KeyedNoise) -> tup
 
 def show(axes: Any, image: Tensor, title: str = "", **how: Any) -> None:  # noqa: ANN401
     """An image (C, H, W) in [0, 1], pixel by pixel."""
-    axes.imshow(
-        image.permute(1, 2, 0).squeeze(-1), interpolation="nearest", **{"cmap": "gray", "vmin": 0, "vmax": 1} | how
-    )
+    pixels = image.detach().permute(1, 2, 0).squeeze(-1)
+    axes.imshow(pixels, interpolation="nearest", **{"cmap": "gray", "vmin": 0, "vmax": 1} | how)
     axes.set_title(title, fontsize=9, pad=4)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
@@ -170,8 +176,45 @@ def agreement(defenses: dict[str, DefendedClassifier], data: Any) -> Any:  # noq
     return figure
 
 
+def photograph(checkpoint: Path) -> Any:  # noqa: ANN401
+    """A photograph on its way through the paper's sampler.
+
+    The photograph is scikit-learn's ``china.jpg`` by danielbuechele, CC BY 2.0. The denoiser has learned 32x32 images:
+    the figure shows the steps, not how robust they are.
+    """
+    size, level = 224, (200, 75)
+    half = [128 / 255] * 3
+    classifier = TimmClassifier("mobilenetv2_100", 1000, size, mean=half, std=half, checkpoint=checkpoint)
+    denoiser = load_denoiser("checkpoints/cifar10_denoiser.safetensors").requires_grad_(False)
+    picture = Image.fromarray(load_sample_image("china.jpg")).crop((20, 0, 447, 427)).resize((size, size))
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255.0
+    label = classifier(image).argmax(dim=1)
+    torch.manual_seed(0)
+    adversarial = PGD(eps=2 / 255, steps=20)(classifier, image, label)
+    defended = DefendedClassifier(HeterogeneousPurifier(denoiser, TopFraction(0.3), *level, steps=10), classifier)
+    with torch.no_grad():
+        trace = defended.trace(adversarial, keyed(torch.zeros(1, dtype=torch.long)))
+    assert trace.mask is not None
+    panels = {
+        "photograph": image,
+        "adversarial": adversarial,
+        "mask: where the classifier looks": overlaid(adversarial[0], trace.mask[0], 0.6)[None],
+        "noised": trace.noised,
+        "purified": trace.purified,
+    }
+    figure, row = plt.subplots(1, len(panels), figsize=(11.4, 2.5))
+    for axes, (title, panel) in zip(row, panels.items(), strict=True):
+        show(axes, panel[0].clamp(0.0, 1.0), title)
+    figure.subplots_adjust(left=0.002, right=0.998, top=0.9, bottom=0.005, wspace=0.02)
+    return figure
+
+
 def main() -> None:
     """All figures, each beside this file."""
+    if len(sys.argv) > 1:
+        with plt.rc_context(STYLE | {"figure.facecolor": "white", "savefig.transparent": False}):
+            photograph(Path(sys.argv[1])).savefig(ROOT / "docs" / "photograph.jpg", dpi=110, pil_kwargs={"quality": 88})
+        return
     classifier = load_classifier("checkpoints/digits_classifier.safetensors").requires_grad_(False)
     denoiser = load_denoiser("checkpoints/digits_denoiser.safetensors").requires_grad_(False)
     purifiers: dict[str, Purifier] = {

@@ -1,4 +1,4 @@
-"""What README tells people to type works."""
+"""What README and the page on Python tell people to type works."""
 
 import re
 import shlex
@@ -9,20 +9,30 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
-
 SMALL = {"First(100)": "First(4)", "steps=20, eot=4": "steps=2, eot=2", "runs=8": "runs=2", "samples=32": "samples=1"}
 SMALL |= {'"report.html"': "report", 'defenses["heterogeneous"], attack': 'defenses["none"], attack'}
 
 
-def test_python_examples_run(tmp_path, monkeypatch, capsys):
-    """In the small: with fewer samples, steps and runs."""
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def run_python(text, names):
+    """The Python blocks of a page, with fewer samples, steps and runs."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     for stated, small in SMALL.items():
-        assert stated in code
         code = code.replace(stated, small)
+    exec(code, names)
+
+
+def test_python_of_readme(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    run_python(README, {})
+    assert "uniform" in capsys.readouterr().out
+
+
+def test_python_of_the_guide(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs/python.md").read_text()
+    assert all(stated in text for stated in SMALL)
     monkeypatch.chdir(ROOT)
     names = {"report": tmp_path / "report.html"}
-    exec(code, names)
+    run_python(text, names)
     shown = capsys.readouterr().out
     assert [row["defense"] for row in names["result"].summary["results"]] == list(names["defenses"])
     assert names["report"].stat().st_size > 10_000
@@ -31,6 +41,7 @@ def test_python_examples_run(tmp_path, monkeypatch, capsys):
 
 
 def test_named_files_exist():
+    assert len(README.splitlines()) <= 150
     for name in re.findall(r"(?<![\w/])(?:configs|docs|checkpoints)/[\w./-]+\.\w+", README):
         assert (ROOT / name).exists(), name
 
@@ -38,7 +49,8 @@ def test_named_files_exist():
 def test_commands_name_real_settings(capsys):
     from lit_purify.cli import evaluate, train
 
-    for line in re.findall(r"^(?:\S+/)?python (?:train|eval)\.py.*(?:\\\n.*)*", README, re.MULTILINE):
+    pages = README + "".join((ROOT / f"docs/{name}.md").read_text() for name in ("your_data", "is_it_right"))
+    for line in re.findall(r"^(?:\S+/)?python (?:train|eval)\.py(?:[^\\\n]|\\\n)*", pages, re.MULTILINE):
         words = shlex.split(line.replace("\\\n", " "))
         run = train if words[1] == "train.py" else evaluate
         with pytest.raises(SystemExit) as exit_:
