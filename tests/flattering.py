@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_purify.attacks import PGD, Attack, Queries
 from lit_purify.defense import Attacked, DefendedClassifier, Gradient, Mask, NoPurifier, Trace
-from lit_purify.functional.chunks import plain
+from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.noise import ATTACK
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models import Classifier, Denoiser
@@ -248,7 +248,7 @@ class OtherLevels(Gradient):
 
 def view(defended, shown, gradient):
     """The defense, shown another image than is attacked."""
-    function = plain(lambda image, noise: defended(shown(image), noise))
+    function = AttackedFunction(lambda image, noise: defended(shown(image), noise))
     return Attacked(defended, function, gradient, "none", defended.purifier.nfe, defended.purifier.levels)
 
 

@@ -14,8 +14,10 @@ from lit_purify.attacks import (
     PGD,
     Attack,
     CarliniWagnerL2,
+    DiffHammer,
     MaskShift,
     Queries,
+    Restarts,
     SavedImages,
     Square,
     Transfer,
@@ -34,7 +36,7 @@ from lit_purify.defense import (
     VariableIntensityPurifier,
 )
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import draws_in_chunks, gradient_in_chunks, logits_in_chunks
+from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, gradient_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import (
     cross_entropy_loss,
     dlr_loss,
@@ -64,6 +66,9 @@ def every_attack():
         "square": Square("linf", 0.1, 4, eot=2, paired=False),
         "square-l2": Square("l2", 0.7, 3, eot=2),
         "carlini": CarliniWagnerL2(0.7, 2, 2, eot=2, step_size=0.1),
+        "hammer": DiffHammer("linf", 0.1, 3, 0.06, eot=3),
+        "hammer-l2": DiffHammer("l2", 0.7, 2, 0.4, eot=3, loss="ce", select="best", restarts=2),
+        "restarts": Restarts(PGD("linf", 0.1, 2, 0.06, eot=2), ["margin", "dlr"], judged=3, until=1.0),
         "transfer": Transfer(PGD("linf", 0.1, 2, 0.05, eot=2)),
     }
 
@@ -103,9 +108,10 @@ def test_stronger_versions_change_what_they_say_and_nothing_else(name):
         other = attack.stronger(**{key: value})
         assert type(other) is type(attack)
         changed = {k for k in before if vars(other)[k] != before[k]}
-        assert getattr(other, key) == value
+        # Each loss is started as often.
+        assert getattr(other, key) == (4 if (name, key) == ("restarts", "restarts") else value)
         # A larger ball is crossed in longer steps; another loss has no targets.
-        assert changed - {key} <= {"eps": {"step_size"}, "loss": {"targets"}}.get(key, set())
+        assert changed - {key, "attack"} <= {"eps": {"step_size"}, "loss": {"targets"}}.get(key, set())
         if "step_size" in changed:
             assert other.step_size == pytest.approx(attack.step_size * 0.9 / attack.eps)
         if key in ("steps", "eot", "restarts"):
@@ -227,17 +233,18 @@ def test_draws_are_fresh_and_their_number_is_stated(name, images):
     """No two evaluations of a sample share a draw, but for pairs that are compared."""
     seen, differentiated = [], 0
 
-    def model(x, noise):
+    def purified(x, noise, mask):
         nonlocal differentiated
         seen.extend(zip(noise.index.tolist(), noise.run.tolist(), strict=True))
         differentiated += len(x) * torch.is_grad_enabled()
-        return ranking(x, noise)
+        return x + 0.01 * noise.normal(0, x)
 
-    attack = every_attack()[name]
+    attack, model = every_attack()[name], AttackedFunction(lambda x, noise: x[:, 0, 0, :5], purified)
     attack(model, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=6)
     assert attack.queries == (len(seen) / 6, differentiated / 6)
     times = set(Counter(seen).values())
-    assert times == ({1, 2} if name == "square-l2" else {1})
+    # The draw that is chosen is purified once more, with a graph.
+    assert times == ({1, 2} if name in ("square-l2", "hammer", "hammer-l2") else {1})
     assert re.fullmatch(".+", attack.title)
     assert attack.target == ("classifier" if name == "transfer" else "defense")
     assert attack.gradient == {"transfer": "surrogate", "square": "none", "square-l2": "none"}.get(name, "exact")
@@ -440,6 +447,11 @@ def few_classes(x, noise):
         (lambda: PGD("linf", 0.1, 1, 0.1, loss="hinge"), "loss = 'hinge': use one of ce, margin, dlr"),
         (lambda: Square("linf", 0.1, p=0.0), "p = 0.0 is a fraction"),
         (lambda: CarliniWagnerL2(0.5, c=0.0), "c = 0.0"),
+        (lambda: DiffHammer("linf", 0.1, 5, sharpness=0.0), "sharpness = 0.0"),
+        (lambda: Restarts(CarliniWagnerL2(0.5)), "CarliniWagnerL2 states no version with other loss: use PGD"),
+        (lambda: Restarts(PGD("linf", 0.1, 1, 0.1), []), "losses is empty"),
+        (lambda: Restarts(PGD("linf", 0.1, 1, 0.1), ["hinge"]), "loss = 'hinge': use one of"),
+        (lambda: Restarts(PGD("linf", 0.1, 1, 0.1), until=2.0), "until = 2.0 is a share"),
         (lambda: APGD("linf", 0.1, loss="dlr", targets=1), "targets = 1 needs 4 classes, the classifier has 3"),
     ],
 )

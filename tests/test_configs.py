@@ -54,6 +54,8 @@ STATED = {
     "PGD": {"norm", "eps", "steps", "step_size", "eot", "loss"},
     "MaskShift": {"norm", "eps", "steps", "step_size", "eot", "loss", "shift_steps"},
     "APGD": {"norm", "eps", "steps", "eot", "loss", "select"},
+    "DiffHammer": {"norm", "eps", "steps", "step_size", "eot", "loss"},
+    "Restarts": {"attack", "losses", "judged", "until"},
     "Square": {"norm", "eps", "steps", "eot", "p"},
     "UniformPurifier": {"level", "steps", "sampler"},
     "GradualPurifier": {"level", "steps", "sampler"},

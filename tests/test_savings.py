@@ -21,7 +21,7 @@ from lit_purify.defense import (
     VariableIntensityPurifier,
 )
 from lit_purify.evaluation import Evaluator, Ledger, Record
-from lit_purify.functional.chunks import draws_in_chunks, logits_in_chunks, plain
+from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import cross_entropy_loss
 
 CHUNK, RUNS = 16, [0, 1, 2, 3, 4, 5, 6, 7]
@@ -56,7 +56,7 @@ def saved(model, image, calls):
     """Asserts that nothing differs; the rows of the classifier with the savings, and without."""
     used = []
     # Of the second nothing is known but that it can be called.
-    for each in (Exact().attacked(model).function, plain(model)):
+    for each in (Exact().attacked(model).function, AttackedFunction(model)):
         before = calls["classifier"]
         used.append((seen(each, image), calls["classifier"] - before))
     (with_, few), (without, many) = used

@@ -3,10 +3,12 @@
 from lit_purify.attacks.apgd import APGD
 from lit_purify.attacks.base import Attack, NotApplicableError, Queries
 from lit_purify.attacks.carlini_wagner import CarliniWagnerL2
+from lit_purify.attacks.diffhammer import DiffHammer
 from lit_purify.attacks.fgsm import FGSM
 from lit_purify.attacks.foreign import ForeignAttack
 from lit_purify.attacks.mask_shift import MaskShift
 from lit_purify.attacks.pgd import PGD
+from lit_purify.attacks.restarts import Restarts
 from lit_purify.attacks.saved_images import SavedImages
 from lit_purify.attacks.square import Square
 from lit_purify.attacks.transfer import Transfer
@@ -17,10 +19,12 @@ __all__ = [
     "PGD",
     "Attack",
     "CarliniWagnerL2",
+    "DiffHammer",
     "ForeignAttack",
     "MaskShift",
     "NotApplicableError",
     "Queries",
+    "Restarts",
     "SavedImages",
     "Square",
     "Transfer",

@@ -6,13 +6,13 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import AttackedFunction, plain
+from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.images import check_unit_range
 from lit_purify.functional.noise import ATTACK, Noise, fresh_noise
 from lit_purify.functional.threat import Norm, pixels, violations
@@ -69,7 +69,7 @@ class Attack(Recorded, ABC):
     gradient: Literal["exact", "surrogate", "theirs", "none"] = "exact"
     target: Literal["defense", "classifier"] = "defense"
     stopping: str = "runs all its steps; does not look at the defense's final runs"
-    scalable: ClassVar[frozenset[str]] = frozenset()
+    scalable: frozenset[str] = frozenset()
 
     def __init__(self, norm: Norm, eps: float | str) -> None:
         self.norm, self.eps = norm, pixels("eps", eps)
@@ -121,6 +121,11 @@ class Attack(Recorded, ABC):
         return type(self).__name__
 
     @property
+    def raised(self) -> list[str]:
+        """Names of the losses that it raises, where it has a choice."""
+        return [] if self.loss is None else [self.loss]
+
+    @property
     @abstractmethod
     def queries(self) -> Queries:
         """What it costs."""
@@ -168,8 +173,8 @@ def attackable(model: AttackedFunction | Attackable | nn.Module | Callable[..., 
     if not isinstance(model, nn.Module):
         parameters = inspect.signature(model).parameters.values()
         if sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) > 1:
-            return plain(model)
-    return plain(lambda image, noise: model(image))
+            return AttackedFunction(model)
+    return AttackedFunction(lambda image, noise: model(image))
 
 
 class Best:

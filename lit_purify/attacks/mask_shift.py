@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_purify.attacks.base import check_counts
 from lit_purify.attacks.pgd import PGD, Aggregate
-from lit_purify.functional.chunks import AttackedFunction, gradient_in_chunks, logits_in_chunks, plain
+from lit_purify.functional.chunks import AttackedFunction, gradient_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import LossName
 from lit_purify.functional.noise import Noise
 from lit_purify.functional.threat import Norm, project, steepest
@@ -67,7 +67,7 @@ class MaskShift(PGD):
         def moved(mask: Tensor, original: Tensor) -> Tensor:
             return -(mask * original).sum(dim=1) / original.sum(dim=1).clamp(min=1.0)
 
-        look = plain(lambda image, noise: relaxed(image, noise).flatten(1))
+        look = AttackedFunction(lambda image, noise: relaxed(image, noise).flatten(1))
         original = logits_in_chunks(look, image, noise, [0], chunk)[:, 0]
         for _ in range(self.shift_steps):
             _, gradient = gradient_in_chunks(look, moved, point, original, noise, [0], chunk)

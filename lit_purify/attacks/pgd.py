@@ -9,7 +9,14 @@ from torch import Tensor
 
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws
 from lit_purify.errors import InputError, notice
-from lit_purify.functional.chunks import AttackedFunction, Draws, average, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.chunks import (
+    AttackedFunction,
+    Draws,
+    LossFunction,
+    average,
+    draws_in_chunks,
+    logits_in_chunks,
+)
 from lit_purify.functional.losses import LossName, log_probabilities, named_loss
 from lit_purify.functional.noise import START_STEP, Noise
 from lit_purify.functional.threat import Norm, l2_norm, pixels, project, steepest
@@ -108,11 +115,13 @@ class PGD(Attack):
             first = restart * (self.steps + 1) * self.eot
             runs = [draws(first + k * self.eot, self.eot) for k in range(self.steps + 1)]
             adversarial = self._begin(model, image, noise.runs([restart]), chunk)
+            followed = torch.zeros_like(image)
             for k in range(self.steps):
-                seen = draws_in_chunks(model, loss_function, adversarial, label, noise, runs[k], chunk)
+                seen, gradient = self._look(model, loss_function, adversarial, label, noise, runs[k], chunk)
                 if self.select == "best":
                     best.offer(adversarial, self._score(seen.logits, seen.loss, label))
-                adversarial = adversarial + self.step_size * steepest(self._gradient(seen, label), self.step_norm)
+                followed = self._followed(gradient, followed, k)
+                adversarial = adversarial + self.step_size * steepest(followed, self.step_norm)
                 adversarial = project(adversarial, image, self.norm, self.eps)
             if self._returns_last:
                 return adversarial
@@ -120,6 +129,24 @@ class PGD(Attack):
             loss = torch.stack([loss_function(draw, label) for draw in logits.unbind(dim=1)], dim=1)
             best.offer(adversarial, self._score(logits, loss, label))
         return best.image
+
+    def _look(
+        self,
+        model: AttackedFunction,
+        loss: LossFunction,
+        point: Tensor,
+        label: Tensor,
+        noise: Noise,
+        runs: list[int],
+        chunk: int,
+    ) -> tuple[Draws, Tensor]:
+        """What the draws of a step show at a point, and the gradient there."""
+        seen = draws_in_chunks(model, loss, point, label, noise, runs, chunk)
+        return seen, self._gradient(seen, label)
+
+    def _followed(self, gradient: Tensor, before: Tensor, k: int) -> Tensor:
+        """What step k follows, given the gradient, and what the step before has followed."""
+        return gradient
 
     def _gradient(self, seen: Draws, label: Tensor) -> Tensor:
         if self.aggregate == "mean":

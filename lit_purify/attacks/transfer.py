@@ -34,6 +34,11 @@ class Transfer(Attack):
         return f"{self.attack.title}; on the bare classifier"
 
     @property
+    def raised(self) -> list[str]:
+        """Those of the attack."""
+        return self.attack.raised
+
+    @property
     def queries(self) -> Queries:
         """Of the classifier."""
         return self.attack.queries

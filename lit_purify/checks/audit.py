@@ -278,4 +278,4 @@ def single_draw(attack: Attack) -> Attack:
 
 def scaled(function: AttackedFunction, scale: float) -> AttackedFunction:
     """The same function with its logits divided by a number."""
-    return replace(function, logits=lambda image, noise, mask: function.logits(image, noise, mask) / scale)
+    return replace(function, classified=lambda purified, noise: function.classified(purified, noise) / scale)

@@ -180,12 +180,12 @@ class Audited:
     def adversarial(self) -> Tensor:
         """Images of the configured attack."""
 
-        def noting(image: Tensor, noise: Noise, mask: Tensor | None) -> Tensor:
+        def noting(purified: Tensor, noise: Noise) -> Tensor:
             if isinstance(noise, KeyedNoise):
                 self.drawn.update(noise.run.tolist())
-            return self.view.function.logits(image, noise, mask)
+            return self.view.function.classified(purified, noise)
 
-        return self.attacked_by(self.attack, replace(self.view.function, logits=noting))
+        return self.attacked_by(self.attack, replace(self.view.function, classified=noting))
 
     @cached_property
     def reference(self) -> Tensor:

@@ -87,7 +87,7 @@ def finite_differences(model: DefendedClassifier, samples: Samples) -> Measured:
     samples = replace(samples, image=samples.image.double())
     mask = model.masked(samples.image, samples.noise)
     fixed = None if mask is None else mask.detach()
-    function = AttackedFunction(lambda image, noise, _: model(image, noise, fixed))
+    function = AttackedFunction(lambda image, noise: model(image, noise, fixed))
     gradient, errors = samples.gradient(function), []
     for k in range(_DIRECTIONS):
         direction = samples.noise.runs([k]).normal(START_STEP, samples.image)

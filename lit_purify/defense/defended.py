@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -49,7 +50,11 @@ class DefendedClassifier(Recorded, nn.Module):
             # Somebody's call. Libraries may step a little outside; images of another scale are far outside.
             check_unit_range(image, slack=0.1)
             noise = fresh_noise(image, EVALUATION)
-        return self.classifier(self.purifier(image, noise, self.masked(image, noise) if mask is None else mask))
+        return self.classifier(self.purified(image, noise, mask))
+
+    def purified(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Tensor:
+        """The image (B, C, H, W) that the classifier is shown; arguments as in ``forward``."""
+        return self.purifier(image, noise, self.masked(image, noise) if mask is None else mask)
 
     def masked(self, image: Tensor, noise: Noise) -> Tensor | None:
         """The mask of the purifier's rule, (B, 1, H, W); ``None`` without one."""
@@ -77,10 +82,14 @@ class DefendedClassifier(Recorded, nn.Module):
             temperature: Width of the relaxed mask's sigmoids, see ``Mask.relaxed``.
         """
         rule, classifier = self.purifier.mask, self.classifier
-        if rule is None:
+        if type(self).forward is not DefendedClassifier.forward:
+            # A class with a function of its own may have other parts, or none.
             return AttackedFunction(self, deterministic=self.deterministic)
-        return AttackedFunction(
-            self,
+        head = AttackedFunction(lambda purified, noise: classifier(purified), self.purified)
+        if rule is None:
+            return replace(head, deterministic=self.deterministic)
+        return replace(
+            head,
             mask=(lambda image, noise: rule(classifier, image, noise)) if rule.of_image else None,
             relaxed=(lambda image, noise: rule.relaxed(classifier, image, noise, temperature))
             if rule.relaxable

@@ -168,15 +168,15 @@ class BPDA(Gradient):
         purifier = defended.purifier if self.steps is None else defended.purifier.with_steps(self.steps)
 
         forward = DefendedClassifier(purifier, defended.classifier)
-        seen = forward.attacked()
 
-        def logits(image: Tensor, noise: Noise, mask: Tensor | None) -> Tensor:
+        def purified(image: Tensor, noise: Noise, mask: Tensor | None) -> Tensor:
             with torch.no_grad():
-                purified = purifier(image, noise, forward.masked(image, noise) if mask is None else mask)
+                found = forward.purified(image, noise, mask)
             # What is added is 0, with a gradient.
-            return defended.classifier(purified + (image - image.detach()))
+            return found + (image - image.detach())
 
-        return Attacked(defended, replace(seen, logits=logits), "bpda", "none", purifier.nfe, purifier.levels)
+        function = replace(forward.attacked(), purified=purified)
+        return Attacked(defended, function, "bpda", "none", purifier.nfe, purifier.levels)
 
 
 class BareClassifier(Gradient):
@@ -184,5 +184,5 @@ class BareClassifier(Gradient):
 
     def attacked(self, defended: DefendedClassifier) -> Attacked:
         """See ``Gradient``."""
-        bare = AttackedFunction(lambda image, noise, mask: defended.classifier(image))
+        bare = AttackedFunction(lambda image, noise: defended.classifier(image))
         return Attacked(defended, bare, "surrogate", "none", 0, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -181,7 +182,7 @@ def chunk_seconds(function: AttackedFunction, image: Tensor, label: Tensor, chun
     runs, index = list(range(chunk)), torch.zeros(1, dtype=torch.long, device=image.device)
     noise = KeyedNoise(0, index, index, ATTACK)
     # Two draws would show that a deterministic function is one.
-    called = AttackedFunction(function.logits, function.mask)
+    called = replace(function, deterministic=False)
 
     def call() -> None:
         if gradient:

@@ -251,7 +251,7 @@ class Evaluator(nn.Module):
             defended.purifier.check_image(first)
         for name, attack in self.attacks.items():
             attack.prepare(data.positions.tolist())
-            if getattr(attack, "loss", None) == "dlr" and len(data.classes) < 3:
+            if "dlr" in attack.raised and len(data.classes) < 3:
                 raise InputError(f"attacks.{name}: the dlr loss needs 3 classes, the data has 2: use loss: margin")
 
     def remarks(self) -> list[str]:

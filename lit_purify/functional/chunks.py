@@ -21,11 +21,13 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class AttackedFunction:
-    """The function that an attack sees: from images and noise to logits.
+    """The function that an attack sees: from images and noise to logits, in two parts where it has them.
 
     Attributes:
-        logits: (image (B, C, H, W) in [0, 1], noise, mask) -> logits (B, classes). The mask is ``None``, or what
-            ``mask`` gives for these rows: the function then need not compute it.
+        classified: (purified image, noise) -> logits (B, classes); of a function in one part, (image, noise) -> logits.
+        purified: (image (B, C, H, W) in [0, 1], noise, mask) -> the purified image, which the classifier is shown.
+            The mask is ``None``, or what ``mask`` gives for these rows: the function then need not compute it. What
+            gradient the mask has runs through this part. ``None``: a function in one part, which shows the image.
         mask: (image, noise) -> (B, 1, H, W), where the mask depends on the image alone: one mask serves all draws of
             noise. ``None`` elsewhere.
         relaxed: (image, noise) -> (B, 1, H, W) in [0, 1], differentiable: the mask as an attack on the mask sees it.
@@ -33,19 +35,19 @@ class AttackedFunction:
         deterministic: Whether the noise changes nothing; a claim, which is checked on two draws.
     """
 
-    logits: Callable[[Tensor, Noise, Tensor | None], Tensor]
+    classified: Callable[[Tensor, Noise], Tensor]
+    purified: Callable[[Tensor, Noise, Tensor | None], Tensor] | None = None
     mask: Callable[[Tensor, Noise], Tensor] | None = None
     relaxed: Callable[[Tensor, Noise], Tensor] | None = None
     deterministic: bool = False
 
+    def logits(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Tensor:
+        """Logits (B, classes); arguments as for ``purified``."""
+        return self.classified(image if self.purified is None else self.purified(image, noise, mask), noise)
+
     def __call__(self, image: Tensor, noise: Noise) -> Tensor:
         """Logits (B, classes)."""
-        return self.logits(image, noise, None)
-
-
-def plain(logits: Callable[[Tensor, Noise], Tensor]) -> AttackedFunction:
-    """A function of image and noise alone."""
-    return AttackedFunction(lambda image, noise, mask: logits(image, noise))
+        return self.logits(image, noise)
 
 
 def chunks(count: int, size: int, device: torch.device) -> Iterator[tuple[Tensor, int]]:
@@ -139,7 +141,14 @@ def average(values: Tensor) -> Tensor:
 
 
 def draws_in_chunks(
-    model: AttackedFunction, loss: LossFunction, image: Tensor, label: Tensor, noise: Noise, runs: list[int], size: int
+    model: AttackedFunction,
+    loss: LossFunction,
+    image: Tensor,
+    label: Tensor,
+    noise: Noise,
+    runs: list[int],
+    size: int,
+    purified: bool = False,
 ) -> Draws:
     """Logits, loss and gradient for every image in every run.
 
@@ -151,15 +160,20 @@ def draws_in_chunks(
         noise: Noise of the B rows.
         runs: The draws; draws and samples are folded into one batch.
         size: Rows in a chunk.
+        purified: Differentiate in the purified image in place of the image: the purifier then keeps no graph.
 
     Raises:
         RuntimeError: An output or a gradient is NaN or infinite.
     """
 
     def call(which: Tensor, noise: Noise, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        leaf = image[which].detach()
+        if purified and model.purified is not None:
+            with torch.no_grad():
+                leaf = model.purified(leaf, noise, mask).detach()
         with torch.enable_grad():
-            leaf = image[which].detach().requires_grad_()
-            logits = model.logits(leaf, noise, mask)
+            leaf.requires_grad_()
+            logits = model.classified(leaf, noise) if purified else model.logits(leaf, noise, mask)
             values = loss(logits, label[which])
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
         return logits.detach(), values.detach(), gradient
@@ -179,3 +193,27 @@ def gradient_in_chunks(
     """
     draws = draws_in_chunks(model, loss, image, label, noise, runs, size)
     return average(draws.loss), average(draws.gradient)
+
+
+def carried_in_chunks(model: AttackedFunction, image: Tensor, noise: Noise, direction: Tensor, size: int) -> Tensor:
+    """A gradient at the purified images carried back to the images: J^T direction, J the derivative of the purifier.
+
+    Args:
+        model: What is attacked; in one part, J is the identity.
+        image: (B, C, H, W) in [0, 1].
+        noise: Noise of the B rows, one draw for each image.
+        direction: Of the shape of the purified images.
+        size: Rows in a chunk.
+
+    Raises:
+        RuntimeError: The gradient is NaN or infinite.
+    """
+    if model.purified is None:
+        return direction
+    parts = []
+    for rows, real in chunks(len(image), size, image.device):
+        with torch.enable_grad():
+            leaf = image[rows].detach().requires_grad_()
+            purified = model.purified(leaf, noise.rows(rows), None)
+            parts.append(torch.autograd.grad(purified, leaf, direction[rows])[0][:real])
+    return _finite("gradient", torch.cat(parts))

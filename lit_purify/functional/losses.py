@@ -82,6 +82,17 @@ def log_probabilities(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     return log_softmax.scatter(2, at, -torch.inf).logsumexp(dim=2), log_softmax.gather(2, at)[:, :, 0]
 
 
+def success(logits: Tensor, label: Tensor) -> Tensor:
+    """How well an attack did, (B,): the number of wrong draws, plus a part of 1 that grows with the averaged margin.
+
+    Args:
+        logits: Of n draws of each sample, (B, n, classes).
+        label: (B,).
+    """
+    wrong = (logits.argmax(dim=2) != label[:, None]).sum(dim=1)
+    return (wrong + 0.999 * mean_margin(logits, label).double().sigmoid()).to(logits.dtype)
+
+
 def mean_margin(logits: Tensor, label: Tensor) -> Tensor:
     """``margin_loss`` averaged over the draws of (B, n, classes): (B,)."""
     return average(torch.stack([margin_loss(draw, label) for draw in logits.unbind(dim=1)], dim=1))
