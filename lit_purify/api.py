@@ -377,7 +377,7 @@ def as_classifier(module: nn.Module, image: Tensor) -> Classifier:
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"classifier: {name} gives {shape} for one image, not logits (1, 2 or more)")
-    return Classifier(module, image.shape[-1], logits.shape[1], image.shape[0])
+    return Classifier(module, image.shape[-1], logits.shape[1], image.shape[0] if image.ndim == 3 else 0)
 
 
 def _named(given: Any, name: str) -> dict[str, Any]:  # noqa: ANN401

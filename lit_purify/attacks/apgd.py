@@ -11,9 +11,10 @@ from torch import Tensor
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws, rowwise
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction, average, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.images import each
 from lit_purify.functional.losses import LossName, mean_margin, named_loss, targeted_dlr_loss
 from lit_purify.functional.noise import START_STEP, Noise
-from lit_purify.functional.threat import Norm, l2_norm, linf_norm, project, steepest
+from lit_purify.functional.threat import Norm, l2_norm, linf_norm, steepest
 
 _RHO, _MOMENTUM = 0.75, 0.75
 """Part of the steps between two checkpoints in which the loss has to rise, and share of the gradient in a step."""
@@ -117,25 +118,26 @@ class APGD(Attack):
         """The iterates and their averaged margins, from one start; ``first`` is the number of its first draw."""
         raised = targeted_dlr_loss if self.targets else named_loss(self.loss)
 
-        def judge(point: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        def judge(point: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             runs = draws(first + k * self.eot, self.eot)
-            seen = draws_in_chunks(model, raised, point, goal, noise, runs, chunk)
-            return average(seen.loss), average(seen.gradient), mean_margin(seen.logits, label)
+            shown, back = self.shown(point, image)
+            seen = draws_in_chunks(model, raised, shown, goal, noise, runs, chunk)
+            return shown, average(seen.loss), back(average(seen.gradient)), mean_margin(seen.logits, label)
 
         point = previous = self._start(image, noise.runs([first]))
-        loss, gradient, margin = judge(point, 0)
-        yield point, margin
+        shown, loss, gradient, margin = judge(point, 0)
+        yield shown, margin
         best_point, best_gradient, best_loss, best_before = point, gradient, loss, loss
-        step = torch.full_like(image[:, :1, :1, :1], 2.0 * self.eps)
+        step = each(torch.full_like(image.flatten(1)[:, 0], 2.0 * self.eps), image)
         interval, least, shorter = (max(int(part * self.steps), 1) for part in (0.22, 0.06, 0.03))
         halved, rises, waited = torch.ones_like(loss, dtype=torch.bool), torch.zeros_like(loss), 0
         for k in range(1, self.steps + 1):
-            ahead = project(point + step * steepest(gradient, self.norm), image, self.norm, self.eps)
+            ahead = self.inside(point + step * steepest(gradient, self.norm), image)
             share = 1.0 if k == 1 else _MOMENTUM
             ahead = point + share * (ahead - point) + (1.0 - share) * (point - previous)
-            point, previous, before = project(ahead, image, self.norm, self.eps), point, loss
-            loss, gradient, margin = judge(point, k)
-            yield point, margin
+            point, previous, before = self.inside(ahead, image), point, loss
+            shown, loss, gradient, margin = judge(point, k)
+            yield shown, margin
             better = loss > best_loss
             best_point, best_gradient = rowwise(better, point, best_point), rowwise(better, gradient, best_gradient)
             best_loss = torch.where(better, loss, best_loss)
@@ -155,4 +157,4 @@ class APGD(Attack):
         else:
             direction = noise.normal(START_STEP, image)
             size = l2_norm(direction)
-        return project(image + self.eps * direction / size.reshape(-1, 1, 1, 1), image, self.norm, self.eps)
+        return self.inside(image + self.eps * direction / each(size, image), image)

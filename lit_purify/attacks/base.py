@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction
-from lit_purify.functional.images import check_unit_range
+from lit_purify.functional.images import check_unit_range, each
 from lit_purify.functional.noise import ATTACK, Noise, fresh_noise
-from lit_purify.functional.threat import Norm, pixels, violations
+from lit_purify.functional.rows import Domain
+from lit_purify.functional.threat import Norm, pixels, project, violations
 from lit_purify.recorded import Recorded
 
 
@@ -58,6 +59,7 @@ class Attack(Recorded, ABC):
         target: What the attack is handed: the ``defense``, or the bare ``classifier`` behind it.
         stopping: When it ends, in words for the report.
         scalable: Attributes that ``stronger`` may change.
+        domain: What rows of a table it is held to; ``None`` for images, or where nothing binds it.
     """
 
     steps: int
@@ -70,6 +72,7 @@ class Attack(Recorded, ABC):
     target: Literal["defense", "classifier"] = "defense"
     stopping: str = "runs all its steps; does not look at the defense's final runs"
     scalable: frozenset[str] = frozenset()
+    domain: Domain | None = None
 
     def __init__(self, norm: Norm, eps: float | str) -> None:
         self.norm, self.eps = norm, pixels("eps", eps)
@@ -86,12 +89,14 @@ class Attack(Recorded, ABC):
         noise: Noise | None = None,
         chunk: int = 64,
     ) -> Tensor:
-        """Adversarial images, (B, C, H, W) in [0, 1], detached.
+        """Adversarial images, (B, C, H, W) in [0, 1], or rows (B, F) that somebody could send, detached.
+
+        Of a row of a table that no repair brings into the threat model the row itself is returned.
 
         Args:
             model: What is attacked: a defended classifier, any ``nn.Module`` or function from [0, 1] images to logits,
                 or an ``AttackedFunction``.
-            image: (B, C, H, W) in [0, 1].
+            image: (B, C, H, W), or rows (B, F), in [0, 1].
             label: (B,) int64.
             noise: Randomness of the same rows, apart from that of the evaluation; ``None`` draws a fresh seed from
                 torch's global generator.
@@ -106,6 +111,11 @@ class Attack(Recorded, ABC):
             raise InputError(f"labels have shape {tuple(label.shape)}, {len(image)} images need ({len(image)},)")
         noise = noise or fresh_noise(image, ATTACK)
         adversarial = self.perturb(attackable(model), image, label, noise, chunk).detach()
+        if self.domain is not None:
+            broken = self.domain.violations(adversarial, image)
+            adversarial = rowwise(broken, self.domain.repair(adversarial, image, self.radius(image)), adversarial)
+            beyond = violations(adversarial, image, self.norm, self.radius(image))
+            adversarial = rowwise(beyond, image, adversarial)
         bad = violations(adversarial, image, self.norm, self.radius(image)).nonzero().flatten().tolist()
         if bad:
             raise RuntimeError(f"{type(self).__name__} left its threat model ({self.norm} <= {self.eps}) in rows {bad}")
@@ -149,12 +159,28 @@ class Attack(Recorded, ABC):
         vars(other).update(changes)
         return other
 
-    def prepare(self, positions: Sequence[int]) -> None:
+    def prepare(self, positions: Sequence[int], domain: Domain | None = None) -> None:
         """Learns before an evaluation which samples are evaluated.
 
         Args:
             positions: Their positions in the evaluated split, in order: the ``index`` of the noise that they come with.
+            domain: What rows of a table can be made of them.
         """
+        self.domain = domain if domain is not None and domain.constrained else None
+
+    def inside(self, point: Tensor, image: Tensor) -> Tensor:
+        """A point of the threat model near a point."""
+        near = project(point, image, self.norm, self.eps)
+        return near if self.domain is None else self.domain.project(near, image)
+
+    def shown(self, point: Tensor, image: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What the model sees for a point: for a row of a table its repair. And what takes a gradient back to it."""
+        if self.domain is None:
+            return point, lambda gradient: gradient
+        with torch.enable_grad():
+            leaf = point.detach().requires_grad_()
+            repaired = self.domain.repair(leaf, image, self.eps)
+        return repaired.detach(), lambda gradient: torch.autograd.grad(repaired, leaf, gradient)[0]
 
     @abstractmethod
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
@@ -197,8 +223,8 @@ class Best:
 
 
 def rowwise(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
-    """The samples (B, C, H, W) of one tensor where a condition (B,) holds, those of another elsewhere."""
-    return torch.where(condition.reshape(-1, 1, 1, 1), chosen, other)
+    """The samples (B, ...) of one tensor where a condition (B,) holds, those of another elsewhere."""
+    return torch.where(each(condition, other), chosen, other)
 
 
 def draws(first: int, count: int) -> list[int]:

@@ -8,9 +8,10 @@ from torch import Tensor
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws, rowwise
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction, gradient_in_chunks, logits_in_chunks
+from lit_purify.functional.images import each
 from lit_purify.functional.losses import margin_loss, mean_margin
 from lit_purify.functional.noise import Noise
-from lit_purify.functional.threat import l2_norm, pixels, project
+from lit_purify.functional.threat import l2_norm, pixels
 
 _DECAY, _SQUARED_DECAY, _TINY = 0.9, 0.999, 1e-8
 
@@ -86,9 +87,7 @@ class CarliniWagnerL2(Attack):
                 nearest.offer(point, torch.where(success, -l2_norm(delta), -torch.inf))
                 highest.offer(point, loss)
                 if k < self.steps:
-                    pull = c.reshape(-1, 1, 1, 1) * rowwise(
-                        loss <= self.confidence, gradient, torch.zeros_like(gradient)
-                    )
+                    pull = each(c, image) * rowwise(loss <= self.confidence, gradient, torch.zeros_like(gradient))
                     downhill = 2.0 * delta - pull
                     mean = _DECAY * mean + (1.0 - _DECAY) * downhill
                     square = _SQUARED_DECAY * square + (1.0 - _SQUARED_DECAY) * downhill * downhill
@@ -98,4 +97,4 @@ class CarliniWagnerL2(Attack):
             low, high = torch.where(found, low, c), torch.where(found, c, high)
             c = torch.where(high.isinf(), 10.0 * c, (low + high) / 2.0)
         point = rowwise(nearest.score > -torch.inf, nearest.image, highest.image)
-        return project(point, image, "l2", self.eps)
+        return self.inside(point, image)

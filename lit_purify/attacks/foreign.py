@@ -64,7 +64,7 @@ class ForeignAttack(Attack):
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
         rows = min(len(image), chunk)
-        key = int(noise.uniform(START_STEP, image[:, :1, :1, :1].double()).sum() * 2**20) % 2**32
+        key = int(noise.uniform(START_STEP, image.flatten(1)[:, 0].double()).sum() * 2**20) % 2**32
         with _seeded(key), torch.enable_grad():
             found = self.function(_Module(model, noise, rows, image.device), image.clone(), label.clone())
         if not isinstance(found, (Tensor, np.ndarray)):

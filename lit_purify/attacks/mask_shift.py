@@ -11,7 +11,7 @@ from lit_purify.attacks.pgd import PGD, Aggregate
 from lit_purify.functional.chunks import AttackedFunction, gradient_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import LossName
 from lit_purify.functional.noise import Noise
-from lit_purify.functional.threat import Norm, project, steepest
+from lit_purify.functional.threat import Norm, steepest
 
 
 class MaskShift(PGD):
@@ -71,5 +71,5 @@ class MaskShift(PGD):
         original = logits_in_chunks(look, image, noise, [0], chunk)[:, 0]
         for _ in range(self.shift_steps):
             _, gradient = gradient_in_chunks(look, moved, point, original, noise, [0], chunk)
-            point = project(point + self.step_size * steepest(gradient, self.norm), image, self.norm, self.eps)
+            point = self.inside(point + self.step_size * steepest(gradient, self.norm), image)
         return point

@@ -17,9 +17,10 @@ from lit_purify.functional.chunks import (
     draws_in_chunks,
     logits_in_chunks,
 )
+from lit_purify.functional.images import each
 from lit_purify.functional.losses import LossName, log_probabilities, named_loss
 from lit_purify.functional.noise import START_STEP, Noise
-from lit_purify.functional.threat import Norm, l2_norm, pixels, project, steepest
+from lit_purify.functional.threat import Norm, l2_norm, pixels, steepest
 
 Aggregate = Literal["mean", "worst", "vote"]
 
@@ -117,12 +118,14 @@ class PGD(Attack):
             adversarial = self._begin(model, image, noise.runs([restart]), chunk)
             followed = torch.zeros_like(image)
             for k in range(self.steps):
-                seen, gradient = self._look(model, loss_function, adversarial, label, noise, runs[k], chunk)
+                shown, back = self.shown(adversarial, image)
+                seen, gradient = self._look(model, loss_function, shown, label, noise, runs[k], chunk)
                 if self.select == "best":
-                    best.offer(adversarial, self._score(seen.logits, seen.loss, label))
-                followed = self._followed(gradient, followed, k)
+                    best.offer(shown, self._score(seen.logits, seen.loss, label))
+                followed = self._followed(back(gradient), followed, k)
                 adversarial = adversarial + self.step_size * steepest(followed, self.step_norm)
-                adversarial = project(adversarial, image, self.norm, self.eps)
+                adversarial = self.inside(adversarial, image)
+            adversarial, _ = self.shown(adversarial, image)
             if self._returns_last:
                 return adversarial
             logits = logits_in_chunks(model, adversarial, noise, runs[self.steps], chunk)
@@ -153,7 +156,7 @@ class PGD(Attack):
             return average(seen.gradient)
         wrong, right = log_probabilities(seen.logits, label)
         weights = (wrong if self.aggregate == "worst" else right).softmax(dim=1).to(seen.gradient.dtype)
-        return average(weights.reshape(*weights.shape, 1, 1, 1) * seen.gradient)
+        return average(weights.reshape(*weights.shape, *[1] * (seen.gradient.ndim - 2)) * seen.gradient)
 
     def _score(self, logits: Tensor, loss: Tensor, label: Tensor) -> Tensor:
         if self.aggregate == "mean":
@@ -168,9 +171,9 @@ class PGD(Attack):
     def _start(self, image: Tensor, noise: Noise) -> Tensor:
         """A uniform point of the ball, moved into [0, 1]."""
         if self.norm == "linf":
-            return project(image + self.eps * (2.0 * noise.uniform(START_STEP, image) - 1.0), image, "linf", self.eps)
+            return self.inside(image + self.eps * (2.0 * noise.uniform(START_STEP, image) - 1.0), image)
         direction = noise.normal(START_STEP, image)
         # The radius takes another draw: the same key would tie it to the direction.
-        radius = noise.uniform(START_STEP - 1, image[:, :1, :1, :1]) ** (1.0 / image[0].numel())
-        direction = direction / l2_norm(direction).reshape(-1, 1, 1, 1)
-        return project(image + self.eps * radius * direction, image, "l2", self.eps)
+        radius = noise.uniform(START_STEP - 1, image.flatten(1)[:, 0]) ** (1.0 / image[0].numel())
+        direction = direction / each(l2_norm(direction), image)
+        return self.inside(image + self.eps * each(radius, image) * direction, image)

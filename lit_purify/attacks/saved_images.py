@@ -15,6 +15,7 @@ from lit_purify.attacks.base import Attack, Queries
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.noise import KeyedNoise, Noise
+from lit_purify.functional.rows import Domain
 from lit_purify.functional.threat import Norm, l2_norm, linf_norm, violations
 
 _HALF_A_LEVEL = 0.5 / 255
@@ -62,8 +63,9 @@ class SavedImages(Attack):
             return self.eps
         return self.eps + _HALF_A_LEVEL * (1.0 if self.norm == "linf" else image[0].numel() ** 0.5)
 
-    def prepare(self, positions: Sequence[int]) -> None:
+    def prepare(self, positions: Sequence[int], domain: Domain | None = None) -> None:
         """See ``Attack``."""
+        super().prepare(positions, domain)
         if isinstance(self.found, Tensor) and len(self.found) != len(positions):
             raise InputError(
                 f"{self.path}: holds {len(self.found)} images, {len(positions)} samples are evaluated; save one each"

@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_purify.attacks.base import Attack, Queries
 from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.noise import Noise
+from lit_purify.functional.rows import Domain
 
 
 class Transfer(Attack):
@@ -47,9 +48,10 @@ class Transfer(Attack):
         """That of the attack."""
         return self.attack.radius(image)
 
-    def prepare(self, positions: Sequence[int]) -> None:
+    def prepare(self, positions: Sequence[int], domain: Domain | None = None) -> None:
         """See ``Attack``."""
-        self.attack.prepare(positions)
+        super().prepare(positions, domain)
+        self.attack.prepare(positions, domain)
 
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""

@@ -14,6 +14,7 @@ from lit_purify.checks.findings import Comparison, Finding, Verdict, holm, sign_
 from lit_purify.checks.gradcheck import Samples, check_gradient
 from lit_purify.defense import Attacked, DefendedClassifier
 from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.images import each
 from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.noise import ATTACK, EVALUATION, START_STEP, KeyedNoise, Noise
 from lit_purify.functional.statistics import outcomes, paired_difference
@@ -37,7 +38,7 @@ class RandomNoise(Attack):
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
         direction = noise.normal(START_STEP, image)
-        length = l2_norm(direction).reshape(-1, 1, 1, 1)
+        length = each(l2_norm(direction), image)
         shift = self.eps * (direction.sign() if self.norm == "linf" else direction / length)
         return project(image + shift, image, self.norm, self.eps)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
@@ -21,10 +22,11 @@ from lit_purify.data.subset import Indices, Subset, random_state, subset_sha256
 from lit_purify.data.workers import Loader, ignore_signals
 from lit_purify.errors import InputError
 from lit_purify.functional.images import check_unit_range
+from lit_purify.functional.rows import Domain
 from lit_purify.recorded import SHA256, Recorded, identity
 
 Batch = dict[str, Tensor]
-"""``image`` (B, C, H, W) float32 in [0, 1], ``label`` (B,) int64, ``index`` (B,) int64: position in the split."""
+"""``image`` (B, C, H, W), or rows (B, F), float32 in [0, 1], ``label`` and ``index`` (B,) int64: place in a split."""
 
 _MOST_KEPT = 2**30
 
@@ -34,16 +36,21 @@ class ImageDataset(Dataset[dict[str, Any]]):
     """A split: a function that reads one image, and the labels.
 
     Args:
-        read: From a position to an image (C, H, W), float32 in [0, 1]; picklable, for worker processes.
+        read: From a position to an image (C, H, W), or a row (F,), float32 in [0, 1]; picklable, for worker processes.
         labels: Label of every sample.
         classes: Names of the classes.
         positions: Positions to read, in order; each is its sample's identity.
+        domain: Of rows of a table: what their features are, and which rows can be made of them; ``None`` of images.
+        kinds: A finer class of every sample, which reports tell apart; the first of ``classes`` is then what is
+            harmless. ``None`` where there is none.
     """
 
     read: Callable[[int], Tensor]
     labels: Indices
     classes: Sequence[str]
     positions: Indices
+    domain: Domain | None = None
+    kinds: NDArray[np.str_] | None = None
 
     @staticmethod
     def whole(read: Callable[[int], Tensor], labels: Sequence[int] | Indices, classes: Sequence[str]) -> ImageDataset:
@@ -65,7 +72,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """A split of images that are in memory.
 
         Args:
-            images: (N, C, H, W), floats in [0, 1].
+            images: (N, C, H, W), or rows (N, F), floats in [0, 1].
             labels: (N,), integers.
             classes: Names of the classes; ``None`` takes numbers, 0 up to the largest label.
 
@@ -81,7 +88,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def choose(self, subset: Subset) -> ImageDataset:
         """The samples that a rule picks; they keep their positions."""
-        return ImageDataset(self.read, self.labels, self.classes, subset.indices(self.labels))
+        return replace(self, positions=subset.indices(self.labels))
 
     def part(self, positions: Indices) -> ImageDataset:
         """A split of its own made of some samples, which are numbered anew."""
@@ -205,6 +212,11 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
     def classes(self) -> Sequence[str]:
         """Names of the classes."""
         return self._split(self.evaluate_on).classes
+
+    @property
+    def domain(self) -> Domain | None:
+        """Of rows of a table, see ``ImageDataset``."""
+        return self._split("train").domain
 
     @property
     def evaluated(self) -> ImageDataset:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_purify.errors import InputError
 from lit_purify.functional import mask as F
+from lit_purify.functional.images import places
 from lit_purify.functional.noise import MASK_STEP, Noise
 from lit_purify.models import Classifier
 from lit_purify.recorded import Recorded
@@ -152,7 +153,7 @@ class Ones(Mask):
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
-        return torch.ones_like(image[:, :1])
+        return torch.ones_like(places(image))
 
 
 class Zeros(Mask):
@@ -162,7 +163,7 @@ class Zeros(Mask):
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
-        return torch.zeros_like(image[:, :1])
+        return torch.zeros_like(places(image))
 
 
 class RandomArea(Mask):
@@ -180,7 +181,7 @@ class RandomArea(Mask):
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
         """See ``Mask``."""
         count = self.area_of.build(classifier, image, noise).flatten(1).sum(dim=1)
-        return F.top_count(noise.uniform(MASK_STEP, image[:, :1]), count)
+        return F.top_count(noise.uniform(MASK_STEP, places(image)), count)
 
 
 class Wrapped(Mask):
@@ -223,7 +224,7 @@ class Rolled(Wrapped):
 
     def after(self, mask: Tensor) -> Tensor:
         """Moved by half the height and width."""
-        return mask.roll((mask.shape[-2] // 2, mask.shape[-1] // 2), dims=(-2, -1))
+        return mask.roll([size // 2 for size in mask.shape[1:]], dims=list(range(1, mask.ndim)))
 
 
 class Renormalized(Wrapped):

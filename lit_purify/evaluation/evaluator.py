@@ -250,7 +250,7 @@ class Evaluator(nn.Module):
         for defended in self.defenses.values():
             defended.purifier.check_image(first)
         for name, attack in self.attacks.items():
-            attack.prepare(data.positions.tolist())
+            attack.prepare(data.positions.tolist(), data.domain)
             if "dlr" in attack.raised and len(data.classes) < 3:
                 raise InputError(f"attacks.{name}: the dlr loss needs 3 classes, the data has 2: use loss: margin")
 

@@ -1,4 +1,4 @@
-"""Images as tensors in [0, 1]: resizing, augmentation."""
+"""Images and rows of tables as tensors in [0, 1]: shapes, resizing, augmentation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from lit_purify.errors import InputError
+
+
+def each(values: Tensor, like: Tensor) -> Tensor:
+    """A number for each sample, (B,), shaped to broadcast with samples (B, ...)."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def sample_shape(channels: int, size: int) -> tuple[int, ...]:
+    """Of an image, (channels, size, size); without channels it is a row of ``size`` features, (size,)."""
+    return (channels, size, size) if channels else (size,)
+
+
+def places(image: Tensor) -> Tensor:
+    """What masks and levels are about: the pixels of images, (B, 1, H, W), and the features of rows, (B, F)."""
+    return image[:, :1] if image.ndim == 4 else image
 
 
 def resize(image: Tensor, size: int, shorter: int | None = None) -> Tensor:
@@ -57,9 +72,10 @@ def flip(image: Tensor, draws: Tensor) -> Tensor:
 
 
 def check_unit_range(image: Tensor, slack: float = 0.0) -> None:
-    """Raises an ``InputError`` when images are not (B, C, H, W) floats in [0, 1], or further outside than ``slack``."""
-    if image.ndim != 4 or not image.is_floating_point():
-        raise InputError(f"images have shape {tuple(image.shape)} and type {image.dtype}: give floats (B, C, H, W)")
+    """Raises an ``InputError`` for other than floats in [0, 1], or ``slack`` outside: images, or rows (B, F)."""
+    if image.ndim not in (2, 4) or not image.is_floating_point():
+        shapes = "floats (B, C, H, W), or rows (B, F)"
+        raise InputError(f"images have shape {tuple(image.shape)} and type {image.dtype}: give {shapes}")
     low, high = (float(end) for end in image.detach().aminmax()) if image.numel() else (0.0, 0.0)
     if not -slack <= low <= high <= 1.0 + slack:
         remedy = "divide bytes by 255; of [-1, 1] take (x + 1) / 2"

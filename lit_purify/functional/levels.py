@@ -21,7 +21,7 @@ class LevelMap(NamedTuple):
     Attributes:
         levels: (B, L), in noising steps. L is at least 2: kernels round differently for one row and for several, and an
             image of one level must not depend on whether there are images of two beside it.
-        weights: (B, L, H, W) of 0 and 1, with a sum of 1 over L.
+        weights: (B, L, H, W) of 0 and 1, with a sum of 1 over L; for rows of tables (B, L, F).
     """
 
     levels: Tensor
@@ -29,8 +29,9 @@ class LevelMap(NamedTuple):
 
     @property
     def dense(self) -> Tensor:
-        """The level of each pixel, (B, 1, H, W)."""
-        return (self.levels[:, :, None, None] * self.weights).sum(dim=1, keepdim=True)
+        """The level of each pixel, (B, 1, H, W), or of each feature, (B, F)."""
+        levels = self.levels.reshape(*self.levels.shape, *[1] * (self.weights.ndim - 2))
+        return (levels * self.weights).sum(dim=1, keepdim=self.weights.ndim == 4)
 
     def rows(self, rows: Tensor | slice) -> LevelMap:
         """The map of some images."""
@@ -38,8 +39,11 @@ class LevelMap(NamedTuple):
 
 
 def holding(grade: Tensor, count: int) -> Tensor:
-    """Where each of ``count`` grades holds, (B, ``count``, H, W) of 0 and 1; ``grade`` (B, 1, H, W) counts from 0."""
-    return torch.cat([grade == k for k in range(count)], dim=1)
+    """Where each of ``count`` grades holds, (B, ``count``, H, W) of 0 and 1; ``grade`` (B, 1, H, W) counts from 0.
+
+    Of rows the grade is (B, F), and the result (B, ``count``, F).
+    """
+    return torch.cat([(grade if grade.ndim == 4 else grade[:, None]) == k for k in range(count)], dim=1)
 
 
 def two_level(mask: Tensor, high: Tensor | int, low: Tensor | int) -> LevelMap:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_purify.errors import InputError
+from lit_purify.functional.images import each
 
 Norm = Literal["linf", "l2"]
 TOLERANCE = 1e-5
@@ -44,10 +45,7 @@ def l2_norm(delta: Tensor) -> Tensor:
 def project(adversarial: Tensor, image: Tensor, norm: Norm, eps: float) -> Tensor:
     """A point of the threat model near by: onto the ball, then into [0, 1], which does not leave the ball again."""
     delta = adversarial - image
-    if norm == "linf":
-        delta = delta.clamp(-eps, eps)
-    else:
-        delta = delta * (eps / l2_norm(delta).clamp(min=eps)).reshape(-1, 1, 1, 1)
+    delta = delta.clamp(-eps, eps) if norm == "linf" else delta * each(eps / l2_norm(delta).clamp(min=eps), delta)
     return (image + delta).clamp(0.0, 1.0)
 
 
@@ -55,7 +53,7 @@ def steepest(gradient: Tensor, norm: Norm) -> Tensor:
     """The direction of unit norm in which a linear loss grows fastest: sign for Linf, normalized gradient for L2."""
     if norm == "linf":
         return gradient.sign()
-    length = l2_norm(gradient).reshape(-1, 1, 1, 1)
+    length = each(l2_norm(gradient), gradient)
     return torch.where(length > 0, gradient / torch.where(length > 0, length, 1.0), 0.0)
 
 

@@ -13,6 +13,7 @@ from lit_purify.models.readers import (
     load_score_sde,
 )
 from lit_purify.models.resnet import ResNetClassifier
+from lit_purify.models.table import TableClassifier, TableDenoiser
 from lit_purify.models.unet import UNet
 from lit_purify.models.wide_resnet import WideResNetClassifier
 
@@ -22,6 +23,8 @@ __all__ = [
     "MatchedSchedule",
     "Replayed",
     "ResNetClassifier",
+    "TableClassifier",
+    "TableDenoiser",
     "TimmClassifier",
     "UNet",
     "WideResNetClassifier",

@@ -13,6 +13,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from lit_purify.errors import InputError, notice
+from lit_purify.functional.images import sample_shape
 from lit_purify.models.weights import load_into, read_state_dict
 from lit_purify.recorded import Recorded
 
@@ -24,10 +25,10 @@ class Classifier(Recorded, nn.Module):
 
     Args:
         network: From normalized images (B, C, size, size) to logits (B, num_classes).
-        size: Height and width of the images it takes.
+        size: Height and width of the images it takes; number of features of rows.
         num_classes: Number of classes.
-        channels: Channels of the images.
-        mean: Subtracted from each channel of a [0, 1] image (one value, or one a channel).
+        channels: Channels of the images; 0 for rows (B, size) of tables.
+        mean: Subtracted from each channel of a [0, 1] image, or each feature of a row (one value, or one for each).
         std: What each channel is divided by.
         blocks: Names of the modules of ``network`` whose outputs (B, C_m, h_m, w_m) make the attention mask; may be
             empty when the network has timm's ``forward_intermediates``: then its stages are taken, those with cells of
@@ -53,9 +54,11 @@ class Classifier(Recorded, nn.Module):
         checkpoint: Path | None = None,
     ) -> None:
         super().__init__()
+        self.shape = sample_shape(channels, size)
         for name, values in (("mean", mean), ("std", std)):
-            if len(values) not in (1, channels):
-                raise InputError(f"{name} has {len(values)} values: give one, or one for each of {channels} channels")
+            if len(values) not in (1, self.shape[0]):
+                each = f"{channels} channels" if channels else f"{size} features"
+                raise InputError(f"{name} has {len(values)} values: give one, or one for each of {each}")
         if not all(0.0 <= value <= 1.0 for value in mean) or not all(value > 0.0 for value in std):
             raise InputError(
                 f"mean = {list(mean)}, std = {list(std)}: pixels lie in [0, 1], so must mean, and std is above 0; "
@@ -69,9 +72,10 @@ class Classifier(Recorded, nn.Module):
         self.network, self.size, self.num_classes, self.channels = network, size, num_classes, channels
         self.blocks = list(blocks)
         self.origin = "not loaded from a file" if checkpoint is None else Path(checkpoint).name.partition("#")[0]
+        across = (1, -1, 1, 1) if channels else (1, -1)
         # Not part of the state_dict: they are configuration, and foreign weights do not hold them.
-        self.register_buffer("mean", torch.tensor(list(mean)).reshape(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(list(std)).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(list(mean)).reshape(across), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)).reshape(across), persistent=False)
         self.settle(size=size, mean=list(mean), std=list(std))
         if checkpoint is not None:
             load_into(network, read_state_dict(checkpoint), str(checkpoint))
@@ -102,6 +106,8 @@ class Classifier(Recorded, nn.Module):
         Raises:
             InputError: There are no blocks, or one of them is not called or puts out another shape.
         """
+        if image.ndim != 4:
+            raise InputError("mask: rows have no attention maps: use GradientTimesInput or FirstLayer")
         normalized = self.normalize(image)
         if not self.blocks:
             intermediates = getattr(self.network, "forward_intermediates", None)
@@ -156,10 +162,9 @@ class Classifier(Recorded, nn.Module):
 
     def check_image(self, image: Tensor) -> None:
         """Raises an ``InputError`` when an image batch does not fit this network."""
-        expected = (self.channels, self.size, self.size)
-        if tuple(image.shape[1:]) != expected:
+        if tuple(image.shape[1:]) != self.shape:
             raise InputError(
-                f"the classifier takes images of shape {expected}, the data has {tuple(image.shape[1:])}: give both "
+                f"the classifier takes images of shape {self.shape}, the data has {tuple(image.shape[1:])}: give both "
                 "one size and as many channels"
             )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from lit_purify.errors import InputError
+from lit_purify.functional.images import sample_shape
 from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.schedule import Schedule
 from lit_purify.recorded import Recorded
@@ -16,10 +18,11 @@ class Denoiser(Recorded, nn.Module, ABC):
     """Predicts the noise in a noised image: ``eps = denoiser(x_t, t)``.
 
     Attributes:
-        channels: Channels of the images.
-        size: Height and width of the images.
+        channels: Channels of the images; 0 for rows of tables.
+        size: Height and width of the images; number of features of the rows.
         schedule: The noise schedule it was trained with; ``t`` counts its noising steps.
         origin: The file that its weights come from.
+        onehot: Widths of the one-hot groups of rows, see ``functional.rows.fields``.
         validation: Mean squared error of the predicted noise on validation images; ``None`` if no file states it.
         gradient_checkpointing: Whether it keeps few activations for a backward pass and recomputes the others.
     """
@@ -27,6 +30,7 @@ class Denoiser(Recorded, nn.Module, ABC):
     channels: int
     size: int
     schedule: Schedule
+    onehot: Sequence[int] = ()
     origin: str = "not loaded from a file"
     validation: float | None = None
     gradient_checkpointing: bool = False
@@ -43,14 +47,14 @@ class Denoiser(Recorded, nn.Module, ABC):
         """Predicted noise, same shape as ``x``.
 
         Args:
-            x: (B, C, H, W) in diffusion space, [-1, 1] when clean.
+            x: (B, C, H, W), or rows (B, F), in diffusion space, [-1, 1] when clean.
             t: Level of each image (B,), in noising steps 1 .. T, fractions allowed; or those of its pixels, of which
-                ``t.dense`` is (B, 1, H, W).
+                ``t.dense`` is (B, 1, H, W), or (B, F).
         """
 
     def check_image(self, image: Tensor) -> None:
         """Raises an ``InputError`` when an image batch does not fit this network."""
-        expected = (self.channels, self.size, self.size)
+        expected = sample_shape(self.channels, self.size)
         if tuple(image.shape[1:]) != expected:
             raise InputError(
                 f"the denoiser takes images of shape {expected}, the data has {tuple(image.shape[1:])}: give both "

@@ -73,6 +73,9 @@ class ClassifierTask(TrainingTask):
         """Sizes and classes."""
         self.classifier.check_image(batch["image"])
         self.classifier.check_classes(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
+        if self.attack is not None:
+            # What rows of a table can be made of others is known with the data.
+            self.attack.prepare((), self.trainer.datamodule.domain)  # type: ignore[attr-defined]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Clean accuracy, and accuracy under the training attack when there is one."""

@@ -14,9 +14,11 @@ from lit_purify.data.base import Batch
 from lit_purify.defense import Mask, Purifier
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import noised, step_back, to_diffusion, to_image
+from lit_purify.functional.images import each
 from lit_purify.functional.levels import LevelMap, two_level
 from lit_purify.functional.mask import random_shapes
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
+from lit_purify.functional.rows import random_fields
 from lit_purify.models import Classifier, Denoiser, Replayed
 from lit_purify.training.task import TrainingTask
 
@@ -47,7 +49,7 @@ class DenoiserTask(TrainingTask):
     """Predicts the noise, mean squared error, at levels drawn uniformly from 1 .. ``max_level``.
 
     Each image gets one level everywhere, or two: one inside and one outside a mask, either of them the stronger. The
-    mask is the classifier's attention or a random shape.
+    mask is the classifier's attention or a random shape; of rows of a table, a random part of the fields.
 
     Validation draws the same noise in every epoch, and logs ``val/mse_<place>_t<level>``, their mean ``val/loss``,
     ``val/psnr_t<level>`` of images denoised in one step, and for each purifier the accuracy of the classifier on
@@ -155,17 +157,24 @@ class DenoiserTask(TrainingTask):
         """Level maps of a batch of images in [0, 1]."""
         draws = noise.uniform(_LEVELS, image.new_empty(len(image), 3))
         inside, outside = (1 + (draws[:, k] * self.max_level).long() for k in (0, 1))
-        mask = random_shapes(image, noise.uniform(_SHAPES, image.new_empty(len(image), 6 * _SHAPE_COUNT)), _SHAPE_COUNT)
+        mask = self._shapes(image, noise)
         if self.attention > 0:
             attends = (draws[:, 2] >= self.constant) & (draws[:, 2] < self.constant + self.attention)
             if image.is_cuda:
                 # To count them the host would wait for the GPU, which costs more than the other images.
-                mask = torch.where(attends.reshape(-1, 1, 1, 1), self._attention(image, noise), mask)
+                mask = torch.where(each(attends, mask), self._attention(image, noise), mask)
             elif len(rows := attends.nonzero().flatten()):
                 # One level everywhere needs no mask: the classifier is called with the other images only.
                 mask = mask.index_copy(0, rows, self._attention(image[rows], noise.rows(rows)))
         outside = torch.where(draws[:, 2] < self.constant, inside, outside)
         return two_level(mask, inside, outside)
+
+    def _shapes(self, image: Tensor, noise: Noise) -> Tensor:
+        """Random masks: of images (B, 1, H, W), of rows (B, F)."""
+        if image.ndim == 2:
+            draws = noise.uniform(_SHAPES, image.new_empty(len(image), image.shape[1] + 1))
+            return random_fields(image, draws, self.denoiser.onehot)
+        return random_shapes(image, noise.uniform(_SHAPES, image.new_empty(len(image), 6 * _SHAPE_COUNT)), _SHAPE_COUNT)
 
     def _attention(self, image: Tensor, noise: Noise) -> Tensor:
         if self.mask is None or not self._classifier:
@@ -211,9 +220,7 @@ class DenoiserTask(TrainingTask):
         if self._classifier and self.mask is not None:
             mask = self._attention(image, noise)
         else:
-            mask = random_shapes(
-                image, noise.uniform(_SHAPES, image.new_empty(len(image), 6 * _SHAPE_COUNT)), _SHAPE_COUNT
-            )
+            mask = self._shapes(image, noise)
         at = self.denoiser.schedule.at
         for t in self.val_levels:
             half = max(1, t // 2)
@@ -225,7 +232,8 @@ class DenoiserTask(TrainingTask):
                 levels = two_level(mask, inside, outside)
                 x = noised(u, at(levels.dense), eps)
                 predicted = self.denoiser(x, levels).to(eps.dtype)
-                self.measure(f"mse_{place}_t{t}", (predicted - eps).square().mean(dim=1, keepdim=True), weight)
+                error = (predicted - eps).square()
+                self.measure(f"mse_{place}_t{t}", error.mean(dim=1, keepdim=True) if error.ndim == 4 else error, weight)
                 if place == "constant":
                     denoised = to_image(step_back(x, predicted, at(t), at(0)))
                     self.measure(f"psnr_t{t}", psnr(denoised, image))

@@ -1,0 +1,158 @@
+"""NSL-KDD and UNSW-NB15, connections of computer networks, in the files as people have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lit_purify.data.table import Lines, Table, existing
+from lit_purify.errors import InputError
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_NSL_LOGIN = _words("land logged_in root_shell su_attempted is_host_login is_guest_login")
+_NSL_COUNTS = _words(
+    "duration src_bytes dst_bytes wrong_fragment urgent hot num_failed_logins num_compromised num_root "
+    "num_file_creations num_shells num_access_files count srv_count dst_host_count dst_host_srv_count"
+)
+_NSL_COLUMNS = _words(
+    "duration protocol_type service flag src_bytes dst_bytes land wrong_fragment urgent hot num_failed_logins "
+    "logged_in num_compromised root_shell su_attempted num_root num_file_creations num_shells num_access_files "
+    "num_outbound_cmds is_host_login is_guest_login count srv_count serror_rate srv_serror_rate rerror_rate "
+    "srv_rerror_rate same_srv_rate diff_srv_rate srv_diff_host_rate dst_host_count dst_host_srv_count "
+    "dst_host_same_srv_rate dst_host_diff_srv_rate dst_host_same_src_port_rate dst_host_srv_diff_host_rate "
+    "dst_host_serror_rate dst_host_srv_serror_rate dst_host_rerror_rate dst_host_srv_rerror_rate label difficulty"
+)
+_NSL_CATEGORIES = {
+    "protocol_type": _words("icmp tcp udp"),
+    "service": _words(
+        "IRC X11 Z39_50 aol auth bgp courier csnet_ns ctf daytime discard domain domain_u echo eco_i ecr_i efs exec "
+        "finger ftp ftp_data gopher harvest hostnames http http_2784 http_443 http_8001 imap4 iso_tsap klogin kshell "
+        "ldap link login mtp name netbios_dgm netbios_ns netbios_ssn netstat nnsp nntp ntp_u other pm_dump pop_2 pop_3 "
+        "printer private red_i remote_job rje shell smtp sql_net ssh sunrpc supdup systat telnet tftp_u tim_i time "
+        "urh_i urp_i uucp uucp_path vmnet whois"
+    ),
+    "flag": _words("OTH REJ RSTO RSTOS0 RSTR S0 S1 S2 S3 SF SH"),
+}
+_NSL_RELATIONS = ["dst_host_same_srv_rate = dst_host_srv_count / dst_host_count"] + [
+    f"{before}_rate + {after}_rate <= 1"
+    for before, after in (
+        ("serror", "rerror"),
+        ("same_srv", "diff_srv"),
+        ("dst_host_serror", "dst_host_rerror"),
+        ("dst_host_same_srv", "dst_host_diff_srv"),
+    )
+]
+
+
+class NSLKDD(Table):
+    """NSL-KDD (Tavallaee et al., "A detailed analysis of the KDD CUP 99 data set", CISDA 2009): normal or attack.
+
+    121 features: 37 numbers, then protocol_type (3), service (70) and flag (11). The column difficulty and the constant
+    num_outbound_cmds are left out, and su_attempted 2 is 0. A tenth of the training rows is the validation split.
+
+    An attacker can change neither protocol, service and flag nor facts about logins; counts, bytes and the duration are
+    whole numbers that only grow; rates lie in [0, 1].
+
+    Args:
+        root: Folder of the files of the Canadian Institute for Cybersecurity, as ``.txt``, ``.txt.xz`` or ``.txt.gz``.
+        train: Name of the training file: ``KDDTrain+_20Percent`` or ``KDDTrain+``.
+        test: ``KDDTest+``, or of its rows those that not all of 21 classifiers got right (Test-21).
+        constrained: See ``Table``.
+        options: Of ``Table`` and ``ImageDataModule``, such as ``batch_size``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        train: str = "KDDTrain+_20Percent",
+        test: Literal["KDDTest+", "KDDTest-21"] = "KDDTest+",
+        constrained: bool = True,
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        self.hard, folder = test == "KDDTest-21", Path(root).expanduser()
+        super().__init__(
+            folder / f"{train}.txt",
+            "label",
+            folder / "KDDTest+.txt",
+            normal="normal",
+            columns=_NSL_COLUMNS,
+            drop=["num_outbound_cmds", "difficulty"],
+            categorical=_NSL_CATEGORIES,
+            immutable=[*_NSL_CATEGORIES, *_NSL_LOGIN],
+            increasing=_NSL_COUNTS,
+            integer=[*_NSL_COUNTS, *_NSL_LOGIN],
+            relations=_NSL_RELATIONS,
+            constrained=constrained,
+            **options,
+        )
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # as in the base
+        """What reports call the dataset."""
+        return f"NSLKDD({'Test-21' if self.hard else 'KDDTest+'}{'' if self.constrained else ', unconstrained'})"
+
+    def read(self, path: Path) -> tuple[list[str], Lines]:
+        """See ``Table``."""
+        names, lines = super().read(
+            found(path, "NSL-KDD (Tavallaee et al., CISDA 2009)", "unb.ca/cic/datasets/nsl.html")
+        )
+        attempted, difficulty = names.index("su_attempted"), names.index("difficulty")
+        for line in lines:
+            if len(line) == len(names) and line[attempted] == "2":
+                line[attempted] = "0"
+        if self.hard and path == self.test:
+            lines = [line for line in lines if line[-1:] != ["21"] or len(line) <= difficulty]
+        return names, lines
+
+
+class UNSWNB15(Table):
+    """UNSW-NB15 (Moustafa and Slay, MilCIS 2015), the partition in two CSV files: normal or attack.
+
+    An attacker can change neither protocol, service and state nor addresses; packets and bytes are whole numbers that
+    only grow. A tenth of the training rows is the validation split.
+
+    Args:
+        root: Folder of ``UNSW_NB15_training-set.csv`` and ``UNSW_NB15_testing-set.csv``, also packed as ``.xz``.
+        constrained: See ``Table``.
+        options: Of ``Table`` and ``ImageDataModule``, such as ``batch_size``.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        constrained: bool = True,
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        folder = Path(root).expanduser()
+        packets = _words("spkts dpkts sbytes dbytes sloss dloss")
+        super().__init__(
+            folder / "UNSW_NB15_training-set.csv",
+            "attack_cat",
+            folder / "UNSW_NB15_testing-set.csv",
+            normal="Normal",
+            drop=["id", "label"],
+            # The test rows have states that the training rows lack.
+            categorical={"proto": [], "service": [], "state": _words("ACC CLO CON ECO FIN INT PAR REQ RST URN no")},
+            immutable=_words("proto service state swin dwin stcpb dtcpb is_ftp_login is_sm_ips_ports"),
+            increasing=["dur", *packets],
+            integer=packets,
+            relations=["tcprtt = synack + ackdat"],
+            constrained=constrained,
+            **options,
+        )
+
+    def read(self, path: Path) -> tuple[list[str], Lines]:
+        """See ``Table``."""
+        origin = "UNSW-NB15 (Moustafa and Slay, MilCIS 2015)"
+        return super().read(found(path, origin, "research.unsw.edu.au/projects/unsw-nb15-dataset"))
+
+
+def found(path: Path, citation: str, origin: str) -> Path:
+    """The path, or an ``InputError`` that says where its file comes from."""
+    if not existing(path).is_file():
+        raise InputError(f"{path}: no such file; fetch {citation} from {origin} and put its files there")
+    return path

@@ -1,0 +1,233 @@
+"""Rows of tables: fields of features, and which rows somebody can make of another one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_purify.errors import InputError
+
+_SIDE = re.compile(r"\s*([\w.-]+)\s*(?:([-+*/])\s*([\w.-]+)\s*)?")
+_SLACK = 0.01
+"""Up to which relations hold, in the units of their columns: rates are often rounded to two decimals."""
+
+
+def fields(features: int, onehot: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Number of the field of each feature, (F,): every number is a field of its own, a one-hot group is one together.
+
+    Args:
+        features: F.
+        onehot: Widths of the one-hot groups, which are the last features of a row.
+        device: Of the result.
+
+    Raises:
+        InputError: The groups are wider than the row.
+    """
+    numbers = features - sum(onehot)
+    if numbers < 0:
+        raise InputError(f"onehot = {list(onehot)}: the groups have {sum(onehot)} features, a row has {features}")
+    widths = torch.tensor([1] * numbers + list(onehot), device=device)
+    return torch.arange(len(widths), device=device).repeat_interleave(widths)
+
+
+def random_fields(like: Tensor, draws: Tensor, onehot: Sequence[int]) -> Tensor:
+    """A random part of the fields of each row, (B, F) in {0, 1}: masks to train a denoiser on.
+
+    Args:
+        like: (B, F).
+        draws: Uniform numbers in [0, 1), (B, F + 1): the size of the part, and one for each feature.
+        onehot: See ``fields``.
+    """
+    of = fields(like.shape[1], onehot, like.device)
+    return (draws[:, 1:][:, of] < draws[:, :1]).to(like.dtype)
+
+
+def one_hot(row: Tensor, onehot: Sequence[int]) -> Tensor:
+    """Rows (B, F) with one category in each one-hot group, that of the largest value; straight through in the gradient.
+
+    Args:
+        row: (B, F).
+        onehot: See ``fields``.
+    """
+    numbers = row.shape[1] - sum(onehot)
+    groups = row.detach()[:, numbers:].split_with_sizes(list(onehot), dim=1) if onehot else []
+    hard = [torch.zeros_like(group).scatter(1, group.argmax(dim=1, keepdim=True), 1.0) for group in groups]
+    # What is added is 0, with a gradient.
+    return torch.cat([row.detach()[:, :numbers], *hard], dim=1) + (row - row.detach())
+
+
+class Relation(NamedTuple):
+    """``left = right`` or ``left <= right``, each a column, a number, or two of them with + - * / between."""
+
+    text: str
+    left: tuple[str, ...]
+    equal: bool
+    right: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Relation:
+        """From its text.
+
+        Raises:
+            InputError: It is none.
+        """
+        left, sign, right = [*re.split(r"(<=|=)", text), "", ""][:3]
+        sides = [_SIDE.fullmatch(side) for side in (left, right)]
+        if sides[0] is None or sides[1] is None or text.count("=") != 1 or (sign == "=" and sides[0][2]):
+            raise InputError(f"relations: {text!r} is not of the form 'a <= b', 'a + b <= 1' or 'a = b / c'")
+        first, second = (tuple(part for part in side.groups() if part) for side in sides if side)
+        return cls(text, first, sign == "=", second)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names in it that are no numbers."""
+        return [part for side in (self.left, self.right) for part in side[::2] if not _is_number(part)]
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """What the features of a row are, and which rows an attacker can make of a row.
+
+    Features lie in [0, 1]. First come numbers, min-max scaled, then one-hot groups. A relation binds the rows that
+    satisfy it before they are changed.
+
+    Attributes:
+        names: Of the features: column, or ``column=category``.
+        low: Value of a column that is scaled to 0, (F,) float64.
+        high: Value that is scaled to 1.
+        onehot: Widths of the one-hot groups.
+        fixed: Features that nobody can change, (F,) bool.
+        raised: Features that can only grow, (F,) bool.
+        whole: Features whose values are whole numbers, (F,) bool.
+        relations: What follows from what.
+        constrained: Whether attacks are held to it.
+    """
+
+    names: Sequence[str]
+    low: Tensor
+    high: Tensor
+    onehot: Sequence[int]
+    fixed: Tensor
+    raised: Tensor
+    whole: Tensor
+    relations: Sequence[Relation] = ()
+    constrained: bool = True
+    place: Mapping[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "place", {name: k for k, name in enumerate(self.names)})
+
+    @property
+    def span(self) -> Tensor:
+        """Of the values, (F,); 1 where all are the same."""
+        return torch.where(self.high > self.low, self.high - self.low, 1.0)
+
+    def values(self, row: Tensor) -> Tensor:
+        """Rows (B, F) in the units of their columns, float64."""
+        return self.low.to(row.device) + self.span.to(row.device) * row.double()
+
+    def project(self, point: Tensor, row: Tensor) -> Tensor:
+        """A point, with what nobody can change, or not in this direction, as it is in the row; both (B, F)."""
+        fixed, raised = self.fixed.to(row.device), self.raised.to(row.device)
+        return torch.where(fixed | (raised & (point < row)), row, point)
+
+    def repair(self, point: Tensor, row: Tensor, eps: float) -> Tensor:
+        """A row that somebody could send, near a point; differentiable, straight through what is rounded.
+
+        Whole numbers are rounded towards the row, one-hot groups to one category; what follows from other columns is
+        computed from them. Columns of a relation that cannot be kept go back to the row's; so does all of a point that
+        is beyond repair.
+
+        Args:
+            point: (B, F) in [0, 1].
+            row: What it was made of, (B, F).
+            eps: How far a feature may be from the row's.
+        """
+        point, span = self.project(point, row), self.span.to(row.device)
+        steps = (point.detach() - row).double() * span
+        # A number that is whole up to rounding is whole.
+        rounded = (row + (steps + 1e-3 * steps.sign()).trunc() / span).to(row.dtype)
+        point = torch.where(self.whole.to(row.device), rounded + (point - point.detach()), point)
+        # A category is 1 away from another one.
+        point = (
+            one_hot(point, self.onehot)
+            if eps >= 1.0
+            else torch.cat([point[:, : -sum(self.onehot) or None], row[:, len(self.names) - sum(self.onehot) :]], dim=1)
+        )
+        for relation in self.relations:
+            point = self._kept(relation, point, row, eps)
+        return torch.where(self.violations(point.detach(), row)[:, None], row, point)
+
+    def violations(self, point: Tensor, row: Tensor) -> Tensor:
+        """Which points (B, F) are no rows that somebody can make of these rows, (B,) bool."""
+        found = (self.project(point, row) != point).any(dim=1)
+        off = (self.values(point) - self.values(row)).where(self.whole.to(row.device), 0.0)
+        # A float32 in [0, 1] has so many digits.
+        found |= ((off - off.round()).abs() > 2e-3 + 2.0**-22 * self.span.to(row.device)).any(dim=1)
+        found |= (one_hot(point, self.onehot) != point).any(dim=1)
+        for relation in self.relations:
+            found |= self._binds(relation, row) & (self._excess(relation, point, row) > 1.01 * _SLACK)
+        return found
+
+    def penalty(self, point: Tensor, row: Tensor) -> Tensor:
+        """By how much points break relations that bind their rows, (B,), in parts of the columns' spans."""
+        total = torch.zeros_like(point[:, 0])
+        for relation in self.relations:
+            scale = self.span[self.place[relation.columns[0]]]
+            excess = self._excess(relation, point, row).clamp(min=0.0) / scale
+            total = total + torch.where(self._binds(relation, row), excess, 0.0).to(point.dtype)
+        return total
+
+    def _kept(self, relation: Relation, point: Tensor, row: Tensor, eps: float) -> Tensor:
+        """Points with one relation kept."""
+        place, binds = [self.place[name] for name in relation.columns], self._binds(relation, row)
+        if relation.equal:
+            first = place[0]
+            moved = self._side(relation.right, point) - self._side(relation.right, row)
+            value = (row[:, first] + moved / self.span[first].to(row.device)).to(point.dtype)
+            point = point.index_copy(
+                1, torch.tensor(place[:1], device=row.device), torch.where(binds, value, point[:, first])[:, None]
+            )
+            inside = (value >= 0.0) & (value <= 1.0) & ((value - row[:, first]).abs() <= eps)
+            broken = binds & ~inside
+        else:
+            broken = binds & (self._excess(relation, point, row) > _SLACK)
+        columns = torch.zeros_like(self.fixed).index_fill(0, torch.tensor(place), True).to(row.device)
+        return torch.where(broken[:, None] & columns, row, point)
+
+    def _side(self, side: tuple[str, ...], row: Tensor) -> Tensor:
+        """Value of a side of a relation, (B,)."""
+
+        def value(part: str) -> Tensor:
+            if _is_number(part):
+                return torch.full_like(row[:, 0], float(part), dtype=torch.float64)
+            k = self.place[part]
+            return self.low[k].to(row.device) + self.span[k].to(row.device) * row[:, k].double()
+
+        if len(side) == 1:
+            return value(side[0])
+        a, b = value(side[0]), value(side[2])
+        if side[1] == "/":
+            return torch.where(b == 0.0, 0.0, a / torch.where(b == 0.0, 1.0, b))
+        return a + b if side[1] == "+" else a - b if side[1] == "-" else a * b
+
+    def _excess(self, relation: Relation, point: Tensor, row: Tensor) -> Tensor:
+        """By how much it is broken, (B,), in the units of its columns; an equal one more than in the row."""
+        gap = self._side(relation.left, point) - self._side(relation.right, point)
+        if not relation.equal:
+            return gap
+        return (gap - (self._side(relation.left, row) - self._side(relation.right, row))).abs()
+
+    def _binds(self, relation: Relation, row: Tensor) -> Tensor:
+        """Which rows satisfy it, (B,) bool."""
+        gap = self._side(relation.left, row) - self._side(relation.right, row)
+        return (gap.abs() if relation.equal else gap) <= _SLACK
+
+
+def _is_number(part: str) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d+)?", part) is not None
