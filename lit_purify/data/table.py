@@ -128,8 +128,8 @@ class Table(ImageDataModule):
     def _splits_of_files(self) -> dict[str, ImageDataset]:
         lines = self._lines(self.train)
         order = shuffled(len(lines[self.label]), self.split_seed)
-        cuts = [round(self.val_fraction * len(order))]
-        cuts.append(cuts[0] + (0 if self.test else round(self.test_fraction * len(order))))
+        cuts = [max(1, round(self.val_fraction * len(order)))]
+        cuts.append(cuts[0] + (0 if self.test else max(1, round(self.test_fraction * len(order)))))
         val, own_test, train = np.split(order, cuts)
         raw = {name: self._numbers(self.train, name, values) for name, values in lines.items() if self._numeric(name)}
         low, high = ({name: self._bound(name, k, raw[name][train]) for name in raw} for k in (0, 1))
@@ -203,9 +203,7 @@ class Table(ImageDataModule):
 
     def _code(self, path: Path, label: str, classes: Sequence[str]) -> int:
         if label not in classes:
-            raise InputError(
-                f"{path}: column {self.label}: the label {label!r} is not among the training rows' classes"
-            )
+            raise InputError(f"{path}: column {self.label}: {str(label)!r} is no class of the training rows")
         return classes.index(label)
 
     def _wrong(self, path: Path, k: int, name: str, what: str) -> InputError:

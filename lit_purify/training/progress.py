@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from lit_purify.evaluation.estimate import duration, gibibytes, peak_memory
+from lit_purify.functional.images import sample_shape
 from lit_purify.models import Classifier, Denoiser
 from lit_purify.training.task import TrainingTask
 
@@ -61,7 +62,7 @@ class TrainingProgress(Callback):
 
 def seconds_a_sample(network: Classifier | Denoiser) -> float:
     """Seconds of a forward and a backward pass, by the second of two passes of two samples; changes no weight."""
-    x = torch.zeros(_ROWS, network.channels, network.size, network.size)
+    x = torch.zeros(_ROWS, *sample_shape(network.channels, network.size))
     given = (x, torch.ones(_ROWS)) if isinstance(network, Denoiser) else (x,)
     training, started = network.training, 0.0
     network.eval()

@@ -1,0 +1,211 @@
+"""Rows of tables: files and schemas, networks, masks by field, what an attacker can make of a row."""
+
+import lzma
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import randomized
+
+from lit_purify.data import NSLKDD, Table
+from lit_purify.errors import InputError
+from lit_purify.functional.levels import two_level
+from lit_purify.functional.rows import Domain, Relation, fields, one_hot, random_fields
+from lit_purify.models import TableDenoiser
+
+CSV = """sent,received,total,share,proto,kind
+1,2,3,0.5,tcp,normal
+4,0,4,0.25,udp,flood
+2,8,10,1.0,tcp,normal
+0,1,1,0.0,icmp,scan
+3,3,6,0.75,tcp,flood
+"""
+
+
+def table(folder, text=CSV, **options):
+    (folder / "rows.csv").write_text(text)
+    (folder / "test.csv").write_text(text)
+    stated = {"label": "kind", "normal": "normal", "categorical": {"proto": ["icmp", "tcp", "udp"]}}
+    stated |= {"integer": ["sent", "received", "total"], "increasing": ["sent"], "immutable": ["proto"]}
+    stated |= {"bounds": {"share": [0.0, 1.0]}, "relations": ["total = sent + received"]}
+    return Table(folder / "rows.csv", test=folder / "test.csv", **(stated | options))
+
+
+def test_rows_of_a_file(tmp_path):
+    """Numbers by the bounds of the training rows, clipped; categories in order; labels, kinds and positions."""
+    data = table(tmp_path)
+    train, test = data.split("train"), data.split("test")
+    domain = train.domain
+    assert list(domain.names) == ["sent", "received", "total", "share", "proto=icmp", "proto=tcp", "proto=udp"]
+    rows = torch.stack([test[k]["image"] for k in range(5)])
+    assert rows.dtype == torch.float32
+    inside = domain.values(rows)[:, 0]
+    assert torch.equal(
+        inside, torch.tensor([1.0, 4, 2, 0, 3], dtype=torch.float64).clamp(domain.low[0], domain.high[0])
+    )
+    assert rows[:, 3].tolist() == [0.5, 0.25, 1.0, 0.0, 0.75]
+    assert rows[:, 4:].argmax(dim=1).tolist() == [1, 2, 1, 0, 1]
+    assert [test[k]["label"] for k in range(5)] == [0, 1, 0, 1, 1]
+    assert list(test.kinds) == ["normal", "flood", "normal", "scan", "flood"]
+    assert len(train) + len(data.split("val")) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (("3,3,6", "3,,6"), {}, "rows.csv: row 6, column received: the value is missing"),
+        (("3,3,6", "3,x,6"), {}, "rows.csv: row 6, column received: 'x' is not a whole number"),
+        (("3,3,6", "3,3.5,6"), {}, "rows.csv: row 6, column received: '3.5' is not a whole number"),
+        ((",icmp", ",gre"), {}, "row 5, column proto: unknown category 'gre'"),
+        (("0,1,1,0.0", "0,1,1"), {}, "rows.csv: row 5 has 5 values, there are 6 columns"),
+        (("", ""), {"label": "class"}, "label: there is no such column 'class'"),
+        (("", ""), {"immutable": ["prot"]}, "immutable: there is no such column 'prot'"),
+        (("", ""), {"relations": ["total == sent"]}, "relations: 'total == sent' is not of the form"),
+        (("", ""), {"relations": ["total <= sum"]}, "relations: there is no such column 'sum'"),
+    ],
+)
+def test_what_is_wrong_is_named(change, options, words, tmp_path):
+    with pytest.raises(InputError, match=words.replace("(", r"\(")) as refused:
+        table(tmp_path, CSV.replace(*change) if change[0] else CSV, **options).split("train")
+    assert "\n" not in str(refused.value)
+
+
+def test_other_labels_in_the_test_file(tmp_path):
+    data = table(tmp_path, normal=None)
+    (tmp_path / "test.csv").write_text(CSV.replace("scan", "worm"))
+    with pytest.raises(InputError, match=r"test.csv: column kind: 'worm' is no class of the training rows"):
+        data.split("test")
+
+
+def nslkdd(folder, rows=40):
+    """Files in the original's layout."""
+    for name in ("KDDTrain+_20Percent.txt.xz", "KDDTest+.txt.xz"):
+        with lzma.open(folder / name, "wt") as stream:
+            for k in range(rows):
+                words = ["tcp" if k % 3 else "udp", "http" if k % 2 else "private", "SF"]
+                counts = [k % 7, k, 2 * k, 0, 0, 0, k % 5, 0, 1, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, k + 1, 2]
+                rates = [0.5] * 7 + [100, 50, 0.5] + [0.1] * 7
+                kind = "normal" if k % 2 else "neptune" if k % 4 else "satan"
+                line = [counts[0], *words, *counts[1:], *rates, kind, 21 if k % 5 else 18]
+                stream.write(",".join(map(str, line)) + "\n")
+    return folder
+
+
+def test_nslkdd(tmp_path):
+    data = NSLKDD(nslkdd(tmp_path))
+    split = data.split("test")
+    assert (len(split), tuple(split[0]["image"].shape), list(split.classes)) == (40, (121,), ["normal", "attack"])
+    assert split.domain.onehot == [3, 70, 11]
+    assert "num_outbound_cmds" not in split.domain.names
+    assert float(split[0]["image"][split.domain.place["su_attempted"]]) == 0.0
+    assert len(NSLKDD(tmp_path, test="KDDTest-21").split("test")) == 8
+    with pytest.raises(InputError, match=r"NSL-KDD \(Tavallaee et al., CISDA 2009\) from unb.ca"):
+        NSLKDD(tmp_path / "nowhere").split("train")
+
+
+def domain(**changes):
+    """A number, a whole one that grows, one fixed, what follows from the first two, and a group of two categories."""
+    marks = {"fixed": [2], "raised": [1], "whole": [1]}
+    masks = {name: torch.tensor([k in places for k in range(6)]) for name, places in marks.items()}
+    low, high = torch.zeros(6, dtype=torch.float64), torch.tensor([1.0, 10, 1, 11, 1, 1], dtype=torch.float64)
+    made = Domain(
+        ["a", "n", "f", "sum", "c=x", "c=y"], low, high, [2], **masks, relations=[Relation.parse("sum = a + n")]
+    )
+    return replace(made, **changes) if changes else made
+
+
+ROW = torch.tensor([[0.5, 0.3, 0.7, 3.5 / 11, 1.0, 0.0]])
+
+
+def test_repair_by_hand():
+    """Rounded towards the row, only upward, what is fixed restored, what follows computed, one category."""
+    d = domain()
+    up = d.repair(torch.tensor([[0.25, 0.58, 0.1, 0.9, 0.2, 0.9]]), ROW, 0.5)
+    assert d.values(up)[0, :4].tolist() == pytest.approx([0.25, 5, 0.7, 5.25], abs=1e-6)
+    assert up[0, 4:].tolist() == [1.0, 0.0]
+    far = d.repair(torch.tensor([[0.5, 0.1, 0.7, 0.9, 0.2, 0.9]]), ROW, 1.0)
+    assert d.values(far)[0, :2].tolist() == pytest.approx([0.5, 3])
+    assert far[0, 4:].tolist() == [0.0, 1.0]
+    assert not d.violations(torch.cat([up, far]), ROW.expand(2, -1)).any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{0: 0.6}, {1: 0.2}, {1: 0.35}, {2: 0.6}, {3: 0.9}, {4: 0.5}, {4: 0.0}, {5: 1.0}],
+    ids=["sum no longer follows", "falls", "no whole number", "fixed", "other sum", "half a category", "none", "two"],
+)
+def test_violations_are_seen(change):
+    point = ROW.clone()
+    for k, value in change.items():
+        point[0, k] = value
+    assert domain().violations(point, ROW).tolist() == [True]
+    assert domain().violations(ROW, ROW).tolist() == [False]
+
+
+def test_repaired_rows_keep_the_threat_model(tmp_path):
+    """Of any point: within eps, nothing violated; and once more changes nothing that is wrong."""
+    split = NSLKDD(nslkdd(tmp_path)).split("train")
+    row = torch.stack([split[k]["image"] for k in range(30)])
+    for eps in (0.05, 0.4, 1.0):
+        point = (row + eps * (2 * torch.rand(row.shape, generator=torch.Generator().manual_seed(1)) - 1)).clamp(0, 1)
+        assert split.domain.violations(point, row).all()
+        repaired = split.domain.repair(point, row, eps)
+        assert not split.domain.violations(repaired, row).any()
+        assert float((repaired - row).abs().max()) <= eps + 1e-6
+        assert (repaired != row).any(dim=1).float().mean() > 0.8
+
+
+def test_gradient_of_a_repair():
+    """Of what follows: to what it follows from; of what is fixed: nowhere; through rounding: as if there were none."""
+    leaf = ROW.clone().requires_grad_()
+    domain().repair(leaf, ROW, 0.5).backward(torch.tensor([[1.0, 1.0, 1.0, 11.0, 0.0, 0.0]]))
+    assert leaf.grad[0, :4].tolist() == pytest.approx([2.0, 11.0, 0.0, 0.0])
+
+
+def test_inequality_that_cannot_be_kept_is_given_up():
+    d = domain(relations=[Relation.parse("a + f <= 1")])
+    row = torch.tensor([[0.2, 0.3, 0.7, 0.5, 1.0, 0.0]])
+    points = torch.tensor([[0.3, 0.3, 0.7, 0.5, 1.0, 0.0], [0.6, 0.3, 0.7, 0.5, 1.0, 0.0]])
+    assert d.repair(points, row.expand(2, -1), 1.0)[:, 0].tolist() == pytest.approx([0.3, 0.2])
+    assert d.penalty(points, row.expand(2, -1)).tolist() == pytest.approx([0.0, 0.3])
+    # A row that breaks it is not bound by it.
+    assert not d.violations(points[1:], torch.tensor([[0.5, 0.3, 0.7, 0.5, 1.0, 0.0]])).any()
+
+
+def test_fields_and_one_hot():
+    assert fields(6, [2, 2]).tolist() == [0, 1, 2, 2, 3, 3]
+    with pytest.raises(InputError, match="the groups have 7 features, a row has 6"):
+        fields(6, [7])
+    row = torch.tensor([[0.3, 0.2, 0.9, 0.6, 0.4]], requires_grad=True)
+    hard = one_hot(row, [2, 2])
+    assert hard[0].tolist() == [pytest.approx(0.3), 0.0, 1.0, 1.0, 0.0]
+    hard.sum().backward()
+    assert row.grad[0].tolist() == [1.0] * 5
+    mask = random_fields(torch.zeros(200, 6), torch.rand(200, 7), [2, 2])
+    assert torch.equal(mask[:, 2::2], mask[:, 3::2])
+    assert 0.3 < float(mask.mean()) < 0.7
+
+
+@pytest.fixture(scope="module")
+def denoiser():
+    return randomized(TableDenoiser(features=7, onehot=[3], width=16, blocks=2))
+
+
+def test_a_constant_map_is_the_scalar_level(denoiser):
+    """Bit for bit; another level of one field changes the output; a group has the strongest level of its features."""
+    x, t = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 50, 200, 900])
+    scalar = denoiser(x, t)
+    assert torch.equal(scalar, denoiser(x, t[:, None].expand(-1, 7)))
+    assert torch.equal(scalar, denoiser(x, two_level(torch.ones(4, 7), t, 1)))
+    one = torch.zeros(4, 7)
+    one[:, 2] = 1
+    assert not torch.allclose(scalar, denoiser(x, two_level(one, t, 1)))
+
+
+def test_noise_of_independent_gaussians_is_exact(denoiser):
+    """With an output of zero it is the best estimate for features u ~ N(m, s^2): closed form."""
+    plain = TableDenoiser(features=7, width=16, blocks=1)
+    x, abar = torch.randn(3, 7), plain.schedule.at(120)
+    m, s = plain.mean, plain.log_std.exp()
+    expected = (1 - abar).sqrt() * (x - abar.sqrt() * m) / (abar * s**2 + 1 - abar)
+    assert torch.allclose(plain(x, torch.full((3,), 120)), expected.float(), atol=1e-5)
