@@ -142,7 +142,7 @@ class DiffHammer(PGD):
         for _ in range(self.rounds):
             # Weights that sum to 1, also where all sigmoids are 0 in floating point.
             weights = logsigmoid(self.sharpness * ahead(direction)).softmax(dim=1).to(gradient.dtype)
-            direction = loss.shape[1] * average(weights.reshape(*weights.shape, 1, 1, 1) * gradient)
+            direction = loss.shape[1] * average(weights.reshape(*weights.shape, *[1] * (gradient.ndim - 2)) * gradient)
         return chosen, direction
 
     def _followed(self, gradient: Tensor, before: Tensor, k: int) -> Tensor:

@@ -15,6 +15,7 @@ from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction, logits_in_chunks
 from lit_purify.functional.losses import LossName, named_loss, success
 from lit_purify.functional.noise import Noise
+from lit_purify.functional.rows import Domain
 
 _APART = 2**24
 """Between the draws of two starts: more than an attack takes."""
@@ -98,9 +99,10 @@ class Restarts(Attack):
         """That of the attack."""
         return self.attack.radius(image)
 
-    def prepare(self, positions: Sequence[int]) -> None:
+    def prepare(self, positions: Sequence[int], domain: Domain | None = None) -> None:
         """See ``Attack``."""
-        self.attack.prepare(positions)
+        super().prepare(positions, domain)
+        self.attack.prepare(positions, domain)
 
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
