@@ -31,7 +31,7 @@ from lit_purify.evaluation.records import append_records, in_order, write_whole
 from lit_purify.functional.chunks import chunks
 from lit_purify.functional.images import check_unit_range
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
-from lit_purify.models import Classifier
+from lit_purify.models import Classifier, Precision
 from lit_purify.recorded import identity
 from lit_purify.report import pictures
 from lit_purify.report.finished import FinishedRun
@@ -118,6 +118,8 @@ def evaluate(
     skip_lost: bool = False,
     batch_size: int = 64,
     gallery: int = 12,
+    precision: Precision = "float32",
+    replay: bool = True,
 ) -> Result:
     """Attacks every defense on the same samples, and reports what survives N runs with fresh noise.
 
@@ -143,13 +145,16 @@ def evaluate(
         skip_lost: Do not attack samples again that an earlier attack left wrong in all runs.
         batch_size: Samples that are evaluated together; changes no result.
         gallery: Samples of which pictures are kept, the first of the evaluated ones.
+        precision: ``bf16`` lets the denoisers compute with 16 bits; for searches, since it changes results.
+        replay: Replay calls of networks on a GPU as CUDA graphs.
 
     Raises:
         InputError: Arguments do not fit each other, or the folder holds a run with other settings.
     """
     own, data, device = _prepared(classifier, images, labels)
+    named = _named(defenses, "defense"), _named(attacks, "attack")
     evaluator = Evaluator(
-        own, _named(defenses, "defense"), _named(attacks, "attack"), gradients, baseline, runs, chunk, seed, skip_lost
+        own, *named, gradients, baseline, runs, chunk, seed, skip_lost, precision=precision, replay=replay
     )
     evaluator.to(device).check(data)
     where = {"labels": torch.as_tensor(data.labels[data.positions]), "positions": torch.as_tensor(data.positions)}

@@ -10,16 +10,17 @@ import os
 import socket
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     import lightning as L
+    from lightning.pytorch.callbacks import WeightAveraging
 
 
 def settings_of(parser: ArgumentParser) -> dict[str, Any]:
@@ -34,6 +35,32 @@ def settings_of(parser: ArgumentParser) -> dict[str, Any]:
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of many tensors in a few kernels. torch has operations on lists of tensors for its optimizers alone."""
     return list(torch._foreach_mul(list(tensors), 1.0))
+
+
+def average_in_few_kernels(callback: WeightAveraging, kept: Callable[[int], float]) -> None:
+    """Lets the average of a training's weights be updated by a few kernels, without a wait for the device.
+
+    torch's AveragedModel asks the device for its counter at every step, and averages one weight after the other.
+
+    Args:
+        callback: After its setup.
+        kept: From the number of updates to the part of the average that stays.
+    """
+    average, counted = callback._average_model, list[int]()
+    assert average is not None
+
+    def update(model: nn.Module) -> None:
+        if not counted:
+            # Once: from a checkpoint it may be anything.
+            counted.append(int(average.n_averaged))
+        own, new = ([weight.detach() for weight in module.parameters()] for module in (average, model))
+        torch._foreach_copy_(own, torch._foreach_lerp(new, own, kept(counted[0])) if counted[0] else new)
+        for mine, theirs in zip(average.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+        average.n_averaged += 1
+        counted[0] += 1
+
+    average.update_parameters = update  # type: ignore[method-assign]
 
 
 def leave(status: int) -> NoReturn:

@@ -213,7 +213,7 @@ def images_from(root, **options):
         ("baseline", "best", "baseline = 'best' is not among the defenses none, uniform"),
         ("trainer.devices", "abc", "devices"),
         ("trainer.accelerator", "abacus", "invalid accelerator name"),
-        ("trainer.precision", "bf16-true", "trainer.precision = bf16-true: take 32-true, bf16-mixed or 16-mixed"),
+        ("precision", "fp8", "precision"),
         ("trainer.strategy", "ddp_spawn", "trainer.strategy = ddp_spawn: take ddp"),
     ],
 )

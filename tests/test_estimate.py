@@ -139,6 +139,22 @@ def test_network_calls_are_those_that_are_made(setting, attack):
     assert setting.rows == sum(forward + backward for forward, backward in said) - kept
 
 
+def test_a_chunk_is_suggested_that_memory_has_room_for(setting, monkeypatch):
+    """By a memory of which the weights take 100 bytes, and each row of a call 7."""
+    evaluator, data = setting.make("last", chunk=16, n=40)
+    assert Estimate(evaluator, data, 40).largest is None
+    rows = []
+    evaluator.classifier.network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    monkeypatch.setattr(estimate, "reset_peak_memory", lambda device: rows.clear())
+    monkeypatch.setattr(estimate, "peak_memory", lambda device: 100 + 7 * max(rows))
+    # 40 samples in 3 draws or runs are 120 rows.
+    for free, fits in ((10**6, 64), ((100 + 7 * 32) / 0.9, 32), ((100 + 7 * 31) / 0.9, 16), (100, 1)):
+        monkeypatch.setattr(estimate, "room", lambda device, free=free: free)
+        found = Estimate(evaluator, data, 40)
+        assert found.largest == fits
+        assert (f"chunk: {fits} in place of 16" in str(found)) == (fits != 16)
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7380, "2 h 3 min"), (200000, "2 d 7 h")],

@@ -6,18 +6,38 @@ import os
 import sys
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import randomized
+from conftest import Curved, keyed, randomized
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lit_purify.attacks import FGSM, PGD
+from lit_purify.defense import (
+    NoPurifier,
+    OtherPurifier,
+    ResizedPurifier,
+    TopFraction,
+    UniformPurifier,
+    VariableIntensityPurifier,
+)
 from lit_purify.errors import InputError
+from lit_purify.evaluation import Evaluator, Ledger
 from lit_purify.functional.levels import two_level
 from lit_purify.functional.noise import ATTACK, KeyedNoise
-from lit_purify.models import MatchedSchedule, ResNetClassifier, UNet, accelerated, layers
+from lit_purify.models import (
+    MatchedSchedule,
+    Replayed,
+    Replays,
+    ResNetClassifier,
+    UNet,
+    accelerated,
+    arithmetic,
+    layers,
+)
 from lit_purify.models.accelerated import _Graph
 
 LAST = torch.channels_last
@@ -172,6 +192,32 @@ def test_accelerated_networks(unet):
     for network, precision in ((unet, "fp8"), (classifier, "bf16")):
         with pytest.raises(InputError, match="use float32, or bf16 for a denoiser"):
             accelerated(network, precision)
+    with pytest.raises(InputError, match="Curved knows float32 alone"):
+        accelerated(Curved(), "bf16")
+    assert accelerated(MatchedSchedule(unet), "bf16").denoiser.stem.weight.dtype == torch.bfloat16
+
+
+def test_an_evaluation_in_16_bits(unet, classifier, images):
+    """Of a denoiser that its defenses, and what attacks differentiate, share; the one that was given stays."""
+    plain = UniformPurifier(unet, 100, 2)
+    defenses = {"uniform": plain, "resized": ResizedPurifier(unet, UniformPurifier(unet, 100, 2))}
+    given = classifier, defenses, {"pgd": PGD("linf", 0.1, 1, 0.1)}, {"pgd": OtherPurifier(plain)}
+    whole, low = (Evaluator(*given, precision=precision) for precision in ("float32", "bf16"))
+    networks = {id(m) for m in low.modules() if isinstance(m, UNet)}
+    networks.add(id(low.gradients["pgd"].purifier.denoiser))
+    assert len(networks) == 1
+    assert networks != {id(unet)}
+    assert unet.stem.weight.dtype == torch.float32
+    assert low.defenses["uniform"].purifier.denoiser.stem.weight.dtype == torch.bfloat16
+    said = [arithmetic(torch.device("cpu"), each.precision, each.replay) for each in (whole, low)]
+    assert said == ["float32", "bf16 denoisers, float32 classifiers"]
+    assert low.identity()["precision"] == "bf16"
+    assert "precision" not in whole.identity()
+    purified = [each.defenses["resized"].purifier(images, keyed(6)) for each in (whole, low)]
+    close(purified[1], purified[0].double(), 0.02)
+    assert not purified[0].equal(purified[1])
+    with pytest.raises(InputError, match="precision = 'fp8': use float32 or bf16"):
+        Evaluator(*given, precision="fp8")
 
 
 class Eager(_Graph):
@@ -182,7 +228,7 @@ class Eager(_Graph):
         self.wanted = [x for x in self.inputs if x.requires_grad] + learned
         self.needs, self.call = (*needs, *(True for _ in learned)), None
         self.ahead, self.back = SimpleNamespace(replay=self.forward), SimpleNamespace(replay=self.backward)
-        self.function, self.slope = function, torch.empty_like(tensors[0])
+        self.function = function
 
     def forward(self):
         with (
@@ -190,7 +236,7 @@ class Eager(_Graph):
             torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
         ):
             self.kept = self.function(*self.inputs)
-        self.out = self.kept.detach()
+        self.out, self.slope = self.kept.detach(), torch.empty_like(self.kept)
 
     def backward(self):
         self.gradients = torch.autograd.grad(self.kept, self.wanted, self.slope, retain_graph=True)
@@ -214,6 +260,7 @@ def test_gradients_of_recorded_calls(recorded, unet, recompute, learned):
     made, found = accelerated(unet), []
     if learned:
         made = copy.deepcopy(made).requires_grad_()
+        made.forward = Replayed(made, learns=True)
     x, mask = torch.randn(3, 1, 8, 8), (torch.rand(3, 1, 8, 8) < 0.5).float()
     for network in (unet, made):
         leaf, other = x.clone().requires_grad_(), (2.0 * x[:2]).requires_grad_()
@@ -227,6 +274,67 @@ def test_gradients_of_recorded_calls(recorded, unet, recompute, learned):
         found.append([h.detach(), *torch.autograd.grad(h.square().sum() + small.sum(), wanted)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_replays_calls_and_masks(recorded, unet, classifier, images):
+    """By itself, and unless it is told not to; with the same records, and networks that are afterwards as they were."""
+    defenses = {"map": VariableIntensityPurifier(unet, TopFraction(0.3), 300, 150, 2)}
+    attacks = {"pgd": PGD("linf", 0.1, 2, 0.1, eot=2, loss="ce")}
+    batch = {"image": images, "label": torch.arange(6), "index": torch.arange(6)}
+    found, calls = [], []
+    for replay in (True, False):
+        evaluator = Evaluator(classifier, defenses, attacks, runs=2, chunk=16, replay=replay)
+        ((records, _),) = evaluator.evaluate(batch, Ledger())
+        found.append([replace(record, seconds=0.0) for record in records])
+        calls.append({network: set(call.graphs) for network, call in evaluator.replays._calls.items()})
+        assert all("forward" not in vars(network) for network in (unet, classifier))
+        assert all(weight.is_contiguous() for weight in unet.parameters())
+        evaluator.replays.forget()
+        assert not any(call.graphs for call in evaluator.replays._calls.values())
+    assert found[0] == found[1]
+    assert set(calls[0]) == {unet, classifier}
+    assert {key[0] for key in calls[0][classifier]} == {defenses["map"].mask._cut, ResNetClassifier.forward}
+    assert not calls[1]
+
+
+def test_what_cannot_be_recorded_is_called_as_ever(recorded, monkeypatch, classifier, images):
+    """Unless memory ran out, for which there is another remedy."""
+    asked, said, module = [], [], sys.modules[_Graph.__module__]
+
+    def fails(*arguments):
+        asked.append(1)
+        raise error
+
+    monkeypatch.setattr(module, "_Graph", fails)
+    monkeypatch.setattr(module, "notice", said.append)
+    error = RuntimeError("operation not permitted when stream is capturing\nmore")
+    with Replays(classifier):
+        for _ in range(2):
+            assert classifier(images).equal(ResNetClassifier.forward(classifier, images))
+    assert (len(asked), len(said)) == (1, 1)
+    assert said[0].endswith("not replayed as CUDA graphs (operation not permitted when stream is capturing)")
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with Replays(classifier), pytest.raises(torch.OutOfMemoryError):
+        classifier(images)
+
+
+def test_where_memory_runs_out_graphs_make_room_before_chunks_shrink(recorded, classifier, images, capsys):
+    evaluator = Evaluator(classifier, {"none": NoPurifier()}, {"fgsm": FGSM("linf", 0.1)}, runs=1, chunk=16)
+    asked, evaluate = [], evaluator._evaluate
+
+    def fails(*arguments):
+        asked.append(arguments[-1])
+        if len(asked) in (2, 4, 5):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return evaluate(*arguments)
+
+    evaluator._evaluate, ledger = fails, Ledger()
+    for k in range(3):
+        rows = slice(2 * k, 2 * k + 2)
+        batch = {"image": images[rows], "label": torch.arange(6)[rows], "index": torch.arange(6)[rows]}
+        list(evaluator.evaluate(batch, ledger))
+    assert asked == [16, 16, 16, 16, 16, 8]
+    assert "out of memory with chunks of 16 rows" in capsys.readouterr().err
 
 
 def test_networks_with_recorded_calls_are_freed(recorded, unet):

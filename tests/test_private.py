@@ -14,9 +14,11 @@ import wandb
 from test_finetuning import EVERY_2, lives
 from test_structure import FILES, PACKAGE
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.optim.swa_utils import AveragedModel
 
-from lit_purify.private import copies, leave, mend_resumed, settings_of
+from lit_purify.private import average_in_few_kernels, copies, leave, mend_resumed, settings_of
 from lit_purify.training import task
+from lit_purify.training.checkpoints import Averaging
 
 
 def names(tree):
@@ -132,3 +134,27 @@ def test_lightning_resumes_otherwise(tmp_path, monkeypatch, mend, batches, check
 def test_wandb_has_no_setting_for_where_it_stages():
     """When it has, ``stage_artifacts`` can go."""
     assert not [name for name in wandb.Settings.model_fields if "data_dir" in name or "staging" in name]
+
+
+def test_averages_are_those_of_torch_without_a_question_to_the_device():
+    """Bit for bit, also after a checkpoint."""
+
+    def average(mean, current, updates):
+        return current.lerp(mean, ((1 + updates) / (10 + updates)).clamp(max=0.3).to(mean.dtype))
+
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.BatchNorm1d(5))
+    theirs, callback = AveragedModel(model, avg_fn=average), Averaging(0.3)
+    for resumed in (False, True):
+        before = callback._average_model
+        callback._average_model = AveragedModel(model)
+        if resumed:
+            callback._average_model.load_state_dict(before.state_dict())
+        average_in_few_kernels(callback, callback._kept)
+        for _ in range(4):
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data.add_(1) if tensor.dtype == torch.long else tensor.data.normal_()
+            theirs.update_parameters(model)
+            callback._average_model.update_parameters(model)
+    own = callback._average_model.state_dict()
+    assert all(value.equal(own[name]) for name, value in theirs.state_dict().items())
+    assert int(own["n_averaged"]) == 8

@@ -5,8 +5,9 @@ import torch
 from conftest import Curved, Small, keyed
 from flattering import Shaken, Shown
 from test_purifiers import every
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_purify.attacks import FGSM, PGD, Transfer
+from lit_purify.attacks import APGD, FGSM, PGD, Transfer
 from lit_purify.defense import (
     DefendedClassifier,
     Exact,
@@ -21,8 +22,11 @@ from lit_purify.defense import (
     VariableIntensityPurifier,
 )
 from lit_purify.evaluation import Evaluator, Ledger, Record
+from lit_purify.functional import chunks
 from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import cross_entropy_loss
+from lit_purify.functional.noise import KeyedNoise
+from lit_purify.models import ResNetClassifier, UNet
 
 CHUNK, RUNS = 16, [0, 1, 2, 3, 4, 5, 6, 7]
 
@@ -213,3 +217,35 @@ def test_only_an_earlier_attack_spares_a_later_one(classifier):
     assert evaluator._lost_before("none", "first", 3, ledger) is None
     ledger.note([Record("none", "first", 4, 0, [0], [1], 0.1, 0.1, 0.0)])
     assert evaluator._lost_before("none", "second", 4, ledger).lost_to == "first"
+
+
+class HostCopies(TorchDispatchMode):
+    """An error where the host copies to a device, and waits."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            there = torch.device((kwargs or {}).get("device") or "cpu")
+            assert there.type == "cpu" or kwargs.get("non_blocking"), "the host waits for a copy"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "variable", "heterogeneous-single"])
+def test_an_attack_step_waits_once_for_the_device(name, monkeypatch):
+    """On the meta device, where to ask for a value is an error."""
+    with torch.device("meta"):
+        unet = UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1)
+        classifier = ResNetClassifier(8, 8, 10, 1, 4)
+        image, label, index = torch.rand(3, 1, 8, 8), torch.zeros(3, dtype=torch.long), torch.arange(3)
+    function = Exact().attacked(DefendedClassifier(every(unet)[name], classifier)).function
+    asked = []
+    monkeypatch.setattr(chunks, "_check_finite", lambda **values: asked.append(set(values)))
+    monkeypatch.setattr(torch, "tensor", None)
+    # On a GPU a kernel, which waits for nothing.
+    monkeypatch.setattr(KeyedNoise, "_draw", lambda noise, step, like, normal: torch.empty_like(like))
+    noise = KeyedNoise(0, index, torch.zeros_like(index))
+    with HostCopies():
+        adversarial = PGD("linf", 0.1, 1, 0.1, eot=2).perturb(function, image, label, noise, 4)
+        assert logits_in_chunks(function, adversarial, noise, [0, 1], 4).shape == (3, 2, 10)
+        # Which calls the clean images first.
+        APGD("linf", 0.1, 1, eot=2).perturb(function, image, label, noise, 4)
+    assert asked == [{"output", "gradient"}] + 2 * [{"output"}] + 2 * [{"output", "gradient"}]

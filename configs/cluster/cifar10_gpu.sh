@@ -12,8 +12,9 @@
 # The levels are those of configs/eval/cifar10.yaml, chosen for the network that ships; choose anew with
 # `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`. The denoiser learns levels up to 500, which
 # leaves room above them.
-# Measured on one H200 (docs/speed.md), 9 minutes are: the classifier's 60 epochs (330 s at 109 s for 20) and 200 s of
-# the denoiser (6,500 steps of 256 images at 31 ms); or the table with fewer attacks. The recipe as a whole has not run.
+# From rates of one H200 (docs/speed.md): classifier 330 s (60 epochs, 109 s for 20), adversarial 345 s (30 epochs, 138 s
+# for 12), denoiser 26 minutes (50,000 steps of 256 images, 31 ms each), table about 55 minutes. So 9 minutes are the
+# classifier and 6,800 steps of the denoiser: STAGES="classifier denoiser" SECONDS_EACH=330. Not run as a whole.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${FOLDER:-runs/cifar10_gpu}

@@ -21,6 +21,7 @@ from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.losses import LossName
 from lit_purify.functional.noise import ATTACK
 from lit_purify.functional.statistics import mean_interval, paired_difference
+from lit_purify.models import Replays
 
 _SAME = 1e-5
 """Largest relative difference of what is equal up to rounding."""
@@ -241,7 +242,8 @@ def audit_attack(
     for name, view in views.items():
         audited, first = Audited(view, attack, image, label, index, seed, runs, rows, proposals), len(findings)
         audited.recall = partial(_recalled, recall, name)
-        findings.take(audited.findings(name, CHECKS), say)
+        with Replays(view.defended):
+            findings.take(audited.findings(name, CHECKS), say)
         compared = max(compared, sum(finding.limit == TOLERANCE for finding in findings[first:]))
     least = least_samples(compared, LEVEL)
     if len(index) < least:

@@ -36,7 +36,7 @@ from lit_purify.report.html import write_report
 
 _CONFIGS = {"frontier": "configs/eval/digits_frontier.yaml"}
 _CONFIG = "configs/eval/digits.yaml"
-_NEEDED = ("attacks", "gradients", "baseline", "runs", "chunk", "seed", "skip_lost")
+_NEEDED = ("attacks", "gradients", "baseline", "runs", "chunk", "seed", "skip_lost", "precision", "replay")
 _say = partial(print, flush=True)
 
 
@@ -54,9 +54,7 @@ class Evaluation:
     @property
     def identity(self) -> dict[str, Any]:
         """What the records depend on."""
-        precision = str(self.given.get("precision"))
-        stated = {} if precision in ("None", "32", "32-true") else {"precision": precision}
-        return self.evaluator.identity() | self.data.identity() | stated
+        return self.evaluator.identity() | self.data.identity()
 
     def prepare(self) -> None:
         """Fetches and reads the data; refuses what does not fit."""

@@ -25,13 +25,13 @@ from lit_purify.cli.messages import check_configs, diagnosis, essence, given_set
 from lit_purify.data import ImageDataModule
 from lit_purify.defense import Gradient, Purifier
 from lit_purify.errors import InputError
-from lit_purify.models import Classifier, Denoiser
+from lit_purify.models import Classifier, Denoiser, Precision
 from lit_purify.private import renew_store
 from lit_purify.shipped import shipped
 
 _CLASS = {"class_path", "init_args", "dict_kwargs"}
 _LOADERS = {"denoiser": "lit_purify.models.load_denoiser", "classifier": "lit_purify.models.load_classifier"}
-_TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "deterministic", "benchmark")
+_TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "logger", "deterministic", "benchmark")
 """Arguments of the trainer that mean something in an evaluation."""
 _PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")
 _FORKED = ("ddp_spawn", "ddp_fork", "ddp_notebook")
@@ -61,7 +61,7 @@ def read(given: Sequence[str], parser: Parser) -> Namespace:
         for name in [name for name, value in (settings.get(kind) or {}).items() if value is None]:
             del settings[kind][name]
     trainer = settings.trainer
-    if trainer.precision is not None and str(trainer.precision) not in _PRECISIONS:
+    if trainer.get("precision") is not None and str(trainer.precision) not in _PRECISIONS:
         # Noise, levels and masks are drawn and computed in 32 bits.
         raise InputError(f"trainer.precision = {trainer.precision}: take 32-true, bf16-mixed or 16-mixed")
     if isinstance(trainer.strategy, str) and trainer.strategy.startswith(_FORKED):
@@ -94,6 +94,8 @@ def evaluation_parser() -> Parser:
     add("--chunk", type=int, default=64, help="Rows of a network call; part of a result's identity.")
     add("--seed", type=int, default=0, help="Seed of all noise.")
     add("--skip_lost", type=bool, default=False, help="Leave out what an earlier attack took entirely.")
+    add("--precision", type=Precision, default="float32", help="bf16 rounds the denoiser: for searches on a GPU.")
+    add("--replay", type=bool, default=True, help="Replay network calls on a GPU as CUDA graphs.")
     add("--checks", type=list[Check], default=[], help="Checks of yours for gradcheck: import paths.")
     add("--gallery", type=int, default=12, help="Samples whose pictures are shown.")
     add("--data", type=ImageDataModule, required=True, help="The evaluated images.")

@@ -12,7 +12,7 @@ from lit_purify.errors import InputError
 from lit_purify.functional import mask as F
 from lit_purify.functional.images import places
 from lit_purify.functional.noise import MASK_STEP, Noise
-from lit_purify.models import Classifier
+from lit_purify.models import Classifier, replayed
 from lit_purify.recorded import Recorded
 
 
@@ -79,7 +79,10 @@ class SaliencyMask(Mask):
         """The mask (B, 1, H, W) of normalized maps; with a temperature, sigmoids stand for thresholds."""
 
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """See ``Mask``."""
+        """See ``Mask``; activations, reduction and cut are replayed as one where the classifier's calls are."""
+        return replayed(self._cut, classifier, image)
+
+    def _cut(self, classifier: Classifier, image: Tensor) -> Tensor:
         return self.cut(self.maps(classifier, image), None)
 
     def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:

@@ -214,7 +214,8 @@ class GradualPurifier(Purifier):
                 if self.sampler == "ddim":
                     x = step_back(x, eps, at(t), at(s))
                 elif self.sampler == "ddpm":
-                    x = step_back(x, eps, at(t), at(s), eta=1.0, noise=noise.normal(drawn, x))
+                    # At level 0 it would be multiplied by 0.
+                    x = step_back(x, eps, at(t), at(s), eta=1.0, noise=noise.normal(drawn, x) if s else None)
                 else:
                     x = euler_back(x, eps, at(t), at(s), noise.normal(drawn, x))
         return Trace(to_image(x), to_image(start))

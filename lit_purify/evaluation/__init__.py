@@ -1,6 +1,7 @@
 """Evaluating defenses under attacks: the evaluator, its records, the folder of a run."""
 
-from lit_purify.evaluation.evaluator import Evaluator, Ledger, View
+from lit_purify.evaluation.evaluator import Evaluator
+from lit_purify.evaluation.ledger import Ledger, View
 from lit_purify.evaluation.metric import RobustAccuracy
 from lit_purify.evaluation.module import EvaluationListener, RobustnessTask
 from lit_purify.evaluation.records import Record, read_records

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import resource
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -18,6 +20,7 @@ from lit_purify.evaluation.records import Key
 from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.noise import ATTACK, KeyedNoise
+from lit_purify.models import Replays
 
 _BACKWARD = 2
 """Cost of a backward pass in forward passes: steps are recomputed, and differentiated in their input alone."""
@@ -36,6 +39,7 @@ class Estimate:
     Attributes:
         seconds: By (defense, attack), on the busiest process.
         memory: Bytes, the most that a process needs.
+        largest: On a GPU, rows of a chunk that its memory has room for and that batches fill; ``None`` elsewhere.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Estimate:
         self.seconds: dict[tuple[str, str], float] = {}
         self.samples: dict[tuple[str, str], int] = {}
         self.memory = 0
+        self.largest: int | None = None
         self.described = evaluator.describe()
         transferred: set[tuple[str, int]] = set()
         for described in self.described:
@@ -79,11 +84,17 @@ class Estimate:
         defense, attack = described["defense"], described["attack"]
         function, view = evaluator.defenses[defense].attacked(), evaluator.views[defense, attack].function
         queries, eot = Queries(**described["queries"]), max(1, described["eot"])
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        evaluated = self._chunk(function, gradient=False)
-        forward = self._chunk(view, gradient=False) if queries.forward > queries.backward and not repeated else 0.0
-        backward = self._chunk(view, gradient=True) if queries.backward and not repeated else 0.0
+        free, chunk = room(self.device), evaluator.chunk
+        if free is not None and chunk > 1:
+            calls = [(function, False), (view, queries.backward > 0 and not repeated)]
+            small, large = ((rows, self._need(rows, calls)) for rows in (chunk // 2, chunk))
+            fitting = largest_chunk(small, large, free, max(left) * max(eot, evaluator.runs))
+            self.largest = min(fitting, self.largest or fitting)
+        reset_peak_memory(self.device)
+        with evaluator.replays:
+            evaluated = self._chunk(function, gradient=False)
+            forward = self._chunk(view, gradient=False) if queries.forward > queries.backward and not repeated else 0.0
+            backward = self._chunk(view, gradient=True) if queries.backward and not repeated else 0.0
         self.memory = max(self.memory, peak_memory(self.device))
         if queries.backward:
             # A whole batch keeps the gradients of all its draws, twice when they are joined.
@@ -102,6 +113,14 @@ class Estimate:
 
     def _chunk(self, function: AttackedFunction, gradient: bool) -> float:
         return chunk_seconds(function, self.image, self.label, self.evaluator.chunk, gradient)
+
+    def _need(self, rows: int, calls: Sequence[tuple[AttackedFunction, bool]]) -> int:
+        """Bytes at the peak of calls with and without a gradient, in chunks of so many rows."""
+        reset_peak_memory(self.device)
+        with Replays(self.evaluator) if self.evaluator.replay else nullcontext():
+            for function, gradient in calls:
+                chunk_seconds(function, self.image, self.label, rows, gradient)
+        return peak_memory(self.device)
 
     def __str__(self) -> str:
         """The table that a dry run prints."""
@@ -125,7 +144,13 @@ class Estimate:
         if self.processes > 1 and self.device.type == "cpu":
             lines.append("Measured by one process; several share the cores of a machine")
         total = f" of {gibibytes(torch.cuda.mem_get_info(self.device)[1])}" if self.device.type == "cuda" else ""
-        return "\n".join([*lines, f"Peak memory of a process: {gibibytes(self.memory)}{total}"])
+        lines.append(f"Peak memory of a process: {gibibytes(self.memory)}{total}")
+        if self.largest not in (None, evaluator.chunk):
+            lines.append(
+                f"Memory has room for chunk: {self.largest} in place of {evaluator.chunk}; it is a setting of the run: "
+                "choose it before the first record"
+            )
+        return "\n".join(lines)
 
 
 def network_calls(described: Mapping[str, Any], runs: int) -> tuple[int, int]:
@@ -158,10 +183,39 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on a GPU since the statistics were reset; elsewhere of the whole process since its start."""
+    """Bytes: what torch took of a GPU since the last reset; elsewhere those of the whole process since its start."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        # Not what tensors fill: the memory of a recorded call is taken as long as it can be replayed.
+        return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets ``peak_memory`` of a GPU count from here, with nothing kept for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def room(device: torch.device) -> int | None:
+    """Bytes that tensors of this process may take on a GPU, with those that are there; ``None`` elsewhere."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def largest_chunk(small: tuple[int, int], large: tuple[int, int], free: int, most: int) -> int:
+    """The largest power of two of rows that nine tenths of the memory have room for: memory grows with rows by a line.
+
+    Args:
+        small: Rows of a chunk, and the bytes that it needs.
+        large: The same of a larger one.
+        free: Bytes that may be used.
+        most: Rows that there are at a time.
+    """
+    each = (large[1] - small[1]) / (large[0] - small[0])
+    rows = min(most, (0.9 * free - large[1]) / each + large[0]) if each > 0 else most
+    return 2 ** max(0, math.floor(math.log2(max(1, rows))))
 
 
 def gibibytes(count: int) -> str:

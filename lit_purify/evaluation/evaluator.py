@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,54 +20,18 @@ from lit_purify.data.base import Batch, ImageDataset
 from lit_purify.data.subset import subset_sha256
 from lit_purify.defense import Attacked, BareClassifier, Exact, Gradient, Purifier, defend
 from lit_purify.errors import InputError
-from lit_purify.evaluation.records import Key, Record
+from lit_purify.evaluation.ledger import Ledger, View
+from lit_purify.evaluation.records import Record
 from lit_purify.functional.chunks import logits_in_chunks, out_of_memory
 from lit_purify.functional.diffusion import noised, to_diffusion
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.functional.threat import l2_norm, linf_norm
-from lit_purify.models import Classifier
+from lit_purify.models import Classifier, Precision, Replays, arithmetic, rounded
 from lit_purify.recorded import identity
 
 ENSEMBLE = "ensemble"
 """The worst case over several attacks has this name, or begins with it."""
 _SKIPPING = "; leaves out samples that an earlier attack left wrong in all runs"
-
-
-@dataclass(frozen=True)
-class View:
-    """A sample's pictures: images (C, H, W) in [0, 1], mask (1, H, W) or ``None``, as in the first run."""
-
-    record: Record
-    original: Tensor
-    adversarial: Tensor
-    noised: Tensor
-    purified: Tensor
-    mask: Tensor | None
-
-
-class Ledger:
-    """What an evaluation knows already: which records exist, which samples are lost, clean predictions.
-
-    Attributes:
-        done: Keys of all records.
-        lost: Records of samples that were wrong in all runs.
-        clean: Clean predictions by (defense, sample, chunk): they are the same under every attack.
-        chunk: Rows of a network call that fit into memory; ``None`` before any call.
-    """
-
-    def __init__(self) -> None:
-        self.done: set[Key] = set()
-        self.lost: dict[Key, Record] = {}
-        self.clean: dict[tuple[str, int, int | None], list[int]] = {}
-        self.chunk: int | None = None
-
-    def note(self, records: Iterable[Record]) -> None:
-        """Takes down records."""
-        for record in records:
-            self.done.add(record.key)
-            self.clean[record.defense, record.index, record.chunk] = record.clean
-            if record.label not in record.adversarial:
-                self.lost[record.key] = record
 
 
 class Evaluator(nn.Module):
@@ -89,6 +54,9 @@ class Evaluator(nn.Module):
         skip_lost: Do not attack a sample again that an earlier attack of the same threat model left wrong in all runs:
             its record repeats the earlier one. Cheaper, and the ensemble of the attacks is the same; the rows of later
             attacks then are those of all attacks so far.
+        precision: ``bf16``: the defenses' denoisers compute with 16 bits (``models.rounded``); for searches, since it
+            changes results. ``float32`` leaves convolutions on GPUs to torch's setting, which is TF32.
+        replay: Replay calls of networks on a GPU as CUDA graphs (``models.Replays``).
 
     Raises:
         InputError: Arguments do not fit each other.
@@ -105,6 +73,8 @@ class Evaluator(nn.Module):
         chunk: int = 64,
         seed: int = 0,
         skip_lost: bool = False,
+        precision: Precision = "float32",
+        replay: bool = True,
     ) -> None:
         super().__init__()
         for name, value in (("runs", runs), ("chunk", chunk)):
@@ -127,6 +97,12 @@ class Evaluator(nn.Module):
             raise InputError(f"baseline = {baseline!r} is not among the defenses {', '.join(defenses)}: set it to one")
         if not 0 <= seed < 2**32:
             raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
+        if precision not in get_args(Precision):
+            raise InputError(f"precision = {precision!r}: use {' or '.join(get_args(Precision))}")
+        if precision == "bf16":
+            # In one go: they share networks.
+            classifier, defenses, gradients = copy.deepcopy((classifier, dict(defenses), dict(gradients or {})))
+            rounded(nn.ModuleList(defenses.values()))
         self.classifier, self.given = classifier, dict(defenses)
         self.defenses = {name: defend(name, defense, classifier) for name, defense in defenses.items()}
         # Moves them with this module.
@@ -136,6 +112,8 @@ class Evaluator(nn.Module):
         self.gradients = dict(gradients or {})
         self.views = self._views()
         self.runs, self.chunk, self.seed, self.skip_lost = runs, chunk, seed, skip_lost
+        self.precision, self.replay = precision, replay
+        self.replays = Replays(*([self] if replay else []))
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -144,9 +122,11 @@ class Evaluator(nn.Module):
 
     def identity(self) -> dict[str, Any]:
         """What records depend on beside the data: see ``recorded.identity``."""
-        order = {"order of the attacks": list(self.attacks)} if self.skip_lost else {}
+        more: dict[str, Any] = {"order of the attacks": list(self.attacks)} if self.skip_lost else {}
+        if self.precision != "float32":
+            more["precision"] = self.precision
         own = {name: getattr(self, name) for name in ("attacks", "gradients", "runs", "chunk", "seed", "skip_lost")}
-        return identity(classifier=self.classifier, defenses=self.given, **own, **order)
+        return identity(classifier=self.classifier, defenses=self.given, **own, **more)
 
     def describe(self) -> list[dict[str, Any]]:
         """What each result states beside its accuracies, in the order of ``pairs``."""
@@ -197,6 +177,7 @@ class Evaluator(nn.Module):
             "classifier": self.classifier.title,
             "denoiser": ", ".join(sorted(denoisers)) or "none",
             "denoising": self.denoising(data),
+            "arithmetic": arithmetic(self.classifier.mean.device, self.precision, self.replay),
             "versions": {package: version(package) for package in ("torch", "lightning")},
         }
 
@@ -271,8 +252,8 @@ class Evaluator(nn.Module):
         """
         self.classifier.check_image(batch["image"])
         transferred: dict[tuple[str, Classifier, int, int], Tensor] = {}
+        indices = batch["index"].tolist()
         for defense, attack in self.pairs:
-            indices = batch["index"].tolist()
             todo = [k for k, index in enumerate(indices) if (defense, attack, index) not in ledger.done]
             if not todo:
                 continue
@@ -282,7 +263,8 @@ class Evaluator(nn.Module):
             if left := [k for k in todo if before[k] is None]:
                 rows = torch.tensor(left, device=batch["image"].device)
                 part = {name: values[rows] for name, values in batch.items()}
-                made, views = self._fitted(defense, attack, part, ledger, transferred, set(shown))
+                with self.replays:
+                    made, views = self._fitted(defense, attack, part, ledger, transferred, set(shown))
                 records = sorted([*records, *made], key=lambda record: record.index)
             ledger.note(records)
             yield records, views
@@ -290,7 +272,8 @@ class Evaluator(nn.Module):
     def _fitted(
         self, defense: str, attack: str, batch: Batch, ledger: Ledger, transferred: dict[Any, Tensor], shown: set[int]
     ) -> tuple[list[Record], list[View]]:
-        """In chunks that fit into memory: where it runs out, with half the rows."""
+        """In chunks that fit into memory: where it runs out, first without earlier graphs, then with half the rows."""
+        retried = False
         while True:
             size = ledger.chunk = ledger.chunk or self.chunk
             try:
@@ -299,7 +282,10 @@ class Evaluator(nn.Module):
                 if not out_of_memory(error):
                     raise
             # Here what the error held is free.
+            before, retried = retried, self.replays.forget()
             torch.cuda.empty_cache()
+            if retried and not before:
+                continue
             if size == 1:
                 raise InputError("out of memory with chunk = 1: use smaller batches, or a larger device")
             ledger.chunk = size // 2
@@ -325,21 +311,23 @@ class Evaluator(nn.Module):
         adversarial = self._perturbed(defense, attack, batch, transferred, chunk)
         smaller = None if chunk == self.chunk else chunk
 
-        def classified(images: Tensor, noise: KeyedNoise) -> list[list[int]]:
-            runs = list(range(self.runs))
-            return logits_in_chunks(defended.attacked(), images, noise, runs, chunk).argmax(dim=2).tolist()
+        def classified(images: Tensor, noise: KeyedNoise) -> Tensor:
+            return logits_in_chunks(defended.attacked(), images, noise, list(range(self.runs)), chunk).argmax(dim=2)
 
-        keys = [(defense, int(i), smaller) for i in index]
-        if new := [k for k, key in enumerate(keys) if key not in ledger.clean]:
+        delta, indices = adversarial - image, index.tolist()
+        found = [classified(adversarial, noise), label, linf_norm(delta), l2_norm(delta)]
+        keys = [(defense, i, smaller) for i in indices]
+        new = [k for k, key in enumerate(keys) if key not in ledger.clean]
+        if new:
             rows = torch.tensor(new, device=image.device)
-            ledger.clean |= zip([keys[k] for k in new], classified(image[rows], noise.rows(rows)), strict=True)
-        clean, broken = [ledger.clean[key] for key in keys], classified(adversarial, noise)
-        delta = adversarial - image
-        linf, l2 = linf_norm(delta).tolist(), l2_norm(delta).tolist()
+            found.append(classified(image[rows], noise.rows(rows)))
+        # Fetched in one go: a GPU is waited for here.
+        broken, labels, linf, l2, *clean = _fetched(found)
+        ledger.clean |= zip([keys[k] for k in new], *clean, strict=True) if new else {}
         seconds = (time.perf_counter() - started) / len(image)
         records = [
-            Record(defense, attack, int(i), int(y), clean[k], broken[k], linf[k], l2[k], seconds, chunk=smaller)
-            for k, (i, y) in enumerate(zip(index, label, strict=True))
+            Record(defense, attack, i, y, ledger.clean[key], runs, large, long, seconds, chunk=smaller)
+            for i, y, key, runs, large, long in zip(indices, labels, keys, broken, linf, l2, strict=True)
         ]
         pictured = [k for k, record in enumerate(records) if record.index in shown]
         views = []
@@ -359,12 +347,12 @@ class Evaluator(nn.Module):
         """Adversarial images; those of an attack on a bare classifier are the same for all its defenses."""
         how, image, index = self.attacks[attack], batch["image"], batch["index"]
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
-        keys = [(attack, self.defenses[defense].classifier, int(i), chunk) for i in index]
-        if how.target == "defense" or any(key not in transferred for key in keys):
-            adversarial = how(self.views[defense, attack], image, batch["label"], noise, chunk)
-            if how.target == "defense":
-                return adversarial
-            transferred.update(zip(keys, adversarial, strict=True))
+        view = self.views[defense, attack]
+        if how.target == "defense":
+            return how(view, image, batch["label"], noise, chunk)
+        keys = [(attack, self.defenses[defense].classifier, i, chunk) for i in index.tolist()]
+        if any(key not in transferred for key in keys):
+            transferred.update(zip(keys, how(view, image, batch["label"], noise, chunk), strict=True))
         return torch.stack([transferred[key] for key in keys])
 
     def _lost_before(self, defense: str, attack: str, index: int, ledger: Ledger) -> Record | None:
@@ -394,3 +382,12 @@ class Evaluator(nn.Module):
             except InputError as error:
                 raise InputError(f"gradients: {attack} on {defense}: {error}") from error
         return views
+
+
+def _fetched(values: Sequence[Tensor]) -> list[Any]:
+    """Integers and floats of several tensors as lists."""
+    flat, found = torch.cat([each.double().flatten() for each in values]).cpu(), []
+    for each in values:
+        found.append(flat[: each.numel()].to(each.dtype).reshape(each.shape).tolist())
+        flat = flat[each.numel() :]
+    return found

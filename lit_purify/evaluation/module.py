@@ -11,7 +11,8 @@ from torch import nn
 
 from lit_purify.data.base import Batch, ImageDataModule
 from lit_purify.errors import InputError
-from lit_purify.evaluation.evaluator import Evaluator, Ledger, View
+from lit_purify.evaluation.evaluator import Evaluator
+from lit_purify.evaluation.ledger import Ledger, View
 from lit_purify.evaluation.metric import RobustAccuracy
 from lit_purify.evaluation.records import Record
 

@@ -28,7 +28,7 @@ from lit_purify.evaluation.records import identity_sha256, write_whole
 from lit_purify.functional.chunks import chunks
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.functional.rendering import panels
-from lit_purify.models import Classifier
+from lit_purify.models import Classifier, Replays
 from lit_purify.recorded import identity
 
 
@@ -91,6 +91,7 @@ class Purification(L.LightningModule):
         self.classify, self.runs = runs is not None, runs or 1
         self.settings_sha256, self.data = settings_sha256, data
         self.unreadable: dict[str, str] = {}
+        self.replays = Replays(defended)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This process's share, in batches that fill a chunk."""
@@ -110,7 +111,8 @@ class Purification(L.LightningModule):
         noise = KeyedNoise(self.seed, key, torch.zeros_like(key), EVALUATION).runs(list(range(n)))
         purified, noised, masks, predictions = [], [], [], []
         for rows, real in chunks(len(image) * n, self.chunk, self.device):
-            trace = self.defended.trace(image[rows // n], noise.rows(rows))
+            with self.replays:
+                trace = self.defended.trace(image[rows // n], noise.rows(rows))
             first = (rows[:real] % n == 0).nonzero().flatten()
             purified.append(trace.purified[first])
             noised.append(trace.noised[first])
@@ -199,7 +201,8 @@ def purify_files(
         taker.check_output(probe)
     runs = evaluator.runs if classify else None
     about = identity(classifier=taker, purifier=defended.purifier, data=data.resize)
-    settings = {**about, "chunk": evaluator.chunk, "seed": evaluator.seed, "runs": runs, "precision": trainer.precision}
+    own = {name: getattr(evaluator, name) for name in ("chunk", "seed", "precision")}
+    settings = {**about, **own, "runs": runs}
     settings_sha256 = identity_sha256(comparable(settings))
     jobs, left_out = plan(folder, output)
     table = output / "predictions.csv"

@@ -74,7 +74,9 @@ def logits_in_chunks(model: AttackedFunction, image: Tensor, noise: Noise, runs:
         with torch.no_grad():
             return (model.logits(image[which], noise, mask),)
 
-    return _finite("output", _in_chunks(call, model, image, noise, runs, size)[0])
+    (logits,) = _in_chunks(call, model, image, noise, runs, size)
+    _check_finite(output=logits)
+    return logits
 
 
 def _in_chunks(
@@ -93,7 +95,7 @@ def _in_chunks(
     n, keyed, parts = len(runs), noise.runs(runs), []
     if n > 2 and model.deterministic:
         pair = _in_chunks(call, model, image, noise, runs[:2], size)
-        if all(part[:, 0].equal(part[:, 1]) for part in pair):
+        if torch.stack([(part[:, 0] == part[:, 1]).all() for part in pair]).all():
             return [part[:, :1].expand(-1, n, *part.shape[2:]) for part in pair]
     masks = None
     if model.mask is not None and n > 1 and len(image) * n > size:
@@ -108,16 +110,19 @@ def _in_chunks(
     return [torch.cat(part).reshape(len(image), n, *part[0].shape[1:]) for part in zip(*parts, strict=True)]
 
 
-def _finite(what: str, values: Tensor) -> Tensor:
-    """The values; an attack that follows NaN stands still, and a robust accuracy that rests on it is worthless.
+def _check_finite(**values: Tensor) -> None:
+    """An attack that follows NaN stands still, and a robust accuracy that rests on it is worthless.
 
     Raises:
         RuntimeError: Some value is NaN or infinite.
     """
-    # Once for all chunks: a GPU is waited for here.
-    if not values.isfinite().all():
-        raise RuntimeError(f"the {what} of the attacked network is NaN or infinite: its robust accuracy means nothing")
-    return values
+    # Once for all values of all chunks: a GPU is waited for here.
+    finite = torch.stack([each.isfinite().all() for each in values.values()]).tolist()
+    for what, fine in zip(values, finite, strict=True):
+        if not fine:
+            raise RuntimeError(
+                f"the {what} of the attacked network is NaN or infinite: its robust accuracy means nothing"
+            )
 
 
 class Draws(NamedTuple):
@@ -179,8 +184,7 @@ def draws_in_chunks(
         return logits.detach(), values.detach(), gradient
 
     found = Draws(*_in_chunks(call, model, image, noise, runs, size))
-    _finite("output", found.logits)
-    _finite("gradient", found.gradient)
+    _check_finite(output=found.logits, gradient=found.gradient)
     return found
 
 
@@ -216,4 +220,6 @@ def carried_in_chunks(model: AttackedFunction, image: Tensor, noise: Noise, dire
             leaf = image[rows].detach().requires_grad_()
             purified = model.purified(leaf, noise.rows(rows), None)
             parts.append(torch.autograd.grad(purified, leaf, direction[rows])[0][:real])
-    return _finite("gradient", torch.cat(parts))
+    gradient = torch.cat(parts)
+    _check_finite(gradient=gradient)
+    return gradient

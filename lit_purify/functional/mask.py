@@ -20,7 +20,9 @@ def saliency(features: Sequence[Tensor], size: tuple[int, int], power: float = 2
     Returns:
         (B, K, H, W), not negative.
     """
-    maps = [feature.abs().pow(power).sum(dim=1, keepdim=True) for feature in features]
+    # A square has the bits of that power, in a tenth of the time.
+    raised = [feature.square() if power == 2.0 else feature.abs().pow(power) for feature in features]
+    maps = [each.sum(dim=1, keepdim=True) for each in raised]
     return torch.cat([enlarged(m, size) for m in maps], dim=1)
 
 

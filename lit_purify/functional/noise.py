@@ -71,7 +71,8 @@ class KeyedNoise:
 
     def runs(self, runs: list[int]) -> KeyedNoise:
         """The noise of every row in each of several runs, (B len(runs)) rows, a sample's runs side by side."""
-        run = torch.tensor(runs, device=self.index.device).repeat(len(self.index))
+        # Filled, not copied: a GPU would have to be waited for.
+        run = torch.cat([self.index.new_full((1,), run) for run in runs]).repeat(len(self.index))
         return replace(self, index=self.index.repeat_interleave(len(runs)), run=run)
 
     def normal(self, step: int, like: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Networks: the denoiser and the classifier, and the files that hold them."""
 
-from lit_purify.models.accelerated import Replayed, accelerated
+from lit_purify.models.accelerated import Precision, Replayed, Replays, accelerated, arithmetic, replayed, rounded
 from lit_purify.models.classifier import Classifier, TimmClassifier
 from lit_purify.models.denoiser import Denoiser
 from lit_purify.models.files import load_classifier, load_denoiser
@@ -21,7 +21,9 @@ __all__ = [
     "Classifier",
     "Denoiser",
     "MatchedSchedule",
+    "Precision",
     "Replayed",
+    "Replays",
     "ResNetClassifier",
     "TableClassifier",
     "TableDenoiser",
@@ -29,6 +31,7 @@ __all__ = [
     "UNet",
     "WideResNetClassifier",
     "accelerated",
+    "arithmetic",
     "load_classifier",
     "load_ddpm",
     "load_denoiser",
@@ -36,4 +39,6 @@ __all__ = [
     "load_guided_diffusion",
     "load_improved_diffusion",
     "load_score_sde",
+    "replayed",
+    "rounded",
 ]

@@ -1,50 +1,118 @@
-"""Networks made ready for evaluation on a GPU: layout, precision, and calls recorded as CUDA graphs."""
+"""Networks on a GPU: calls recorded as CUDA graphs, and weights of 16 bits."""
 
 from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
+from lit_purify.functional.chunks import out_of_memory
 from lit_purify.models.classifier import Classifier
 from lit_purify.models.denoiser import Denoiser
 from lit_purify.private import copies
 
 Network = TypeVar("Network", Denoiser, Classifier)
+Precision = Literal["float32", "bf16"]
 
 _MOST_KINDS, _MOST_ALIVE = 8, 8
 
 
-def accelerated(network: Network, precision: Literal["float32", "bf16"] = "float32") -> Network:
-    """A frozen copy of a network for evaluations on GPUs: weights channels last, and calls replayed as CUDA graphs.
+def accelerated(network: Network, precision: Precision = "float32") -> Network:
+    """A frozen copy of a network whose calls on a GPU are replayed as CUDA graphs.
 
-    A call and its gradient in the image are recorded once for every shape (in about a second), and cost one launch
-    each from then on. On other devices the calls are the ordinary ones.
+    For scripts that call purifiers themselves: evaluations and audits replay the calls of any network (``Replays``). A
+    call and its gradient in the image are recorded once for every shape (in about a second), and cost one launch each
+    from then on. On other devices the calls are the ordinary ones.
 
     Args:
         network: A denoiser or a classifier.
-        precision: Of a denoiser. ``bf16``: weights are rounded once; products and activations have 16 bits, statistics
-            of normalizations, images and predicted noise 32. ``float32`` leaves the weights as they are.
+        precision: ``bf16``, of a denoiser: see ``rounded``. ``float32`` leaves the weights as they are.
 
     Raises:
-        InputError: ``precision`` has no such value, or a classifier is to have another than ``float32``.
+        InputError: ``precision`` has no such value, or the network does not compute in it.
     """
     if precision not in ("float32", "bf16") or (precision == "bf16" and not isinstance(network, Denoiser)):
         raise InputError(f"precision = {precision!r}: use float32, or bf16 for a denoiser")
-    made = copy.deepcopy(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    made = copy.deepcopy(network).eval().requires_grad_(False)
     if precision == "bf16":
-        for module in made.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(torch.bfloat16)
-        made.origin += ", bf16"
+        rounded(made)
     made.forward = Replayed(made)  # type: ignore[method-assign, assignment]
     return made
+
+
+def rounded(module: nn.Module) -> None:
+    """Makes the denoisers inside a module compute in bf16.
+
+    Weights are rounded once; products and activations have 16 bits, statistics of normalizations, images and predicted
+    noise 32.
+
+    Raises:
+        InputError: A denoiser is not a network of this library.
+    """
+    for denoiser in [m for m in module.modules() if isinstance(m, Denoiser)]:
+        if not denoiser.recordable and not any(isinstance(m, Denoiser) for m in list(denoiser.modules())[1:]):
+            raise InputError(f"precision = 'bf16': {type(denoiser).__name__} knows float32 alone")
+        if denoiser.recordable and not denoiser.origin.endswith(", bf16"):
+            for layer in denoiser.modules():
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    layer.to(torch.bfloat16)
+        denoiser.origin = denoiser.origin.removesuffix(", bf16") + ", bf16"
+
+
+def arithmetic(device: torch.device, precision: Precision, replay: bool) -> str:
+    """The precision in which an evaluation computes, and on a GPU how networks are called; for reports."""
+    said = "float32" if precision == "float32" else f"{precision} denoisers, float32 classifiers"
+    if device.type == "cuda":
+        wide = "TF32" if torch.backends.cudnn.allow_tf32 else "float32"
+        calls = "replayed as CUDA graphs" if replay else "one by one"
+        said += f", {wide} convolutions, calls {calls} ({torch.cuda.get_device_name(device)})"
+    return said
+
+
+class Replays:
+    """While it is entered, calls of networks on a GPU are replayed (``Replayed``); then they are as they were.
+
+    Args:
+        modules: The networks inside them whose class says that they are ``recordable``. Their weights must not change
+            between two times that it is entered.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        found = (m for module in modules for m in module.modules() if getattr(m, "recordable", False))
+        self._calls = {network: Replayed(network) for network in found if "forward" not in vars(network)}
+
+    def __enter__(self) -> None:
+        for network, call in self._calls.items():
+            vars(network)["forward"] = call
+
+    def __exit__(self, *_: object) -> None:
+        for network in self._calls:
+            vars(network).pop("forward", None)
+
+    def forget(self) -> bool:
+        """Frees what was recorded; returns whether anything was."""
+        for call in self._calls.values():
+            call.graphs.clear()
+        return any(call.used for call in self._calls.values())
+
+
+def replayed(function: Callable[..., Tensor], network: nn.Module, *arguments: Any) -> Tensor:  # noqa: ANN401
+    """``function(network, *arguments)``: replayed, too, where the calls of the network are.
+
+    Args:
+        function: From tensors to one tensor; it uses nothing else that may change, and does not wait for the device.
+        network: A network that it calls.
+        arguments: Tensors.
+    """
+    call = vars(network).get("forward")
+    return call.replay(function, *arguments) if isinstance(call, Replayed) else function(network, *arguments)
 
 
 class Replayed:
@@ -53,65 +121,86 @@ class Replayed:
     There is a graph, or more, for each of the latest eight sets of shapes, types and modes. A gradient needs the
     activations of its call: while it is outstanding, the next call gets a graph of its own, up to eight of them and as
     long as memory is free; after that the oldest activations make room, and are recomputed for their gradient. Results
-    are copies, so that later calls do not change them.
+    are copies, so that later calls do not change them. A network that cannot be recorded is called as ever.
 
     Args:
         network: From tensors and tuples of tensors to one tensor; its calls must not wait for the device. It is not
-            kept alive. Gradients of those weights that require one at the first call are recorded as well.
+            kept alive.
+        learns: Record the gradients of those weights, too, that require one at the first call. Weights that do not
+            learn are recorded channels last.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = weakref.ref(network)
-        self._graphs: dict[Any, list[_Graph]] = {}
+    def __init__(self, network: nn.Module, learns: bool = False) -> None:
+        self._network, self._learns = weakref.ref(network), learns
+        self.graphs: dict[Any, list[_Graph]] = {}
         self._learned: list[Tensor] | None = None
+        self._frozen: list[tuple[Tensor, Tensor]] = []
+        self._refused = False
 
-    def _call(self, *arguments: Any) -> Tensor:  # noqa: ANN401
-        network = self._network()
-        assert network is not None
-        out: Tensor = type(network).forward(network, *arguments)
-        return out
+    @property
+    def used(self) -> bool:
+        """Whether anything was recorded, or tried to be."""
+        return self._learned is not None
 
     def __call__(self, *arguments: Any) -> Tensor:  # noqa: ANN401
         """The network's output."""
+        network = self._network()
+        assert network is not None
+        return self.replay(type(network).forward, *arguments)
+
+    def replay(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:  # noqa: ANN401
+        """``function(network, *arguments)``."""
+        network = self._network()
+        assert network is not None
         tensors: list[Tensor] = []
         for argument in arguments:
             tensors += argument if isinstance(argument, tuple) else [argument]
         # Levels of pixels, (B, 1, H, W), are sorted first, for which the host waits.
         sorts = len(arguments) > 1 and isinstance(arguments[1], Tensor) and arguments[1].ndim == 4
-        if sorts or not recordable(tensors[0]):
-            return self._call(*arguments)
-        network = self._network()
-        assert network is not None
+        if sorts or self._refused or not recordable(tensors[0]):
+            return function(network, *arguments)
         if self._learned is None:
-            self._learned = [weight for weight in network.parameters() if weight.requires_grad]
+            learn = [weight.requires_grad and self._learns for weight in network.parameters()]
+            weights = list(zip(network.parameters(), learn, strict=True))
+            self._learned = [weight for weight, learns in weights if learns]
+            frozen = [weight for weight, learns in weights if weight.ndim == 4 and not learns]
+            self._frozen = [(w, w.data.contiguous(memory_format=torch.channels_last)) for w in frozen]
         learned = self._learned if torch.is_grad_enabled() else []
         needs = tuple(tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors)
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key: tuple[Any, ...] = (*map(type, arguments), needs, cast, len(learned), network.training)
+        key: tuple[Any, ...] = (function, *map(type, arguments), needs, cast, len(learned), network.training)
         key += tuple((tensor.device, tensor.shape, tensor.dtype) for tensor in tensors)
-        graphs = self._graphs.pop(key, [])
-        self._graphs[key] = graphs
-        if len(self._graphs) > _MOST_KINDS:
-            del self._graphs[next(iter(self._graphs))]
+        graphs = self.graphs.pop(key, [])
+        self.graphs[key] = graphs
+        if len(self.graphs) > _MOST_KINDS:
+            del self.graphs[next(iter(self.graphs))]
         graph = next((graph for graph in graphs if not graph.awaited), None)
         if graph is None and (not graphs or (len(graphs) < _MOST_ALIVE and graphs[0].fits_again())):
 
-            def function(*flat: Tensor) -> Tensor:
-                left = iter(flat)
-                return self._call(
-                    *(type(a)(*(next(left) for _ in a)) if isinstance(a, tuple) else next(left) for a in arguments)
+            def flat(*inputs: Tensor) -> Tensor:
+                left = iter(inputs)
+                return function(
+                    # Not kept alive.
+                    self._network(),
+                    *(type(a)(*(next(left) for _ in a)) if isinstance(a, tuple) else next(left) for a in arguments),
                 )
 
             try:
                 with (
                     torch.random.fork_rng([tensors[0].device]),
                     torch.autocast("cuda", cast, enabled=cast is not None, cache_enabled=False),
+                    _swapped(self._frozen),
                 ):
-                    graph = _Graph(function, tensors, needs, learned)
-            except RuntimeError:
-                # Perhaps out of memory, which the others hold: smaller calls are to find it free.
-                self._graphs.clear()
-                raise
+                    graph = _Graph(flat, tensors, needs, learned)
+            except RuntimeError as error:
+                # Out of memory, smaller calls are to find free what these hold.
+                self.graphs.clear()
+                if out_of_memory(error):
+                    raise
+                self._refused = True
+                reason = str(error).partition("\n")[0]
+                notice(f"warning: {type(network).__name__}: its calls are not replayed as CUDA graphs ({reason})")
+                return function(network, *arguments)
             graphs.append(graph)
         elif graph is None:
             graph = graphs.pop(0)
@@ -121,7 +210,20 @@ class Replayed:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replayed:
         """The copy of a network records its own calls."""
-        return Replayed(copy.deepcopy(self._network(), memo))  # type: ignore[arg-type]
+        return Replayed(copy.deepcopy(self._network(), memo), self._learns)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _swapped(weights: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Meanwhile weights have other data."""
+    own = [weight.data for weight, _ in weights]
+    for weight, other in weights:
+        weight.data = other
+    try:
+        yield
+    finally:
+        for (weight, _), data in zip(weights, own, strict=True):
+            weight.data = data
 
 
 def recordable(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
@@ -37,8 +37,11 @@ class Classifier(Recorded, nn.Module):
 
     Attributes:
         origin: The file that its weights come from.
+        recordable: Whether each call of given shapes makes the same operations: a GPU can then replay them. Nobody
+            knows that of somebody's module.
     """
 
+    recordable: ClassVar[bool] = False
     mean: Tensor
     std: Tensor
 
@@ -198,6 +201,8 @@ class TimmClassifier(Classifier):
         pretrained: Download timm's weights (needs a network); not together with ``checkpoint``.
         options: Further arguments of the model, e.g. ``{pad_type: same}``.
     """
+
+    recordable = True
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ class Denoiser(Recorded, nn.Module, ABC):
         onehot: Widths of the one-hot groups of rows, see ``functional.rows.fields``.
         validation: Mean squared error of the predicted noise on validation images; ``None`` if no file states it.
         gradient_checkpointing: Whether it keeps few activations for a backward pass and recomputes the others.
+        recordable: Whether each call of given shapes makes the same operations: a GPU can then replay them.
     """
 
     channels: int
@@ -34,6 +36,7 @@ class Denoiser(Recorded, nn.Module, ABC):
     origin: str = "not loaded from a file"
     validation: float | None = None
     gradient_checkpointing: bool = False
+    recordable: ClassVar[bool] = False
 
     @property
     def title(self) -> str:

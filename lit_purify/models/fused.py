@@ -55,6 +55,14 @@ def _split(x: Tensor, second: Tensor | None, groups: int, tile: int) -> dict[str
     }
 
 
+def _launch(kernel: Any, x: Tensor, *given: Tensor | None, **flags: Any) -> None:
+    """Calls a kernel in one stage where a program has a whole image, else in two."""
+    # What a flag switches off is never read.
+    tensors = [x if tensor is None else tensor for tensor in given]
+    for stage in (2,) if flags["S"] == 1 else (0, 1):
+        kernel[(len(x), flags["S"])](x, *tensors, **flags, STAGE=stage)
+
+
 def _last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -91,10 +99,8 @@ class _Normalized(torch.autograd.Function):
             "PRE": pre is not None,
             "SILU": act,
         }
-        # What a flag switches off is never read.
-        given = [x if tensor is None else tensor for tensor in (second, y, pre, weight, bias, levels, spread)]
-        for stage in (2,) if parts == 1 else (0, 1):
-            kernels.forward[(len(x), parts)](x, *given, partial, statistics, eps=eps, **sizes, **ctx.flags, STAGE=stage)
+        given = (second, y, pre, weight, bias, levels, spread, partial, statistics)
+        _launch(kernels.forward, x, *given, **sizes, **ctx.flags, eps=eps)
         ctx.save_for_backward(x, weight, bias, pre, levels, spread, second, statistics)
         ctx.groups = groups
         return y
@@ -110,13 +116,8 @@ class _Normalized(torch.autograd.Function):
         partial = x.new_empty(rows, parts, 2, sizes["BG"], dtype=torch.float32) if parts > 1 else statistics
         sums = x.new_empty(rows, parts, 3 + 2 * count, channels, dtype=torch.float32) if parameters else statistics
         dspread = torch.empty_like(spread, dtype=torch.float32) if parameters and spread is not None else None
-        given = [x if tensor is None else tensor for tensor in (second, _last(dy), dx, dsecond)]
-        given += [x if tensor is None else tensor for tensor in (pre, weight, bias, levels, spread)]
-        for stage in (2,) if parts == 1 else (0, 1):
-            kernels.backward[(rows, parts)](
-                x, *given, statistics, partial, sums, x if dspread is None else dspread, **sizes, **ctx.flags,
-                PARAMETERS=parameters, STAGE=stage,
-            )  # fmt: skip
+        given = (second, _last(dy), dx, dsecond, pre, weight, bias, levels, spread, statistics, partial, sums, dspread)
+        _launch(kernels.backward, x, *given, **sizes, **ctx.flags, PARAMETERS=parameters)
         if not parameters:
             return dx, *[None] * 5, dsecond, None, None, None
         each = sums.sum(dim=1)

@@ -72,6 +72,8 @@ class ResNetClassifier(Classifier):
         checkpoint: File with a state_dict; ``None`` leaves the network as initialized.
     """
 
+    recordable = True
+
     def __init__(
         self,
         depth: int,

@@ -87,6 +87,8 @@ class UNet(Denoiser):
         sinusoids: Channels of the sinusoidal embedding of the level; ``None``: ``width``.
     """
 
+    recordable = True
+
     def __init__(
         self,
         channels: int,

@@ -140,6 +140,8 @@ class WideResNetClassifier(Classifier):
             of the normalization.
     """
 
+    recordable = True
+
     def __init__(
         self,
         depth: int,

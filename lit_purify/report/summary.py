@@ -44,6 +44,7 @@ class Summary:
             and ``clean`` and ``robust`` accuracies by rule as [value, low, high], in [0, 1].
         denoising: By defense the strongest level, and the error of the noise predicted there, see
             ``Evaluator.denoising``.
+        arithmetic: Precision of the networks, and on a GPU how they are called.
         smaller_chunks: Number of records by the rows of a network call, if memory was too small for ``chunk``.
         files: Hashes of the files that the records depend on.
         frontier: By attack the comparison of families of defenses, see ``compared``; empty without families.
@@ -64,6 +65,7 @@ class Summary:
     smaller_chunks: dict[str, int] = field(default_factory=dict)
     denoiser: str = ""
     denoising: dict[str, list[float]] = field(default_factory=dict)
+    arithmetic: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     frontier: dict[str, Any] = field(default_factory=dict)
@@ -294,6 +296,8 @@ def table(summary: Mapping[str, Any]) -> str:
     split = f" ({summary['split']})" if summary["split"] else ""
     samples = f"{summary['dataset']}{split}, {summary['samples']} samples, {summary['runs']} runs each"
     lines = ["", f"{samples}; classifier {summary['classifier']}", *denoising_lines(summary)]
+    if summary["arithmetic"] not in ("", "float32"):
+        lines.append(summary["arithmetic"])
     for attack in dict.fromkeys(result["attack"] for result in results):
         group = [(row, result) for row, result in zip(rows, results, strict=True) if result["attack"] == attack]
         lines += [

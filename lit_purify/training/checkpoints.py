@@ -11,9 +11,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import Tensor
 
 from lit_purify.errors import InputError
+from lit_purify.private import average_in_few_kernels
 
 _LAG, _FEW = 0.2, 10
 """Part of a training from which on an average that reaches back so far lags, and steps that make a training."""
@@ -53,11 +53,18 @@ class Averaging(WeightAveraging):
         if not 0.0 < decay < 1.0:
             raise InputError(f"average = {decay} is outside (0, 1), and not 0 (none)")
 
-        def average(mean: Tensor, current: Tensor, updates: Tensor) -> Tensor:
-            return current.lerp(mean, ((1 + updates) / (10 + updates)).clamp(max=decay).to(mean.dtype))
-
-        super().__init__(use_buffers=False, avg_fn=average)
+        super().__init__(use_buffers=False)
         self.decay = decay
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Makes the average."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            average_in_few_kernels(self, self._kept)
+
+    def _kept(self, updates: int) -> float:
+        """The decay after so many updates, as a 32-bit number."""
+        return float(torch.tensor((1 + updates) / (10 + updates), dtype=torch.float32).clamp(max=self.decay))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes the average, and says where it still lags behind the weights."""

@@ -19,7 +19,7 @@ from lit_purify.functional.levels import LevelMap, two_level
 from lit_purify.functional.mask import random_shapes
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
 from lit_purify.functional.rows import random_fields
-from lit_purify.models import Classifier, Denoiser, Replayed
+from lit_purify.models import Classifier, Denoiser, Replayed, Replays
 from lit_purify.training.task import TrainingTask
 
 _NOISE, _LEVELS, _SHAPES, _AUGMENT = range(4)
@@ -115,11 +115,12 @@ class DenoiserTask(TrainingTask):
         self.denoiser, self.constant, self.attention, self.max_level = denoiser, constant, attention, max_level
         self.mask, self.val_levels = mask, tuple(val_levels)
         denoiser.gradient_checkpointing = gradient_checkpointing
-        self._replayed = Replayed(denoiser)
+        self._replayed = Replayed(denoiser, learns=True)
         # In a tuple: the weight average and the checkpoints are about the denoiser alone.
         self._classifier: tuple[Classifier, ...] = ()
         if classifier is not None:
             self._classifier = (classifier.eval().requires_grad_(False),)
+        self._replays = Replays(*self._classifier)
         # In a plain dictionary for the same reason.
         self.purifiers: dict[str, Purifier] = {}
         for name, make in (purifiers or {}).items():
@@ -179,7 +180,7 @@ class DenoiserTask(TrainingTask):
     def _attention(self, image: Tensor, noise: Noise) -> Tensor:
         if self.mask is None or not self._classifier:
             raise RuntimeError("attention without a classifier and a mask rule")
-        with self._full_precision():
+        with self._full_precision(), self._replays:
             return self.mask(self._classifier[0], image, noise)
 
     def _full_precision(self) -> torch.autocast:

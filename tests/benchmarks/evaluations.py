@@ -1,8 +1,11 @@
 """A whole evaluation, what precision changes in it, and whether two are equal."""
 
+import contextlib
+from dataclasses import replace
+
 import torch
 from measuring import ROOT, timed
-from networks import arithmetic, images, made
+from networks import arithmetic, images
 
 from lit_purify.api import evaluate
 from lit_purify.attacks import PGD
@@ -17,6 +20,8 @@ from lit_purify.defense import (
 )
 from lit_purify.models import accelerated, load_classifier, load_denoiser
 
+FEW = ["uniform", "heterogeneous", "variable"]
+
 
 def purifiers(network):
     """Those of configs/eval/cifar10.yaml."""
@@ -30,83 +35,93 @@ def purifiers(network):
     }
 
 
-def shipped(kind, device):
-    """Denoiser and classifier."""
-    place = ROOT / "checkpoints"
-    return [
-        read(place / f"{kind}_{name}.safetensors").to(device)
-        for name, read in (("denoiser", load_denoiser), ("classifier", load_classifier))
-    ]
-
-
-def correct(kind, device, data, labels, attacked, names, steps=20, runs=10, chunk=1024):
-    """Share of correct runs of each image and purifier, attacked in one precision and classified in float32's."""
-    given, classifier = shipped(kind, device)
-    final = given if device.type == "cpu" else made(given, "tf32")
-    ours, eps = classifier if device.type == "cpu" else accelerated(classifier), "8/255" if kind == "cifar10" else 0.15
-    attack, found = PGD("linf", eps, steps, "2/255" if kind == "cifar10" else 0.02, 4, "margin"), {}
-    low = made(given, "bf16") if attacked == "bf16" else None
+def records(kind, device, data, attacked, names, steps=20, runs=10, chunk=1024):
+    """Records of each purifier, without their times; attacked in one precision and classified in float32's."""
+    place, found = ROOT / "checkpoints", {}
+    denoiser = load_denoiser(place / f"{kind}_denoiser.safetensors").to(device)
+    classifier = load_classifier(place / f"{kind}_classifier.safetensors").to(device)
+    low = accelerated(denoiser, "bf16") if attacked == "bf16" else None
+    eps, step = ("8/255", "2/255") if kind == "cifar10" else (0.15, 0.02)
+    attack = PGD("linf", eps, steps, step, 4, "margin")
     with arithmetic("float32" if attacked == "float32" else "tf32"):
         for name in names:
             gradients = {"pgd": OtherPurifier(purifiers(low)[name])} if low is not None else None
             result = evaluate(
-                ours, {name: purifiers(final)[name]}, {"pgd": attack}, data, labels, runs=runs, chunk=chunk,
+                classifier, {name: purifiers(denoiser)[name]}, {"pgd": attack}, *data, runs=runs, chunk=chunk,
                 batch_size=256, gradients=gradients, progress=False, gallery=0,
             )  # fmt: skip
-            records = sorted(result.records, key=lambda record: record.index)
-            hits = [[run == record.label for run in record.adversarial] for record in records]
-            found[name] = torch.tensor(hits, dtype=torch.float32).mean(dim=1)
+            found[name] = [replace(record, seconds=0.0) for record in result.records]
+            if smaller := {record.chunk for record in result.records} - {None}:
+                print(f"{name} attacked in {attacked}: memory was too small, chunks of {smaller} rows")
     return found
 
 
+def correct(found):
+    """Share of correct runs of each image."""
+    hits = [[run == record.label for run in record.adversarial] for record in found]
+    return torch.tensor(hits, dtype=torch.float32).mean(dim=1)
+
+
+def tensors(split):
+    """Images and labels of a split."""
+    items = [split[k] for k in range(len(split))]
+    return torch.stack([item["image"] for item in items]), torch.tensor([item["label"] for item in items])
+
+
+@contextlib.contextmanager
+def deterministic():
+    """Deterministic algorithms alone, as far as there are some."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def measure(device, now, folder, quick):
-    """The time of the table, then the differences."""
+    """The time of the table, whether it can be repeated, then the differences."""
     gpu = device.type == "cuda"
-    names = list(purifiers(shipped("cifar10", "cpu")[0]))
-    count, steps = (256, 20) if gpu else (4, 1)
+    names = list(purifiers(load_denoiser(ROOT / "checkpoints/cifar10_denoiser.safetensors")))
+    count, steps, small = (256, 20, {}) if gpu else (4, 1, {"runs": 2, "chunk": 8})
     if folder is None:
-        data, labels = images(count, "cpu"), torch.arange(count) % 10
+        data = images(count, "cpu"), torch.arange(count) % 10
     else:
-        split = ImageFolder(folder, size=32, subset=RandomChoice(count, 0)).evaluated
-        items = [split[k] for k in range(len(split))]
-        data, labels = torch.stack([item["image"] for item in items]), torch.tensor([item["label"] for item in items])
-    results = {}
-    for attacked in ("tf32", "bf16", "float32") if gpu else ("float32",):
-        chosen = names if attacked == "tf32" or not quick else [names[0], names[3], names[4]]
-        call = lambda a=attacked, c=chosen: results.update(  # noqa: E731
-            {a: correct("cifar10", device, data, labels, a, c, steps, 10 if gpu else 2, 1024 if gpu else 8)}
-        )
-        seconds = timed(call, now)
-        print(
-            f"{count} images, PGD {steps} x EOT 4, attacked in {attacked}: {seconds:.1f} s for {len(chosen)} purifiers"
-        )
-        yield {"name": "evaluation", "attacked": attacked, "seconds": seconds, "purifiers": len(chosen)}
+        data = tensors(ImageFolder(folder, size=32, subset=RandomChoice(count, 0)).evaluated)
+
+    def timed_records(attacked, chosen):
+        found = {}
+        seconds = timed(lambda: found.update(records("cifar10", device, data, attacked, chosen, steps, **small)), now)
+        print(f"{count} images, PGD {steps} x EOT 4, attacked in {attacked}: {seconds:.1f} s for {', '.join(chosen)}")
+        return found, seconds
+
+    first, seconds = timed_records("tf32", names)
+    yield {"name": "evaluation", "attacked": "tf32", "seconds": seconds, "purifiers": len(names)}
+    again, plain = timed_records("tf32", FEW)
+    yield {"name": "two evaluations are equal", "equal": again == {name: first[name] for name in FEW}}
     if not gpu:
         return
-    again = correct("cifar10", device, data, labels, "tf32", [names[4]])[names[4]]
-    equal = again.equal(results["tf32"][names[4]])
-    print(f"two evaluations of {names[4]} in TF32 are {'' if equal else 'NOT '}equal, image by image")
-    yield {"name": "repeated", "equal": equal}
-    split = Digits(subset=First(64)).evaluated
-    items = [split[k] for k in range(len(split))]
-    digits = torch.stack([item["image"] for item in items]), torch.tensor([item["label"] for item in items])
-    sets = [("cifar10" if folder else "noise", results, count)]
-    few = [names[0], names[3], names[4]]
-    sets.append(("digits", {a: correct("digits", device, *digits, a, few) for a in ("float32", "tf32", "bf16")}, 64))
-    for kind, found, size in sets:
+    with deterministic():
+        _, strict = timed_records("tf32", FEW)
+        yield {"name": "deterministic / default evaluation", "seconds": strict, "bound": plain, "ratio": strict / plain,
+               "quartiles": [strict / plain] * 2, "limit": 1.05}  # fmt: skip
+        same = timed_records("tf32", FEW[1:2])[0] == timed_records("tf32", FEW[1:2])[0]
+        yield {"name": "two deterministic evaluations are equal", "equal": same}
+    digits, few = tensors(Digits(subset=First(64)).evaluated), FEW[1:2] if quick else FEW
+    ours, found = "cifar10" if folder else "noise", {}
+    found["digits"] = {kind: records("digits", device, digits, kind, FEW) for kind in ("float32", "tf32", "bf16")}
+    # The slowest last: it has no tensor cores.
+    found[ours] = {"tf32": first, "bf16": timed_records("bf16", FEW)[0], "float32": timed_records("float32", few)[0]}
+    for data_name, attacked in found.items():
         for other in ("tf32", "bf16"):
-            for name in few:
-                difference = 100.0 * (found[other][name] - found["float32"][name])
-                half = 1.96 * difference.std().item() / size**0.5
-                mean, right = difference.mean().item(), 100 * found["float32"][name].mean().item()
-                print(
-                    f"{kind}, {size} images, {name}: robust {right:.1f} in float32; attacked in {other} "
-                    f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]",
-                    flush=True,
-                )
-                yield {
-                    "name": f"precision {kind} {name} {other}",
-                    "robust": right,
-                    "difference": mean,
-                    "half_width": half,
-                }
+            for name in attacked["float32"]:
+                pair = attacked["float32"][name], attacked[other][name]
+                yield difference(f"{data_name} {name}, attacked in {other}", *pair)
+
+
+def difference(name, first, second):
+    """What another precision changes of robust accuracy, in points."""
+    shares = [correct(found) for found in (first, second)]
+    points = 100.0 * (shares[1] - shares[0])
+    half = 1.96 * points.std().item() / len(points) ** 0.5
+    about = {"difference": points.mean().item(), "half_width": half}
+    return {"name": f"robust accuracy of {name}", "robust": 100.0 * shares[0].mean().item(), **about}

@@ -24,6 +24,7 @@ IMAGENET = {
     "resampling": "residual",
 }
 SIZES = {
+    "cheap": {"channels": 3, "size": 32, "width": 8, "multipliers": [1, 2], "blocks": 1},
     "small": "configs/train/cifar10_denoiser.yaml",
     "full": "configs/train/cifar10_denoiser_gpu.yaml",
     "imagenet": IMAGENET,

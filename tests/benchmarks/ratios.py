@@ -12,6 +12,7 @@ from lit_purify.attacks import PGD
 from lit_purify.defense import (
     DefendedClassifier,
     Exact,
+    GradualPurifier,
     HeterogeneousPurifier,
     MinMaxThreshold,
     SoftmaxThreshold,
@@ -29,11 +30,17 @@ EOT, RUNS = 4, 8
 
 def defenses(denoiser):
     """One of each kind, by name."""
+    heterogeneous = {
+        f"heterogeneous {kind}": HeterogeneousPurifier(denoiser, MinMaxThreshold(0.9), 200, 100, 4, kind, 10, 2)
+        for kind in ("single", "none", "release", "multi")
+    }
     return {
         "uniform": UniformPurifier(denoiser, 150, 4),
         "ddpm": UniformPurifier(denoiser, 150, 4, "ddpm"),
-        "heterogeneous": HeterogeneousPurifier(denoiser, MinMaxThreshold(0.9), 200, 100, 4),
         "variable": VariableIntensityPurifier(denoiser, TopFraction(0.25), 200, 100, 4),
+        **heterogeneous,
+        "sde": UniformPurifier(denoiser, 150, 4, "sde"),
+        "gradual": GradualPurifier(denoiser, [125, 125], [2, 2]),
     }
 
 
@@ -55,10 +62,8 @@ def measure(device, now, quick):
                 denoiser(image, level)
 
     mask = TopFraction(0.25)(classifier, image, noise)
-    levels = {"uniform": one, "ddpm": one, "heterogeneous": one, "variable": two_level(mask, 150, 75)}
-    yield against(
-        "network call at a map / at one level", partial(forward, levels["variable"], 4), partial(forward, one, 4)
-    )
+    both = two_level(mask, 150, 75)
+    yield against("network call at a map / at one level", partial(forward, both, 4), partial(forward, one, 4))
     yield against("keyed noise / network call", lambda: noise.normal(0, image), partial(forward, one))
     # Several, since one of randn's is short.
     randn = lambda: [torch.randn(image.shape, device=device) for _ in range(8)]  # noqa: E731
@@ -82,7 +87,8 @@ def measure(device, now, quick):
                 for _ in range(2):
                     purifier(image, noise, given)
 
-        bare = partial(forward, levels[name], 2 * purifier.nfe)
+        level = both if name == "variable" else one
+        bare = partial(forward, level, 2 * purifier.nfe)
         if gpu:
             # An error where anything waits for the device. Not in the first call, which records.
             purified()
@@ -91,7 +97,18 @@ def measure(device, now, quick):
             torch.cuda.set_sync_debug_mode("default")
         limit = 1.03 if gpu else 1.05
         yield against(f"purification {name} / network calls", purified, bare, limit=limit, nfe=purifier.nfe)
-        yield from attacked(name, purifier, classifier, denoiser, image, levels[name], against, gpu)
+        if name in ("uniform", "ddpm", "variable", "heterogeneous single"):
+            yield from attacked(name, purifier, classifier, denoiser, image, level, against, gpu)
+    if not gpu:
+        denoiser = random_denoiser("cheap", device)
+        purifier = UniformPurifier(denoiser, 150, 20, "ddpm")
+
+        def cheap():
+            with torch.no_grad():
+                purifier(image, noise)
+
+        name = "purification in 20 steps by a cheap network / network calls"
+        yield against(name, cheap, partial(forward, one, 20), limit=1.10)
 
 
 def attacked(name, purifier, classifier, denoiser, image, level, against, gpu):

@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from measuring import row, timed
 from networks import classifier, denoiser, images, needs, peak
 from torch.nn.utils import clip_grad_norm_
@@ -10,15 +10,16 @@ from torch.nn.utils import clip_grad_norm_
 from lit_purify.data.base import ImageDataModule, ImageDataset
 from lit_purify.defense import TopFraction
 from lit_purify.training import DenoiserTask
+from lit_purify.training.checkpoints import Averaging
 
 DECAY = 0.999
 
 
 class Random(ImageDataModule):
-    """Images in memory."""
+    """Images in memory, of 8 bits as those of files are."""
 
     def split(self, name):
-        return ImageDataset.whole(images(4096, "cpu").__getitem__, [0] * 4096, ["a", "b"])
+        return ImageDataset.of(images(4096, "cpu").mul(255.0).round().div(255.0), torch.zeros(4096, dtype=torch.long))
 
 
 class Watch(Callback):
@@ -53,7 +54,7 @@ def measure(device, now, quick):
             max_steps=skipped + steps,
             gradient_clip_val=1.0,
             precision="bf16-mixed" if gpu else "32-true",
-            callbacks=[EMAWeightAveraging(decay=DECAY, use_buffers=False, update_starting_at_step=0), watch],
+            callbacks=[Averaging(DECAY), watch],
             limit_val_batches=0,
             logger=False,
             enable_checkpointing=False,

@@ -1,0 +1,63 @@
+"""The benchmark goes on where a part fails or takes too long, and says of each target whether it is reached."""
+
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The program, as a module."""
+    folder = str(Path(__file__).parent / "benchmarks")
+    before = set(sys.modules)
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module("benchmarks.__main__")
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
+                del sys.modules[name]
+
+
+def ratio(name, value, **facts):
+    return {"name": name, "seconds": value, "bound": 1.0, "ratio": value, "quartiles": [value, value], **facts}
+
+
+def test_each_part_ends_and_each_target_has_a_verdict(benchmark, monkeypatch, tmp_path, capsys):
+    def late():
+        yield ratio("mask TopFraction / classifier call", 1.2, limit=1.05)
+        time.sleep(60)
+
+    def broken():
+        yield {"name": "two evaluations are equal", "equal": True}
+        raise ValueError
+
+    def good():
+        about = {"road": "accelerated", "precision": "bf16", "rows": 256, "backward": True}
+        yield {"network": "full", "peak_share": 0.4, **about}
+        yield ratio("bare loop / matrix peak", 5.0)
+        yield ratio("attack step / network calls", 9.0)
+        yield {"name": "evaluation", "attacked": "tf32", "seconds": 14.0}
+        yield {"name": "robust accuracy of digits", "robust": 50.0, "difference": -0.7, "half_width": 0.1}
+
+    monkeypatch.setattr(benchmark, "parts", lambda given: {"rates": late, "ratios": broken, "training": good})
+    monkeypatch.setitem(benchmark.LIMITS, "rates", 0.1)
+    output = tmp_path / "speed.json"
+    with pytest.raises(SystemExit) as exit_:
+        benchmark.main(["--quick", "--output", str(output)])
+    assert exit_.value.code
+    found = json.loads(output.read_text())
+    assert found["failed"] == ["rates", "ratios"]
+    assert [reached for *_, reached in found["targets"]] == [True, False, True, False, True, False]
+    printed = capsys.readouterr().out
+    assert "rates: ended after 0.1 s, the rest is not measured" in printed
+    assert printed.count("MISSED") == 3
+
+
+def test_a_quick_run_takes_less_than_eight_minutes(benchmark):
+    assert sum(benchmark.LIMITS.values()) < 480
