@@ -116,6 +116,7 @@ def evaluate(
     progress: bool = True,
     gradients: Mapping[str, Gradient] | None = None,
     skip_lost: bool = False,
+    diagnostics: bool = False,
     batch_size: int = 64,
     gallery: int = 12,
     precision: Precision = "float32",
@@ -143,6 +144,8 @@ def evaluate(
         progress: Show a bar.
         gradients: What attacks differentiate, by the attack's name; ``Exact()`` where none is given.
         skip_lost: Do not attack samples again that an earlier attack left wrong in all runs.
+        diagnostics: Say how much of each result is denoising and how much is dice: accuracy over fresh replicas, and
+            under frozen noise.
         batch_size: Samples that are evaluated together; changes no result.
         gallery: Samples of which pictures are kept, the first of the evaluated ones.
         precision: ``bf16`` lets the denoisers compute with 16 bits; for searches, since it changes results.
@@ -153,9 +156,8 @@ def evaluate(
     """
     own, data, device = _prepared(classifier, images, labels)
     named = _named(defenses, "defense"), _named(attacks, "attack")
-    evaluator = Evaluator(
-        own, *named, gradients, baseline, runs, chunk, seed, skip_lost, precision=precision, replay=replay
-    )
+    more: dict[str, Any] = {"precision": precision, "replay": replay, "diagnostics": diagnostics}
+    evaluator = Evaluator(own, *named, gradients, baseline, runs, chunk, seed, skip_lost, **more)
     evaluator.to(device).check(data)
     where = {"labels": torch.as_tensor(data.labels[data.positions]), "positions": torch.as_tensor(data.positions)}
     about = evaluator.identity() | identity(data={**where, "first": data[0]["image"]})

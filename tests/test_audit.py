@@ -14,7 +14,7 @@ import lit_purify as lp
 from lit_purify.attacks import PGD
 from lit_purify.checks.audit import CHECKS
 from lit_purify.checks.audited import Audited, judged
-from lit_purify.checks.findings import Fixed, Memory, holm, least_samples, sign_flip
+from lit_purify.checks.findings import Memory, holm, least_samples, sign_flip
 from lit_purify.cli import evaluate
 from lit_purify.defense import (
     BPDA,
@@ -28,7 +28,7 @@ from lit_purify.defense import (
     UniformPurifier,
 )
 from lit_purify.errors import InputError
-from lit_purify.functional.noise import KeyedNoise
+from lit_purify.functional.noise import FrozenNoise, KeyedNoise
 
 EPS = 0.1
 
@@ -108,9 +108,9 @@ def test_fixed_noise_is_one_draw_for_each_row():
     keys = (7, torch.tensor([3, 8]), torch.zeros(2, dtype=torch.int64))
     like = torch.zeros(6, 1, 2, 2)
     one = KeyedNoise(*keys).normal(0, like[:2])
-    assert torch.equal(Fixed(*keys).runs([4, 5, 6]).normal(0, like), one.repeat_interleave(3, dim=0))
+    assert torch.equal(FrozenNoise(*keys).runs([4, 5, 6]).normal(0, like), one.repeat_interleave(3, dim=0))
     rows = torch.tensor([1, 0, 1])
-    assert torch.equal(Fixed(*keys).rows(rows).runs([9]).normal(0, like[:3]), one[rows])
+    assert torch.equal(FrozenNoise(*keys).rows(rows).runs([9]).normal(0, like[:3]), one[rows])
 
 
 # Honest

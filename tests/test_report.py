@@ -124,9 +124,9 @@ def test_a_drawing_has_every_point_in_its_place_with_its_intervals():
     found = drawing([result(name, [x] * 3, [y] * 3) for name, (x, y) in values.items()])
     assert list(found["series"]) == ["a", "b"]
     assert found["lines"] == [
-        ("50.0,10.0 450.0,310.0", None),
-        ("50.0,10.0 450.0,310.0", "var(--series-0)"),
-        ("50.0,160.0", "var(--series-1)"),
+        ("50.0,10.0 450.0,310.0", "currentColor", True),
+        ("50.0,10.0 450.0,310.0", "var(--series-0)", False),
+        ("50.0,160.0", "var(--series-1)", False),
     ]
 
 

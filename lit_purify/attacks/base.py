@@ -203,6 +203,14 @@ def attackable(model: AttackedFunction | Attackable | nn.Module | Callable[..., 
     return AttackedFunction(lambda image, noise: model(image))
 
 
+def single_draw(attack: Attack) -> Attack:
+    """The same attack with one draw of noise a step, where it has such a version."""
+    try:
+        return attack.stronger(eot=1)
+    except NotApplicableError:
+        return attack
+
+
 class Best:
     """For each sample, the candidate with the highest score so far; the first of equals.
 

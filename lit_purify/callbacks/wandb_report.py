@@ -19,6 +19,7 @@ from lit_purify.evaluation.estimate import peak_memory
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.rendering import PANELS, enlarged
 from lit_purify.report import pictures
+from lit_purify.report.diagnostics import WAYS
 from lit_purify.report.pictures import pil, strip
 from lit_purify.report.summary import KINDS, RULES
 
@@ -73,7 +74,7 @@ class WandbReport(Callback, EvaluationListener):
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Costs, a table of all results, and the clean against the robust accuracy of every defense."""
     logged: dict[str, Any] = {}
-    rows, points = [], []
+    rows, points, looks, fresh = [], [], [], []
     for result in summary["results"]:
         pair, nfe = {name: result[name] for name in ("defense", "attack")}, result["nfe_defense"]
         # Seconds of all processes: the speed of one.
@@ -89,6 +90,17 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
             logged |= {f"robust/{'/'.join(pair.values())}/{rule}": result["robust"][rule][0] for rule in RULES}
         rows.append(row)
         points.append({**pair, **{kind: result[kind]["average"][0] for kind in KINDS}})
+        for rows_of in zip(*(result["replicas"][way] for way in WAYS), strict=True) if "frozen" in result else ():
+            shares = {way: row[1] for way, row in zip(WAYS, rows_of, strict=True)}
+            looks.append({"result": "/".join(pair.values()), "replicas": rows_of[0][0], **shares})
+        if "frozen" in result:
+            logged[f"robust/{'/'.join(pair.values())}/frozen"] = result["frozen"][0]
+            fresh.append({**pair, "frozen": result["frozen"][0], "fresh": result["robust"]["average"][0]})
+    if looks:
+        title = "Robust accuracy over fresh replicas, averaged logits"
+        logged["replicas"] = wandb.plot.line(_table(looks), "replicas", "averaged", stroke="result", title=title)
+        title = "Robust accuracy under frozen and fresh noise"
+        logged["frozen"] = wandb.plot.scatter(_table(fresh), "frozen", "fresh", title=title)
     title = "Clean against robust accuracy"
     return {**logged, "results": _table(rows), "frontier": wandb.plot.scatter(_table(points), *KINDS, title=title)}
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lit_purify.attacks import PGD, Attack, MaskShift, NotApplicableError, Square, Transfer
+from lit_purify.attacks.base import single_draw
 from lit_purify.checks.audited import AVERAGE, LEVEL, MAJORITY, RULES, TOLERANCE, WORST, Audited, Fact, RandomNoise
-from lit_purify.checks.findings import Comparison, Findings, Fixed, least_samples
+from lit_purify.checks.findings import Comparison, Findings, least_samples
 from lit_purify.checks.gradcheck import first_samples, relative
 from lit_purify.data.base import ImageDataset
 from lit_purify.defense import BPDA, Attacked, BareClassifier, DefendedClassifier, Exact, Ones, RandomArea, Zeros
@@ -19,7 +20,7 @@ from lit_purify.defense.gradients import MaskGradient
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.losses import LossName
-from lit_purify.functional.noise import ATTACK
+from lit_purify.functional.noise import ATTACK, FrozenNoise
 from lit_purify.functional.statistics import mean_interval, paired_difference
 from lit_purify.models import Replays
 
@@ -70,7 +71,7 @@ def randomness(audit: Audited) -> Iterator[Fact]:
         said += f"outputs for it, {outputs[1]} for the evaluation"
         said += "" if fresh else ": it sees frozen noise, the evaluation sees fresh noise"
         yield "fresh_draws", drawn, min(2.0, queries) if fresh else 2.0, fresh, said
-        noise = Fixed(audit.seed, audit.index, torch.zeros_like(audit.index), ATTACK)
+        noise = FrozenNoise(audit.seed, audit.index, torch.zeros_like(audit.index), ATTACK)
         adversarial = single_draw(audit.attack)(audit.view, audit.image, audit.label, noise, audit.chunk)
         left = audit.outcomes(adversarial, noise=noise)[:, AVERAGE].mean()
         said = f"share of randomness: {float(left):.1%} survive if attack and defense share a single draw"
@@ -268,14 +269,6 @@ def audit_cost(view: Attacked, attack: Attack, data: ImageDataset, samples: int,
     for _ in audited.findings("", CHECKS):
         pass
     return audited
-
-
-def single_draw(attack: Attack) -> Attack:
-    """The same attack with one draw of noise a step, where it has such a version."""
-    try:
-        return attack.stronger(eot=1)
-    except NotApplicableError:
-        return attack
 
 
 def scaled(function: AttackedFunction, scale: float) -> AttackedFunction:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lit_purify.errors import notice
-from lit_purify.functional.noise import KeyedNoise
 
 Verdict = Literal["pass", "fail", "note", "not applicable"]
 
@@ -123,14 +122,6 @@ class Comparison:
     rule: int
     other: str
     meaning: str
-
-
-class Fixed(KeyedNoise):
-    """One draw of noise for each row, whatever runs are asked for."""
-
-    def runs(self, runs: list[int]) -> KeyedNoise:
-        """The same draw again and again, (B len(runs)) rows."""
-        return self.rows(torch.arange(len(self.index), device=self.index.device).repeat_interleave(len(runs)))
 
 
 def sign_flip(excess: Tensor, runs: int) -> float:

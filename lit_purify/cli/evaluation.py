@@ -36,7 +36,8 @@ from lit_purify.report.html import write_report
 
 _CONFIGS = {"frontier": "configs/eval/digits_frontier.yaml"}
 _CONFIG = "configs/eval/digits.yaml"
-_NEEDED = ("attacks", "gradients", "baseline", "runs", "chunk", "seed", "skip_lost", "precision", "replay")
+_NEEDED: tuple[str, ...] = ("attacks", "gradients", "baseline", "runs", "chunk", "seed", "skip_lost", "precision")
+_NEEDED += ("replay", "diagnostics")
 _say = partial(print, flush=True)
 
 

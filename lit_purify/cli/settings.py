@@ -96,6 +96,7 @@ def evaluation_parser() -> Parser:
     add("--skip_lost", type=bool, default=False, help="Leave out what an earlier attack took entirely.")
     add("--precision", type=Precision, default="float32", help="bf16 rounds the denoiser: for searches on a GPU.")
     add("--replay", type=bool, default=True, help="Replay network calls on a GPU as CUDA graphs.")
+    add("--diagnostics", type=bool, default=False, help="Accuracy over fresh replicas, and under frozen noise.")
     add("--checks", type=list[Check], default=[], help="Checks of yours for gradcheck: import paths.")
     add("--gallery", type=int, default=12, help="Samples whose pictures are shown.")
     add("--data", type=ImageDataModule, required=True, help="The evaluated images.")

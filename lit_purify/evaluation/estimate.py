@@ -109,6 +109,10 @@ class Estimate:
             total += step * backward * queries.backward / eot
             total += step * forward * (queries.forward - queries.backward) / eot
             total += chunks(count, evaluator.runs, function.deterministic) * evaluated * described["evaluations"]
+            if extra := described.get("diagnostics"):
+                total += chunks(count, extra["replicas"], function.deterministic) * evaluated
+                own = Queries(**extra["queries"])
+                total += chunks(count, 1, False) * (forward * (own.forward - own.backward) + backward * own.backward)
         return total
 
     def _chunk(self, function: AttackedFunction, gradient: bool) -> float:
@@ -160,16 +164,27 @@ def network_calls(described: Mapping[str, Any], runs: int) -> tuple[int, int]:
         described: An entry of ``Evaluator.describe``.
         runs: N, for the adversarial and, under the first attack, the clean image.
     """
-    queries = Queries(**described["queries"])
-    evaluated = described["evaluations"] * runs * described["nfe_defense"]
-    return queries.forward * described["nfe_attack"] + evaluated, queries.backward * described["nfe_attack"]
+    queries, evaluated = _asked(described, runs)
+    nfe = described["nfe_attack"]
+    return queries.forward * nfe + evaluated * described["nfe_defense"], queries.backward * nfe
+
+
+def _asked(described: Mapping[str, Any], runs: int) -> tuple[Queries, int]:
+    """Queries of the attack, and images that the defense classifies, for one sample."""
+    queries, evaluated = Queries(**described["queries"]), described["evaluations"] * runs
+    extra = described.get("diagnostics")
+    if not extra:
+        return queries, evaluated
+    own = Queries(**extra["queries"])
+    added = Queries(queries.forward + own.forward, queries.backward + own.backward)
+    return added, evaluated + extra["replicas"]
 
 
 def work(described: Mapping[str, Any], runs: int) -> int:
     """Cost of a sample in a rough unit of its own: the classifier counts as much as a call of the denoiser."""
     forward, backward = network_calls(described, runs)
-    queries = Queries(**described["queries"])
-    classified = queries.forward + _BACKWARD * queries.backward + described["evaluations"] * runs
+    queries, evaluated = _asked(described, runs)
+    classified = queries.forward + _BACKWARD * queries.backward + evaluated
     return forward + _BACKWARD * backward + classified
 
 

@@ -20,6 +20,7 @@ from lit_purify.data.base import Batch, ImageDataset
 from lit_purify.data.subset import subset_sha256
 from lit_purify.defense import Attacked, BareClassifier, Exact, Gradient, Purifier, defend
 from lit_purify.errors import InputError
+from lit_purify.evaluation.diagnostics import cost, diagnose
 from lit_purify.evaluation.ledger import Ledger, View
 from lit_purify.evaluation.records import Record
 from lit_purify.functional.chunks import logits_in_chunks, out_of_memory
@@ -31,6 +32,7 @@ from lit_purify.recorded import identity
 
 ENSEMBLE = "ensemble"
 """The worst case over several attacks has this name, or begins with it."""
+_Made = dict[Any, Tensor]
 _SKIPPING = "; leaves out samples that an earlier attack left wrong in all runs"
 
 
@@ -57,6 +59,8 @@ class Evaluator(nn.Module):
         precision: ``bf16``: the defenses' denoisers compute with 16 bits (``models.rounded``); for searches, since it
             changes results. ``float32`` leaves convolutions on GPUs to torch's setting, which is TF32.
         replay: Replay calls of networks on a GPU as CUDA graphs (``models.Replays``).
+        diagnostics: Look at each finished adversarial image by 100 further draws, and attack once more under frozen
+            noise, see ``diagnose``.
 
     Raises:
         InputError: Arguments do not fit each other.
@@ -75,6 +79,7 @@ class Evaluator(nn.Module):
         skip_lost: bool = False,
         precision: Precision = "float32",
         replay: bool = True,
+        diagnostics: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("runs", runs), ("chunk", chunk)):
@@ -114,6 +119,7 @@ class Evaluator(nn.Module):
         self.runs, self.chunk, self.seed, self.skip_lost = runs, chunk, seed, skip_lost
         self.precision, self.replay = precision, replay
         self.replays = Replays(*([self] if replay else []))
+        self.diagnostics = diagnostics
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -125,6 +131,8 @@ class Evaluator(nn.Module):
         more: dict[str, Any] = {"order of the attacks": list(self.attacks)} if self.skip_lost else {}
         if self.precision != "float32":
             more["precision"] = self.precision
+        if self.diagnostics:
+            more["diagnostics"] = True
         own = {name: getattr(self, name) for name in ("attacks", "gradients", "runs", "chunk", "seed", "skip_lost")}
         return identity(classifier=self.classifier, defenses=self.given, **own, **more)
 
@@ -153,6 +161,7 @@ class Evaluator(nn.Module):
                     "evaluations": 2 if attack == next(iter(self.attacks)) else 1,
                     "levels": defended.purifier.levels,
                     "attack_levels": view.levels,
+                    **({"diagnostics": cost(how)} if self.diagnostics else {}),
                     "undefended": defended.undefended and defended.classifier is self.classifier,
                 }
             )
@@ -296,19 +305,12 @@ class Evaluator(nn.Module):
             )
 
     def _evaluate(
-        self,
-        defense: str,
-        attack: str,
-        batch: Batch,
-        ledger: Ledger,
-        transferred: dict[Any, Tensor],
-        shown: set[int],
-        chunk: int,
+        self, defense: str, attack: str, batch: Batch, ledger: Ledger, made: _Made, shown: set[int], chunk: int
     ) -> tuple[list[Record], list[View]]:
         started = time.perf_counter()
         defended, image, label, index = self.defenses[defense], batch["image"], batch["label"], batch["index"]
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
-        adversarial = self._perturbed(defense, attack, batch, transferred, chunk)
+        adversarial = self._perturbed(defense, attack, batch, made, chunk)
         smaller = None if chunk == self.chunk else chunk
 
         def classified(images: Tensor, noise: KeyedNoise) -> Tensor:
@@ -329,6 +331,9 @@ class Evaluator(nn.Module):
             Record(defense, attack, i, y, ledger.clean[key], runs, large, long, seconds, chunk=smaller)
             for i, y, key, runs, large, long in zip(indices, labels, keys, broken, linf, l2, strict=True)
         ]
+        if self.diagnostics:
+            view, how = self.views[defense, attack], self.attacks[attack]
+            records = diagnose(records, view, how, batch, adversarial, noise, chunk)
         pictured = [k for k, record in enumerate(records) if record.index in shown]
         views = []
         for first in range(0, len(pictured), chunk):

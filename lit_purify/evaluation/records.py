@@ -34,6 +34,9 @@ class Record:
         lost_to: The earlier attack whose image this is, where it left the sample wrong in all runs and the evaluation
             skips what is lost; else ``None``: the attack itself ran.
         chunk: Rows of a network call where memory was too small for as many as configured; else ``None``.
+        replicas: With diagnostics, predictions of 100 further draws on the adversarial image, see ``diagnose``.
+        averaged: The predictions of their logits, averaged over the first 1, 10, 30, 50 and 100.
+        frozen: The prediction where attack and defense share a single draw.
     """
 
     defense: str
@@ -47,6 +50,9 @@ class Record:
     seconds: float
     lost_to: str | None = None
     chunk: int | None = None
+    replicas: list[int] | None = None
+    averaged: list[int] | None = None
+    frozen: int | None = None
 
     @property
     def key(self) -> Key:
@@ -60,7 +66,7 @@ class Record:
         return json.dumps(values) + "\n"
 
 
-_OPTIONAL = {"lost_to", "chunk"}
+_OPTIONAL = {"lost_to", "chunk", "replicas", "averaged", "frozen"}
 """Left out where they are ``None``, which is the rule."""
 _FIELDS = {field.name for field in fields(Record)} - _OPTIONAL
 

@@ -103,6 +103,14 @@ class KeyedNoise:
         return values.flatten(1)[:, :size].reshape(like.shape)
 
 
+class FrozenNoise(KeyedNoise):
+    """One draw of noise for each row, whatever runs are asked for."""
+
+    def runs(self, runs: list[int]) -> KeyedNoise:
+        """The same draw again and again, (B len(runs)) rows."""
+        return self.rows(torch.arange(len(self.index), device=self.index.device).repeat_interleave(len(runs)))
+
+
 @functools.cache
 def _kernel() -> Callable[..., Tensor] | None:
     try:

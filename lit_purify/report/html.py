@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lit_purify.evaluation.diagnostics import REPLICAS
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.frontier import on_envelope
+from lit_purify.report.diagnostics import WAYS
 from lit_purify.report.finished import FinishedRun, threat_name
 from lit_purify.report.pictures import OUTCOMES, shown
 from lit_purify.report.summary import KINDS, RULES, attack_line, attacks_of, denoising_lines
@@ -45,6 +47,8 @@ def page(run: FinishedRun) -> str:
         run=run,
         summary=run.summary,
         drawings={threat: drawing(list(results.values())) for threat, results in run.threats.items()},
+        diagnoses=diagnoses,
+        REPLICAS=REPLICAS,
         pictures=[shown(view, run.summary["classes"]) for view in views],
         outcomes=OUTCOMES,
         commands=commands,
@@ -52,20 +56,66 @@ def page(run: FinishedRun) -> str:
 
 
 def drawing(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> dict[str, Any]:
-    """Clean against robust accuracy: ticks, lines, marks and series for ``macros.html``, in 400 by 300 pixels.
+    """Clean against robust accuracy, see ``_scatter``.
 
     Lines join what no other point, nor a mixture of two, reaches: a solid one of a family, the dotted one of all.
     """
-    points = [[result[kind]["average"] for kind in KINDS] for result in results]
-    clean, robust = (_ticks([value for point in points for value in point[kind]]) for kind in (0, 1))
+    points, names = [[r[kind]["average"] for kind in KINDS] for r in results], names or [r["defense"] for r in results]
+    plot, x, y = _scatter(points, names, KINDS)
+    families, values, lines = [name.partition("/")[0] for name in names], torch.tensor(points).double()[..., 0], []
+    for joined in ("", *plot["series"]):
+        own = values[[joined in ("", family) for family in families]]
+        line = " ".join(f"{x(a)},{y(b)}" for a, b in sorted(own[on_envelope(own)].tolist()))
+        lines.append((line, plot["series"][joined]["color"] if joined else "currentColor", not joined))
+    return {**plot, "axes": [f"{kind} accuracy, average (%)" for kind in KINDS], "lines": lines}
 
-    def x(value: float) -> float:
-        return round(50 + 400 * (value - clean[0]) / (clean[-1] - clean[0]), 1)
 
-    def y(value: float) -> float:
-        return round(310 - 300 * (value - robust[0]) / (robust[-1] - robust[0]), 1)
+def diagnoses(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of one attack's results: accuracy over replicas, and accuracy under frozen against that under fresh noise.
 
-    names = names or [result["defense"] for result in results]
+    Of replicas solid lines show averaged logits, dotted ones the vote.
+    """
+    names = [result["defense"] for result in results]
+    points = [[result["frozen"], result["robust"]["average"]] for result in results]
+    frozen, _, _ = _scatter(points, names, ("frozen noise", "fresh noise"))
+    frozen |= {"axes": [f"robust accuracy under {kind} noise (%)" for kind in ("frozen", "fresh")], "lines": []}
+    ways = [[result["replicas"][way] for result in results] for way in WAYS]
+    ticks = _ticks([value for way in ways for rows in way for row in rows for value in row[1:]])
+    y, place = _scale(ticks, 310, -300), {count: 50 + 100 * k for k, count in enumerate(REPLICAS)}
+    styles, lines, marks = frozen["series"], [], []
+    for k, rows in enumerate([*ways[0], *ways[1]]):
+        style = styles[names[k % len(names)].partition("/")[0]]
+        line = " ".join(f"{place[row[0]]},{y(row[1])}" for row in rows)
+        lines.append((line, style["color"], k >= len(names)))
+        for count, value, low, high in rows if k < len(names) else ():
+            said = f"{names[k]}, {count} replicas: {100 * value:.1f} %"
+            bars = f"M{place[count]} {y(low)}V{y(high)}"
+            marks.append({**style, "title": said, "at": (place[count], y(value)), "bars": bars})
+    replicas = {
+        "x": [(left, str(count)) for count, left in place.items()],
+        "y": [(y(value), f"{100 * value:.4g}") for value in ticks],
+        "axes": ["fresh replicas", "robust accuracy (%)"],
+        "lines": lines,
+        "marks": marks,
+        "series": styles,
+    }
+    return [replicas, frozen]
+
+
+Scale = Callable[[float], float]
+
+
+def _scale(ticks: Sequence[float], start: float, length: float) -> Scale:
+    """From accuracies to pixels."""
+    return lambda value: round(start + length * (value - ticks[0]) / (ticks[-1] - ticks[0]), 1)
+
+
+def _scatter(
+    points: Sequence[Sequence[Sequence[float]]], names: Sequence[str], words: Sequence[str]
+) -> tuple[dict[str, Any], Scale, Scale]:
+    """Pairs of intervals: ticks, marks and series for ``macros.html``, in 400 by 300 pixels, and the two scales."""
+    across, up = (_ticks([value for point in points for value in point[k]]) for k in (0, 1))
+    x, y = _scale(across, 50, 400), _scale(up, 310, -300)
     families = [name.partition("/")[0] for name in names]
     styles = {
         family: {"color": f"var(--series-{k % _COLORS})", "marker": _MARKERS[k % len(_MARKERS)]}
@@ -74,20 +124,15 @@ def drawing(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> 
     marks = [
         {
             **styles[family],
-            "title": f"{name}: clean {100 * a[0]:.1f} %, robust {100 * b[0]:.1f} %",
+            "title": f"{name}: {words[0]} {100 * a[0]:.1f} %, {words[1]} {100 * b[0]:.1f} %",
             "at": (x(a[0]), y(b[0])),
             "bars": f"M{x(a[1])} {y(b[0])}H{x(a[2])}M{x(a[0])} {y(b[1])}V{y(b[2])}",
         }
         for family, name, (a, b) in zip(families, names, points, strict=True)
     ]
-    values, lines = torch.tensor(points, dtype=torch.float64)[..., 0], []
-    for joined in ("", *styles):
-        own = values[[joined in ("", family) for family in families]]
-        line = " ".join(f"{x(a)},{y(b)}" for a, b in sorted(own[on_envelope(own)].tolist()))
-        lines.append((line, styles[joined]["color"] if joined else None))
-    ticks = {"x": [(x(value), f"{100 * value:.4g}") for value in clean]}
-    ticks["y"] = [(y(value), f"{100 * value:.4g}") for value in robust]
-    return {**ticks, "lines": lines, "marks": marks, "series": styles}
+    ticks = {"x": [(x(value), f"{100 * value:.4g}") for value in across]}
+    ticks["y"] = [(y(value), f"{100 * value:.4g}") for value in up]
+    return {**ticks, "marks": marks, "series": styles}, x, y
 
 
 def _ticks(values: Sequence[float]) -> list[float]:

@@ -21,6 +21,7 @@ from lit_purify.evaluation.evaluator import ENSEMBLE
 from lit_purify.evaluation.records import Record
 from lit_purify.functional import statistics
 from lit_purify.functional.frontier import bootstrap, gap, resampled
+from lit_purify.report.diagnostics import diagnosed, diagnosis_lines
 
 _RESAMPLES = 2000
 """Of the samples, for the intervals of frontiers."""
@@ -41,7 +42,8 @@ class Summary:
     Attributes:
         undefended_clean_accuracy: Average without a defense, in [0, 1]; ``None`` if that was not evaluated.
         results: One for each (defense, attack), then for each ensemble of attacks: what the evaluation states of it,
-            and ``clean`` and ``robust`` accuracies by rule as [value, low, high], in [0, 1].
+            and ``clean`` and ``robust`` accuracies by rule as [value, low, high], in [0, 1]; with diagnostics those of
+            ``diagnosed`` too.
         denoising: By defense the strongest level, and the error of the noise predicted there, see
             ``Evaluator.denoising``.
         arithmetic: Precision of the networks, and on a GPU how they are called.
@@ -171,6 +173,8 @@ def summarize(
         elif len(groups) == 1 and attack != first:
             less = _differences(found[defense, first, "robust"], found[defense, attack, "robust"])
             entry["attack_difference"] = {"to": first, **less}
+        if len(groups) == 1:
+            entry |= diagnosed(own)
         entry |= {norm: max(getattr(record, norm) for record in own) for norm in ("linf", "l2")}
         entry["seconds"] = sum(record.seconds for record in own)
         results.append(entry)
@@ -200,7 +204,7 @@ def ensembles(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     several = {key: group for key, group in groups.items() if len(group) > 1}
     models, found = {(norm, eps) for norm, eps, _ in several}, []
     for (norm, eps, _), group in several.items():
-        keys = [key for key in group[0] if key != "queries"]
+        keys = [key for key in group[0] if key not in ("queries", "diagnostics")]
         values: dict[str, list[Any]] = {key: [result.get(key) for result in group] for key in keys}
         entry = {key: each[0] if all(value == each[0] for value in each) else each for key, each in values.items()}
         entry |= {
@@ -314,7 +318,7 @@ def table(summary: Mapping[str, Any]) -> str:
                 f"{percent(result['robust']['average']):>19} {' '.join(robust[1:])}  "
                 f"{signed(result.get('robust_difference', {}).get('average')):>19}"
             )
-        lines.append("")
+        lines += [*diagnosis_lines([result for _, result in group], width), ""]
     for attack, comparisons in summary["frontier"].items():
         lines.append(f"families at equal clean accuracy under {attack}, robust avg in points")
         for each in comparisons:
@@ -326,6 +330,8 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append("*: samples that an earlier attack left wrong in all runs were not attacked again.")
     for chunk, count in summary["smaller_chunks"].items():
         lines.append(f"{count} records: {chunk} rows a network call, not {summary['chunk']} (too little memory).")
+    if any("frozen" in result for result in results):
+        lines.append("frozen: the attacker knows all noise; what then survives is denoising, the rest was dice.")
     if any("attacks" in result for result in results):
         lines.append("ensemble: each sample under the attack that is best against it; its avg is too low by chance.")
     return "\n".join(line.rstrip() for line in lines)
