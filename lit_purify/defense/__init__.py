@@ -1,9 +1,22 @@
 """Purifiers, the masks that steer them, and the classifier behind them."""
 
 from lit_purify.defense.defended import DefendedClassifier, ForeignDefense, defend
+from lit_purify.defense.freqpure import FreqPurePurifier
 from lit_purify.defense.graded import OtherAttention, Proportional, Votes
-from lit_purify.defense.gradients import BPDA, Attacked, BareClassifier, Exact, Gradient, OtherPurifier, Surrogate
+from lit_purify.defense.gradients import (
+    BPDA,
+    Approximate,
+    Attacked,
+    BareClassifier,
+    Exact,
+    Gradient,
+    OtherPurifier,
+    Surrogate,
+)
+from lit_purify.defense.guided import GuidedPurifier
 from lit_purify.defense.heterogeneous import HeterogeneousPurifier, VariableIntensityPurifier
+from lit_purify.defense.likelihood import LikelihoodPurifier
+from lit_purify.defense.lorid import LoRIDPurifier
 from lit_purify.defense.masks import (
     Inverse,
     Mask,
@@ -27,15 +40,20 @@ from lit_purify.defense.resized import ResizedPurifier
 
 __all__ = [
     "BPDA",
+    "Approximate",
     "Attacked",
     "BareClassifier",
     "DefendedClassifier",
     "Exact",
     "ForeignDefense",
+    "FreqPurePurifier",
     "Gradient",
     "GradualPurifier",
+    "GuidedPurifier",
     "HeterogeneousPurifier",
     "Inverse",
+    "LikelihoodPurifier",
+    "LoRIDPurifier",
     "Mask",
     "MinMaxThreshold",
     "NoPurifier",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_purify.defense.defended import DefendedClassifier
 from lit_purify.defense.masks import Relaxed
-from lit_purify.defense.purifiers import Purifier
+from lit_purify.defense.purifiers import Approximation, Purifier
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.noise import Noise
@@ -30,7 +30,8 @@ class Attacked:
         defended: The defense.
         function: What the attack sees.
         gradient: ``exact``: the defense itself, through all its steps. ``surrogate``: another function, cheaper or
-            smoother. ``bpda``: the defense itself, with the identity for the gradient of the purifier.
+            smoother. An ``Approximation``: the defense itself, with another gradient through a part of it. ``bpda``:
+            the defense itself, with the identity for the gradient of the purifier.
         mask_gradient: What becomes of the mask's gradient; ``none`` where there is no mask, or no gradient reaches it.
         nfe: Calls of the denoiser in one evaluation of ``function``.
         levels: Levels that it walks, in noising steps after rounding.
@@ -39,7 +40,7 @@ class Attacked:
 
     defended: DefendedClassifier
     function: AttackedFunction
-    gradient: Literal["exact", "surrogate", "bpda"]
+    gradient: Literal["exact", "surrogate", "bpda"] | Approximation
     mask_gradient: Literal["frozen", "straight_through", "soft", "none"]
     nfe: int
     levels: list[int]
@@ -149,6 +150,26 @@ class OtherPurifier(Gradient):
             theirs = theirs(defended.purifier.denoiser)
         view = self.exact.attacked(DefendedClassifier(theirs, defended.classifier))
         return replace(view, defended=defended, gradient="surrogate")
+
+
+class Approximate(Gradient):
+    """The defense itself, with a simpler gradient through a part of its purifier; results are named after it.
+
+    Args:
+        how: One that the purifier offers: ``constant_projection`` or ``identity_projection`` (``LoRIDPurifier``),
+            ``constant_moment`` (``LikelihoodPurifier``).
+        mask: See ``Exact``.
+        temperature: See ``Exact``.
+    """
+
+    def __init__(self, how: Approximation, mask: MaskGradient = "frozen", temperature: float = 0.1) -> None:
+        self.how, self.exact = how, Exact(mask, temperature)
+
+    def attacked(self, defended: DefendedClassifier) -> Attacked:
+        """See ``Gradient``."""
+        theirs = defended.purifier.approximated(self.how)
+        view = self.exact.attacked(DefendedClassifier(theirs, defended.classifier))
+        return replace(view, defended=defended, gradient=self.how if view.gradient == "exact" else view.gradient)
 
 
 class BPDA(Gradient):

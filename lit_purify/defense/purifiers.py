@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from lit_purify.models import Denoiser
 from lit_purify.recorded import Recorded
 
 Sampler = Literal["ddim", "ddpm", "sde"]
+Approximation = Literal["constant_projection", "identity_projection", "constant_moment"]
+"""Gradients of a part of a purifier that stand in for its own, see ``Approximate``."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ class Purifier(Recorded, nn.Module, ABC):
     Attributes:
         mask: The rule that steers the noise, ``None`` without one.
         deterministic: Whether the noise changes nothing.
+        approximations: Gradients that it offers in place of its own.
     """
 
+    approximations: ClassVar[tuple[Approximation, ...]] = ()
     mask: Mask | None = None
     deterministic: bool = False
 
@@ -109,6 +113,17 @@ class Purifier(Recorded, nn.Module, ABC):
         """The same purifier, of the same networks, steered by another rule."""
         return self._with(mask=mask)
 
+    def approximated(self, how: Approximation) -> Self:
+        """The same purifier, of the same outputs, with another gradient through a part of it.
+
+        Raises:
+            InputError: It offers no such gradient.
+        """
+        if how not in self.approximations:
+            offered = ", ".join(self.approximations) or "none"
+            raise InputError(f"{type(self).__name__} has no gradient {how!r} (it has: {offered}): use Exact or BPDA")
+        return self
+
     def without_recomputation(self) -> Self:
         """The same purifier, of the same networks, differentiated by plain autograd."""
         return self._with(recompute=False)
@@ -132,10 +147,15 @@ class Purifier(Recorded, nn.Module, ABC):
     def predict(self, x: Tensor, t: LevelMap | int) -> Tensor:
         """Noise predicted in ``x`` at one level or at a map of levels."""
         level = torch.full((len(x),), t, device=x.device) if isinstance(t, int) else t
+        return self.recomputed(self.denoiser, x, level)
+
+    def recomputed(self, function: Callable[..., Tensor], x: Tensor, *others: object) -> Tensor:
+        """``function(x, *others)``, whose activations are not kept for the backward pass."""
         if self.recompute and torch.is_grad_enabled() and x.requires_grad:
             # Also replays torch's random state: a denoiser in training mode has dropout.
-            return checkpoint(self.denoiser, x, level, use_reentrant=False)
-        return self.denoiser(x, level)
+            found: Tensor = checkpoint(function, x, *others, use_reentrant=False)
+            return found
+        return function(x, *others)
 
     def ddim(self, x: Tensor, start: int, end: int) -> Tensor:
         """One DDIM step from a level to a weaker one: one network call."""
@@ -170,10 +190,33 @@ class NoPurifier(Purifier):
         """The denoiser, which is not called, may take others."""
 
 
+class Step(NamedTuple):
+    """A step of a walk down, from level t to s.
+
+    Attributes:
+        x: The sample at t, (B, C, H, W) in diffusion space.
+        eps: The noise that the denoiser predicts in it.
+        t: Level that it comes from, in noising steps.
+        s: Level that it goes to.
+        given: What the round began with, before it was noised.
+        noise: Randomness of the rows.
+        number: The step's own number among all draws of the walk.
+    """
+
+    x: Tensor
+    eps: Tensor
+    t: int
+    s: int
+    given: Tensor
+    noise: Noise
+    number: int
+
+
 class GradualPurifier(Purifier):
     """Uniform noise in several rounds (Lee & Kim, "Robust evaluation of diffusion-based purification", ICCV 2023).
 
-    Each round noises what the one before has left, without clipping in between, and denoises it to 0.
+    Each round noises what the one before has left, without clipping in between, and denoises it to 0. Purifiers of
+    rounds that differ in a step, or before the first and after the last, replace ``step``, ``entering``, ``leaving``.
 
     Args:
         denoiser: Predicts noise.
@@ -203,22 +246,35 @@ class GradualPurifier(Purifier):
 
     def trace(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Trace:
         """Noises to each round's level, and walks its grid down to 0; what is shown as noised is the last round's."""
-        at = self.denoiser.schedule.at
-        x = start = to_diffusion(image)
+        x = start = self.entering(to_diffusion(image))
         numbers = itertools.count()
         for n, grid_ in enumerate(self.grids, start=1):
-            x = start = noised(x, at(grid_[0]), noise.normal(next(numbers), x))
+            given = x
+            x = start = noised(x, self.denoiser.schedule.at(grid_[0]), noise.normal(next(numbers), x))
             for t, s in itertools.pairwise(grid_):
                 last = n == len(self.grids) and s == grid_[-1]
-                eps, drawn = self.calling(last).predict(x, t), next(numbers)
-                if self.sampler == "ddim":
-                    x = step_back(x, eps, at(t), at(s))
-                elif self.sampler == "ddpm":
-                    # At level 0 it would be multiplied by 0.
-                    x = step_back(x, eps, at(t), at(s), eta=1.0, noise=noise.normal(drawn, x) if s else None)
-                else:
-                    x = euler_back(x, eps, at(t), at(s), noise.normal(drawn, x))
+                x = self.step(Step(x, self.calling(last).predict(x, t), t, s, given, noise, next(numbers)))
+        x = self.leaving(x)
         return Trace(to_image(x), to_image(start))
+
+    def entering(self, u: Tensor) -> Tensor:
+        """What the first round is given, of the image in diffusion space: itself."""
+        return u
+
+    def leaving(self, x: Tensor) -> Tensor:
+        """What becomes of the result of the last round: nothing."""
+        return x
+
+    def step(self, at: Step) -> Tensor:
+        """The sample one step further down: (B, C, H, W) in diffusion space."""
+        abar, weaker = self.denoiser.schedule.at(at.t), self.denoiser.schedule.at(at.s)
+        if self.sampler == "ddim":
+            return step_back(at.x, at.eps, abar, weaker)
+        if self.sampler == "ddpm":
+            # At level 0 the noise would be multiplied by 0.
+            drawn = at.noise.normal(at.number, at.x) if at.s else None
+            return step_back(at.x, at.eps, abar, weaker, eta=1.0, noise=drawn)
+        return euler_back(at.x, at.eps, abar, weaker, at.noise.normal(at.number, at.x))
 
     def with_steps(self, steps: int) -> Self:
         """See ``Purifier``; so many in each round."""
@@ -276,3 +332,18 @@ def needed(mask: Tensor | None) -> Tensor:
     if mask is None:
         raise InputError("this purifier needs a mask: call it through DefendedClassifier, or give mask=...")
     return mask
+
+
+def not_negative(name: str, value: float) -> float:
+    """``value`` itself when it is at least 0; an ``InputError`` that names it otherwise."""
+    if not value >= 0.0:
+        raise InputError(f"{name} = {value}: use 0 or more")
+    return value
+
+
+def pictures_only(purifier: Purifier) -> None:
+    """Raises an ``InputError`` where the denoiser is one of rows of a table."""
+    if not purifier.denoiser.channels:
+        raise InputError(
+            f"{type(purifier).__name__} purifies pictures, not rows: use UniformPurifier or GuidedPurifier"
+        )

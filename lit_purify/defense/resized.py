@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from lit_purify.defense.masks import Mask
-from lit_purify.defense.purifiers import Purifier, Trace
+from lit_purify.defense.purifiers import Approximation, Purifier, Trace
 from lit_purify.functional.noise import Noise
 from lit_purify.models import Denoiser
 
@@ -43,6 +43,10 @@ class ResizedPurifier(Purifier):
     def with_steps(self, steps: int) -> Self:
         """See ``Purifier``."""
         return self._with(purifier=self.purifier.with_steps(steps))
+
+    def approximated(self, how: Approximation) -> Self:
+        """See ``Purifier``."""
+        return self._with(purifier=self.purifier.approximated(how))
 
     def without_recomputation(self) -> Self:
         """See ``Purifier``."""

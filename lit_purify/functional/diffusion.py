@@ -49,6 +49,11 @@ def euler_back(x: Tensor, eps: Tensor, abar_from: Tensor, abar_to: Tensor, noise
     return (1.0 + b / 2.0).to(x.dtype) * x - score.to(x.dtype) * eps + b.sqrt().to(x.dtype) * noise
 
 
+def posterior_variance(abar_from: Tensor, abar_to: Tensor) -> Tensor:
+    """Variance of DDPM's step from a level to a weaker one (Ho et al. 2020, eq. 7)."""
+    return (1.0 - abar_to) / (1.0 - abar_from) * (1.0 - abar_from / abar_to)
+
+
 def step_back(
     x: Tensor, eps: Tensor, abar_from: Tensor, abar_to: Tensor, eta: float = 0.0, noise: Tensor | None = None
 ) -> Tensor:
@@ -62,7 +67,7 @@ def step_back(
         eta: 0 is DDIM, 1 is DDPM on the same grid.
         noise: Standard normal, same shape; needed where ``eta`` > 0.
     """
-    variance = eta**2 * (1.0 - abar_to) / (1.0 - abar_from) * (1.0 - abar_from / abar_to)
+    variance = eta**2 * posterior_variance(abar_from, abar_to)
     a = (abar_to / abar_from).sqrt()
     b = (1.0 - abar_to - variance).clamp(min=0.0).sqrt() - a * (1.0 - abar_from).sqrt()
     # Where a pixel is clean already, from = to = level 0: it stays (0 / 0 above).

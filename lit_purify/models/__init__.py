@@ -4,6 +4,7 @@ from lit_purify.models.accelerated import Precision, Replayed, Replays, accelera
 from lit_purify.models.classifier import Classifier, TimmClassifier
 from lit_purify.models.denoiser import Denoiser
 from lit_purify.models.files import load_classifier, load_denoiser
+from lit_purify.models.layers import differentiable_twice
 from lit_purify.models.matched import MatchedSchedule
 from lit_purify.models.readers import (
     load_ddpm,
@@ -32,6 +33,7 @@ __all__ = [
     "WideResNetClassifier",
     "accelerated",
     "arithmetic",
+    "differentiable_twice",
     "load_classifier",
     "load_ddpm",
     "load_denoiser",

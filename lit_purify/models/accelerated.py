@@ -16,6 +16,7 @@ from lit_purify.errors import InputError, notice
 from lit_purify.functional.chunks import out_of_memory
 from lit_purify.models.classifier import Classifier
 from lit_purify.models.denoiser import Denoiser
+from lit_purify.models.layers import once
 from lit_purify.private import copies
 
 Network = TypeVar("Network", Denoiser, Classifier)
@@ -228,7 +229,7 @@ def _swapped(weights: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
 
 def recordable(tensor: Tensor) -> bool:
     """Whether a call with this tensor can become a CUDA graph."""
-    return tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
+    return once() and tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 class _Graph:

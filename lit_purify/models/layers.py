@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -11,6 +13,7 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import (
     avg_pool2d,
     conv2d,
@@ -91,9 +94,31 @@ def spread(projected: Tensor, weights: Tensor | None) -> Tensor:
     return rearrange(flat, "b (h w) n -> b n h w", w=weights.shape[-1])
 
 
+_twice = False
+
+
+@contextlib.contextmanager
+def differentiable_twice() -> Iterator[None]:
+    """Within it networks are made of operations that can be differentiated twice: no kernels, no recorded graphs."""
+    global _twice
+    before, _twice = _twice, True
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        _twice = before
+
+
+def once() -> bool:
+    """Whether a gradient is not differentiated again: see ``differentiable_twice``."""
+    return not _twice
+
+
 def kernels(x: Tensor) -> ModuleType | None:
     """The channels-last kernels, where the tensor is on a GPU that can run them and no compiler does better."""
-    return _kernels() if x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() else None
+    return (
+        _kernels() if once() and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() else None
+    )
 
 
 @functools.cache

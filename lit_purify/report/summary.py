@@ -27,7 +27,8 @@ _RESAMPLES = 2000
 """Of the samples, for the intervals of frontiers."""
 RULES = ("average", "worst", "majority")
 KINDS = ("clean", "robust")
-_GRADIENTS = ("exact", "theirs", "bpda", "surrogate", "none")
+_APPROXIMATE = ("constant_moment", "constant_projection", "identity_projection")
+_GRADIENTS = ("exact", "theirs", *_APPROXIMATE, "bpda", "surrogate", "none")
 """The strongest first; ``theirs`` is that of an attack of another library."""
 
 
