@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import EMAWeightAveraging, LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from PIL import Image
 from processes import Launch
 from safetensors.torch import load_file
@@ -25,7 +25,7 @@ from lit_purify.errors import InputError
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.models import ResNetClassifier, UNet, load_classifier, load_denoiser
 from lit_purify.training import ClassifierTask, DenoiserTask, Export, Previews, checkpoints
-from lit_purify.training.checkpoints import WholeCheckpoints
+from lit_purify.training.checkpoints import Averaging, WholeCheckpoints
 from lit_purify.training.denoiser import Purified, psnr
 
 ROOT = Path(__file__).parent.parent
@@ -197,7 +197,7 @@ def lives(folder, batches, checkpoints, num_workers=0, **options):
 
         ran = trainer(
             folder,
-            EMAWeightAveraging(**AVERAGE),
+            Averaging(0.9),
             ModelCheckpoint(folder, save_last=True, enable_version_counter=False, **checkpoints),
             LambdaCallback(on_train_batch_start=tick),
             limit_val_batches=1,

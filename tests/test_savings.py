@@ -24,9 +24,10 @@ from lit_purify.defense import (
 from lit_purify.evaluation import Evaluator, Ledger, Record
 from lit_purify.functional import chunks
 from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, logits_in_chunks
+from lit_purify.functional.levels import two_level
 from lit_purify.functional.losses import cross_entropy_loss
 from lit_purify.functional.noise import KeyedNoise
-from lit_purify.models import ResNetClassifier, UNet
+from lit_purify.models import UNet
 
 CHUNK, RUNS = 16, [0, 1, 2, 3, 4, 5, 6, 7]
 
@@ -234,9 +235,9 @@ def test_an_attack_step_waits_once_for_the_device(name, monkeypatch):
     """On the meta device, where to ask for a value is an error."""
     with torch.device("meta"):
         unet = UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1)
-        classifier = ResNetClassifier(8, 8, 10, 1, 4)
         image, label, index = torch.rand(3, 1, 8, 8), torch.zeros(3, dtype=torch.long), torch.arange(3)
-    function = Exact().attacked(DefendedClassifier(every(unet)[name], classifier)).function
+    purifier = every(Curved().to("meta"))[name]
+    function = Exact().attacked(DefendedClassifier(purifier, Small().to("meta"))).function
     asked = []
     monkeypatch.setattr(chunks, "_check_finite", lambda **values: asked.append(set(values)))
     monkeypatch.setattr(torch, "tensor", None)
@@ -244,6 +245,8 @@ def test_an_attack_step_waits_once_for_the_device(name, monkeypatch):
     monkeypatch.setattr(KeyedNoise, "_draw", lambda noise, step, like, normal: torch.empty_like(like))
     noise = KeyedNoise(0, index, torch.zeros_like(index))
     with HostCopies():
+        unet(image, label)
+        unet(image, two_level(image, index, label))
         adversarial = PGD("linf", 0.1, 1, 0.1, eot=2).perturb(function, image, label, noise, 4)
         assert logits_in_chunks(function, adversarial, noise, [0, 1], 4).shape == (3, 2, 10)
         # Which calls the clean images first.
