@@ -26,7 +26,7 @@ from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.models import ResNetClassifier, UNet, load_classifier, load_denoiser
 from lit_purify.training import ClassifierTask, DenoiserTask, Export, Previews, checkpoints
 from lit_purify.training.checkpoints import Averaging, WholeCheckpoints
-from lit_purify.training.denoiser import Purified, psnr
+from lit_purify.training.denoiser import psnr
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = {kind: str(ROOT / f"checkpoints/digits_{kind}.safetensors") for kind in ("classifier", "denoiser")}
@@ -157,7 +157,8 @@ def _modes(made):
 def test_the_classifier_goes_where_the_training_runs():
     """The task is moved there only after its setup."""
     made = task(UNet(**NETWORK))
-    made._trainer = SimpleNamespace(world_size=1, strategy=SimpleNamespace(root_device=torch.device("meta")))
+    strategy = SimpleNamespace(root_device=torch.device("meta"))
+    made._trainer = SimpleNamespace(world_size=1, strategy=strategy, datamodule=Digits())
     made.setup("fit")
     assert {p.device.type for p in made._classifier[0].parameters()} == {"meta"}
 
@@ -353,24 +354,6 @@ def test_previews_on_the_disk(run):
         masked = picture[:, 132 * row + 8 : 132 * row + 128 : 16, 132 * 5 + 8 : 132 * 6 - 4 : 16]
         assert int((masked[0] != masked[1]).sum()) == round(0.3 * 64)
     assert (picture[:, 128:132] == 255).all()
-
-
-def test_previews_come_from_whatever_process_holds_a_sample(images):
-    def rows(chosen):
-        previews, parts = Previews(samples=4), torch.tensor(chosen)
-        loader = SimpleNamespace(dataset=SimpleNamespace(positions=np.array([5, 1, 3, 0, 2, 4])))
-        state = SimpleNamespace(fn="fit")
-        running = SimpleNamespace(state=state, sanity_checking=False, val_dataloaders=loader)
-        shown = images[parts]
-        for part in range(len(chosen)):
-            one = slice(part, part + 1)
-            batch = Purified("any", parts[one], shown[one], shown[one], 1 - shown[one], None)
-            previews.on_purified(running, None, batch)
-        return previews.rows["any"]
-
-    whole = rows([5, 1, 3, 0, 2, 4])
-    assert torch.equal(rows([5, 3, 2]) + rows([1, 0, 4]), whole)
-    assert torch.equal(whole[0, 0, 4::16, 4:128:16], images[5, 0])
 
 
 # What is exported

@@ -103,7 +103,7 @@ def shown(monkeypatch, classifier, unet):
             for defense, share in (("none", 0.1), ("purify", 0.9)):
                 clock.now += share * seconds
                 callback.on_evaluated(trainer, task, [SimpleNamespace(defense=defense, attack="pgd")] * batch, [])
-        callback.on_test_end(trainer, task)
+        callback.teardown(trainer, task, "test")
         return log.text
 
     return call
@@ -111,8 +111,8 @@ def shown(monkeypatch, classifier, unet):
 
 def test_a_log_gets_a_line_a_tenth(shown):
     lines = shown(terminal=False, samples=100, batch=5, seconds=20.0).splitlines()
-    assert [line.split(" %")[0] for line in lines] == [str(k) for k in range(10, 101, 10)]
-    assert lines[0].startswith("10 %: purify under pgd: 0.0 % robust, 6 min 0 s left, peak memory ")
+    assert [line.split(" %")[0] for line in lines] == ["5", *(str(k) for k in range(10, 101, 10))]
+    assert lines[1].startswith("10 %: purify under pgd: 0.0 % robust, 6 min 0 s left, peak memory ")
     assert " 0 s left, peak memory" in lines[-1]
 
 

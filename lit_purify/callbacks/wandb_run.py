@@ -43,7 +43,6 @@ class WandbRun(WandbLogger):
         save_dir: The run's folder.
 
     Attributes:
-        held: Nothing has begun: while this is set, a run that is refused leaves no trace.
         run: The W&B run, once it has begun; on rank zero alone.
     """
 
@@ -80,14 +79,13 @@ class WandbRun(WandbLogger):
         super().__init__(
             project=project, save_dir=save_dir, entity=entity, group=group, tags=[*tags], settings=self.settings
         )
-        self.held = False
         self.run: Any = None
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:  # noqa: ANN401
-        """The W&B run; ``None`` while it is held, an object that does nothing on other ranks than zero."""
-        if self.held or self.run is not None:
+        """The W&B run; on other ranks than zero an object that does nothing."""
+        if self.run is not None:
             return self.run
         if self.settings.mode != "disabled":
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,9 +105,6 @@ class WandbRun(WandbLogger):
         if self.settings.mode == "online":
             print(f"W&B: {self.run.url}")
         return self.run
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:  # noqa: ANN401
-        """The settings are logged when the run begins: see ``log_settings``."""
 
     def log_media(self, values: Mapping[str, Any]) -> None:
         """Logs tables and pictures. The client asks the server about each table, and fails without an answer."""

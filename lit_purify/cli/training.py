@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins import CheckpointIO
 
-from lit_purify.callbacks import Stopping, WandbRun, WandbTraining
+from lit_purify.callbacks import Progress, Stopping, WandbRun, WandbTraining
 from lit_purify.cli.common import State, guarded, helped, rank
 from lit_purify.cli.messages import check_checkpoint
 from lit_purify.cli.settings import (
@@ -29,7 +29,7 @@ from lit_purify.cli.settings import (
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.evaluation.folder import RunFolder
-from lit_purify.training import Averaging, Export, TrainingProgress, TrainingTask, measure
+from lit_purify.training import Averaging, Export, TrainingTask
 from lit_purify.training.checkpoints import WholeCheckpoints
 from lit_purify.training.export import export_network
 
@@ -51,7 +51,7 @@ def training_parser() -> Parser:
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=own)
     add("--trainer.callbacks", type=list[L.Callback] | None, default=None, help="Callbacks of yours.")
     parser.set_defaults({"trainer.logger": {"class_path": f"{WandbRun.__module__}.WandbRun"}})
-    parser.set_defaults({"trainer.enable_progress_bar": sys.stderr.isatty()})
+    parser.set_defaults({"trainer.enable_progress_bar": False})
     return parser
 
 
@@ -81,7 +81,7 @@ def _trainer(made: Namespace, folder: RunFolder, own: Sequence[L.Callback] = ())
     if given.get("enable_checkpointing") is not False:
         own = [*own, ModelCheckpoint(save_last=True)]
     own = [callback for callback in own if not isinstance(callback, tuple(taken))]
-    callbacks = [*own, *callbacks, Stopping(), WandbTraining()]
+    callbacks = [*own, *callbacks, Progress(), Stopping(), WandbTraining()]
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             # As Lightning keeps it.
@@ -100,24 +100,21 @@ def _fit(made: Namespace, config: str, state: State) -> None:
     folder, first = state.folder, -1
     assert folder is not None
 
-    def place(trainer: L.Trainer, task: L.LightningModule, stage: str) -> None:
-        # Before the average copies the task: else it stays on the CPU, and every step waits for that.
-        task.to(trainer.strategy.root_device)
-
     def start(trainer: L.Trainer, task: L.LightningModule) -> None:
-        # Configuration and W&B wait until the first batches have shown that data and networks fit.
+        # What Lightning refuses leaves nothing behind.
         nonlocal first
         if trainer.is_global_zero:
             folder.lock()
             folder.write_config(config)
         state.running, first = True, trainer.global_step
 
-    own: list[L.Callback] = [LambdaCallback(setup=place, on_train_start=start), TrainingProgress()]
+    own: list[L.Callback] = [LambdaCallback(on_train_start=start)]
     own += [Averaging(made.average)] if made.average else []
     trainer = _trainer(made, folder, [*own, Export(made.output, made.half)])
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbRun):
-            logger.held = True
+    if trainer.is_global_zero:
+        # Before loggers begin.
+        made.data.prepare_data()
+        made.model.check(made.data)
     trainer.fit(made.model, datamodule=made.data, ckpt_path=made.ckpt_path)
     if first in (-1, trainer.global_step) and trainer.is_global_zero:
         print("nothing left to do: the training has had all its steps (trainer.max_steps, trainer.max_epochs)")
@@ -129,18 +126,15 @@ def train(argv: Sequence[str] | None = None) -> None:
     with guarded() as state:
         if not given or given[0] not in _COMMANDS:
             raise InputError(f"say what to do, one of {', '.join(_COMMANDS)}: fit --config FILE trains")
-        command, dry = given.pop(0), "--dry_run" in given
-        if dry and command != "fit":
-            raise InputError(f"--dry_run goes with fit, not with {command}: leave it out")
-        given = [word for word in given if word != "--dry_run"]
+        command = given.pop(0)
         parser = training_parser()
         settings = read(given, parser)
         folder = state.folder = RunFolder(run_folder(settings, command))
-        _check(settings, "" if dry else command, folder)
+        _check(settings, command, folder)
         config = dump(parser, settings, "ckpt_path", "output", "half")
         place_loggers(settings, folder.path)
         L.seed_everything(settings.seed_everything, workers=True, verbose=False)
-        if command == "export" or dry:
+        if command == "export":
             # The loggers and callbacks of the run are not for that.
             settings.trainer.callbacks, settings.trainer.logger = None, False
         made = instantiated(parser, settings)
@@ -150,9 +144,7 @@ def train(argv: Sequence[str] | None = None) -> None:
             return
         if made.data is None:
             raise InputError("no data given: name a datamodule in the configuration, or with --data")
-        if dry:
-            print(measure(made.model, made.data, vars(made.trainer)))
-        elif command == "fit":
+        if command == "fit":
             _fit(made, config, state)
         else:
             state.running = True

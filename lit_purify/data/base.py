@@ -211,7 +211,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
     @property
     def classes(self) -> Sequence[str]:
         """Names of the classes."""
-        return self._split(self.evaluate_on).classes
+        return self.cached_split(self.evaluate_on).classes
 
     @property
     def domain(self) -> Domain | None:
@@ -221,7 +221,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
     @property
     def evaluated(self) -> ImageDataset:
         """The samples that an evaluation is about."""
-        split = self._split(self.evaluate_on)
+        split = self.cached_split(self.evaluate_on)
         return split if self.subset is None else split.choose(self.subset)
 
     @property
@@ -236,7 +236,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Shuffled, the same order for every process count up to sharding; an incomplete last batch is dropped."""
-        split = self._split("train")
+        split = self.cached_split("train")
         world, rank = self._shard()
         # As many batches an epoch as one process with all their samples: nobody is handed a sample twice to fill up.
         enough = len(split) >= world * self.batch_size
@@ -254,7 +254,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """In order, each sample once."""
-        split = self._split("val")
+        split = self.cached_split("val")
         chosen = split if self.val_subset is None else split.choose(self.val_subset)
         return self._loader(chosen, self._exact(chosen))
 
@@ -274,7 +274,8 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _split(self, name: str) -> ImageDataset:
+    def cached_split(self, name: str) -> ImageDataset:
+        """``split``, which is read once."""
         if name not in self._splits:
             self._splits[name] = self.split(name)
         return self._splits[name]

@@ -5,7 +5,6 @@ from lit_purify.training.classifier import ClassifierTask
 from lit_purify.training.denoiser import DenoiserTask
 from lit_purify.training.export import Export
 from lit_purify.training.previews import Previews
-from lit_purify.training.progress import TrainingProgress, measure
 from lit_purify.training.task import TrainingTask
 
 __all__ = [
@@ -14,7 +13,5 @@ __all__ = [
     "DenoiserTask",
     "Export",
     "Previews",
-    "TrainingProgress",
     "TrainingTask",
-    "measure",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lit_purify.attacks import Attack
-from lit_purify.data.base import Batch
+from lit_purify.data.base import Batch, ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.functional.noise import EVALUATION, KeyedNoise, Noise
 from lit_purify.models import Classifier
@@ -69,17 +69,16 @@ class ClassifierTask(TrainingTask):
         finally:
             self.classifier.train(training)
 
-    def check(self, batch: Batch) -> None:
+    def check(self, data: ImageDataModule) -> None:
         """Sizes and classes."""
-        self.classifier.check_image(batch["image"])
-        self.classifier.check_classes(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
+        self.classifier.check_image(data.cached_split("train")[0]["image"][None])
+        self.classifier.check_classes(data.classes)
         if self.attack is not None:
             # What rows of a table can be made of others is known with the data.
-            self.attack.prepare((), self.trainer.datamodule.domain)  # type: ignore[attr-defined]
+            self.attack.prepare((), data.domain)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Clean accuracy, and accuracy under the training attack when there is one."""
-        self.check(batch)
         images = {"clean": batch["image"]}
         if self.attack is not None:
             noise = KeyedNoise(self.seed, batch["index"], torch.zeros_like(batch["index"]), EVALUATION)

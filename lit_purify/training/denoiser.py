@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-import lightning as L
 import torch
 from torch import Tensor
 
-from lit_purify.data.base import Batch
-from lit_purify.defense import Mask, Purifier
+from lit_purify.data.base import Batch, ImageDataModule
+from lit_purify.defense import Mask, Purifier, Trace
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import noised, step_back, to_diffusion, to_image
 from lit_purify.functional.images import each
@@ -24,25 +22,6 @@ from lit_purify.training.task import TrainingTask
 
 _NOISE, _LEVELS, _SHAPES, _AUGMENT = range(4)
 _SHAPE_COUNT = 3
-
-
-@dataclass(frozen=True)
-class Purified:
-    """Validation images (B, C, H, W) in [0, 1] and what a purifier makes of them; index (B,), mask (B, 1, H, W)."""
-
-    purifier: str
-    index: Tensor
-    image: Tensor
-    noised: Tensor
-    purified: Tensor
-    mask: Tensor | None
-
-
-class PurificationListener:
-    """What callbacks of a training are told in its validations."""
-
-    def on_purified(self, trainer: L.Trainer, task: DenoiserTask, batch: Purified) -> None:
-        """Some images were purified."""
 
 
 class DenoiserTask(TrainingTask):
@@ -187,32 +166,33 @@ class DenoiserTask(TrainingTask):
         """As evaluations compute, also when the training is in mixed precision."""
         return torch.autocast(self.device.type, enabled=False)
 
-    def check(self, batch: Batch) -> None:
+    def check(self, data: ImageDataModule) -> None:
         """Sizes and classes."""
-        self.denoiser.check_image(batch["image"])
+        image = data.cached_split("train")[0]["image"][None]
+        self.denoiser.check_image(image)
         for classifier in self._classifier:
-            classifier.check_image(batch["image"])
+            classifier.check_image(image)
             if self.purifiers:
-                classifier.check_classes(self.trainer.datamodule.classes)  # type: ignore[attr-defined]
+                classifier.check_classes(data.classes)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Errors by level and quality of what is purified, with noise that is the same in every epoch."""
-        self.check(batch)
-        index, image = batch["index"], batch["image"]
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Trace]:
+        """Errors by level and quality of what is purified, with noise that is the same in every epoch.
+
+        Returns:
+            For each purifier what it made of the images.
+        """
+        (index, image), traces = (batch["index"], batch["image"]), {}
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
         self._measure_errors(image, noise)
         for name, purifier in self.purifiers.items():
             with self._full_precision():
                 rule = purifier.mask
                 mask = None if rule is None else rule(self._classifier[0], image, noise)
-                trace = purifier.trace(image, noise, mask)
+                trace = traces[name] = purifier.trace(image, noise, mask)
                 right = self._classifier[0](trace.purified).argmax(dim=1) == batch["label"]
             self.measure(f"purified_accuracy/{name}", right.float())
             self.measure(f"psnr/{name}", psnr(trace.purified, image))
-            shown = Purified(name, index, image, trace.noised, trace.purified, trace.mask)
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, PurificationListener):
-                    callback.on_purified(self.trainer, self, shown)
+        return traces
 
     def _measure_errors(self, image: Tensor, noise: Noise) -> None:
         """The errors at each of the levels."""

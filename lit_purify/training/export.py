@@ -25,7 +25,7 @@ class Export(Callback):
 
     def __init__(self, path: Path | None = None, half: bool = False) -> None:
         self.path, self.half = path, half
-        self.first, self.trained = 0, False
+        self.first: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuses before the training what cannot be written after it."""
@@ -36,16 +36,12 @@ class Export(Callback):
         """A training that has had all its steps may be begun, too."""
         self.first = trainer.global_step
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Now, or right after, WeightAveraging copies its average into the module."""
-        self.trained = trainer.global_step > self.first
-
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Rank zero writes."""
+        """Rank zero writes. At the end of the training, before this, WeightAveraging has copied its average."""
         if not trainer.is_global_zero or not isinstance(pl_module, TrainingTask):
             return
         path = self.path or Path(trainer.default_root_dir) / "model.safetensors"
-        if not self.trained and trainer.ckpt_path is not None:
+        if self.first in (None, trainer.global_step) and trainer.ckpt_path is not None:
             if saved_step(path) == trainer.global_step:
                 # Finished before: the file has the figures of the last validation, and runs that read it know its hash.
                 return

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lit_purify.data.base import Batch
+from lit_purify.data.base import Batch, ImageDataModule
 from lit_purify.errors import InputError
 from lit_purify.functional.images import flip, shift
 from lit_purify.functional.noise import TRAINING, KeyedNoise
@@ -62,7 +62,8 @@ class TrainingTask(L.LightningModule, ABC):
         """What is trained and exported."""
 
     def setup(self, stage: str) -> None:
-        """A network that was read from a file is in evaluation mode, in which Lightning would leave it."""
+        """Checks; a network that was read from a file is in evaluation mode, in which Lightning would leave it."""
+        self.check(self.trainer.datamodule)  # type: ignore[attr-defined]
         # Channels last: convolutions are faster so, on tensor cores and on CPUs.
         self.network.train().to(memory_format=torch.channels_last)
         normalizes = any(
@@ -71,7 +72,7 @@ class TrainingTask(L.LightningModule, ABC):
         self.synchronizes = normalizes and self.trainer.world_size > 1
 
     @abstractmethod
-    def check(self, batch: Batch) -> None:
+    def check(self, data: ImageDataModule) -> None:
         """Raises an ``InputError`` when networks and data do not fit."""
 
     @abstractmethod
@@ -80,8 +81,6 @@ class TrainingTask(L.LightningModule, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss; over several processes, batch normalization sees the images of all."""
-        if batch_idx == 0:
-            self.check(batch)
         with SynchronizedBatchNorm() if self.synchronizes else nullcontext():
             loss = self.loss(batch, self.keyed(batch))
         self.log("train/loss", loss, prog_bar=True)
@@ -146,25 +145,9 @@ class TrainingTask(L.LightningModule, ABC):
         image = shift(image, draws[:, :2], self.shift_pixels)
         return flip(image, draws[:, 2:]) if self.mirror else image
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Lightning refuses to clip for a fused optimizer, which may unscale gradients; only float16 scales them."""
-        if optimizer.defaults.get("fused") and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
-        else:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; linear warm-up, then a cosine to 0 at the last step."""
-        weights = list(self.network.parameters())
-        # One kernel for all weights on a GPU; elsewhere its rounding differs.
-        optimizer = torch.optim.AdamW(
-            weights, self.learning_rate, weight_decay=self.weight_decay, fused=weights[0].is_cuda or None
-        )
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = max(1, min(self.warmup, total // 2))
 
