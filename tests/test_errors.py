@@ -173,42 +173,42 @@ def images_from(root, **options):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("defences", {"none": "NoPurifier"}, "there is no setting defences; did you mean defenses?"),
+        ("defences", {"none": "NoPurifier"}, "there is no setting defences.none; did you mean defenses?"),
         ("rnus", 3, "there is no setting rnus; did you mean runs?"),
         (f"{UNIFORM}.foo", 5, "UniformPurifier has no option foo; it has level, steps, sampler, recompute"),
-        (f"{ATTACK}.stepz", 5, "attacks.pgd: PGD has no option stepz; did you mean steps?"),
+        (f"{ATTACK}.stepz", 5, "attacks: PGD has no option stepz; did you mean steps?"),
         (
             "classifier",
             {"class_path": "lit_purify.models.load_classifier", "pth": 5},
             "load_classifier has no option pth; did you mean path?",
         ),
         ("trainer.logger", [{"class_path": "CSVLogger", "sav_dir": "x"}], "did you mean save_dir?"),
-        (f"{UNIFORM}.level", "five", "defenses.uniform.level: expected int; got five"),
-        (f"{UNIFORM}.sampler", "ddimm", "defenses.uniform.sampler: expected 'ddim' or 'ddpm' or 'sde'; got"),
-        (f"{ATTACK}.steps", 5.5, "attacks.pgd.steps: expected int; got 5.5"),
-        (f"{ATTACK}.eps", [1], "attacks.pgd.eps: expected float or str; got [1]"),
+        (f"{UNIFORM}.level", "five", "defenses: UniformPurifier.level: expected int; got five"),
+        (f"{UNIFORM}.sampler", "ddimm", "UniformPurifier.sampler: expected 'ddim', 'ddpm', 'sde'; got ddimm"),
+        (f"{ATTACK}.steps", 5.5, "attacks: PGD.steps: expected int; got 5.5"),
+        (f"{ATTACK}.eps", [1], "attacks: PGD.eps: expected float or str; got [1]"),
         ("seed", -1, "seed = -1 is outside"),
         ("attacks", None, "no attacks given: name a configuration with --config"),
-        (f"{UNIFORM}.level", None, "defenses.uniform: UniformPurifier needs level"),
+        (f"{UNIFORM}.level", None, "defenses: level is missing"),
         ("data", None, "no data given: name a configuration with --config"),
         ("data", 5, "data: a class is needed: give its class_path"),
-        (UNIFORM, 5, "defenses.uniform: a class is needed: give its class_path"),
+        (UNIFORM, 5, "defenses: a class is needed: give its class_path"),
         ("data", "Digitz", "data: there is no class Digitz; did you mean Digits?"),
-        (f"{ATTACK}.class_path", "PGGD", "attacks.pgd: there is no class PGGD; did you mean PGD?"),
-        (f"{UNIFORM}.class_path", "PGD", "defenses.uniform: PGD is of another kind than is needed here"),
+        (f"{ATTACK}.class_path", "PGGD", "attacks: there is no class PGGD; did you mean PGD?"),
+        (f"{UNIFORM}.class_path", "PGD", "defenses: PGD is of another kind than is needed here"),
         (
             f"{UNIFORM}.class_path",
             "lit_purify.defense.Uniform",
-            "there is no Uniform in lit_purify.defense; did you mean",
+            "module 'lit_purify.defense' has no attribute 'Uniform'; check class_path",
         ),
-        ("data.class_path", "nowhere.Data", "data: No module named 'nowhere'; check class_path"),
+        ("data.class_path", "nowhere.Data", "data: Data: No module named 'nowhere'; check class_path"),
         ("defenses", {}, "defenses is empty: give at least one"),
         (
             "defenses",
             {100: "NoPurifier"},
             "config.yaml: defenses: YAML reads a name there as 100 (int): write it in quotes",
         ),
-        ("baseline", False, "baseline: a text is needed, and YAML reads it as False (bool): write it in quotes"),
+        ("baseline", False, "baseline: expected str or null; got False: write it in quotes if it is a text"),
         ("attacks", {"ensemble": "PGD"}, "'ensemble' names the worst case over all attacks"),
         ("baseline", "best", "baseline = 'best' is not among the defenses none, uniform"),
         ("trainer.devices", "abc", "devices"),
@@ -228,17 +228,17 @@ def test_configuration(refused_evaluation, key, value, said):
         # Abbreviations, both with one meaning only.
         (["--trainer.device", "3"], "there is no setting trainer.device; did you mean trainer.devices?"),
         (["--data.batch", "4"], "data: Digits has no option batch; did you mean batch_size?"),
-        ([f"--{UNIFORM}.levl", "5"], f"{UNIFORM}: UniformPurifier has no option levl; did you mean"),
-        (["--data.subset.n", "x"], "data.subset.n: expected int; got x"),
+        ([f"--{UNIFORM}.levl", "5"], "defenses: UniformPurifier has no option levl; did you mean"),
+        (["--data.subset.n", "x"], "data: Digits.subset: First.n: expected int; got x"),
         (["--atacks.pgd.steps", "5"], "there is no setting atacks; did you mean attacks?"),
-        (["--attacks.pdg.steps", "5"], "attacks has no pdg; did you mean pgd?"),
-        (["--attacks.other.steps", "5"], "attacks.other: a class is needed"),
+        (["--attacks.pdg.steps", "5"], "--attacks.pdg.steps: there is no class that takes it: check name and value"),
+        (["--attacks.other.steps", "5"], "--attacks.other.steps: there is no class that takes it: check name"),
         (["stray"], "unexpected argument stray; eval.py takes one of test, frontier"),
         (["tset"], "unexpected argument tset; did you mean test?"),
         (["--trainer.accelerator", "gpu"], "trainer.accelerator = gpu: there is none that torch can use"),
         (["--classifier", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["--attacks", "{100: FGSM}"], "attacks: YAML reads a name there as 100 (int): write it in quotes"),
-        (["--trainer.logger.mode", "onlin"], "trainer.logger.mode: expected 'offline' or 'online' or"),
+        (["--trainer.logger.mode", "onlin"], "--trainer.logger.mode: there is no class that takes it: check name and value"),
         (["--runs"], "--runs: expected one argument"),
         (["--model.init_args.runs", "2"], "there is no setting model; its settings stand at the top level"),
     ],
@@ -287,7 +287,10 @@ def test_what_a_constructor_refuses_has_its_place(refused_evaluation):
 
 def test_subset_larger_than_the_split(refused_evaluation):
     said = refused_evaluation({"data.subset.n": 401})
-    assert said == "subset: n = 401 samples cannot be chosen from a split of 400: use n = 1 .. 400"
+    assert said == (
+        "n = 401 samples cannot be chosen from a split of 400: set data.subset.n (validation of a training: "
+        "data.val_subset.n) to 1 .. 400"
+    )
 
 
 def test_weights_of_a_configuration(refused_evaluation, weights):

@@ -8,12 +8,9 @@ import inspect
 import pydoc
 import re
 import traceback
-import types
-import typing
-from argparse import ArgumentError
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -90,44 +87,6 @@ def explanation(error: Exception, folder: RunFolder | None) -> str | None:
     return f"{path}: {reason}; {'choose another folder with --run' if own else 'check the path'}"
 
 
-def check_configs(argv: Sequence[str]) -> list[dict[str, Any]]:
-    """Contents of the configurations. Names the file that is at fault; the parser's messages do not."""
-    contents = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        name, _, value = word.partition("=")
-        path = Path(value or following)
-        if name not in ("-c", "--config") or path.suffix not in (".yaml", ".yml", ".json"):
-            continue
-        if not path.is_file():
-            raise InputError(f"{path}: no such configuration; name another with --config")
-        try:
-            found = yaml.safe_load(path.read_text())
-        except yaml.MarkedYAMLError as error:
-            where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-            raise InputError(f"{path}: not valid YAML: {where}{error.problem}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a text file of YAML: is it a configuration?") from error
-        if not isinstance(found, dict):
-            raise InputError(f"{path}: holds no settings (key: value lines): is it a configuration?")
-        task = found["model"].get("class_path") if isinstance(found.get("model"), dict) else None
-        if str(task).endswith(("RobustnessTask", "FrontierTask")):
-            raise InputError(
-                f"{path}: written for version 0.1: move what is under model.init_args to the top level, remove "
-                "seed_everything, and name each point of a family FAMILY/POINT under defenses (CHANGELOG.md)"
-            )
-        _check_keys(found, str(path))
-        contents.append(found)
-    return contents
-
-
-def _check_keys(node: Any, place: str) -> None:  # noqa: ANN401
-    """YAML reads some names as numbers or booleans."""
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if isinstance(node, dict) and not isinstance(key, str):
-            raise InputError(f"{place}: YAML reads a name there as {key!r} ({type(key).__name__}): write it in quotes")
-        _check_keys(value, f"{place}: {key}" if place.endswith((".yaml", ".yml", ".json")) else f"{place}.{key}")
-
-
 def check_checkpoint(path: Path) -> None:
     """Raises an ``InputError`` where a training cannot go on from a file."""
     if not path.is_file():
@@ -139,229 +98,163 @@ def check_checkpoint(path: Path) -> None:
         raise InputError(f"{path}: refused, it is not a checkpoint that train.py saved (.ckpt)") from error
 
 
-def essence(message: str) -> str:
-    """The one line of a parser error that says what to mend, where the settings themselves do not show it."""
-    if m := re.search(r"unrecognized arguments: ([^\s=]+)", message):
-        return f"unexpected argument {m[1]}; {_nearest(m[1], COMMANDS) or _USAGE}"
-    if m := re.search(r"the following arguments are required: (.+)|Key \"([\w.]+)\" is required", message):
-        missing = (m[1] or m[2]).replace("--", "")
-        if missing in ("input", "output", "input, output"):
-            return f"no {missing.replace(', ', ' and no ')} given: say --input FOLDER --output FOLDER"
-        return f"no {missing} given: name a configuration with --config"
-    if m := re.search(
-        r'key "([\w.]+)":.*Expected a <class .str.>.*type: <class .(\w+).>\s+Given value: (.+)', message, re.S
-    ):
-        return f"{m[1]}: a text is needed, and YAML reads it as {m[3]} ({m[2]}): write it in quotes"
-    lines = [line for text in message.splitlines() if not _NO_REASON.match(line := text.strip(" -"))]
-    return re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", lines[0] if lines else " ".join(message.split()))
-
-
-_NO_REASON = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|Problem with given class_path|Parser key|$")
-"""Lines of a parser error that say how it was reached."""
-COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "predict")
-"""Of ``eval.py``."""
-_USAGE = f"eval.py takes one of {', '.join(COMMANDS)} or none, and settings as --NAME VALUE"
-_GONE = "its settings stand at the top level of the file now: classifier, attacks, runs ..."
-_CLASS = "give its class_path, and its arguments beside it"
-_BEFORE = ""
-"""Key of the arguments of a class that a flag has replaced by another one."""
-
-
-def given_settings(configs: Sequence[Mapping[str, Any]], argv: Sequence[str]) -> dict[str, Any]:
-    """All that files and flags state, as one tree in which the arguments of a class stand beside its ``class_path``."""
-    tree: dict[str, Any] = {}
-    for config in configs:
-        _merge(tree, _flat(config))
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        name, equals, value = word.partition("=")
-        if name.startswith("--") and name != "--config":
-            try:
-                found = yaml.safe_load(value if equals else following)
-            except yaml.YAMLError:
-                found = value or following
-            parts = [part for part in name[2:].rstrip("+").split(".") if part != "init_args"]
-            _check_keys(found, ".".join(parts))
-            _merge(tree, _nested(parts, _flat(found)))
-    return tree
-
-
-def _flat(node: Any) -> Any:  # noqa: ANN401
-    if isinstance(node, list):
-        return [_flat(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    inner = node.get("init_args")
-    return {k: _flat(v) for k, v in {**node, **(inner if isinstance(inner, dict) else {})}.items() if k != "init_args"}
-
-
-def _nested(path: Sequence[str], value: Any) -> Any:  # noqa: ANN401
-    return {path[0]: _nested(path[1:], value)} if path else value
-
-
-def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
-    for key, value in other.items():
-        old = tree.get(key)
-        if isinstance(old, str) and isinstance(value, dict):
-            old = tree[key] = {"class_path": old}
-        if isinstance(old, dict) and "class_path" in old and isinstance(value, str):
-            value = {"class_path": value}
-        if isinstance(old, dict) and isinstance(value, dict):
-            if value.get("class_path", old.get("class_path")) != old.get("class_path"):
-                old = tree[key] = {_BEFORE: old}
-            _merge(old, value)
-        else:
-            tree[key] = value
-
-
-def diagnosis(parser: ArgumentParser, tree: Mapping[str, Any]) -> str | None:
-    """What is wrong with settings that a parser has refused; ``None`` where this is not seen."""
-    hints = settings_of(parser)
+def read_config(path: Path) -> dict[str, Any]:
+    """Content of a configuration, or an ``InputError`` that names the file, which the parser's messages do not."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such configuration; name another with --config")
     try:
-        for name, value in tree.items():
-            if any(dest.startswith(f"{name}.") for dest in hints) and isinstance(value, dict):
-                for key, inner in value.items():
-                    # A flag may set an argument of a class that is there by default.
-                    place = f"{name}.{key}"
-                    usual = parser.get_default(place) if isinstance(inner, dict) and place in hints else None
-                    given = {"class_path": usual["class_path"], **inner} if usual else inner
-                    _diagnose_setting(place, given, hints)
-            else:
-                _diagnose_setting(name, value, hints)
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def _diagnose_setting(name: str, value: Any, hints: Mapping[str, Any]) -> None:  # noqa: ANN401
-    if name not in hints:
-        near = _GONE if name == "model" else _nearest(name, [*hints]) or "--help_all lists all"
-        raise InputError(f"there is no setting {name}; {near}")
-    _diagnose(value, hints[name], name)
-
-
-def _diagnose(value: Any, hint: Any, place: str) -> None:  # noqa: ANN401
-    """Raises an ``InputError`` about the first thing in a tree that does not fit its type."""
-    kinds = _members(hint)
-    bases = [base for base in map(_base, kinds) if base is not None]
-    inside = {typing.get_origin(kind): typing.get_args(kind) for kind in kinds}
-    items = next((inside[kind] for kind in (list, Sequence, Iterable) if kind in inside), None)
-    if items and isinstance(value, list):
-        for each in value:
-            _diagnose(each, items[0], place)
-        return
-    if dict in inside and isinstance(value, dict):
-        for name, inner in value.items():
-            others = value.keys() - {name}
-            if isinstance(inner, dict) and "class_path" not in inner and (near := _nearest(name, others)):
-                raise InputError(f"{place} has no {name}; {near}")
-            _diagnose(inner, inside[dict][1], f"{place}.{name}")
-        return
-    given = value if isinstance(value, dict) else {"class_path": value}
-    path = given.get("class_path")
-    if not bases or not isinstance(path, str) or (given is not value and _accepts(hint, value)):
-        if hint is not None and not _accepts(hint, value):
-            expected = f"expected {' or '.join(map(_title, kinds))}; got {value}"
-            raise InputError(f"{place}: {f'a class is needed: {_CLASS}' if bases else expected}")
-        return
-    made = _class(path, bases, place)
-    options, before = _options(made), given.get(_BEFORE, {})
-    for name, argument in given.items():
-        if name in options:
-            _diagnose(argument, options[name][0], f"{place}.{name}")
-        elif name not in ("class_path", "dict_kwargs", _BEFORE):
-            near = _nearest(name, [*options, "class_path"]) or "it has " + ", ".join(options)
-            raise InputError(f"{place}: {_last(path)} has no option {name}; {near}")
-    if missing := [name for name, (_, needed) in options.items() if needed and name not in {**given, **before}]:
-        raise InputError(f"{place}: {_last(path)} needs {', '.join(missing)}")
-
-
-def _members(hint: Any) -> list[Any]:  # noqa: ANN401
-    """The types of a union; of one type this one."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [inner for part in typing.get_args(hint) for inner in _members(part)]
-    return [hint]
-
-
-def _base(kind: Any) -> type | None:  # noqa: ANN401
-    """The class of which an object is due; ``None`` for plain values."""
-    if typing.get_origin(kind) is Callable:
-        kind = typing.get_args(kind)[1]
-    plain = (int, float, str, bool, type(None), dict, list)
-    return None if not inspect.isclass(kind) or kind in plain or issubclass(kind, Path) else kind
-
-
-def _title(kind: Any) -> str:  # noqa: ANN401
-    if typing.get_origin(kind) is typing.Literal:
-        return " or ".join(map(repr, typing.get_args(kind)))
-    return "null" if kind is type(None) else str(getattr(kind, "__name__", kind))
-
-
-def _accepts(hint: Any, value: Any) -> bool:  # noqa: ANN401
-    probe = ArgumentParser(exit_on_error=False)
-    probe.add_argument("--x", type=hint)
-    # What YAML reads as a number may be meant as text.
-    for tried in (value, str(value)) if isinstance(value, (int, float)) else (value,):
-        try:
-            probe.parse_object({"x": tried})
-            return True
-        except (ArgumentError, TypeError, ValueError):
-            pass
-    return False
-
-
-def _class(path: str, bases: Sequence[type], place: str) -> Any:  # noqa: ANN401
-    """The class or function that a path names."""
-    known = {c.__name__: c for base in bases for c in _below(base)}
-    if "." not in path:
-        if path in known:
-            return known[path]
-        if path in {c.__name__ for c in _below(Recorded)}:
-            raise InputError(f"{place}: {path} is of another kind than is needed here")
-        near = _nearest(path, list(known)) or "classes of others need their full path"
-        raise InputError(f"{place}: there is no class {path}; {near}")
-    module, _, name = path.rpartition(".")
-    try:
-        made, within = pydoc.locate(path), pydoc.locate(module)
-    except pydoc.ErrorDuringImport as error:
-        raise InputError(f"{place}: {error}; check class_path") from error
-    if within is None:
-        raise InputError(f"{place}: No module named {module!r}; check class_path")
-    if made is None:
-        raise InputError(
-            f"{place}: there is no {name} in {module}; {_nearest(name, dir(within)) or 'check class_path'}"
-        )
-    kind = made if inspect.isclass(made) else typing.get_type_hints(made).get("return")
-    if inspect.isclass(kind) and not issubclass(kind, tuple(bases)):
-        raise InputError(f"{place}: {name} is of another kind than is needed here")
-    return made
-
-
-def _below(base: type) -> list[type]:
-    below: list[type] = type.__subclasses__(base)
-    return [base, *(c for each in below for c in _below(each))]
-
-
-def _options(made: Any) -> dict[str, tuple[Any, bool]]:  # noqa: ANN401
-    """What a configuration can give to a class or function: the type of each, and whether it is required."""
-    # A datamodule hands what it does not know to its base.
-    makers = [base.__dict__.get("__init__") for base in inspect.getmro(made)] if inspect.isclass(made) else [made]
-    given = {"self", "denoiser"} if inspect.isclass(made) and issubclass(made, Purifier) else {"self"}
-    found: dict[str, tuple[Any, bool]] = {}
-    for maker in filter(inspect.isroutine, makers):
-        parameters = inspect.signature(maker).parameters.values()
-        hints = typing.get_type_hints(maker) if inspect.isfunction(maker) else {}
-        for p in parameters:
-            if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in given and p.name not in found:
-                found[p.name] = hints.get(p.name, Any), p.default is p.empty and maker is makers[0]
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
+        found = yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise InputError(f"{path}: not valid YAML: {where}{error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a text file of YAML: is it a configuration?") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds no settings (key: value lines): is it a configuration?")
+    check_names(found, str(path))
     return found
 
 
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
+def check_names(node: Any, place: str) -> None:  # noqa: ANN401
+    """Raises an ``InputError`` where YAML reads a name as a number or boolean."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if not isinstance(key, str):
+            raise InputError(f"{place}: YAML reads a name there as {key!r} ({type(key).__name__}): write it in quotes")
+        check_names(value, f"{place}: {key}")
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
+_CERTAIN = "must include a class_path"
+"""If this is said, it is the reason, whatever other types say."""
+COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "predict")
+"""Of ``eval.py``."""
+
+
+def essence(message: str, settings: Collection[str], flags: Sequence[str]) -> str:
+    """A message of the parser in one line.
+
+    It nests by indentation: keys, their classes, and for a place that takes several types what each of them says.
+
+    Args:
+        message: The message.
+        settings: Names of all settings.
+        flags: The words of the command line.
+    """
+    # Of a class that is made later, the message names the class behind the reason.
+    later = r"expects a function or a callable class: (.*?)\. Got value: Namespace\(class_path=('[\w.]+')[^\n]*"
+    lines = re.sub(later, r"class_path \2: \1", message, flags=re.DOTALL).splitlines()
+    if m := re.search(r"unrecognized arguments: (--)?([^\s=]+)|Group '(\w+)' .*'(\w+)'|^Option '([\w.]+)'", message):
+        name = f"{m[3]}.{m[4]}" if m[3] else m[5] or m[2]
+        if m[2] and not m[1]:
+            usage = f"eval.py takes one of {', '.join(COMMANDS)} or none, and settings as --NAME VALUE"
+            return f"unexpected argument {name}; {_near(name, COMMANDS, usage)}"
+        # Of attacks.pgd.steps, attacks is a setting.
+        name = name if _near(name, settings) else name.partition(".")[0]
+        moved = "its settings stand at the top level of the file now" if name == "model" else "--help_all lists all"
+        return f"there is no setting {name}; {_near(name, settings, moved)}"
+    # The deepest line: above it stand other types that the place would take.
+    found = [
+        (_CERTAIN in line, _depth(line), -rank, -k, m[1])
+        for k, line in enumerate(lines)
+        for rank, pattern in enumerate(_REASONS)
+        if (m := re.search(pattern, line))
+    ]
+    if not found:
+        return " ".join(message.split())
+    _, _, rank, k, word = max(found)
+    explain = [*_REASONS.values()][-rank]
+    return explain(_Found(*_place(lines, -k), word, lines[-k:], flags))
+
+
+def _depth(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _place(lines: Sequence[str], k: int) -> tuple[str, str]:
+    """Keys and classes above a line, such as ``data: Digits.subset: First``, and the path of the last class."""
+    above, place, made = [lines[k]], "", ""
+    for line in reversed(lines[:k]):
+        above = [line, *above] if _depth(line) < _depth(above[0]) else above
+    for key, path in re.findall(r"Parser key \"([\w.]+)\"|class_path '([\w.]+)'", "\n".join(above)):
+        made = path or made
+        place += f": {path.rpartition('.')[2]}" if path else f".{key}" if place else key
+    return place, made
+
+
+class _Found(NamedTuple):
+    """The line of a parser's message that says most: where it stands, the class there, a word of it, what follows."""
+
+    place: str
+    made: str
+    word: str
+    below: Sequence[str]
+    flags: Sequence[str]
+
+
+def _missing(found: _Found) -> str:
+    if found.place:
+        return f"{found.place}: {found.word} is missing"
+    return f"no {found.word} given: name a configuration with --config, or give it as a flag"
+
+
+def _classless(found: _Found) -> str:
+    flags = [word.partition("=")[0] for word in found.flags if word.startswith(f"--{found.place}.")]
+    if flags:
+        return (
+            f"{', '.join(flags)}: there is no class that takes it: check name and value, or give its class_path first "
+            f"(a later --config replaces all {found.place} of an earlier one)"
+        )
+    return f"{found.place}: a class is needed: give its class_path, and its arguments beside it"
+
+
+def _option(found: _Found) -> str:
+    made = pydoc.locate(found.made)
+    probe = ArgumentParser(add_help=False)
+    if inspect.isclass(made):
+        probe.add_class_arguments(made, skip={"denoiser"} if issubclass(made, Purifier) else set(), fail_untyped=False)
+    elif callable(made):
+        probe.add_function_arguments(made, fail_untyped=False)
+    known = list(settings_of(probe))
+    return f"{found.place} has no option {found.word}; {_near(found.word, known, 'it has ' + ', '.join(known))}"
+
+
+def _class(found: _Found) -> str:
+    known = [made.__name__ for made in _below(Recorded)]
+    if found.word in known:
+        return f"{found.place}: {found.word} is of another kind than is needed here"
+    near = _near(found.word, known, "classes of others need their full path")
+    return f"{found.place}: there is no class {found.word}; {near}"
+
+
+def _below(base: type) -> list[type]:
+    return [base, *(made for each in type.__subclasses__(base) for made in _below(each))]
+
+
+def _type(found: _Found) -> str:
+    depth = _depth(found.below[0])
+    own = "\n".join(line for line in found.below if _depth(line) == depth)
+    kinds = re.findall(
+        r"Expected an? (?:<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*?)\](?:\.|$))", own, re.MULTILINE
+    )
+    values = re.findall(r"(?:Got|Given) value: (.+)", "\n".join(found.below))
+    expected = " or ".join((kind or literal).replace("NoneType", "null") for kind, literal in kinds)
+    quotes = "str" in expected and values[0].isalnum()
+    return (
+        f"{found.place}: expected {expected}; got {values[0]}{': write it in quotes if it is a text' if quotes else ''}"
+    )
+
+
+_REASONS: Mapping[str, Callable[[_Found], str]] = {
+    r"arguments are required: ([\w, -]+)": _missing,
+    f"(is abstract|{_CERTAIN})": _classless,
+    r"Option '([\w.]+)' is not accepted": _option,
+    r"import path string: (.+)": _class,
+    r"(No module named .*|module '[\w.]+' has no attribute '\w+')": lambda f: f"{f.place}: {f.word}; check class_path",
+    r"(Not a valid subclass|Expected an import path)": _classless,
+    r"(YAML reads a name .*)": lambda f: f"{f.place}: {f.word}",
+    r"Expected an? (<class '[\w.]+'>|typing\.Literal\[.*?\])": _type,
+}
+
+
+def _near(name: str, known: Collection[str], otherwise: str = "") -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]}?" if near else ""
+    return f"did you mean {near[0]}?" if near else otherwise

@@ -21,12 +21,12 @@ from lit_purify import callbacks
 from lit_purify.attacks import Attack
 from lit_purify.checks.gradcheck import Check
 from lit_purify.cli.common import fail, rank
-from lit_purify.cli.messages import check_configs, diagnosis, essence, given_settings
+from lit_purify.cli.messages import check_names, essence, read_config
 from lit_purify.data import ImageDataModule
 from lit_purify.defense import Gradient, Purifier
 from lit_purify.errors import InputError
 from lit_purify.models import Classifier, Denoiser, Precision
-from lit_purify.private import renew_store
+from lit_purify.private import renew_store, settings_of
 from lit_purify.shipped import shipped
 
 _CLASS = {"class_path", "init_args", "dict_kwargs"}
@@ -40,8 +40,8 @@ _FORKED = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 class Parser(ArgumentParser):
     """Says what is wrong in one line."""
 
-    given: Mapping[str, Any] = {}
-    """The settings of files and flags, see ``given_settings``."""
+    flags: Sequence[str] = ()
+    """The words of the command line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with that line."""
@@ -49,17 +49,22 @@ class Parser(ArgumentParser):
             # This one parses a nested class. It raises: the outer parsers add where in the configuration the class
             # stands, or go on with another type that the place accepts.
             super().error(message, ex)
-        fail(diagnosis(self, self.given) or essence(message))
+        fail(essence(message, settings_of(self), self.flags))
 
 
 def read(given: Sequence[str], parser: Parser) -> Namespace:
     """The settings of the files and flags of a command line; ends with one line where something is wrong."""
-    flags = arguments(given)
-    Parser.given = given_settings([simplified(config) for config in check_configs(flags)], flags)
+    flags = parser.flags = arguments(given)
+    for word, following in zip(flags, [*flags[1:], ""], strict=False):
+        name, _, value = word.partition("=")
+        if name == "--config":
+            read_config(Path(value or following))
     settings = parser.parse_args(flags)
     for kind in ("defenses", "attacks"):
         for name in [name for name, value in (settings.get(kind) or {}).items() if value is None]:
             del settings[kind][name]
+            if kind == "defenses" and settings.baseline == name:
+                settings.baseline = None
     trainer = settings.trainer
     if trainer.get("precision") is not None and str(trainer.precision) not in _PRECISIONS:
         # Noise, levels and masks are drawn and computed in 32 bits.
@@ -71,7 +76,7 @@ def read(given: Sequence[str], parser: Parser) -> Namespace:
 
 def make_parser(program: str, description: str) -> Parser:
     """A parser that reads configurations."""
-    jsonargparse.set_loader("lit_purify", load, (yaml.YAMLError, InputError))
+    jsonargparse.set_loader("lit_purify", load, (yaml.YAMLError,))
     parser = Parser(prog=program, parser_mode="lit_purify", description=description, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file; flags after it replace its settings.")
     parser.add_argument("--run", type=Path | None, default=None, help="Run folder (default: runs/NAME_OF_CONFIG).")
@@ -118,6 +123,7 @@ def simplified(node: Any, key: str = "", parent: str = "") -> Any:  # noqa: ANN4
     if isinstance(node, list):
         return [simplified(item, key, parent) for item in node]
     if isinstance(node, dict):
+        check_names(node, key)
         named = {k: simplified(value, k, key) for k, value in node.items()}
         arguments = {k: value for k, value in named.items() if k not in _CLASS}
         if "class_path" not in named or not arguments:
