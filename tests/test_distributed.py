@@ -22,7 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lit_purify import cli
 from lit_purify.attacks import PGD
-from lit_purify.callbacks import RecordWriter
+from lit_purify.callbacks import RunWriter
 from lit_purify.cli import common
 from lit_purify.data import ImageFolder
 from lit_purify.data.claims import Claims
@@ -84,7 +84,7 @@ class Dies:
 
     def __call__(self, rank):
         common._LAUNCHER = 1.0
-        write, batches = RecordWriter.on_evaluated, count(1)
+        write, batches = RunWriter.on_evaluated, count(1)
 
         def on_evaluated(*args):
             write(*args)
@@ -92,7 +92,7 @@ class Dies:
             if (attempt, rank) in self.deaths and next(batches) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        RecordWriter.on_evaluated = on_evaluated
+        RunWriter.on_evaluated = on_evaluated
 
 
 def worker(argv, folder, spoil):
@@ -307,7 +307,7 @@ def test_a_signal_after_a_write_leaves_what_was_written(tmp_path, monkeypatch):
 
 def test_who_writes_into_a_file_that_is_gone_learns_so(tmp_path):
     """What lives on of a killed run, when another has taken its part of the records away."""
-    writer, folder = RecordWriter(), RunFolder(tmp_path)
+    writer, folder = RunWriter(), RunFolder(tmp_path)
     writer.stream = folder.open_part(1)
     writer.on_evaluated(None, None, [record(0)], [])
     folder.collect(write=True)
@@ -345,7 +345,7 @@ def resuming(folder, rank, signaled=False):
 def test_what_is_recorded_counts_once_over_all_processes(tmp_path):
     told = {}
     for rank in (0, 1):
-        trainer, task, writer = resuming(RunFolder(tmp_path), rank), Resumed(), RecordWriter()
+        trainer, task, writer = resuming(RunFolder(tmp_path), rank), Resumed(), RunWriter()
         writer.on_test_start(trainer, task)
         writer._close()
         told[rank] = task.told
@@ -355,7 +355,7 @@ def test_what_is_recorded_counts_once_over_all_processes(tmp_path):
 
 def test_a_signal_before_the_evaluation_began_ends_it_as_well(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        RecordWriter().on_test_start(resuming(RunFolder(tmp_path), 0, signaled=True), Resumed())
+        RunWriter().on_test_start(resuming(RunFolder(tmp_path), 0, signaled=True), Resumed())
 
 
 def test_a_merge_that_was_killed_leaves_each_record_once(tmp_path):

@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import re
-import socket
 import sys
 from pathlib import Path
 
@@ -238,7 +236,10 @@ def test_configuration(refused_evaluation, key, value, said):
         (["--trainer.accelerator", "gpu"], "trainer.accelerator = gpu: there is none that torch can use"),
         (["--classifier", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (["--attacks", "{100: FGSM}"], "attacks: YAML reads a name there as 100 (int): write it in quotes"),
-        (["--trainer.logger.mode", "onlin"], "--trainer.logger.mode: there is no class that takes it: check name and value"),
+        (
+            ["--trainer.logger.mode", "onlin"],
+            "--trainer.logger.mode: there is no class that takes it: check name and value",
+        ),
         (["--runs"], "--runs: expected one argument"),
         (["--model.init_args.runs", "2"], "there is no setting model; its settings stand at the top level"),
     ],
@@ -288,7 +289,7 @@ def test_what_a_constructor_refuses_has_its_place(refused_evaluation):
 def test_subset_larger_than_the_split(refused_evaluation):
     said = refused_evaluation({"data.subset.n": 401})
     assert said == (
-        "n = 401 samples cannot be chosen from a split of 400: set data.subset.n (validation of a training: "
+        "n = 401 samples cannot be chosen from a split of 400: set data.subset.n (in a training "
         "data.val_subset.n) to 1 .. 400"
     )
 
@@ -426,7 +427,7 @@ def test_no_space_left_for_records(refused_evaluation, evaluate, monkeypatch, ru
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lit_purify.callbacks.record_writer.append_records", full)
+        patched.setattr("lit_purify.callbacks.run_writer.append_records", full)
         said = refused_evaluation(written=True)
     assert said == (
         f"{run / 'records.jsonl'}: no space left on device; what is recorded stays: make room and give the same "
@@ -493,13 +494,6 @@ def test_what_torch_says_is_translated(monkeypatch):
     with pytest.raises(ValueError, match="more than 1 value") as single:
         nn.BatchNorm2d(1)(torch.zeros(1, 1, 1, 1))
     assert "raise data.batch_size" in explanation(single.value, None)
-
-
-def test_a_port_that_another_program_has(refused_evaluation, monkeypatch):
-    with socket.create_server(("", 0)) as other:
-        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
-        said = refused_evaluation(None, "--trainer.devices", "2")
-    assert re.match(r"MASTER_PORT = \d+: the port cannot be used; unset it", said)
 
 
 def test_bugs_keep_their_traceback(evaluate, monkeypatch):

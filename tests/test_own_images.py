@@ -388,4 +388,7 @@ def test_the_commands(images, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out/config.yaml").exists()
     with pytest.raises(SystemExit):
         evaluate(["purify", "--config", "configs/eval/digits.yaml"])
-    assert "no input and no output given: say --input FOLDER --output FOLDER" in capsys.readouterr().err
+    assert (
+        "no input, output given: name a configuration with --config, or give --input, --output"
+        in capsys.readouterr().err
+    )

@@ -50,7 +50,7 @@ FOREIGN = {
     "lightning": {"data", "evaluation", "training", "callbacks", "cli", "private"},
     "wandb": {"callbacks", "private"},
     "timm": {"models"},
-    "matplotlib": {"report"},
+    "matplotlib": set(),
     "jinja2": {"report"},
     "sklearn": {"data"},
     "torchmetrics": {"evaluation", "training"},

@@ -147,14 +147,14 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         evaluate(["purify", "--dry_run"])
-    assert "--dry_run goes with test, frontier and audit, not with purify" in capsys.readouterr().err
+    assert "--dry_run goes with test and frontier, not with purify" in capsys.readouterr().err
 
 
 def test_several_processes_check_once(tmp_path):
     """And say it once; what is shared among them is tested with predict, and in test_distributed.py."""
     config = str(tiny(tmp_path / "tiny.yaml", samples=2))
     for words, said in (
-        (["gradcheck", "--samples", "1"], ["Gradients of 1 samples", "finite_differences", "gradcheck: passed, 5"]),
+        (["gradcheck", "--samples", "1"], ["Gradients of 1 sample of", "finite_differences", "gradcheck: passed, 5"]),
         (["--dry_run"], ["2 records, 0 of them exist already", "on 2 processes (cpu)", "Nothing was written."]),
     ):
         argv = [*words, "--config", config, "--run", str(tmp_path / "run")]

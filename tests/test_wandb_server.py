@@ -19,7 +19,7 @@ import wandb
 import yaml
 from processes import Launch
 
-from lit_purify.callbacks import Gallery, WandbReport, WandbRun
+from lit_purify.callbacks import Progress, WandbReport, WandbRun
 from lit_purify.cli import evaluate, train
 from lit_purify.evaluation import read_records
 
@@ -84,7 +84,6 @@ class Stored:
         self.run = json.loads(get(f"{server}/api/v2/runs/{identity}"))["run"]
         self.config = {key: entry["value"] for key, entry in self.run["config"].items()}
         self.summary = self.run["summary"]
-        self.artifacts = json.loads(get(f"{server}/api/v2/runs/{identity}/artifacts"))["artifacts"]
         self.history = [json.loads(line) for line in self.file("wandb-history.jsonl").splitlines()]
 
     def file(self, path):
@@ -108,7 +107,7 @@ def evaluation(tmp_path_factory):
         "chunk": 16,
         "gallery": 3,
         "data": {"class_path": "Digits", "batch_size": 2, "subset": {"class_path": "First", "n": 5}},
-        "trainer": {"accelerator": "cpu", "logger": {"class_path": "WandbRun", "mode": "online", "artifacts": True}},
+        "trainer": {"accelerator": "cpu", "logger": {"class_path": "WandbRun", "mode": "online"}},
     }
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
@@ -141,7 +140,6 @@ def check_evaluation(stored, folder):
         record = records[row["defense"], row["attack"], row["index"]]
         assert row["attacked"] == ", ".join(map(str, record.adversarial))
         assert row["linf"] == pytest.approx(record.linf)
-    assert stored.last("pictures")["count"] == 2 * 3
     overlays = stored.last("masks")
     assert overlays["count"] == 3
     for overlay in overlays["all_masks"]:
@@ -172,9 +170,6 @@ def test_evaluation_of_two_processes(server, environment, evaluation, tmp_path):
     check_evaluation(stored, folder)
     running = [row for row in stored.history if "running/robust/variable/pgd" in row]
     assert [row["running/samples"] for row in running] == sorted({row["running/samples"] for row in running})
-    assert all(row["running/images_per_second"] > 0 for row in running)
-    (artifact,) = [each for each in stored.artifacts if each["artifact_type"] == "evaluation"]
-    assert artifact["name"].startswith("evaluation-")
 
 
 def test_training(server, environment, tmp_path):
@@ -199,7 +194,7 @@ def test_training(server, environment, tmp_path):
             "val_check_interval": 2,
             "log_every_n_steps": 1,
             "enable_model_summary": False,
-            "logger": {"class_path": "WandbRun", "mode": "online", "artifacts": True},
+            "logger": {"class_path": "WandbRun", "mode": "online"},
             "callbacks": [{"class_path": "Previews", "samples": 3}],
         },
     }
@@ -224,7 +219,6 @@ def test_training(server, environment, tmp_path):
         "model.safetensors": sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     }
     assert stored.config["model"]["init_args"]["val_levels"] == [50, 200]
-    assert [each["artifact_type"] for each in stored.artifacts if each["name"].startswith("training-")] == ["model"]
 
 
 def given_commands(text, environment, folder):
@@ -249,7 +243,7 @@ def test_interrupted_offline_run_is_uploaded_as_one(server, environment, evaluat
 
     flags = ["--config", str(evaluation), f"--run={folder}", "--trainer.logger.mode=offline"]
     with monkeypatch.context() as patched:
-        patched.setattr(Gallery, "on_evaluated", stop)
+        patched.setattr(Progress, "on_evaluated", stop)
         with pytest.raises(Interrupted):
             evaluate(flags)
     capsys.readouterr()

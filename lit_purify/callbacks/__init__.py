@@ -1,19 +1,15 @@
 """What is written and shown while a task runs; every callback reads only what the task hands out."""
 
-from lit_purify.callbacks.gallery import Gallery
 from lit_purify.callbacks.progress import Progress
-from lit_purify.callbacks.record_writer import RecordWriter
-from lit_purify.callbacks.report import Report
+from lit_purify.callbacks.run_writer import RunWriter
 from lit_purify.callbacks.stopping import Stopping
 from lit_purify.callbacks.wandb_report import WandbReport
 from lit_purify.callbacks.wandb_run import WandbRun
 from lit_purify.callbacks.wandb_training import WandbTraining
 
 __all__ = [
-    "Gallery",
     "Progress",
-    "RecordWriter",
-    "Report",
+    "RunWriter",
     "Stopping",
     "WandbReport",
     "WandbRun",

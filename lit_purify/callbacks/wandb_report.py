@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.rendering import PANELS, enlarged
 from lit_purify.report import pictures
 from lit_purify.report.diagnostics import WAYS
-from lit_purify.report.pictures import pil, strip
+from lit_purify.report.pictures import pil
 from lit_purify.report.summary import KINDS, RULES
 
 
@@ -39,23 +38,19 @@ class WandbReport(Callback, EvaluationListener):
         log_settings(logger, RunFolder(Path(trainer.default_root_dir)), facts)
         run.define_metric("running/samples", hidden=True)
         clean = [f"clean/{defense}" for defense in evaluator.defenses]
-        for name in ("images_per_second", *clean, *("robust/" + "/".join(pair) for pair in evaluator.pairs)):
+        for name in (*clean, *("robust/" + "/".join(pair) for pair in evaluator.pairs)):
             run.define_metric(f"running/{name}", step_metric="running/samples")
-        self.told = time.perf_counter()
 
     def on_evaluated(
         self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
     ) -> None:
-        """Running accuracies of one pair, over the samples of rank zero; the speed is that of all processes."""
+        """Running accuracies of one pair, over the samples of rank zero."""
         logger = wandb_run(trainer)
         if logger is None:
             return
-        now = time.perf_counter()
-        speed, self.told = len(records) * trainer.world_size / (now - self.told), now
         defense, attack = records[0].defense, records[0].attack
         found = {f"robust/{defense}/{attack}": task.running(defense, attack), f"clean/{defense}": task.running(defense)}
-        found |= {"samples": len(task.ledger.done), "images_per_second": speed}
-        running = {f"running/{name}": value for name, value in found.items()}
+        running = {f"running/{name}": value for name, value in {**found, "samples": len(task.ledger.done)}.items()}
         logger.log_metrics({**running, "cost/peak_memory_gib": peak_memory(task.device) / 2**30})
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -67,8 +62,6 @@ class WandbReport(Callback, EvaluationListener):
             logger.log_media(_figures(json.loads(folder.summary.read_text())))
         views = list(pictures.read(folder.overlays, folder.collect(write=False)))
         logger.log_media(_pictures(views, trainer.datamodule.classes))  # type: ignore[attr-defined]
-        kept = [folder.config, folder.identity, folder.records, folder.summary, folder.report, folder.overlays]
-        logger.log_files("evaluation", "evaluation", kept)
 
 
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,12 +99,11 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pictures(views: Sequence[View], classes: Sequence[str]) -> dict[str, Any]:
-    """Strips, adversarial images with their mask as a layer, and a table of samples."""
-    strips, masks, rows = [], [], []
+    """Adversarial images with their mask as a layer, and a table of samples."""
+    masks, rows = [], []
     for view in views:
         record, masked = view.record, None
         caption = f"{record.defense}, {record.attack}, sample {record.index}"
-        strips.append(wandb.Image(pil(strip(view)), caption=caption))
         if view.mask is not None:
             layer = (enlarged(view.mask)[0] > 0.5).numpy().astype("uint8")
             strong = {"strong_noise": {"mask_data": layer, "class_labels": {0: "weak", 1: "strong"}}}
@@ -123,8 +115,7 @@ def _pictures(views: Sequence[View], classes: Sequence[str]) -> dict[str, Any]:
             row[f"{name} right"] = sum(p == record.label for p in predictions) / len(predictions)
         images = {name: wandb.Image(pil(enlarged(getattr(view, name)))) for name in PANELS}
         rows.append({**row, "label": classes[record.label], **images, "mask": masked})
-    found = {"pictures": strips, "masks": masks, "samples": _table(rows) if rows else None}
-    return {name: each for name, each in found.items() if each}
+    return ({"masks": masks} if masks else {}) | ({"samples": _table(rows)} if rows else {})
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:  # noqa: ANN401

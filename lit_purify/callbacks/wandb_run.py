@@ -37,8 +37,6 @@ class WandbRun(WandbLogger):
         group: Of runs that belong together.
         tags: To find the run by.
         id: Of the W&B run; ``None`` makes one, and keeps it in ``wandb/run_id`` in the folder.
-        artifacts: Also upload the run's files as W&B artifacts: an evaluation's folder, a training's checkpoints and
-            network.
         patience: Seconds that uploads may take after the end.
         save_dir: The run's folder.
 
@@ -55,7 +53,6 @@ class WandbRun(WandbLogger):
         group: str | None = None,
         tags: Sequence[str] = (),
         id: str | None = None,
-        artifacts: bool = False,
         patience: float = 300.0,
         save_dir: str = ".",
     ) -> None:
@@ -63,7 +60,7 @@ class WandbRun(WandbLogger):
             raise InputError(f"patience = {patience} must be positive (seconds)")
         if long := [tag for tag in tags if not 0 < len(tag) <= 64]:
             raise InputError(f"tags: W&B takes 1 to 64 characters, not {long[0]!r}")
-        self.folder, self.artifacts, self.patience = Path(save_dir), artifacts, patience
+        self.folder, self.patience = Path(save_dir), patience
         try:
             self.settings = wandb.Settings(
                 mode=mode,
@@ -108,19 +105,12 @@ class WandbRun(WandbLogger):
 
     def log_media(self, values: Mapping[str, Any]) -> None:
         """Logs tables and pictures. The client asks the server about each table, and fails without an answer."""
-        self._attempt(", ".join(key for key in values if "/" not in key), lambda: self.experiment.log(dict(values)))
-
-    def log_files(self, name: str, kind: str, paths: Sequence[Path]) -> None:
-        """Uploads files and folders as an artifact, if artifacts are wanted; call it on rank zero."""
-        if not self.artifacts:
-            return
-        artifact = wandb.Artifact(f"{name}-{self.experiment.id}", type=kind)
-        for path in paths:
-            if path.is_dir():
-                artifact.add_dir(str(path), name=path.name)
-            elif path.exists():
-                artifact.add_file(str(path), name=path.name)
-        self._attempt(f"artifact {name}", lambda: self.experiment.log_artifact(artifact))
+        try:
+            self.experiment.log(dict(values))
+        # The client raises what its connection, or the disk, raises.
+        except Exception as error:
+            names = ", ".join(key for key in values if "/" not in key)
+            _say(f"{names} not logged ({error}); the run's folder holds the same figures")
 
     def finalize(self, status: str) -> None:
         """Ends the W&B run, and says how to upload the rest."""
@@ -138,13 +128,6 @@ class WandbRun(WandbLogger):
         if self.settings.mode == "offline":
             # An interrupted run has left several parts: with the variable the second does not overwrite the first.
             print(f"W&B: offline run, upload it with: WANDB_RESUME=allow wandb sync {self.folder / 'wandb'}")
-
-    def _attempt(self, what: str, log: Any) -> None:  # noqa: ANN401
-        try:
-            log()
-        # The client raises what its connection, or the disk, raises.
-        except Exception as error:
-            _say(f"{what} not logged ({error}); the run's folder holds the same figures")
 
     def _kept_id(self) -> str:
         path = self.folder / "wandb" / "run_id"

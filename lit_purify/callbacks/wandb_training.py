@@ -15,7 +15,7 @@ from lit_purify.training.export import Export
 
 
 class WandbTraining(Callback):
-    """Logs settings, hashes of the networks that were written, and the files where artifacts are wanted."""
+    """Logs settings, and hashes of the networks that were written."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs what is trained."""
@@ -32,4 +32,3 @@ class WandbTraining(Callback):
             networks = [export.path or folder.path / "model.safetensors" for export in exports]
             hashes = {path.name: path_sha256(path) for path in networks if path.exists()}
             logger.experiment.config.update({"exported_sha256": hashes}, allow_val_change=True)
-            logger.log_files("training", "model", [folder.config, *networks, folder.path / "checkpoints"])

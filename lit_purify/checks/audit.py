@@ -262,15 +262,6 @@ def _recalled(
     return recall(f"{defense}: {check}", compute)
 
 
-def audit_cost(view: Attacked, attack: Attack, data: ImageDataset, samples: int, runs: int, proposals: int) -> Audited:
-    """What an audit of one defense would compute: ``queries`` and ``evaluated`` of the result."""
-    image, label, index = first_samples(data, samples, next(view.defended.parameters()).device)
-    audited = Audited(view, attack, image, label, index, 0, runs, 16, proposals, dry=True)
-    for _ in audited.findings("", CHECKS):
-        pass
-    return audited
-
-
 def scaled(function: AttackedFunction, scale: float) -> AttackedFunction:
     """The same function with its logits divided by a number."""
     return replace(function, classified=lambda purified, noise: function.classified(purified, noise) / scale)

@@ -64,11 +64,8 @@ class Audited:
         chunk: Rows that networks are called with.
         proposals: Steps of the black-box attack.
         recall: (name of a comparison, computation) -> what survives; hands out what an interrupted audit has measured.
-        dry: Attack nothing, and only count what would be computed.
         exact: Whether the attack was found to follow the exact gradient of the defense.
         drawn: The draws of noise that the attack asked for.
-        queries: What the attacks cost, if ``dry``.
-        evaluated: How often all samples are classified N times, if ``dry``.
     """
 
     view: Attacked
@@ -81,9 +78,6 @@ class Audited:
     chunk: int = 64
     proposals: int = 100
     recall: Callable[[str, Callable[[], Tensor]], Tensor] = lambda name, compute: compute()
-    dry: bool = False
-    queries: list[Queries] = field(default_factory=list, init=False)
-    evaluated: int = field(default=0, init=False)
     exact: bool = field(default=False, init=False)
     drawn: set[int] = field(default_factory=set, init=False)
 
@@ -137,18 +131,12 @@ class Audited:
 
     def attacked_by(self, attack: Attack, model: Model) -> Tensor:
         """Adversarial images."""
-        if self.dry:
-            self.queries.append(attack.queries)
-            return self.image
         return attack(model, self.image, self.label, self.noise(ATTACK), self.chunk)
 
     def outcomes(
         self, image: Tensor, defended: DefendedClassifier | None = None, noise: Noise | None = None, first: int = 0
     ) -> Tensor:
         """What survives in the defense: by the average, worst and majority rule, (B, 3)."""
-        if self.dry:
-            self.evaluated += 1
-            return torch.ones(len(self.image), len(RULES), dtype=torch.float64)
         runs, function = list(range(first, first + self.runs)), (defended or self.view.defended).attacked()
         logits = logits_in_chunks(function, image, noise or self.noise(EVALUATION), runs, self.chunk)
         return outcomes(logits.argmax(dim=2), self.label)

@@ -27,8 +27,6 @@ _LAUNCHER = 7.0
 _REMARKS = (
     "does not have many workers|deprecat|isinstance.*treespec|Checkpoint directory|using a `DistributedSampler`",
     "args parameter is intended|smaller than the logging interval",
-    # The first of several commands that are the same.
-    "there is no last checkpoint available",
     # Of it the loader knows: see data/base.py.
     "your dataloader is not resumable",
     # Of few samples a process may get none.

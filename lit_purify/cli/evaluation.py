@@ -14,24 +14,23 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 
-from lit_purify.attacks import Attack
-from lit_purify.callbacks import Gallery, Progress, RecordWriter, Report, Stopping, WandbReport
-from lit_purify.checks.audit import audit_attack, audit_cost
+from lit_purify.callbacks import Progress, RunWriter, Stopping, WandbReport
+from lit_purify.checks.audit import audit_attack
 from lit_purify.checks.findings import Findings, Memory
 from lit_purify.checks.gradcheck import check_gradients
 from lit_purify.cli import settings as reading
 from lit_purify.cli.common import State, fail, guarded, helped, rank
-from lit_purify.cli.compare import compare
 from lit_purify.cli.messages import COMMANDS
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError, notice
 from lit_purify.evaluation import Evaluator, RobustnessTask
-from lit_purify.evaluation.estimate import Estimate, chunk_seconds, duration
+from lit_purify.evaluation.estimate import Estimate
 from lit_purify.evaluation.folder import RunFolder, comparable
 from lit_purify.evaluation.own_files import Existing
 from lit_purify.evaluation.own_images import purify_files
 from lit_purify.evaluation.records import identity_sha256, write_whole
 from lit_purify.private import settings_of
+from lit_purify.report.comparison import GENERATOR, Comparison
 from lit_purify.report.html import write_report
 
 _CONFIGS = {"frontier": "configs/eval/digits_frontier.yaml"}
@@ -100,8 +99,7 @@ def _defense(name: str, make: Any, denoiser: Any) -> Any:  # noqa: ANN401
 
 def _test(evaluation: Evaluation) -> None:
     """Attacks every defense, and writes records, summary and report."""
-    # Pictures before records: a sample whose record exists is not shown again.
-    trainer = evaluation.trainer(Stopping(), Gallery(), RecordWriter(), Progress(), Report(), WandbReport())
+    trainer = evaluation.trainer(Stopping(), Progress(), RunWriter(), WandbReport())
     if trainer.is_global_zero:
         # The data may have to be fetched; the other processes look in their setup.
         evaluation.prepare()
@@ -125,38 +123,6 @@ def _estimate(evaluation: Evaluation) -> None:
     print("Nothing was written.")
 
 
-def _followed(evaluator: Evaluator) -> tuple[str, Attack]:
-    """The first attack that follows a gradient of the defense."""
-    usable = [(n, a) for n, a in evaluator.attacks.items() if (a.gradient, a.target) == ("exact", "defense")]
-    if not usable:
-        names = ", ".join(evaluator.attacks)
-        raise InputError(f"attacks: none of {names} follows a gradient of the defense: add one, such as PGD")
-    return usable[0]
-
-
-def _estimate_audit(evaluation: Evaluation, options: Namespace) -> None:
-    """Counts what the audit will compute, times a chunk of it, and writes nothing."""
-    evaluation.prepare()
-    evaluation.moved()
-    evaluator, data = evaluation.evaluator, evaluation.data.evaluated
-    name, _ = _followed(evaluator)
-    samples, total, rows = min(options.samples, len(data)), 0.0, min(32, evaluator.chunk)
-    for defense in evaluator.defenses:
-        view = evaluator.views[defense, name]
-        cost = audit_cost(view, evaluator.attacks[name], data, samples, options.audit_runs, options.proposals)
-        backward = sum(queries.backward for queries in cost.queries)
-        forward = sum(queries.forward for queries in cost.queries) - backward + cost.evaluated * options.audit_runs
-        image, label = cost.image[:1], cost.label[:1]
-        each, differentiated = (
-            chunk_seconds(view.function, image, label, rows, gradient) for gradient in (False, True)
-        )
-        seconds = samples * (forward * each + backward * differentiated) / rows
-        total += seconds
-        calls = f"{(forward + backward) * view.nfe:,d} network calls a sample"
-        print(f"{defense:14}  {len(cost.queries)} attacks, {calls}, {duration(seconds)}", flush=True)
-    print(f"Expected: {duration(total)} on {samples} samples\nNothing was written.")
-
-
 def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
     """Checks the defenses, and writes ``gradcheck.json`` or ``audit.json``; returns whether they passed."""
     evaluation.prepare()
@@ -166,12 +132,18 @@ def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
     device, seed = evaluation.moved(), evaluator.seed
     count = min(options.samples, len(data.evaluated))
     if command == "gradcheck":
-        _say(f"Gradients of {count} samples of {data.name} ({data.evaluate_on})")
+        _say(f"Gradients of {count} sample{'s' * (count > 1)} of {data.name} ({data.evaluate_on})")
         further = options.checks
         found = check_gradients(evaluator.defenses, data.evaluated, options.samples, seed, device, _say, further)
     else:
-        name, attack = _followed(evaluator)
-        _say(f"Audit of {name} ({attack.title}, eps {attack.eps:.4g}) on {count} samples of {data.name}")
+        followed = [(n, a) for n, a in evaluator.attacks.items() if (a.gradient, a.target) == ("exact", "defense")]
+        if not followed:
+            names = ", ".join(evaluator.attacks)
+            raise InputError(f"attacks: none of {names} follows a gradient of the defense: add one, such as PGD")
+        name, attack = followed[0]
+        _say(
+            f"Audit of {name} ({attack.title}, eps {attack.eps:.4g}), {count} sample{'s' * (count > 1)} of {data.name}"
+        )
         views = {defense: evaluator.views[defense, name] for defense in evaluator.defenses}
         counts = options.samples, options.audit_runs, options.proposals
         about = json.dumps([comparable(evaluation.identity), name, *counts, evaluator.chunk], sort_keys=True)
@@ -211,16 +183,14 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
         argv: A command, of those that ``--help`` explains, and flags; ``None`` takes those of the process.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["compare"]:
-        try:
-            return compare(given[1:])
-        except InputError as error:
-            fail(str(error))
     given = helped(given, "eval")
+    if given[:1] == ["compare"]:
+        with guarded():
+            return _compare(given[1:])
     command = given.pop(0) if given and given[0] in COMMANDS else "test"
     dry = "--dry_run" in given
-    if dry and command not in ("test", "frontier", "audit"):
-        fail(f"--dry_run goes with test, frontier and audit, not with {command}: leave it out")
+    if dry and command not in ("test", "frontier"):
+        fail(f"--dry_run goes with test and frontier, not with {command}: leave it out")
     if (dry or command in ("gradcheck", "audit")) and rank() != 0:
         # These run once: the first process speaks for all.
         return None
@@ -244,9 +214,7 @@ def _run(command: str, dry: bool, given: list[str], state: State) -> None:
         notice("warning: the best of many points on the test split says little about them: choose on val")
     # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
     state.running = good = True
-    if dry and command == "audit":
-        _estimate_audit(evaluation, settings)
-    elif dry:
+    if dry:
         _estimate(evaluation)
     elif command in ("gradcheck", "audit"):
         good = _check(evaluation, command, settings)
@@ -256,6 +224,24 @@ def _run(command: str, dry: bool, given: list[str], state: State) -> None:
         _test(evaluation)
     if not good:
         sys.exit(1)
+
+
+def _compare(given: Sequence[str]) -> None:
+    """Prints how evaluations differ from the first of them, and writes a page that shows it."""
+    parser = reading.Parser(prog="eval.py compare", description="Finished evaluations side by side.")
+    parser.flags = given
+    parser.add_argument("runs", nargs="*", type=Path, help="Run folders; the first is compared to.")
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="The page.")
+    settings = parser.parse_args(given)
+    comparison, output = Comparison(settings.runs), settings.output
+    try:
+        if output.is_file() and GENERATOR not in output.read_text(errors="replace")[:1000]:
+            remedy = "choose another file with --output"
+            raise InputError(f"{output}: is there already, and no page of a comparison; {remedy}")
+        write_whole(output, comparison.page())
+    except OSError as error:
+        raise InputError(f"{output}: {str(error.strerror).lower()}; choose another file with --output") from error
+    print(f"{comparison.table()}\n\nPage: {output}")
 
 
 def _add_options(parser: reading.Parser, command: str) -> list[str]:

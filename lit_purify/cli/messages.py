@@ -193,7 +193,8 @@ class _Found(NamedTuple):
 def _missing(found: _Found) -> str:
     if found.place:
         return f"{found.place}: {found.word} is missing"
-    return f"no {found.word} given: name a configuration with --config, or give it as a flag"
+    flags = ", ".join(f"--{name}" for name in found.word.split(", "))
+    return f"no {found.word} given: name a configuration with --config, or give {flags}"
 
 
 def _classless(found: _Found) -> str:

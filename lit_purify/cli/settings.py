@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -130,23 +129,12 @@ def simplified(node: Any, key: str = "", parent: str = "") -> Any:  # noqa: ANN4
             return named
         others = {k: value for k, value in named.items() if k in _CLASS}
         return {**others, "init_args": {**arguments, **(named.get("init_args") or {})}}
-    if isinstance(node, str):
-        node = _at_home(node)
+    if not isinstance(node, str):
+        return node
+    text = str(Path(node).expanduser()) if node.startswith("~/") else node
     role = "classifier" if parent == "defenses" or key == "network" else key
-    return network(role, node) if isinstance(node, str) and _is_file(node) and role in _LOADERS else node
-
-
-def _at_home(text: str) -> str:
-    return str(Path(text).expanduser()) if text.startswith("~/") else text
-
-
-def _is_file(text: str) -> bool:
-    return text.endswith(".safetensors") or text.startswith(("hf:/", "https:/", "http:/"))
-
-
-def network(role: str, path: str) -> dict[str, Any]:
-    """The network in a file."""
-    return {"class_path": _LOADERS[role], "init_args": {"path": path}}
+    is_file = text.endswith(".safetensors") or text.startswith(("hf:/", "https:/", "http:/"))
+    return {"class_path": _LOADERS[role], "init_args": {"path": text}} if is_file and role in _LOADERS else text
 
 
 def arguments(given: Sequence[str]) -> list[str]:
@@ -163,13 +151,13 @@ def arguments(given: Sequence[str]) -> list[str]:
 
 def _written(flag: str, value: str) -> str:
     """The value of a flag; a path of a network as its loader."""
-    name, value = flag.removeprefix("--"), _at_home(value)
-    if flag == "--config":
-        return str(shipped(Path(value)))
-    role = "classifier" if name.startswith("defenses.") and name.count(".") == 1 else name.rpartition(".")[2]
-    if flag.startswith("--") and role in _LOADERS and _is_file(value):
-        return yaml.safe_dump(network(role, value), default_flow_style=True, width=10**6).strip()
-    return value
+    if not flag.startswith("--"):
+        return value
+    *_, parent, key = ["", *flag.removeprefix("--").split(".")]
+    found = simplified(value, key, parent)
+    if isinstance(found, str):
+        return str(shipped(Path(found))) if key == "config" else found
+    return yaml.safe_dump(found, default_flow_style=True, width=10**6).strip()
 
 
 def instantiated(parser: Parser, settings: Namespace) -> Namespace:
@@ -219,12 +207,10 @@ def make_trainer(given: Mapping[str, Any], **own: Any) -> L.Trainer:  # noqa: AN
 
     Raises:
         InputError: A launcher has started another number of processes, each of which would take itself for the only
-            one; or the port on which processes would meet is taken.
+            one.
     """
     renew_store(rank())
     trainer = L.Trainer(**{**given, **_launched(given), **own})
-    if trainer.world_size > 1 and not {"WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"} & os.environ.keys():
-        _check_port(os.environ.get("MASTER_PORT", "0"))
     world = int(os.environ.get("WORLD_SIZE", trainer.world_size))
     if world != trainer.world_size:
         raise InputError(
@@ -232,17 +218,6 @@ def make_trainer(given: Mapping[str, Any], **own: Any) -> L.Trainer:  # noqa: AN
             f"{world} --trainer.strategy ddp (with several nodes --trainer.num_nodes)"
         )
     return trainer
-
-
-def _check_port(port: str) -> None:
-    """Raises an ``InputError`` when another program has the port: processes started here would wait there for long."""
-    try:
-        with socket.create_server(("", int(port))):
-            pass
-    except (OSError, OverflowError, ValueError) as error:
-        raise InputError(
-            f"MASTER_PORT = {port}: the port cannot be used; unset it, or take another ({error})"
-        ) from error
 
 
 def _launched(given: Mapping[str, Any]) -> dict[str, Any]:

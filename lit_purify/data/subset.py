@@ -150,7 +150,7 @@ def random_state(seed: int) -> np.random.RandomState:
 def _check_count(n: int, available: int) -> int:
     if not 1 <= n <= available:
         raise InputError(
-            f"n = {n} samples cannot be chosen from a split of {available}: set data.subset.n (validation of a training: "
+            f"n = {n} samples cannot be chosen from a split of {available}: set data.subset.n (in a training "
             f"data.val_subset.n) to 1 .. {available}"
         )
     return n

@@ -1,30 +1,38 @@
-"""Appending records as they come, and taking up an interrupted evaluation."""
+"""What an evaluation writes into its run's folder, and how it takes up an interrupted one."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lit_purify.errors import InputError
 from lit_purify.evaluation import EvaluationListener, Record, RobustnessTask, View
-from lit_purify.evaluation.folder import RunFolder
-from lit_purify.evaluation.records import append_records, uncollected
+from lit_purify.evaluation.folder import RunFolder, file_hashes
+from lit_purify.evaluation.records import append_records, uncollected, write_whole
+from lit_purify.report import pictures
+from lit_purify.report.html import write_report
+from lit_purify.report.summary import summarize, table
 
 
-class RecordWriter(Callback, EvaluationListener):
+class RunWriter(Callback, EvaluationListener):
     """Keeps ``records.jsonl``: one line a record, written through at once: a killed run loses one batch at most.
+
+    The pictures of the first samples go to ``overlays/``. When every sample is there, records become ``summary.json``,
+    ``report.html`` and the printed table.
 
     Rank zero appends to it, every other process to ``records.rankR.jsonl``, which is merged at the end or on resuming.
     """
 
     stream: BinaryIO | None = None
+    text = ""
 
     @uncollected()
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -57,6 +65,9 @@ class RecordWriter(Callback, EvaluationListener):
     ) -> None:
         """One write a batch, flushed to the disk."""
         assert self.stream is not None
+        for view in views:
+            # Pictures before records: a sample whose record exists is not shown again.
+            pictures.write(view, RunFolder(Path(trainer.default_root_dir)).overlays)
         path = self.stream.name
         try:
             append_records(self.stream, records)
@@ -68,9 +79,37 @@ class RecordWriter(Callback, EvaluationListener):
         if os.fstat(self.stream.fileno()).st_nlink == 0:
             raise InputError(f"{path}: removed while it was written; give the same command again, unless it runs again")
 
+    @uncollected()
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Rank zero writes, once all processes are done."""
+        trainer.strategy.barrier("report")
+        if not trainer.is_global_zero or not isinstance(pl_module, RobustnessTask):
+            return
+        folder, evaluator = RunFolder(Path(trainer.default_root_dir)), pl_module.evaluator
+        records = folder.collect(write=True)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        wanted = {(*pair, int(i)) for pair in evaluator.pairs for i in data.evaluated.positions}
+        missing = sorted(wanted - {record.key for record in records})
+        if missing:
+            raise InputError(
+                f"{folder.records}: {len(missing)} of {len(wanted)} records are missing (first {missing[0]}); "
+                "run the same command again to go on"
+            )
+        used = [record for record in records if record.key in wanted]
+        facts = evaluator.facts(data.evaluated, data.name, data.evaluate_on)
+        facts["files"] = file_hashes(json.loads(folder.identity.read_text()))
+        facts["smaller_chunks"] = dict(Counter(record.chunk for record in used if record.chunk is not None))
+        summary = summarize(used, evaluator.describe(), facts, evaluator.baseline)
+        write_whole(folder.summary, json.dumps(summary, indent=1) + "\n")
+        write_report(folder)
+        self.text = f"{table(summary)}\nReport: {folder.report}"
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Closes the file."""
+        """Closes the file, and prints the table after whatever the loggers print."""
         self._close()
+        if self.text:
+            print(self.text)
+            self.text = ""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Says how to go on."""
