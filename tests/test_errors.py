@@ -270,12 +270,6 @@ def test_configuration_file(refused, tmp_path, content, said):
     assert refused(cli.train, "fit", f"--config={path}").startswith(f"{path}: {said}")
 
 
-def test_default_configuration_elsewhere(refused, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert refused(cli.evaluate).startswith("configs/eval/digits.yaml: no such configuration")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_training_without_a_configuration(refused):
     for words in ([], ["fti"]):
         assert "say what to do, one of fit, validate, export: fit --config FILE trains" in refused(cli.train, *words)
