@@ -290,7 +290,7 @@ def test_subset_larger_than_the_split(refused_evaluation):
 
 def test_weights_of_a_configuration(refused_evaluation, weights):
     said = refused_evaluation({"denoiser": "runs/mine/model.safetensors"})
-    assert said.startswith("runs/mine/model.safetensors: no such file; train it first, by one of configs/train")
+    assert said.startswith("runs/mine/model.safetensors: no such file; check the path, train it (configs/train)")
     path = weights / "denoiser.safetensors"
     assert refused_evaluation({"classifier": str(path)}) == f"{path}: holds a UNet, where a classifier is needed"
 

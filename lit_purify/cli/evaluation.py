@@ -228,7 +228,7 @@ def _run(command: str, dry: bool, given: list[str], state: State) -> None:
 
 def _compare(given: Sequence[str]) -> None:
     """Prints how evaluations differ from the first of them, and writes a page that shows it."""
-    parser = reading.Parser(prog="eval.py compare", description="Finished evaluations side by side.")
+    parser = reading.Parser("eval.py compare", description="Finished evaluations side by side.", allow_abbrev=False)
     parser.flags = given
     parser.add_argument("runs", nargs="*", type=Path, help="Run folders; the first is compared to.")
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="The page.")

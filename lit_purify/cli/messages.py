@@ -227,7 +227,8 @@ def _class(found: _Found) -> str:
 
 
 def _below(base: type) -> list[type]:
-    return [base, *(made for each in type.__subclasses__(base) for made in _below(each))]
+    below: list[type] = type.__subclasses__(base)
+    return [base, *(made for each in below for made in _below(each))]
 
 
 def _type(found: _Found) -> str:

@@ -216,7 +216,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
     @property
     def domain(self) -> Domain | None:
         """Of rows of a table, see ``ImageDataset``."""
-        return self._split("train").domain
+        return self.cached_split("train").domain
 
     @property
     def evaluated(self) -> ImageDataset:
