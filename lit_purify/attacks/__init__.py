@@ -2,6 +2,7 @@
 
 from lit_purify.attacks.apgd import APGD
 from lit_purify.attacks.base import Attack, NotApplicableError, Queries
+from lit_purify.attacks.capgd import CAPGD
 from lit_purify.attacks.carlini_wagner import CarliniWagnerL2
 from lit_purify.attacks.diffhammer import DiffHammer
 from lit_purify.attacks.fgsm import FGSM
@@ -15,6 +16,7 @@ from lit_purify.attacks.transfer import Transfer
 
 __all__ = [
     "APGD",
+    "CAPGD",
     "FGSM",
     "PGD",
     "Attack",

@@ -94,8 +94,9 @@ class APGD(Attack):
         best = Best(image, mean_margin(clean, label) if self.select == "best" else None)
         first = self.eot
         for goal in self._goals(clean, label):
-            for _ in range(self.restarts):
-                for k, (point, margin) in enumerate(self._path(model, image, label, goal, noise, chunk, first)):
+            for start in range(self.restarts):
+                begin = self._start(image, noise.runs([first]), start)
+                for k, (point, margin) in enumerate(self._path(model, image, label, goal, noise, chunk, first, begin)):
                     if self.select == "best" or k == self.steps:
                         best.offer(point, margin)
                 first += (self.steps + 1) * self.eot
@@ -113,9 +114,17 @@ class APGD(Attack):
         return [torch.stack([label, target], dim=1) for target in wrong.topk(self.targets, dim=1).indices.unbind(dim=1)]
 
     def _path(
-        self, model: AttackedFunction, image: Tensor, label: Tensor, goal: Tensor, noise: Noise, chunk: int, first: int
+        self,
+        model: AttackedFunction,
+        image: Tensor,
+        label: Tensor,
+        goal: Tensor,
+        noise: Noise,
+        chunk: int,
+        first: int,
+        begin: Tensor,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The iterates and their averaged margins, from one start; ``first`` is the number of its first draw."""
+        """The iterates and their averaged margins from a start; ``first`` is the number of its first draw."""
         raised = targeted_dlr_loss if self.targets else named_loss(self.loss)
 
         def judge(point: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,7 +133,7 @@ class APGD(Attack):
             seen = draws_in_chunks(model, raised, shown, goal, noise, runs, chunk)
             return shown, average(seen.loss), back(average(seen.gradient)), mean_margin(seen.logits, label)
 
-        point = previous = self._start(image, noise.runs([first]))
+        point = previous = begin
         shown, loss, gradient, margin = judge(point, 0)
         yield shown, margin
         best_point, best_gradient, best_loss, best_before = point, gradient, loss, loss
@@ -149,8 +158,8 @@ class APGD(Attack):
                 best_before, rises, waited = best_loss, torch.zeros_like(loss), 0
                 interval = max(interval - shorter, least)
 
-    def _start(self, image: Tensor, noise: Noise) -> Tensor:
-        """A random point on the border of the ball, moved into [0, 1]."""
+    def _start(self, image: Tensor, noise: Noise, start: int) -> Tensor:
+        """Where a start begins: at a random point on the border of the ball, moved into [0, 1]."""
         if self.norm == "linf":
             direction = 2.0 * noise.uniform(START_STEP, image) - 1.0
             size = linf_norm(direction)

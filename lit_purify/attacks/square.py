@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction, logits_in_chunks
+from lit_purify.functional.images import places
 from lit_purify.functional.losses import mean_margin
 from lit_purify.functional.noise import START_STEP, Noise
 from lit_purify.functional.threat import Norm, l2_norm, project
@@ -24,7 +25,8 @@ class Square(Attack):
 
     A proposal changes one square at a random place, of its own for each sample, and stays when the averaged margin
     rises. The square's area is a fraction of the image that begins at ``p`` and is halved on a schedule, scaled to
-    ``steps``. It runs all its steps, whether or not a sample is broken on the way.
+    ``steps``. It runs all its steps, whether or not a sample is broken on the way. Of rows it changes as many
+    features anywhere (Linf alone).
 
     Args:
         norm: ``linf`` or ``l2``.
@@ -68,23 +70,28 @@ class Square(Attack):
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
         start, propose = (self._stripes, self._propose_linf) if self.norm == "linf" else (self._tiles, self._propose_l2)
+        if image.ndim == 2:
+            if self.norm != "linf":
+                raise InputError("Square: rows of tables have no squares; of the norm linf single features are changed")
+            start, propose = self._signs, self._propose_features
 
         def margin(point: Tensor, k: int) -> Tensor:
             return mean_margin(logits_in_chunks(model, point, noise, draws(k * self.eot, self.eot), chunk), label)
 
-        proposal = start(image, noise.runs([0]))
+        proposal, _ = self.shown(start(image, noise.runs([0])), image)
         best = Best(proposal, margin(proposal, 0))
         for k in range(1, self.steps + 1):
             if self.paired:
                 best.score = margin(best.image, k)
             proposal = propose(best.image, image, noise.runs([k]), self._area(k - 1, image))
+            proposal, _ = self.shown(proposal, image)
             best.offer(proposal, margin(proposal, k))
         return best.image
 
     def _area(self, k: int, image: Tensor) -> float:
         """Pixels that the square should have after k proposals."""
         halvings = sum(int(k / self.steps * 10000) > step for step in _HALVINGS)
-        return self.p / 2**halvings * image.shape[2] * image.shape[3]
+        return self.p / 2**halvings * places(image)[0].numel()
 
     def _stripes(self, image: Tensor, noise: Noise) -> Tensor:
         """Vertical stripes one pixel wide, each channel of each at + eps or - eps."""
@@ -98,6 +105,15 @@ class Square(Attack):
         _, _, inside = _window(uniform[:, :2], side, image)
         change = torch.where(inside, 2.0 * self.eps * _sign(uniform[:, 2:, None, None]), 0.0)
         return project(standing + change, image, "linf", self.eps)
+
+    def _signs(self, row: Tensor, noise: Noise) -> Tensor:
+        """Each feature of rows (B, F) at + eps or - eps."""
+        return self.inside(row + self.eps * _sign(noise.uniform(START_STEP, row)), row)
+
+    def _propose_features(self, standing: Tensor, row: Tensor, noise: Noise, area: float) -> Tensor:
+        """Features drawn at random, ``area`` of them on average, each at + eps or - eps."""
+        chosen = noise.uniform(START_STEP - 1, row) * row.shape[1] < max(area, 1.0)
+        return torch.where(chosen, self._signs(row, noise), standing)
 
     def _tiles(self, image: Tensor, noise: Noise) -> Tensor:
         """Tiles of two pyramids each, on a grid of five by five (more on the smallest images)."""

@@ -80,6 +80,9 @@ def randomness(audit: Audited) -> Iterator[Fact]:
 
 def unbounded(audit: Audited) -> Iterator[Fact]:
     """Gray is within reach of every sample: what is right there by guessing is the most that may survive."""
+    if audit.domain is not None and audit.domain.constrained:
+        yield "unbounded", 0.0, None, "not applicable", "what nobody can change stays different in any ball"
+        return
     try:
         attack = audit.attack.stronger(eps=audit.everything)
     except NotApplicableError as error:
@@ -241,7 +244,8 @@ def audit_attack(
     rows = min(chunk, max(16, len(index) * attack.eot))
     findings, compared = Findings(), 0
     for name, view in views.items():
-        audited, first = Audited(view, attack, image, label, index, seed, runs, rows, proposals), len(findings)
+        audited = Audited(view, attack, image, label, index, seed, runs, rows, proposals, data.domain)
+        first = len(findings)
         audited.recall = partial(_recalled, recall, name)
         with Replays(view.defended):
             findings.take(audited.findings(name, CHECKS), say)

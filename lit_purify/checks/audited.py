@@ -17,6 +17,7 @@ from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, logi
 from lit_purify.functional.images import each
 from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.noise import ATTACK, EVALUATION, START_STEP, KeyedNoise, Noise
+from lit_purify.functional.rows import Domain
 from lit_purify.functional.statistics import outcomes, paired_difference
 from lit_purify.functional.threat import l2_norm, project
 
@@ -63,6 +64,7 @@ class Audited:
         runs: N, with which every image is evaluated.
         chunk: Rows that networks are called with.
         proposals: Steps of the black-box attack.
+        domain: What rows of a table are held to.
         recall: (name of a comparison, computation) -> what survives; hands out what an interrupted audit has measured.
         exact: Whether the attack was found to follow the exact gradient of the defense.
         drawn: The draws of noise that the attack asked for.
@@ -77,6 +79,7 @@ class Audited:
     runs: int = 8
     chunk: int = 64
     proposals: int = 100
+    domain: Domain | None = None
     recall: Callable[[str, Callable[[], Tensor]], Tensor] = lambda name, compute: compute()
     exact: bool = field(default=False, init=False)
     drawn: set[int] = field(default_factory=set, init=False)
@@ -131,6 +134,7 @@ class Audited:
 
     def attacked_by(self, attack: Attack, model: Model) -> Tensor:
         """Adversarial images."""
+        attack.prepare(self.index.tolist(), self.domain)
         return attack(model, self.image, self.label, self.noise(ATTACK), self.chunk)
 
     def outcomes(

@@ -83,6 +83,8 @@ def finite_differences(model: DefendedClassifier, samples: Samples) -> Measured:
     the median over directions of the least over steps, relative to the difference or to the length of the gradient, the
     typical derivative along a direction. Masks are piecewise constant: they are frozen at those of the unmoved images.
     """
+    if model.purifier.straight_through:
+        return None, FINITE_LIMIT, "a step of this purifier is constant almost everywhere, and differentiated as if not"
     model = copy.deepcopy(model).double()
     samples = replace(samples, image=samples.image.double())
     mask = model.masked(samples.image, samples.noise)

@@ -1,5 +1,6 @@
 """Purifiers, the masks that steer them, and the classifier behind them."""
 
+from lit_purify.defense.around import OneHotPurifier, ResizedPurifier
 from lit_purify.defense.defended import DefendedClassifier, ForeignDefense, defend
 from lit_purify.defense.freqpure import FreqPurePurifier
 from lit_purify.defense.graded import OtherAttention, Proportional, Votes
@@ -15,6 +16,7 @@ from lit_purify.defense.gradients import (
 )
 from lit_purify.defense.guided import GuidedPurifier
 from lit_purify.defense.heterogeneous import HeterogeneousPurifier, VariableIntensityPurifier
+from lit_purify.defense.inputs import FirstLayer, GradientTimesInput
 from lit_purify.defense.likelihood import LikelihoodPurifier
 from lit_purify.defense.lorid import LoRIDPurifier
 from lit_purify.defense.masks import (
@@ -36,7 +38,6 @@ from lit_purify.defense.purifiers import (
     Trace,
     UniformPurifier,
 )
-from lit_purify.defense.resized import ResizedPurifier
 
 __all__ = [
     "BPDA",
@@ -45,9 +46,11 @@ __all__ = [
     "BareClassifier",
     "DefendedClassifier",
     "Exact",
+    "FirstLayer",
     "ForeignDefense",
     "FreqPurePurifier",
     "Gradient",
+    "GradientTimesInput",
     "GradualPurifier",
     "GuidedPurifier",
     "HeterogeneousPurifier",
@@ -57,6 +60,7 @@ __all__ = [
     "Mask",
     "MinMaxThreshold",
     "NoPurifier",
+    "OneHotPurifier",
     "Ones",
     "OtherAttention",
     "OtherPurifier",

@@ -31,7 +31,8 @@ class Attacked:
         function: What the attack sees.
         gradient: ``exact``: the defense itself, through all its steps. ``surrogate``: another function, cheaper or
             smoother. An ``Approximation``: the defense itself, with another gradient through a part of it. ``bpda``:
-            the defense itself, with the identity for the gradient of the purifier.
+            the defense itself, with the identity for the gradient of the purifier; ``straight_through``: for that of a
+            step that is constant almost everywhere.
         mask_gradient: What becomes of the mask's gradient; ``none`` where there is no mask, or no gradient reaches it.
         nfe: Calls of the denoiser in one evaluation of ``function``.
         levels: Levels that it walks, in noising steps after rounding.
@@ -40,7 +41,7 @@ class Attacked:
 
     defended: DefendedClassifier
     function: AttackedFunction
-    gradient: Literal["exact", "surrogate", "bpda"] | Approximation
+    gradient: Literal["exact", "surrogate", "bpda", "straight_through"] | Approximation
     mask_gradient: Literal["frozen", "straight_through", "soft", "none"]
     nfe: int
     levels: list[int]
@@ -84,16 +85,17 @@ class Exact(Gradient):
     def attacked(self, defended: DefendedClassifier) -> Attacked:
         """See ``Gradient``."""
         purifier, rule = defended.purifier, defended.purifier.mask
+        exact: Literal["exact", "straight_through"] = "straight_through" if purifier.straight_through else "exact"
         if rule is None or not rule.relaxable or self.mask == "frozen":
             kind: Literal["none", "frozen"] = "none" if rule is None else "frozen"
-            return Attacked(defended, defended.attacked(), "exact", kind, purifier.nfe, purifier.levels)
+            return Attacked(defended, defended.attacked(), exact, kind, purifier.nfe, purifier.levels)
         soft = self.mask == "soft"
         view = purifier.with_mask(Relaxed(rule, soft, self.temperature))
         relaxed = DefendedClassifier(view, defended.classifier).attacked()
         return Attacked(
             defended,
             replace(relaxed, relaxed=defended.attacked(self.temperature).relaxed),
-            "surrogate" if soft else "exact",
+            "surrogate" if soft else exact,
             self.mask,
             view.nfe,
             view.levels,

@@ -67,8 +67,12 @@ class SaliencyMask(Mask):
     power: float
 
     def maps(self, classifier: Classifier, image: Tensor) -> Tensor:
-        """Normalized maps (B, K, H, W): each G_m scaled to [0, 1]."""
-        return F.minmax_normalize(self.saliency(classifier, image))
+        """Normalized maps (B, K, H, W)."""
+        return self.normalized(self.saliency(classifier, image))
+
+    def normalized(self, maps: Tensor) -> Tensor:
+        """Each G_m scaled to [0, 1]."""
+        return F.minmax_normalize(maps)
 
     def saliency(self, classifier: Classifier, image: Tensor) -> Tensor:
         """The maps G_m, (B, K, H, W)."""
@@ -122,9 +126,9 @@ class SoftmaxThreshold(MinMaxThreshold):
     def __init__(self, tau: float, power: float = 2.0) -> None:
         super().__init__(tau, power)
 
-    def maps(self, classifier: Classifier, image: Tensor) -> Tensor:
+    def normalized(self, maps: Tensor) -> Tensor:
         """Softmax of each G_m over all pixels."""
-        return F.softmax_normalize(self.saliency(classifier, image))
+        return F.softmax_normalize(maps)
 
     def cut(self, maps: Tensor, temperature: float | None) -> Tensor:
         """See ``SaliencyMask``."""

@@ -51,11 +51,13 @@ class Purifier(Recorded, nn.Module, ABC):
         mask: The rule that steers the noise, ``None`` without one.
         deterministic: Whether the noise changes nothing.
         approximations: Gradients that it offers in place of its own.
+        straight_through: Whether a step of it is differentiated as if it were the identity.
     """
 
     approximations: ClassVar[tuple[Approximation, ...]] = ()
     mask: Mask | None = None
     deterministic: bool = False
+    straight_through: bool = False
 
     denoiser: Denoiser
 

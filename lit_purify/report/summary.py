@@ -28,7 +28,7 @@ _RESAMPLES = 2000
 RULES = ("average", "worst", "majority")
 KINDS = ("clean", "robust")
 _APPROXIMATE = ("constant_moment", "constant_projection", "identity_projection")
-_GRADIENTS = ("exact", "theirs", *_APPROXIMATE, "bpda", "surrogate", "none")
+_GRADIENTS = ("exact", "straight_through", "theirs", *_APPROXIMATE, "bpda", "surrogate", "none")
 """The strongest first; ``theirs`` is that of an attack of another library."""
 
 

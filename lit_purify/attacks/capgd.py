@@ -1,0 +1,78 @@
+"""Constrained auto-PGD: an attack on rows of tables that only makes rows which somebody could send."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_purify.attacks.apgd import APGD
+from lit_purify.errors import InputError
+from lit_purify.functional.losses import LossName
+from lit_purify.functional.noise import Noise
+from lit_purify.functional.threat import Norm, project
+
+_MARGIN = 0.95
+"""Part of the radius for the iterates: the repair may need the rest."""
+
+
+class CAPGD(APGD):
+    """CAPGD (Simonetto et al., NeurIPS 2024) on the loss averaged over ``eot`` draws of noise.
+
+    APGD on the features that can change, on the loss less a penalty for broken relations. It starts once at the row,
+    then at random points. Every point is repaired before the model sees it, and the gradient is taken through the
+    repair: what is judged is what is shown to the defense. (The original repairs equations alone on the way, and the
+    rest at the end.) What can change, and how, is said by the data; where nothing is said it is APGD with these starts.
+
+    Args:
+        norm: ``linf`` or ``l2``, of features that are scaled to [0, 1].
+        eps: Radius.
+        steps: Steps of each start.
+        eot: Draws that each step averages over.
+        loss: ``ce``, ``margin`` or ``dlr``, as in ``PGD``.
+        restarts: How often to start.
+        select: What is returned, see ``APGD``.
+        penalty: Weight of the penalty.
+    """
+
+    def __init__(
+        self,
+        norm: Norm = "linf",
+        eps: float | str = 0.1,
+        steps: int = 10,
+        eot: int = 1,
+        loss: LossName = "margin",
+        restarts: int = 2,
+        select: Literal["best", "last"] = "best",
+        penalty: float = 1.0,
+    ) -> None:
+        super().__init__(norm, eps, steps, eot, loss, 0, restarts, select)
+        if penalty < 0.0:
+            raise InputError(f"penalty = {penalty} must not be negative")
+        self.penalty = penalty
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return f"CAPGD on the {self.loss} loss, {self.restarts} starts, the first at the row, {self.select} iterate"
+
+    def inside(self, point: Tensor, image: Tensor) -> Tensor:
+        """See ``Attack``."""
+        if self.domain is None:
+            return super().inside(point, image)
+        return self.domain.project(project(point, image, self.norm, _MARGIN * self.eps), image)
+
+    def shown(self, point: Tensor, image: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """See ``Attack``; less the gradient of the penalty."""
+        repaired, back = super().shown(point, image)
+        if self.domain is None or not self.domain.relations or not self.penalty:
+            return repaired, back
+        with torch.enable_grad():
+            leaf = point.detach().requires_grad_()
+            (downhill,) = torch.autograd.grad(self.domain.penalty(leaf, image).sum(), leaf)
+        return repaired, lambda gradient: back(gradient) - self.penalty * downhill
+
+    def _start(self, image: Tensor, noise: Noise, start: int) -> Tensor:
+        return image if start == 0 else super()._start(image, noise, start)
