@@ -69,11 +69,10 @@ class Square(Attack):
 
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """See ``Attack``."""
-        start, propose = (self._stripes, self._propose_linf) if self.norm == "linf" else (self._tiles, self._propose_l2)
-        if image.ndim == 2:
-            if self.norm != "linf":
-                raise InputError("Square: rows of tables have no squares; of the norm linf single features are changed")
-            start, propose = self._signs, self._propose_features
+        if image.ndim == 2 and self.norm != "linf":
+            raise InputError("Square: rows of tables have no squares: use norm: linf, which changes single features")
+        linf = (self._stripes, self._propose_linf) if image.ndim == 4 else (self._signs, self._propose_features)
+        start, propose = linf if self.norm == "linf" else (self._tiles, self._propose_l2)
 
         def margin(point: Tensor, k: int) -> Tensor:
             return mean_margin(logits_in_chunks(model, point, noise, draws(k * self.eot, self.eot), chunk), label)
@@ -106,14 +105,14 @@ class Square(Attack):
         change = torch.where(inside, 2.0 * self.eps * _sign(uniform[:, 2:, None, None]), 0.0)
         return project(standing + change, image, "linf", self.eps)
 
-    def _signs(self, row: Tensor, noise: Noise) -> Tensor:
+    def _signs(self, image: Tensor, noise: Noise) -> Tensor:
         """Each feature of rows (B, F) at + eps or - eps."""
-        return self.inside(row + self.eps * _sign(noise.uniform(START_STEP, row)), row)
+        return self.inside(image + self.eps * _sign(noise.uniform(START_STEP, image)), image)
 
-    def _propose_features(self, standing: Tensor, row: Tensor, noise: Noise, area: float) -> Tensor:
+    def _propose_features(self, standing: Tensor, image: Tensor, noise: Noise, area: float) -> Tensor:
         """Features drawn at random, ``area`` of them on average, each at + eps or - eps."""
-        chosen = noise.uniform(START_STEP - 1, row) * row.shape[1] < max(area, 1.0)
-        return torch.where(chosen, self._signs(row, noise), standing)
+        chosen = noise.uniform(START_STEP - 1, image) * image.shape[1] < max(area, 1.0)
+        return torch.where(chosen, self._signs(image, noise), standing)
 
     def _tiles(self, image: Tensor, noise: Noise) -> Tensor:
         """Tiles of two pyramids each, on a grid of five by five (more on the smallest images)."""

@@ -20,7 +20,10 @@ from lit_purify.functional.rendering import PANELS, enlarged
 from lit_purify.report import pictures
 from lit_purify.report.diagnostics import WAYS
 from lit_purify.report.pictures import pil
+from lit_purify.report.rows import changed, changes
 from lit_purify.report.summary import KINDS, RULES
+
+_KIND = ("samples", "clean", "robust")
 
 
 class WandbReport(Callback, EvaluationListener):
@@ -61,13 +64,15 @@ class WandbReport(Callback, EvaluationListener):
         if folder.summary.exists():
             logger.log_media(_figures(json.loads(folder.summary.read_text())))
         views = list(pictures.read(folder.overlays, folder.collect(write=False)))
-        logger.log_media(_pictures(views, trainer.datamodule.classes))  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        domain = data.evaluated.domain
+        logger.log_media(_pictures(views, data.classes, [] if domain is None else domain.stated()))
 
 
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Costs, a table of all results, and the clean against the robust accuracy of every defense."""
     logged: dict[str, Any] = {}
-    rows, points, looks, fresh = [], [], [], []
+    rows, points, looks, fresh, kinds = [], [], [], [], []
     for result in summary["results"]:
         pair, nfe = {name: result[name] for name in ("defense", "attack")}, result["nfe_defense"]
         # Seconds of all processes: the speed of one.
@@ -81,6 +86,11 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
         if "attacks" in result:
             # The task logs those of single attacks.
             logged |= {f"robust/{'/'.join(pair.values())}/{rule}": result["robust"][rule][0] for rule in RULES}
+        for name in ("detection", "false_alarms"):
+            logged |= {f"{name}/{'/'.join(pair.values())}": result[name]["robust"][0]} if name in result else {}
+        kinds += [
+            {**pair, "kind": k, **dict(zip(_KIND, each, strict=True))} for k, each in result.get("kinds", {}).items()
+        ]
         rows.append(row)
         points.append({**pair, **{kind: result[kind]["average"][0] for kind in KINDS}})
         for rows_of in zip(*(result["replicas"][way] for way in WAYS), strict=True) if "frozen" in result else ():
@@ -94,13 +104,17 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
         logged["replicas"] = wandb.plot.line(_table(looks), "replicas", "averaged", stroke="result", title=title)
         title = "Robust accuracy under frozen and fresh noise"
         logged["frozen"] = wandb.plot.scatter(_table(fresh), "frozen", "fresh", title=title)
+    logged |= {"kinds": _table(kinds)} if kinds else {}
     title = "Clean against robust accuracy"
     return {**logged, "results": _table(rows), "frontier": wandb.plot.scatter(_table(points), *KINDS, title=title)}
 
 
-def _pictures(views: Sequence[View], classes: Sequence[str]) -> dict[str, Any]:
-    """Adversarial images with their mask as a layer, and a table of samples."""
+def _pictures(views: Sequence[View], classes: Sequence[str], features: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Adversarial images with their mask as a layer, and a table of samples; of rows, which columns changed."""
     masks, rows = [], []
+    if features and views:
+        samples = [{**_said(view, classes), "changes": changes(view, features)} for view in views]
+        return {"samples": _table(samples), "columns": _table(changed(views, features))}
     for view in views:
         record, masked = view.record, None
         caption = f"{record.defense}, {record.attack}, sample {record.index}"
@@ -109,13 +123,19 @@ def _pictures(views: Sequence[View], classes: Sequence[str]) -> dict[str, Any]:
             strong = {"strong_noise": {"mask_data": layer, "class_labels": {0: "weak", 1: "strong"}}}
             masked = wandb.Image(pil(enlarged(view.adversarial)), caption=caption, masks=strong)
             masks.append(masked)
-        row = {name: getattr(record, name) for name in ("defense", "attack", "index", "linf", "l2")}
-        for name, predictions in (("clean", record.clean), ("attacked", record.adversarial)):
-            row[name] = ", ".join(classes[p] for p in predictions)
-            row[f"{name} right"] = sum(p == record.label for p in predictions) / len(predictions)
         images = {name: wandb.Image(pil(enlarged(getattr(view, name)))) for name in PANELS}
-        rows.append({**row, "label": classes[record.label], **images, "mask": masked})
+        rows.append({**_said(view, classes), **images, "mask": masked})
     return ({"masks": masks} if masks else {}) | ({"samples": _table(rows)} if rows else {})
+
+
+def _said(view: View, classes: Sequence[str]) -> dict[str, Any]:
+    """What a table of samples says of each."""
+    record = view.record
+    row = {name: getattr(record, name) for name in ("defense", "attack", "index", "linf", "l2")}
+    for name, predictions in (("clean", record.clean), ("attacked", record.adversarial)):
+        row[name] = ", ".join(classes[p] for p in predictions)
+        row[f"{name} right"] = sum(p == record.label for p in predictions) / len(predictions)
+    return {**row, "label": classes[record.label]}
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Any:  # noqa: ANN401

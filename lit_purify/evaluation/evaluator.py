@@ -186,6 +186,8 @@ class Evaluator(nn.Module):
             "classifier": self.classifier.title,
             "denoiser": ", ".join(sorted(denoisers)) or "none",
             "denoising": self.denoising(data),
+            **({} if data.domain is None else {"features": data.domain.stated()}),
+            **({} if data.kinds is None else {"kinds": {int(i): str(data.kinds[i]) for i in data.positions}}),
             "arithmetic": arithmetic(self.classifier.mean.device, self.precision, self.replay),
             "versions": {package: version(package) for package in ("torch", "lightning")},
         }

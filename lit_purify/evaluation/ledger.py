@@ -12,7 +12,7 @@ from lit_purify.evaluation.records import Key, Record
 
 @dataclass(frozen=True)
 class View:
-    """A sample's pictures: images (C, H, W) in [0, 1], mask (1, H, W) or ``None``, as in the first run."""
+    """A sample's pictures in the first run: images (C, H, W) in [0, 1], mask (1, H, W) or ``None``; of rows (F,)."""
 
     record: Record
     original: Tensor

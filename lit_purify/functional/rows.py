@@ -127,6 +127,10 @@ class Domain:
         """Of the values, (F,); 1 where all are the same."""
         return torch.where(self.high > self.low, self.high - self.low, 1.0)
 
+    def stated(self) -> list[list[str | float]]:
+        """Name, least and largest value of each feature, for a summary."""
+        return [list(each) for each in zip(self.names, self.low.tolist(), self.high.tolist(), strict=True)]
+
     def values(self, row: Tensor) -> Tensor:
         """Rows (B, F) in the units of their columns, float64."""
         return self.low.to(row.device) + self.span.to(row.device) * row.double()

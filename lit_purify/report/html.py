@@ -19,6 +19,7 @@ from lit_purify.functional.frontier import on_envelope
 from lit_purify.report.diagnostics import WAYS
 from lit_purify.report.finished import FinishedRun, threat_name
 from lit_purify.report.pictures import OUTCOMES, shown
+from lit_purify.report.rows import changed
 from lit_purify.report.summary import KINDS, RULES, attack_line, attacks_of, denoising_lines
 
 _COLORS = 8
@@ -49,7 +50,8 @@ def page(run: FinishedRun) -> str:
         drawings={threat: drawing(list(results.values())) for threat, results in run.threats.items()},
         diagnoses=diagnoses,
         REPLICAS=REPLICAS,
-        pictures=[shown(view, run.summary["classes"]) for view in views],
+        pictures=[shown(view, run.summary["classes"], run.summary["features"]) for view in views],
+        changed=changed(run.views, run.summary["features"]) if run.summary["features"] else [],
         outcomes=OUTCOMES,
         commands=commands,
     )

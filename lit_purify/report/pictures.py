@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,6 +19,7 @@ from lit_purify.evaluation import Record, View
 from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.rendering import PANELS, TINT, panels, picture_name
 from lit_purify.functional.statistics import outcomes
+from lit_purify.report.rows import changes
 
 OUTCOMES = {
     "broken": "broken in every run",
@@ -30,7 +32,15 @@ _LARGEST = 192
 
 
 def write(view: View, overlays: Path) -> None:
-    """Writes ``NAME.png``, a strip for people, ``NAME.mask.png`` if there is a mask, and ``panels/NAME.PANEL.png``."""
+    """Writes ``NAME.png``, a strip for people, ``NAME.mask.png`` if there is a mask, and ``panels/NAME.PANEL.png``.
+
+    Of rows of a table it writes ``NAME.npz``, with arrays of these names.
+    """
+    if view.original.ndim == 1:
+        stream, arrays = io.BytesIO(), {panel: getattr(view, panel) for panel in (*PANELS, "mask")}
+        np.savez(stream, **{name: array.numpy() for name, array in arrays.items() if array is not None})
+        overlays.mkdir(parents=True, exist_ok=True)
+        return write_whole(overlays / f"{picture_name(*view.record.key)}.npz", stream.getvalue())
     (overlays / "panels").mkdir(parents=True, exist_ok=True)
     name = picture_name(*view.record.key)
     files = {f"panels/{name}.{panel}.png": getattr(view, panel) for panel in PANELS}
@@ -43,9 +53,13 @@ def write(view: View, overlays: Path) -> None:
 
 def read(overlays: Path, records: Iterable[Record]) -> Iterator[View]:
     """The samples that have pictures, whichever process has written them; there may be many records without."""
-    there = {path.name for path in overlays.glob("*.png")}
+    there = {path.name for ending in ("png", "npz") for path in overlays.glob(f"*.{ending}")}
     for record in records:
         name = picture_name(*record.key)
+        if f"{name}.npz" in there:
+            with np.load(overlays / f"{name}.npz") as arrays:
+                found: dict[str, Any] = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+                yield View(record, **{"mask": None, **found})
         if f"{name}.png" in there:
             images = {panel: _image(overlays / "panels" / f"{name}.{panel}.png") for panel in PANELS}
             mask = _image(overlays / f"{name}.mask.png") if f"{name}.mask.png" in there else None
@@ -83,9 +97,10 @@ def outcome(record: Record) -> str:
     return "broken" if right == 0 else "survived" if right == len(record.adversarial) else "shaken"
 
 
-def shown(view: View, classes: Sequence[str]) -> Mapping[str, Any]:
-    """What a page shows of a sample: outcome, predictions in words, and its images as addresses."""
+def shown(view: View, classes: Sequence[str], features: Sequence[Sequence[Any]] = ()) -> Mapping[str, Any]:
+    """What a page shows of a sample: outcome, predictions in words, its images as addresses, or changes of its row."""
     record, exact = view.record, max(view.original.shape[-2:]) <= _LARGEST
+    rows = view.original.ndim == 1
 
     def counted(predictions: Sequence[int]) -> str:
         return ", ".join(f"{classes[k]} ({count}\u00d7)" for k, count in Counter(predictions).most_common())
@@ -97,7 +112,7 @@ def shown(view: View, classes: Sequence[str]) -> Mapping[str, Any]:
         return "data:image/webp;base64," + base64.b64encode(data).decode()
 
     layer = None
-    if view.mask is not None:
+    if view.mask is not None and not rows:
         tint = torch.tensor(TINT).reshape(3, 1, 1).expand(-1, *view.mask.shape[1:])
         layer = address(torch.cat([tint, view.mask]))
     return {
@@ -105,7 +120,8 @@ def shown(view: View, classes: Sequence[str]) -> Mapping[str, Any]:
         "label": classes[record.label],
         "outcome": outcome(record),
         "predictions": {"clean": counted(record.clean), "attacked": counted(record.adversarial)},
-        "panels": {name: address(getattr(view, name)) for name in PANELS},
+        "panels": {} if rows else {name: address(getattr(view, name)) for name in PANELS},
+        "changes": changes(view, features) if features else "",
         "exact": exact,
         "mask": layer,
     }

@@ -22,6 +22,7 @@ from lit_purify.evaluation.records import Record
 from lit_purify.functional import statistics
 from lit_purify.functional.frontier import bootstrap, gap, resampled
 from lit_purify.report.diagnostics import diagnosed, diagnosis_lines
+from lit_purify.report.rows import by_kind, detection_lines
 
 _RESAMPLES = 2000
 """Of the samples, for the intervals of frontiers."""
@@ -50,6 +51,7 @@ class Summary:
         arithmetic: Precision of the networks, and on a GPU how they are called.
         smaller_chunks: Number of records by the rows of a network call, if memory was too small for ``chunk``.
         files: Hashes of the files that the records depend on.
+        features: Of rows of a table name, least and largest value of each feature.
         frontier: By attack the comparison of families of defenses, see ``compared``; empty without families.
     """
 
@@ -71,6 +73,7 @@ class Summary:
     arithmetic: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    features: list[list[Any]] = field(default_factory=list)
     frontier: dict[str, Any] = field(default_factory=dict)
     schema: int = 1
 
@@ -141,10 +144,11 @@ def summarize(
     Args:
         records: One for each (defense, attack, sample), the same samples for all pairs.
         described: What each (defense, attack) states about itself; ``undefended`` is true if there is no defense.
-        facts: What holds for the whole evaluation, see ``Summary``.
+        facts: What holds for the whole evaluation, see ``Summary``; ``kinds``, by position, stay in the results.
         baseline: The defense that paired differences are taken to.
     """
-    pairs = by_pair(records)
+    pairs, kinds = by_pair(records), facts.get("kinds", {})
+    facts = {name: value for name, value in facts.items() if name != "kinds"}
     described = [*described, *ensembles(described)]
     found = {(r["defense"], r["attack"], kind): outcomes_of(pairs, r, kind) for r in described for kind in KINDS}
     # Of each threat model the attack that the others are compared to.
@@ -165,6 +169,9 @@ def summarize(
                     rows.append([draws, *statistics.mean_interval(torch.stack(each).amin(dim=0), runs)])
             if defense != baseline:
                 entry[f"{kind}_difference"] = _differences(found[baseline, attack, kind], values)
+        if kinds:
+            averages = {kind: found[defense, attack, kind][:, 0] for kind in KINDS}
+            entry |= by_kind(averages, groups[0].label, [kinds[record.index] for record in groups[0].records], runs)
         repeated, first = sum(record.lost_to is not None for record in own), firsts[result["norm"], result["eps"]]
         if len(groups) > 1 and runs > 1:
             right = torch.stack([group.robust == group.label[:, None] for group in groups])
@@ -320,6 +327,7 @@ def table(summary: Mapping[str, Any]) -> str:
                 f"{signed(result.get('robust_difference', {}).get('average')):>19}"
             )
         lines += [*diagnosis_lines([result for _, result in group], width), ""]
+        lines += detection_lines([result for _, result in group], width)
     for attack, comparisons in summary["frontier"].items():
         lines.append(f"families at equal clean accuracy under {attack}, robust avg in points")
         for each in comparisons:
