@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import randomized
+from conftest import keyed, randomized
 
-from lit_purify.data import NSLKDD, Table
+import lit_purify as lp
+from lit_purify.data import NSLKDD, First, Table
 from lit_purify.errors import InputError
 from lit_purify.functional.levels import two_level
+from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.rows import Domain, Relation, fields, one_hot, random_fields
-from lit_purify.models import TableDenoiser
+from lit_purify.models import Classifier, TableClassifier, TableDenoiser
 
 CSV = """sent,received,total,share,proto,kind
 1,2,3,0.5,tcp,normal
@@ -209,3 +211,148 @@ def test_noise_of_independent_gaussians_is_exact(denoiser):
     m, s = plain.mean, plain.log_std.exp()
     expected = (1 - abar).sqrt() * (x - abar.sqrt() * m) / (abar * s**2 + 1 - abar)
     assert torch.allclose(plain(x, torch.full((3,), 120)), expected.float(), atol=1e-5)
+
+
+class Straight(torch.nn.Module):
+    """Logits of a row are W x."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.layer = torch.nn.Linear(weights.shape[1], len(weights), bias=False)
+        self.layer.weight.data = weights
+
+    def forward(self, row):
+        return self.layer(row)
+
+
+WEIGHTS = torch.tensor([[3.0, -1.0, 0.0, 0.5, 0.5, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+"""The first logit is the largest."""
+
+
+@pytest.mark.parametrize(("rule", "power"), [(lp.GradientTimesInput, 1.0), (lp.FirstLayer, 2.0)])
+def test_mask_of_a_linear_classifier(rule, power):
+    """Closed form: |w x|, to the power of the rule; groups count together and are chosen as a whole."""
+    classifier = Classifier(Straight(WEIGHTS), 6, 2, 0)
+    row = torch.tensor([[0.2, 0.9, 0.5, 0.8, 0.0, 1.0]])
+    counts = (WEIGHTS[0] * row[0]).abs() ** power
+    mask = rule(lp.TopFraction(0.5), onehot=[2])
+    expected = torch.stack([*counts[:4], counts[4:].sum()])
+    assert torch.allclose(mask.saliency(classifier, row).flatten(), expected)
+    # Of five fields half, 2: the group and the feature with |w x| = 0.9.
+    assert mask(classifier, row, keyed(1))[0].tolist() == [0, 1, 0, 0, 1, 1]
+    threshold = rule(lp.MinMaxThreshold(0.9), onehot=[2])
+    assert threshold(classifier, row, keyed(1))[0].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_gradient_times_input_of_images(classifier, images):
+    """As much as plain autograd says; relaxed, it has a gradient."""
+    leaf = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(classifier(leaf).amax(dim=1).sum(), leaf)
+    rule = lp.GradientTimesInput(lp.TopFraction(0.25))
+    assert torch.allclose(rule.saliency(classifier, images), (images * gradient).abs())
+    mask = rule(classifier, images, keyed(len(images)))
+    assert mask.shape == images.shape
+    assert mask.flatten(1).sum(dim=1).tolist() == [16] * len(images)
+    rule.relaxed(classifier, leaf, keyed(len(images)), 0.1).sum().backward()
+    assert float(leaf.grad.abs().max()) > 0
+
+
+def test_control_masks_of_rows(images):
+    """As many features, at random; everything; nothing; moved within the row, not between rows."""
+    row, classifier = torch.rand(3, 6), Classifier(Straight(WEIGHTS), 6, 2, 0)
+    rule = lp.FirstLayer(lp.TopFraction(0.5))
+    assert lp.RandomArea(rule)(classifier, row, keyed(3)).sum(dim=1).tolist() == [3] * 3
+    assert lp.Ones()(classifier, row, keyed(3)).equal(torch.ones(3, 6))
+    rolled, mask = (each(classifier, row, keyed(3)) for each in (lp.Rolled(rule), rule))
+    assert torch.equal(rolled, mask.roll(3, dims=1))
+
+
+def purifiers(denoiser):
+    mask = lp.FirstLayer(lp.TopFraction(0.4), onehot=[3])
+    return {
+        "uniform": lp.UniformPurifier(denoiser, level=60, steps=2),
+        "heterogeneous": lp.HeterogeneousPurifier(denoiser, mask, high=80, low=40, steps=3, jump=5),
+        "variable": lp.VariableIntensityPurifier(denoiser, mask, high=80, low=40, steps=2),
+    }
+
+
+@pytest.fixture(scope="module")
+def network():
+    return randomized(TableClassifier(features=7, num_classes=2, hidden=[8]))
+
+
+def data(folder):
+    """Fifty rows, with what an attacker can do."""
+    lines = ["sent,received,total,share,proto,kind"]
+    for k in range(50):
+        a, b = k % 7, (3 * k) % 5
+        kind = "normal" if (a + b) % 2 else ("flood", "scan")[k % 3 == 0]
+        lines.append(f"{a},{b},{a + b},{(k % 11) / 10},{('tcp', 'udp', 'icmp')[k % 3]},{kind}")
+    return table(folder, "\n".join(lines) + "\n", subset=First(6))
+
+
+def test_a_constant_mask_is_uniform_noise_on_rows(denoiser, network):
+    row, noise = torch.rand(4, 7, generator=torch.Generator().manual_seed(3)), keyed(4)
+    uniform = lp.UniformPurifier(denoiser, level=60, steps=2)
+    variable = lp.VariableIntensityPurifier(denoiser, lp.Ones(), high=60, low=1, steps=2)
+    assert torch.allclose(uniform(row, noise), variable(row, noise, torch.ones(4, 7)), atol=1e-6)
+
+
+def test_categories_after_purification(denoiser, network):
+    """One category each; the gradient is that of the purifier, and results say straight_through."""
+    row = torch.rand(4, 7, generator=torch.Generator().manual_seed(3))
+    inner = lp.UniformPurifier(denoiser, level=60, steps=2)
+    outer = lp.OneHotPurifier(denoiser, inner)
+    made = outer(row, keyed(4))
+    assert made[:, 4:].sum(dim=1).tolist() == [1.0] * 4
+    assert torch.equal(made[:, :4], inner(row, keyed(4))[:, :4])
+    view = lp.Exact().attacked(lp.DefendedClassifier(outer, network))
+    assert view.gradient == "straight_through"
+    found = lp.gradcheck(network, {"hard": outer}, row, torch.tensor([0, 1, 0, 1]))
+    assert {f.check: f.verdict for f in found}["finite_differences"] == "not applicable"
+
+
+def test_capgd_beats_pgd_and_keeps_the_domain(tmp_path, network):
+    """Every row of every attack can be sent; the best of CAPGD's starts is at least as good as the row itself."""
+    split = data(tmp_path).split("train")
+    row = torch.stack([split[k]["image"] for k in range(30)])
+    label = torch.tensor([split[k]["label"] for k in range(30)])
+    losses = {}
+    for attack in (lp.CAPGD(eps=0.4), lp.PGD(eps=0.4, steps=10), lp.FGSM(eps=0.4), lp.Square(eps=0.4, steps=30)):
+        attack.prepare(range(30), split.domain)
+        found = attack(network, row, label, keyed(30, stream=1))
+        assert not split.domain.violations(found, row).any()
+        assert float((found - row).abs().max()) <= 0.4 + 1e-5
+        assert float((found != row).any(dim=1).float().mean()) > 0.5
+        losses[type(attack).__name__] = margin_loss(network(found), label)
+    clean = margin_loss(network(row), label)
+    assert (losses["CAPGD"] >= clean).all()
+    assert losses["CAPGD"].mean() >= max(losses[name].mean() for name in ("PGD", "FGSM", "Square")) - 1e-4
+    free = lp.PGD(eps=0.4, steps=10)
+    free.prepare(range(30), replace(split.domain, constrained=False))
+    assert split.domain.violations(free(network, row, label, keyed(30, stream=1)), row).any()
+
+
+def test_evaluation_of_rows(tmp_path, denoiser, network):
+    """Records of any batch size and of a resumed run are the same; the summary tells kinds and detection."""
+    split, attacks = data(tmp_path).evaluated, {"capgd": lp.CAPGD(eps=0.3, steps=2, eot=2, select="last")}
+    defenses = {"none": lp.NoPurifier(), **purifiers(denoiser)}
+    whole = lp.evaluate(network, defenses, attacks, split, runs=2, chunk=16, folder=tmp_path / "run", progress=False)
+    parts = lp.evaluate(network, defenses, attacks, split, runs=2, chunk=16, batch_size=2, progress=False)
+    assert [replace(r, seconds=0) for r in whole.records] == [replace(r, seconds=0) for r in parts.records]
+    records = tmp_path / "run/records.jsonl"
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:9]) + '{"torn')
+    again = lp.evaluate(network, defenses, attacks, split, runs=2, chunk=16, folder=tmp_path / "run", progress=False)
+    assert [replace(r, seconds=0) for r in whole.records] == [replace(r, seconds=0) for r in again.records]
+    result = whole.summary["results"][0]
+    labels = [split[k]["label"] for k in range(6)]
+    wrong = [r for r in whole.records if r.defense == "none" and r.label == 0 and r.adversarial[0] != 0]
+    assert result["false_alarms"]["robust"][0] == pytest.approx(len(wrong) / labels.count(0))
+    assert sum(count for count, *_ in result["kinds"].values()) == 6
+    page = (tmp_path / "run/report.html").read_text()
+    assert "By kind under capgd" in page
+    assert "What changed in which column" in page
+    assert "false alarms" in str(whole)
+    assert all(finding.passed for finding in lp.gradcheck(network, purifiers(denoiser), split, samples=2))
+    audited = lp.audit(network, purifiers(denoiser)["variable"], attacks, split, samples=4, runs=2, proposals=2)
+    assert {f.check: f.verdict for f in audited}["unbounded"] == "not applicable"
