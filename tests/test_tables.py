@@ -335,7 +335,7 @@ def test_capgd_beats_pgd_and_keeps_the_domain(tmp_path, network):
 
 def test_evaluation_of_rows(tmp_path, denoiser, network):
     """Records of any batch size and of a resumed run are the same; the summary tells kinds and detection."""
-    split, attacks = data(tmp_path).evaluated, {"capgd": lp.CAPGD(eps=0.3, steps=2, eot=2, select="last")}
+    split, attacks = data(tmp_path).evaluated, {"capgd": lp.CAPGD(eps=0.3, steps=2, eot=1, select="last")}
     defenses = {"none": lp.NoPurifier(), **purifiers(denoiser)}
     whole = lp.evaluate(network, defenses, attacks, split, runs=2, chunk=16, folder=tmp_path / "run", progress=False)
     parts = lp.evaluate(network, defenses, attacks, split, runs=2, chunk=16, batch_size=2, progress=False)
@@ -354,5 +354,5 @@ def test_evaluation_of_rows(tmp_path, denoiser, network):
     assert "What changed in which column" in page
     assert "false alarms" in str(whole)
     assert all(finding.passed for finding in lp.gradcheck(network, purifiers(denoiser), split, samples=2))
-    audited = lp.audit(network, purifiers(denoiser)["variable"], attacks, split, samples=4, runs=2, proposals=2)
+    audited = lp.audit(network, purifiers(denoiser)["variable"], attacks, split, samples=2, runs=1, proposals=1)
     assert {f.check: f.verdict for f in audited}["unbounded"] == "not applicable"

@@ -158,7 +158,7 @@ class APGD(Attack):
                 best_before, rises, waited = best_loss, torch.zeros_like(loss), 0
                 interval = max(interval - shorter, least)
 
-    def _start(self, image: Tensor, noise: Noise, start: int) -> Tensor:
+    def _start(self, image: Tensor, noise: Noise, start: int = 0) -> Tensor:
         """Where a start begins: at a random point on the border of the ball, moved into [0, 1]."""
         if self.norm == "linf":
             direction = 2.0 * noise.uniform(START_STEP, image) - 1.0

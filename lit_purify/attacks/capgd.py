@@ -74,5 +74,5 @@ class CAPGD(APGD):
             (downhill,) = torch.autograd.grad(self.domain.penalty(leaf, image).sum(), leaf)
         return repaired, lambda gradient: back(gradient) - self.penalty * downhill
 
-    def _start(self, image: Tensor, noise: Noise, start: int) -> Tensor:
+    def _start(self, image: Tensor, noise: Noise, start: int = 0) -> Tensor:
         return image if start == 0 else super()._start(image, noise, start)
