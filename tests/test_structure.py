@@ -17,12 +17,12 @@ BUDGETS = {
     "evaluation": 4000,
     "checks": 4000,
     "training": 799,
-    "report": 926,
-    "callbacks": 648,
+    "report": 1058,
+    "callbacks": 668,
     "cli": 1028,
 }
 """Lines of each room at most; set to what the rooms have when the moves under way are done."""
-LIBRARY, TESTS = 18_030, 15890
+LIBRARY, TESTS = 18_030, 15_890
 _BASE = {"errors", "recorded", "functional"}
 _EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
 _ALL = _EVALUATED | {"checks", "training", "report", "callbacks", "private", "shipped", "api"}
