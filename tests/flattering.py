@@ -179,26 +179,12 @@ class Rare(Shown):
         return 0.5 + torch.where(coin(image, noise, 0.2), rare, usual)
 
 
-class FewKeys(Shaken):
-    """Three draws for the attack, as many as it likes for the evaluation."""
-
-    def shown(self, image, noise):
-        return super().shown(image, replace(noise, run=noise.run % 3) if noise.stream == ATTACK else noise)
-
-
 class OtherUnderAttack(Shown):
     """Under the attack's noise its negative."""
 
     def shown(self, image, noise):
         sign = -1.0 if noise.stream == ATTACK else 1.0
         return 0.5 + sign * (image - 0.5) + 1e-6 * noise.normal(0, image)
-
-
-class Ablated(Shown):
-    """Honest: shows a tenth of the pixels, at random, the others gray."""
-
-    def shown(self, image, noise):
-        return torch.where(noise.uniform(0, image) < 0.1, image, torch.full_like(image, 0.5))
 
 
 class Halves(Shown):

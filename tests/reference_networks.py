@@ -3,7 +3,9 @@
 Every function takes ``get(name, *shape)``, which hands out one tensor of the file. ``draw`` passes one that makes each
 tensor when it is first asked for, so the same lines that compute a network also say what its file holds and in which
 order; ``apply`` passes one that reads a given state_dict and insists that all of it is used. Nothing is inferred from
-shapes: widths, depths and heads are arguments.
+shapes. Of every network ``x`` is (B, 3, H, W), ``label`` (B,) says the level, ``width`` is the channels at full
+resolution and ``multipliers`` those at each in ``width``, ``blocks`` are residual ones at each resolution on the way
+down, ``attention`` are resolutions.
 """
 
 import itertools
@@ -53,16 +55,8 @@ def apply(network, state, x, label, **shape):
 def score_sde(get, x, label, *, width, multipliers, blocks, attention, fir=False, pyramid=False):
     """DDPM++, and with ``fir`` and ``pyramid`` NCSN++ for the VP process (Song et al., "Score-based", appendix H).
 
-    Args:
-        get: Tensors by name.
-        x: (B, 3, H, W).
-        label: (B,), 999 times the time in [0, 1].
-        width: Channels at full resolution.
-        multipliers: Channels at each resolution, in ``width``.
-        blocks: Residual blocks at each resolution on the way down.
-        attention: Resolutions with attention.
-        fir: Resample with the kernel (1, 3, 3, 1) in both directions, instead of means and repetition.
-        pyramid: Add the shrunken input to the features at each resolution ("residual" input).
+    ``label`` is 999 times the time in [0, 1]. ``fir`` resamples with the kernel (1, 3, 3, 1) in both directions,
+    instead of means and repetition; ``pyramid`` adds the shrunken input to the features at each resolution.
     """
     numbers = itertools.count()
 
@@ -145,22 +139,10 @@ def guided_diffusion(
 ):
     """ADM (Dhariwal and Nichol, appendix), and without ``updown`` the network of "Improved Denoising Diffusion".
 
-    Args:
-        get: Tensors by name.
-        x: (B, 3, H, W).
-        label: (B,), the discrete step from 0.
-        width: Channels at full resolution.
-        multipliers: Channels at each resolution, in ``width``.
-        blocks: Residual blocks at each resolution on the way down.
-        attention: Resolutions with attention.
-        heads: Attention heads; or give their width.
-        head_width: Channels of a head.
-        scale_shift: The embedding scales and shifts the second normalization; else it is added before.
-        updown: Residual blocks resample; else a convolution does.
-        new_order: Queries, keys and values are split first, then the heads.
-
-    Returns:
-        (B, 6, H, W): the noise, then the channels of the learned variance.
+    ``label`` is the discrete step from 0. ``heads`` is their number, else ``head_width`` their channels, ``heads_up``
+    those on the way up. With ``scale_shift`` the embedding scales and shifts the second normalization, else it is
+    added before; with ``updown`` residual blocks resample, else a convolution does; with ``new_order`` queries, keys
+    and values are split first, then the heads. Returns (B, 6, H, W): the noise, then channels of the learned variance.
     """
 
     def norm(x, name):
@@ -226,17 +208,7 @@ def guided_diffusion(
 
 
 def ddpm(get, x, label, *, width, multipliers, blocks, attention):
-    """The network of Ho et al., "Denoising Diffusion Probabilistic Models", in the names of its first PyTorch port.
-
-    Args:
-        get: Tensors by name.
-        x: (B, 3, H, W).
-        label: (B,), the discrete step from 0.
-        width: Channels at full resolution.
-        multipliers: Channels at each resolution, in ``width``.
-        blocks: Residual blocks at each resolution on the way down.
-        attention: Resolutions with attention.
-    """
+    """Ho et al., "Denoising Diffusion Probabilistic Models", in the names of its first PyTorch port; steps from 0."""
 
     def norm(x, name):
         return _norm(get, name, x, 32, 1e-6)

@@ -122,21 +122,6 @@ def test_full_size_recipe_gives_valid_commands(recipe, tmp_path, capsys):
     assert {attack["init_args"]["steps"] for attack in table["attacks"].values()} == {100}
 
 
-def test_full_size_recipe_may_estimate_its_table(recipe, monkeypatch):
-    monkeypatch.setenv("TABLE", "--dry_run")
-    _, _, commands = recipe()
-    assert ["--dry_run" in command for command in commands] == [False] * 3 + [True]
-
-
-def test_full_size_recipe_runs_the_stages_asked_for(recipe, monkeypatch):
-    monkeypatch.setenv("STAGES", "classifier table")
-    _, _, commands = recipe()
-    assert [(command[0], Path(command[command.index("--run") + 1]).name) for command in commands] == [
-        ("train.py", "classifier"),
-        ("eval.py", "table"),
-    ]
-
-
 def test_full_size_recipe_goes_on_where_it_was(recipe):
     """Every training is taken up from its last checkpoint, if there is one; what is finished has nothing left to do."""
     status, errors, commands = recipe(failing="/adversarial")

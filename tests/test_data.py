@@ -12,7 +12,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from lightning.pytorch.demos.boring_classes import BoringModel
+from PIL import Image
 from processes import CONTEXT
 from scipy.io import savemat
 from sklearn.datasets import load_digits
@@ -253,19 +254,6 @@ def test_labels_are_positions_among_all_classes(kind, folders, labels, tmp_path)
         data.split("val")
 
 
-def test_cifar10_from_folders(tmp_path):
-    folder_of = write_folders(tmp_path, {f"{part}/{name}": 4 for part in ("train", "test") for name in CIFAR10_CLASSES})
-    data = CIFAR10Folder(tmp_path)
-    train, val, test = (grays(data.split(name)) for name in ("train", "val", "test"))
-    assert sorted(train + val) == list(range(40))
-    assert val == sorted(np.random.RandomState(0).permutation(40)[:4])
-    assert test == list(range(40, 80))
-    for name in ("train", "val", "test"):
-        split = data.split(name)
-        assert [folder_of[g].split("/")[1] for g in grays(split)] == [CIFAR10_CLASSES[i] for i in split.labels]
-    assert data.name == f"CIFAR10Folder({tmp_path.name})"
-
-
 @pytest.mark.parametrize("kind", [CIFAR10, SVHN])
 def test_missing_or_damaged_files_are_named(kind, tmp_path):
     with pytest.raises(InputError, match=f"{tmp_path}.*{kind.__name__}.*download: true"):
@@ -431,21 +419,6 @@ def test_a_process_ends_whose_loader_has_workers_at_work():
     process.join(60)
     process.kill()
     assert process.exitcode == 0
-
-
-def exif(orientation, kind):
-    """EXIF with an orientation and a resolution, which cannot be written again if its type is ``kind`` 10 (-1 / 0)."""
-    entries = struct.pack("<HHHIHHHHII", 2, 0x0112, 3, 1, orientation, 0, 0x011A, kind, 1, 38)
-    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + struct.pack("<Iii", 0, -1, 0)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_turned_whatever_else_their_exif_says(tmp_path, orientation):
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 32, 3), np.uint8).repeat(8, 0).repeat(8, 1))
-    image.save(tmp_path / "sound.jpg", exif=exif(orientation, 5))
-    image.save(tmp_path / "odd.jpg", exif=exif(orientation, 10))
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "sound.jpg")))
-    assert np.array_equal((read_image(tmp_path / "odd.jpg", 3) * 255).round().byte().permute(1, 2, 0), expected)
 
 
 def test_whatever_pillow_raises_names_the_file(tmp_path):
@@ -684,33 +657,23 @@ def test_incomplete_training_batches_are_dropped_unless_there_is_no_other():
     assert len(positions(on_rank(Numbers(23, batch_size=20), 2, 0).train_dataloader())) == 12
 
 
-class Listener(L.LightningModule):
-    """Trains nothing and writes down which samples it sees."""
+class Listener(BoringModel):
+    """Writes down which samples it sees."""
 
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
         self.seen = {}
 
     def training_step(self, batch, batch_idx):
         self.seen.setdefault(self.current_epoch, []).extend(batch["index"].tolist())
-        return self.weight.sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
+        return self.layer.weight.sum()
 
 
 def seen_in_training(global_seed, **options):
     torch.manual_seed(global_seed)
     listener = Listener()
-    silent = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = L.Trainer(max_epochs=2, accelerator="cpu", limit_val_batches=0, **silent)
-    trainer.fit(listener, datamodule=Numbers(20, **options))
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    L.Trainer(max_epochs=2, accelerator="cpu", limit_val_batches=0, **off).fit(listener, Numbers(20, **options))
     return listener.seen
 
 

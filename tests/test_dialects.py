@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from conftest import randomized
-from reference_files import CASES, SIZE
+from reference_files import CASES, OLD, SIZE
 from reference_networks import apply, ddpm, draw, guided_diffusion, score_sde
 
 from lit_purify.errors import InputError, notice
@@ -137,27 +137,10 @@ def test_published_sizes_by_default(build, network, size, shape, count):
 def test_published_size_of_diffusers():
     """google/ddpm-cifar10-32, whose configuration is older than many of today's settings."""
     down, attended = "DownBlock2D", "AttnDownBlock2D"
-    config = {
-        "_class_name": "UNet2DModel",
-        "_diffusers_version": "0.0.4",
-        "act_fn": "silu",
-        "attention_head_dim": None,
-        "block_out_channels": [128, 256, 256, 256],
-        "center_input_sample": False,
-        "down_block_types": [down, attended, down, down],
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "in_channels": 3,
-        "layers_per_block": 2,
-        "mid_block_scale_factor": 1,
-        "norm_eps": 1e-06,
-        "norm_num_groups": 32,
-        "out_channels": 3,
-        "sample_size": 32,
-        "time_embedding_type": "positional",
-        "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-    }
+    config = {key: OLD[key] for key in ("attention_head_dim", "flip_sin_to_cos", "freq_shift", "norm_eps")}
+    config |= {"block_out_channels": [128, 256, 256, 256], "down_block_types": [down, attended, down, down]}
+    config |= {"up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"], "layers_per_block": 2}
+    config |= {"_class_name": "UNet2DModel", "downsample_padding": 0, "act_fn": "silu", "sample_size": 32}
     with torch.device("meta"):
         state = diffusers.UNet2DModel(**{k: v for k, v in config.items() if k[0] != "_"}).state_dict()
         denoiser = readers.diffusers_unet(state, config, None)
@@ -288,24 +271,12 @@ def test_another_dialect_is_named(wanted, given, tmp_path):
     assert re.search(expected, message), message
 
 
-def test_a_state_dict_of_another_dialect_is_named_to_diffusers():
-    with refused("score_sde"):
-        readers.diffusers_unet(CASES["DDPM++"].state(), dict(CASES["diffusers, heads"].model.config), None)
-
-
 def test_a_network_of_classes_is_refused(tmp_path):
     for name in ("guided", "improved"):
         case = CASES[name]
         torch.save(case.state() | {"label_emb.weight": torch.zeros(10, 4 * 64)}, tmp_path / "weights.pt")
         with refused("class"):
             case.load(tmp_path / "weights.pt")
-
-
-def test_head_widths_must_divide():
-    state = CASES["guided"].state()
-    for width in (48, 256):
-        with refused(str(width)):
-            readers.load_guided_diffusion(state, size=SIZE, head_width=width)
 
 
 def test_a_folder_must_be_whole(tmp_path):
@@ -338,15 +309,6 @@ def test_folders_of_every_form_are_read(tmp_path, capsys):
     with pytest.raises(InputError, match="no sample_size: give size"):
         readers.load_diffusers(tmp_path)
     assert "holds a network and the average of its weights: the average" in capsys.readouterr().err
-
-
-def test_what_the_file_does_not_say_of_attention_is_stated(capsys):
-    notice.cache_clear()
-    state = CASES["guided, options"].state()
-    readers.load_guided_diffusion(state, SIZE, 32)
-    assert "state_dict: read as: legacy attention order, heads of 32 channels;" in capsys.readouterr().err
-    CASES["guided, options"].build(state)
-    assert "read as: new attention order, 4 heads;" in capsys.readouterr().err
 
 
 def test_score_sde_in_discrete_time():

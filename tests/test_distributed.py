@@ -228,20 +228,6 @@ def test_processes_that_read_images_do_not_hold_the_folder(tmp_path):
     os.waitpid(child, 0)
 
 
-def test_differing_settings_are_named_in_one_line(tmp_path):
-    folder, there = RunFolder(tmp_path), {"runs": 2, "chunk": 16, "path": "x" * 99, "pgd.steps": 1}
-    folder.claim(there, None, write=True)
-    folder.records.write_text(record(0).line())
-    with pytest.raises(InputError) as raised:
-        folder.claim({"runs": 3, "chunk": 16, "path": "y" * 99, "fgsm.eot": 1}, None, write=True)
-    said = str(raised.value)
-    for part in ("runs: 2 there, 3 here", "pgd.steps: 1 there, nothing here", "fgsm.eot: nothing there, 1 here"):
-        assert part in said
-    assert "\n" not in said
-    assert len(said) < 500
-    folder.claim(there, None, write=True)
-
-
 def test_a_folder_of_images_is_known_by_the_names_of_the_evaluated_split(tmp_path):
     for split in ("train", "val"):
         place = tmp_path / split / "cat"
@@ -290,31 +276,6 @@ def test_a_signal_amid_a_write_leaves_whole_lines(tmp_path):
     with Interrupted(path, "a") as stream, pytest.raises(KeyboardInterrupt):
         append_records(stream, [record(1)])
     assert path.read_text() == record(0).line()
-
-
-def test_a_signal_after_a_write_leaves_what_was_written(tmp_path, monkeypatch):
-    """While the disk takes its time, records are whole already."""
-
-    def interrupted(number):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupted)
-    path = tmp_path / "records.jsonl"
-    with path.open("ab", buffering=0) as stream, pytest.raises(KeyboardInterrupt):
-        append_records(stream, [record(0), record(1)])
-    assert path.read_text() == record(0).line() + record(1).line()
-
-
-def test_who_writes_into_a_file_that_is_gone_learns_so(tmp_path):
-    """What lives on of a killed run, when another has taken its part of the records away."""
-    writer, folder = RunWriter(), RunFolder(tmp_path)
-    writer.stream = folder.open_part(1)
-    writer.on_evaluated(None, None, [record(0)], [])
-    folder.collect(write=True)
-    with pytest.raises(InputError, match=r"records\.rank1\.jsonl: removed while it was written"):
-        writer.on_evaluated(None, None, [record(1)], [])
-    writer._close()
-    assert [found.index for found in folder.collect(write=False)] == [0]
 
 
 class Resumed(RobustnessTask):

@@ -57,18 +57,15 @@ def evaluation(weights):
 def training():
     """A configuration of ``train.py fit`` that is right and takes one step."""
     return {
-        "model": {
-            "class_path": "ClassifierTask",
-            "init_args": {"classifier": {"class_path": "ResNetClassifier", "init_args": dict(CLASSIFIER)}, "warmup": 1},
-        },
-        "data": {"class_path": "Digits", "init_args": {"batch_size": 8}},
+        "model": {"class_path": "ClassifierTask", "classifier": {"class_path": "ResNetClassifier", **CLASSIFIER}},
+        "data": {"class_path": "Digits", "batch_size": 8},
         "trainer": {
             "logger": False,
             "accelerator": "cpu",
             "max_steps": 1,
             "limit_val_batches": 1,
             "enable_checkpointing": False,
-            "callbacks": [{"class_path": "Export"}],
+            "callbacks": ["Export"],
         },
     }
 
@@ -280,14 +277,6 @@ def test_what_a_constructor_refuses_has_its_place(refused_evaluation):
     assert refused_evaluation({f"{UNIFORM}.level": 0}).startswith("defenses.uniform: level = 0 is outside 1 .. 1000")
 
 
-def test_subset_larger_than_the_split(refused_evaluation):
-    said = refused_evaluation({"data.subset.n": 401})
-    assert said == (
-        "n = 401 samples cannot be chosen from a split of 400: set data.subset.n (in a training "
-        "data.val_subset.n) to 1 .. 400"
-    )
-
-
 def test_weights_of_a_configuration(refused_evaluation, weights):
     said = refused_evaluation({"denoiser": "runs/mine/model.safetensors"})
     assert said.startswith("runs/mine/model.safetensors: no such file; check the path, train it (configs/train)")
@@ -318,13 +307,6 @@ def test_unreadable_image(refused_evaluation, evaluate, evaluation, tmp_path, ru
     assert len(evaluate()) == 8
 
 
-def test_a_refused_training_leaves_no_part_of_a_dashboard(refused_training, tmp_path):
-    root = image_folder(tmp_path / "images", shape=(9, 9), count=4)
-    data = {"class_path": "ImageFolder", "init_args": {"root": str(root), "channels": 1, "val_fraction": 0.3}}
-    said = refused_training({"data": data, "trainer.logger": {"class_path": "WandbRun"}})
-    assert said.startswith("the classifier takes images of shape (1, 8, 8), the data has (1, 9, 9)")
-
-
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_images_of_several_sizes(refused_evaluation, tmp_path, batch_size):
     root = image_folder(tmp_path / "images")
@@ -336,18 +318,18 @@ def test_images_of_several_sizes(refused_evaluation, tmp_path, batch_size):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"data.init_args.size": 16}, "the classifier takes images of shape (1, 8, 8), the data has (1, 16, 16)"),
+        ({"data.size": 16}, "the classifier takes images of shape (1, 8, 8), the data has (1, 16, 16)"),
         (
-            {"model.init_args.classifier.init_args.num_classes": 5},
+            {"model.classifier.num_classes": 5},
             "the data has 10 classes (0, 1, 2 ...) but the classifier has 5",
         ),
-        ({"model.init_args.lerning_rate": 1}, "ClassifierTask has no option lerning_rate; did you mean learning_rate?"),
-        ({"model.init_args.learning_rate": -1}, "learning_rate = -1"),
-        ({"model.init_args.weight_decay": -1}, "weight_decay = -1"),
-        ({"model.init_args.shift_pixels": -1}, "shift_pixels = -1"),
-        ({"model.init_args.label_smoothing": 2}, "label_smoothing = 2"),
-        ({"model.init_args.classifier.init_args.depth": 9}, "depth = 9 is not 6 n + 2"),
-        ({"model.init_args.classifier.init_args.width": -4}, "negative dimension"),
+        ({"model.lerning_rate": 1}, "ClassifierTask has no option lerning_rate; did you mean learning_rate?"),
+        ({"model.learning_rate": -1}, "learning_rate = -1"),
+        ({"model.weight_decay": -1}, "weight_decay = -1"),
+        ({"model.shift_pixels": -1}, "shift_pixels = -1"),
+        ({"model.label_smoothing": 2}, "label_smoothing = 2"),
+        ({"model.classifier.depth": 9}, "depth = 9 is not 6 n + 2"),
+        ({"model.classifier.width": -4}, "negative dimension"),
         ({"trainer.val_check_interval": 5000}, "`val_check_interval` (5000) must be less than or equal"),
         ({"trainer.strategy": "foo"}, "invalid strategy name"),
         ({"trainer.precision": "bf16-true"}, "trainer.precision = bf16-true: take 32-true, bf16-mixed"),
@@ -364,15 +346,6 @@ def test_checkpoint_to_resume_from(refused_training, tmp_path):
         path.write_bytes(content)
         assert refused_training(None, "--ckpt_path", path).startswith(f"{path}: refused, it is not a checkpoint")
     assert not (tmp_path / "trap").exists()
-
-
-def test_last_checkpoint_to_resume_from(refused_training, tmp_path):
-    """It is looked at as one that is named by its path."""
-    last = tmp_path / "other" / "checkpoints" / "last.ckpt"
-    last.parent.mkdir(parents=True)
-    last.write_bytes(b"")
-    said = refused_training(None, "--ckpt_path", "last", "--run", tmp_path / "other")
-    assert said.startswith(f"{last}: refused, it is not a checkpoint")
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")

@@ -10,7 +10,7 @@ from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, MaskShift, Squa
 from lit_purify.data import Digits, First
 from lit_purify.defense import HeterogeneousPurifier, NoPurifier, Surrogate, TopFraction, UniformPurifier
 from lit_purify.evaluation import Evaluator, Ledger, Record, estimate
-from lit_purify.evaluation.estimate import Estimate, duration, network_calls
+from lit_purify.evaluation.estimate import Estimate
 from lit_purify.models import Classifier
 
 DEFENSES = {
@@ -128,17 +128,6 @@ def test_processes_share_the_samples(setting):
     assert all(0.0 < shared[pair] < alone[pair] for pair in alone)
 
 
-@pytest.mark.parametrize("attack", ["last", "best", "square"])
-def test_network_calls_are_those_that_are_made(setting, attack):
-    """One sample, one row a chunk: nothing is padded. What is differentiated is called twice, but for the last step."""
-    evaluator, data = setting.make(attack, chunk=1, n=1)
-    described = evaluator.describe()
-    said = [network_calls(each, evaluator.runs) for each in described]
-    kept = sum(each["queries"]["backward"] for each in described if each["nfe_attack"])
-    setting.taken(evaluator, data)
-    assert setting.rows == sum(forward + backward for forward, backward in said) - kept
-
-
 def test_a_chunk_is_suggested_that_memory_has_room_for(setting, monkeypatch):
     """By a memory of which the weights take 100 bytes, and each row of a call 7."""
     evaluator, data = setting.make("last", chunk=16, n=40)
@@ -153,11 +142,3 @@ def test_a_chunk_is_suggested_that_memory_has_room_for(setting, monkeypatch):
         found = Estimate(evaluator, data, 40)
         assert found.largest == fits
         assert (f"chunk: {fits} in place of 16" in str(found)) == (fits != 16)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (7380, "2 h 3 min"), (200000, "2 d 7 h")],
-)
-def test_duration(seconds, said):
-    assert duration(seconds) == said

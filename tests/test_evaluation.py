@@ -1,6 +1,5 @@
 """The evaluation as a user runs it: records, resuming, refusals, report."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -17,11 +16,11 @@ from lit_purify.cli import evaluate
 from lit_purify.data import Digits
 from lit_purify.defense import DefendedClassifier, NoPurifier, UniformPurifier
 from lit_purify.evaluation import EvaluationListener, Evaluator, Ledger, read_records
-from lit_purify.evaluation.folder import RunFolder, comparable
+from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.chunks import logits_in_chunks
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.models import load_classifier, load_denoiser
-from lit_purify.recorded import identity, path_sha256
+from lit_purify.recorded import path_sha256
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,13 +98,6 @@ def test_a_run_leaves_what_the_contract_names(finished):
     assert len([n for n in names if n.endswith(".png") and not n.endswith(".mask.png")]) == 3 * 2 * 2
 
 
-def test_report_shows_a_verdict_that_came_later(config, finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished, run)
-    evaluate(["gradcheck", "--config", str(config), "--run", str(run), "--samples", "1"])
-    assert '<span class="badge survived">passed on 1 sample</span>' in (run / "report.html").read_text()
-
-
 def test_saved_configuration_repeats_the_run_in_batches_of_another_size(finished, tmp_path):
     """Without its second attack, which is dropped by a flag, and with the clean images that the first one shares."""
     run = tmp_path / "again"
@@ -155,43 +147,6 @@ def test_other_settings_are_refused_in_a_used_folder(config, finished, capsys):
     assert "its records do not count\nDigits (test)" in (said := capsys.readouterr().out)
     assert "36 records, 0 of them exist already" in said
     assert (finished / "records.jsonl").read_bytes() == before
-
-
-def test_eps_so_small_that_nothing_changes_leaves_clean_and_robust_equal(config, tmp_path):
-    """Clean and adversarial images are classified with the same noise."""
-    flags = ["--attacks.pgd.eps=1e-12", "--attacks.pgd-l2=null", "--defenses.none=null", "--data.subset.n=4"]
-    evaluate(["--config", str(config), "--run", str(tmp_path / "run"), *flags])
-    found = read_records(tmp_path / "run" / "records.jsonl")
-    assert len(found) == 8
-    assert all(record.clean == record.adversarial for record in found)
-
-
-class Table(NoPurifier):
-    """A purifier of somebody's own, with a file in an argument of another name than any of ours."""
-
-    def __init__(self, weights: Path, scale: float = 1.0):
-        super().__init__()
-
-
-def test_files_are_known_by_the_type_of_their_argument(tmp_path):
-    (tmp_path / "a").write_text("1")
-    (tmp_path / "moved").write_text("1")
-    before = identity(d=Table(str(tmp_path / "a")))
-    assert before["d"] == "test_evaluation.Table"
-    assert before["d.scale"] == 1.0
-    assert comparable(identity(d=Table(tmp_path / "moved"))) == comparable(before)
-    (tmp_path / "a").write_text("2")
-    after = identity(d=Table(tmp_path / "a"))
-    assert {key for key in before if before[key] != after[key]} == {"d.weights (sha256)"}
-
-
-def test_networks_are_known_by_their_weights(unet, classifier):
-    other = copy.deepcopy(classifier)
-    before = identity(classifier=classifier, defenses={"a": UniformPurifier(unet, 100, 1)})
-    assert comparable(identity(classifier=other, defenses={"a": UniformPurifier(unet, 100, 1)})) == comparable(before)
-    next(other.parameters())[0] += 1
-    after = identity(classifier=other, defenses={"a": UniformPurifier(unet, 100, 2)})
-    assert {key for key in before if before[key] != after[key]} == {"classifier.weights (sha256)", "defenses.a.steps"}
 
 
 def test_a_folder_is_known_by_all_its_files(tmp_path):
@@ -267,7 +222,7 @@ def test_a_callback_that_would_never_be_called_is_refused(tiny, capsys):
 
 
 class Odd(nn.Module):
-    """A network with an output of some kind."""
+    """A network whose logits lie in an object or a tuple."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -275,33 +230,16 @@ class Odd(nn.Module):
 
     def forward(self, image):
         logits = self.linear(image.flatten(1))
-        return {
-            "object": lambda: SimpleNamespace(logits=logits),
-            "tuple": lambda: (logits, None),
-            "dictionary": lambda: {"logits": logits},
-            "one logit": lambda: logits[:, :1],
-            "map": lambda: logits[:, :, None, None],
-            "classes": lambda: logits.argmax(dim=1),
-            "detached": logits.detach,
-        }[self.kind]()
+        return SimpleNamespace(logits=logits) if self.kind == "object" else (logits, None)
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("tuple", "puts out tuple for 1 images"),
-        ("dictionary", "puts out dict for 1 images"),
-        ("one logit", "puts out (1, 1) for 1 images, where logits (1, 10) are needed"),
-        ("map", "puts out (1, 10, 1, 1) for 1 images"),
-        ("classes", "puts out (1,) for 1 images"),
-        ("detached", "logits have no gradient"),
-    ],
-)
-def test_outputs_that_are_no_logits_are_refused_before_anything_is_computed(kind, said, tiny, capsys):
-    network = {"class_path": "test_evaluation.Odd", "kind": kind}
+@pytest.mark.parametrize("flags", [[], ["--dry_run"]])
+def test_outputs_that_are_no_logits_are_refused_before_anything_is_computed(flags, tiny, capsys):
+    """Which ones: test_classifier.py."""
+    network = {"class_path": "test_evaluation.Odd", "kind": "tuple"}
     other = json.dumps({"class_path": "Classifier", "network": network, "size": 8, "num_classes": 10, "channels": 1})
     arguments = [*tiny({"none": "NoPurifier"}), "--classifier", other]
-    assert said in refused([*arguments, *(["--dry_run"] if kind == "tuple" else [])], capsys)
+    assert "puts out tuple for 1 images" in refused([*arguments, *flags], capsys)
     assert not tiny.run.exists()
     evaluate([*arguments, "--classifier.network.kind=object"])
 

@@ -91,15 +91,6 @@ def test_walks_start_at_whole_levels():
     assert purifier.walks(1) == [[75, 50, 25, 0], [300, 200, 100, 0]]
 
 
-def test_rules_that_agree_are_one_rule(unet, classifier, images):
-    rule = TopFraction(0.3)
-    one, two = (
-        VariableIntensityPurifier(unet, mask, 300, 100, 2)(images, keyed(6), mask(classifier, images, keyed(6)))
-        for mask in (rule, Votes([rule, rule]))
-    )
-    assert torch.equal(one, two)
-
-
 @pytest.mark.parametrize("name", ["votes", "proportional"])
 def test_gradients_lead_through_the_grades(name, unet, classifier, images):
     defended = DefendedClassifier(VariableIntensityPurifier(unet, RULES[name], 400, 150, 2), classifier)

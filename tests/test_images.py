@@ -3,7 +3,6 @@ import pytest
 import torch
 from PIL import Image
 
-from lit_purify.errors import InputError
 from lit_purify.functional.images import flip, resize, shift
 
 
@@ -24,19 +23,6 @@ def test_resize_crops_the_center_of_the_longer_side():
     image = torch.arange(10.0).div(10).expand(1, 1, 4, 10)
     assert torch.equal(resize(image, 4), image[..., 3:7])
     assert torch.equal(resize(image.transpose(2, 3), 4), image.transpose(2, 3)[..., 3:7, :])
-
-
-@pytest.mark.parametrize(("height", "width"), [(7, 5), (5, 7), (3, 100), (333, 332)])
-def test_resize_gives_a_square_in_range(height, width):
-    out = resize(pictures(1, 1, height, width), 6)
-    assert out.shape == (1, 1, 6, 6)
-    assert out.min() >= 0
-    assert out.max() <= 1
-
-
-def test_resize_to_nothing_is_refused():
-    with pytest.raises(InputError, match="size = 0"):
-        resize(pictures(), 0)
 
 
 def test_shift_moves_by_the_drawn_pixels_and_repeats_the_border():

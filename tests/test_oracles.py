@@ -79,20 +79,6 @@ def test_carlini_wagner_finds_the_nearest_point_of_a_linear_classifier():
     torch.testing.assert_close(found, distance, rtol=0.05, atol=0.002)
 
 
-def test_carlini_wagner_comes_nearer_than_the_ball_where_pgd_succeeds(digits):
-    classifier, image, label = digits[0], digits[1][:80], digits[2][:80]
-
-    broken = {}
-    for name, attack in {"pgd": PGD("l2", 0.4, 20, 0.1, loss="margin"), "cw": CarliniWagnerL2(3.0, 40, 4)}.items():
-        adversarial = attack(classifier, image, label, keyed(80), chunk=80)
-        broken[name] = classifier(adversarial).argmax(dim=1) != label
-    nearer = l2_norm(adversarial - image) < 0.4
-    assert 20 < int(broken["pgd"].sum()) < 60
-    assert float((broken["cw"] & nearer)[broken["pgd"]].float().mean()) >= 0.97
-    # Without a ball to fit into, every image has a misclassified neighbor.
-    assert float(broken["cw"].float().mean()) >= 0.97
-
-
 class Mended:
     """At its first checkpoint the official code compares the first loss with a row not yet written, not with the start.
 

@@ -11,7 +11,7 @@ from made_runs import ATTACKS, DEFENSES, cells, finished_run, write_verdict
 from PIL import Image
 
 from lit_purify.errors import InputError
-from lit_purify.evaluation import Record, View
+from lit_purify.evaluation import Record
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.rendering import PANELS, picture_name
 from lit_purify.report import pictures
@@ -165,14 +165,6 @@ def test_pictures_are_read_as_they_were_written_and_shown_as_they_are(run, tmp_p
             assert cut.resize((8, 8), Image.Resampling.NEAREST).tobytes() == pixels.tobytes()
     assert torch.equal(again.mask, view.mask)
     assert opened(shown["mask"]).getchannel("A").tobytes() == pictures.pil(again.mask).tobytes()
-
-
-@pytest.mark.parametrize(("channels", "size", "shown_at"), [(1, (8, 8), (8, 8)), (3, (300, 200), (128, 192))])
-def test_large_and_gray_pictures(channels, size, shown_at):
-    record = Record("d", "a", 0, 1, [1], [1], 0.0, 0.0, 0.0)
-    shown = pictures.shown(View(record, *torch.rand(4, channels, *size), None), ["a", "b"])
-    assert shown["exact"] == (size == shown_at)
-    assert opened(shown["panels"]["noised"]).size == shown_at
 
 
 def test_every_name_has_files_of_its_own():

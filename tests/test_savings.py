@@ -174,16 +174,6 @@ def test_clean_runs_are_made_once_for_all_attacks(evaluated):
     assert sum(rows for _, rows in alone) - few == 2 * 2 * 16
 
 
-def test_an_attack_on_the_bare_classifier_is_made_once_for_all_defenses(evaluated, monkeypatch):
-    asked, perturb = [], Transfer.perturb
-    monkeypatch.setattr(Transfer, "perturb", lambda *args: asked.append(len(args[2])) or perturb(*args))
-    names = ("none", "uniform", "map")
-    together, _ = evaluated("transfer", defenses=names)
-    assert asked == [3]
-    assert together == [record for name in names for record in evaluated("transfer", defenses=[name])[0]]
-    assert asked == 4 * [3]
-
-
 def test_what_is_kept_is_of_the_same_classifier_chunk_and_sample(classifier, images):
     """Of samples some may be there already, and chunks shrink when memory runs out."""
     other, attack, kept = Small(seed=1), Transfer(PGD("linf", 0.1, 3, 0.1)), {}

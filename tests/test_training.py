@@ -70,21 +70,6 @@ def test_a_finished_training_keeps_its_network(tmp_path, capsys):
     assert (tmp_path / "model.safetensors").read_bytes() == network
 
 
-def test_lines_of_a_training_without_a_terminal(monkeypatch, capsys):
-    seconds = iter(range(0, 1000, 10))
-    monkeypatch.setattr(progress, "monotonic", lambda: next(seconds))
-    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    about = {"estimated_stepping_batches": 10_000, "is_global_zero": True, "strategy": strategy, "callback_metrics": {}}
-    trainer, callback = SimpleNamespace(global_step=7, **about), Progress()
-    callback.on_train_start(trainer, None)
-    for trainer.global_step in (7, 8, 9, 9, 10):
-        callback.on_train_batch_end(trainer)
-    said = capsys.readouterr().err
-    assert said.startswith("goes on after step 7\n")
-    assert "0 %: step 9 of 10000, 1 d 3 h left, peak memory " in said
-
-
 def denoiser_task(**options):
     settings = {"constant": 0.5, "attention": 0.25, "shapes": 0.25, "max_level": 400, **options}
     classifier = ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4)

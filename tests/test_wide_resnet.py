@@ -243,17 +243,6 @@ def test_weights_of_another_network_are_refused(tmp_path, layout, change, size, 
     assert "\n" not in str(raised.value)
 
 
-def test_two_names_for_one_tensor_are_refused(tmp_path):
-    content = {**weights("deepmind"), "conv1.weight": torch.zeros(16, 3, 3, 3)}
-    with pytest.raises(InputError, match="two names"):
-        loaded(tmp_path / "w.pt", content, mean=MEAN, std=STD)
-
-
-def test_no_wide_resnet_is_refused(tmp_path):
-    with pytest.raises(InputError, match="0 names match"):
-        loaded(tmp_path / "w.pt", {"layer1.weight": torch.zeros(3)})
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -294,12 +283,6 @@ def test_files_round_trip(tmp_path, layout):
     if layout == "deepmind":
         with pytest.raises(InputError, match="give mean and std"):
             WideResNetClassifier(10, 2, 16, checkpoint=path)
-
-
-def test_files_without_arguments_for_what_they_are_round_trip(tmp_path):
-    source = randomized(WideResNetClassifier(10, 1, 8, padding="same"))
-    save_network(source, tmp_path / "some.safetensors")
-    assert torch.equal(load_classifier(tmp_path / "some.safetensors")(pictures(size=8)), source(pictures(size=8)))
 
 
 # Weights of torchvision and timm.
