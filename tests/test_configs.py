@@ -41,38 +41,6 @@ def made_evaluator(made):
     return Evaluator(made.classifier, defenses, made.attacks, made.gradients, made.baseline, made.runs, made.chunk)
 
 
-def scientific(node):
-    """Every class_path with its arguments, at any depth."""
-    if isinstance(node, dict):
-        if "class_path" in node:
-            yield node["class_path"].rpartition(".")[2], set(node.get("init_args", {}))
-        for value in node.values():
-            yield from scientific(value)
-
-
-STATED = {
-    "PGD": {"norm", "eps", "steps", "step_size", "eot", "loss"},
-    "MaskShift": {"norm", "eps", "steps", "step_size", "eot", "loss", "shift_steps"},
-    "APGD": {"norm", "eps", "steps", "eot", "loss", "select"},
-    "DiffHammer": {"norm", "eps", "steps", "step_size", "eot", "loss"},
-    "Restarts": {"attack", "losses", "judged", "until"},
-    "Square": {"norm", "eps", "steps", "eot", "p"},
-    "UniformPurifier": {"level", "steps", "sampler"},
-    "GradualPurifier": {"level", "steps", "sampler"},
-    "HeterogeneousPurifier": {"mask", "high", "low", "steps", "resampling", "jump"},
-    "VariableIntensityPurifier": {"mask", "high", "low", "steps"},
-    "TopFraction": {"fraction"},
-    "MinMaxThreshold": {"tau"},
-}
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_scientific_parameters_are_stated(path):
-    """A change of class keeps arguments of the same name, so a default must not stand in for a stated value."""
-    for name, given in scientific(load(path.read_text())):
-        assert STATED.get(name, set()) <= given, name
-
-
 def test_paths_begin_at_home(monkeypatch):
     """A shell leaves ``~`` in ``--run=~/x``, YAML leaves it everywhere."""
     monkeypatch.setenv("HOME", "/home/somebody")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -278,47 +279,6 @@ def test_a_signal_amid_a_write_leaves_whole_lines(tmp_path):
     assert path.read_text() == record(0).line()
 
 
-class Resumed(RobustnessTask):
-    """Notes what it is told."""
-
-    def __init__(self):
-        self.__dict__["evaluator"] = SimpleNamespace(pairs=(("uniform", "pgd"),))
-
-    def resume(self, records, count):
-        self.__dict__["told"] = len(records), count
-
-
-def resuming(folder, rank, signaled=False):
-    """A trainer in whose folder one record lies."""
-    folder.path.mkdir(exist_ok=True)
-    folder.records.write_text(record(0).line())
-    evaluated = SimpleNamespace(positions=np.array([0]), labels=np.array([record(0).label]))
-    return SimpleNamespace(
-        received_sigterm=signaled,
-        default_root_dir=folder.path,
-        is_global_zero=rank == 0,
-        global_rank=rank,
-        datamodule=SimpleNamespace(evaluated=evaluated),
-        strategy=SimpleNamespace(broadcast=lambda _: read_records(folder.records)),
-    )
-
-
-def test_what_is_recorded_counts_once_over_all_processes(tmp_path):
-    told = {}
-    for rank in (0, 1):
-        trainer, task, writer = resuming(RunFolder(tmp_path), rank), Resumed(), RunWriter()
-        writer.on_test_start(trainer, task)
-        writer._close()
-        told[rank] = task.told
-        assert trainer.datamodule.finished == [0]
-    assert told == {0: (1, True), 1: (1, False)}
-
-
-def test_a_signal_before_the_evaluation_began_ends_it_as_well(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        RunWriter().on_test_start(resuming(RunFolder(tmp_path), 0, signaled=True), Resumed())
-
-
 def test_a_merge_that_was_killed_leaves_each_record_once(tmp_path):
     """Between writing the merged file and removing the parts a record is in both."""
     folder = RunFolder(tmp_path)
@@ -426,3 +386,26 @@ def test_a_torn_first_line_is_mended(tmp_path):
 
 def test_metric_states_add_up_over_processes():
     assert {each.__name__ for each in RobustAccuracy(2)._reductions.values()} == {"dim_zero_sum"}
+
+
+@pytest.mark.parametrize(("rank", "signaled"), [(0, False), (1, False), (0, True)])
+def test_what_is_recorded_counts_once_over_all_processes(rank, signaled, tmp_path):
+    """A signal before the evaluation began ends it as well."""
+    folder, told, writer = RunFolder(tmp_path), [], RunWriter()
+    folder.records.write_text(record(0).line())
+    evaluated = SimpleNamespace(positions=np.array([0]), labels=np.array([record(0).label]))
+    trainer = SimpleNamespace(
+        received_sigterm=signaled,
+        default_root_dir=folder.path,
+        is_global_zero=rank == 0,
+        global_rank=rank,
+        datamodule=SimpleNamespace(evaluated=evaluated),
+        strategy=SimpleNamespace(broadcast=lambda _: read_records(folder.records)),
+    )
+    task = RobustnessTask(Evaluator(torch.nn.Flatten(), {"uniform": NoPurifier()}, {"pgd": PGD()}))
+    task.__dict__["resume"] = lambda records, count: told.append((len(records), count))
+    with pytest.raises(KeyboardInterrupt) if signaled else nullcontext():
+        writer.on_test_start(trainer, task)
+    writer._close()
+    if not signaled:
+        assert (told, trainer.datamodule.finished) == ([(1, rank == 0)], [0])

@@ -233,17 +233,10 @@ def test_unfinished_folders_are_refused(tmp_path):
     other = {**result["clean"], "worst": [0.5, 0.4]}
     for changes, words in (
         ("{", "Expecting"),
-        ("[]", "must be a mapping"),
         ('{"schema": 0}', "missing 7 required"),
-        ({"runs": "8"}, "'str' object cannot be"),
         ({"another": 1}, "unexpected keyword argument 'another'"),
         ({"results": [{k: v for k, v in result.items() if k != "eot"}]}, "'eot'"),
         ({"results": [{**result, "clean": other}]}, "missing 1 required positional argument: 'high'"),
-        (
-            {"results": [{**result, "clean": {**other, "worst": ["low", 0, 1]}}]},
-            "could not convert string to float: 'low'",
-        ),
-        ({"results": [None]}, "'NoneType' object is not subscriptable"),
     ):
         damaged = changes if isinstance(changes, str) else json.dumps({**json.loads(content), **changes})
         (path / "summary.json").write_text(damaged)

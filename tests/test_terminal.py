@@ -116,10 +116,21 @@ def test_a_log_gets_a_line_a_tenth(shown):
     assert " 0 s left, peak memory" in lines[-1]
 
 
+def test_a_short_run_says_nothing(shown):
+    assert shown(terminal=False, samples=100, batch=10, seconds=0.4) == ""
+
+
 def test_time_left_leaves_out_what_was_there(shown):
     lines = shown(terminal=False, samples=100, batch=10, seconds=60.0, done=50).splitlines()
     assert lines[0].startswith("20 %: purify under pgd")
     assert "4 min 0 s left" in lines[0]
+
+
+def test_a_terminal_gets_a_bar(shown):
+    text = shown(terminal=True, samples=20, batch=5, seconds=60.0)
+    assert "attacking |" in text
+    assert "100 %, purify under pgd: 0.0 % robust, 0 s left, peak memory" in text
+    assert "%:" not in text
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):

@@ -172,20 +172,12 @@ def test_evaluation_of_two_processes(server, environment, evaluation, tmp_path):
 
 
 def test_training(server, environment, tmp_path):
-    folder = tmp_path / "run"
+    folder, path = tmp_path / "run", tmp_path / "training.yaml"
+    measured = {"mask": MASK, "val_levels": [50, 200], "purifiers": {"variable": VARIABLE}}
+    few = {"class_path": "RandomChoice", "n": 20, "seed": 1}
     settings = {
-        "model": {
-            "class_path": "DenoiserTask",
-            **WEIGHTS,
-            "mask": MASK,
-            "val_levels": [50, 200],
-            "purifiers": {"variable": VARIABLE},
-        },
-        "data": {
-            "class_path": "Digits",
-            "batch_size": 64,
-            "val_subset": {"class_path": "RandomChoice", "n": 20, "seed": 1},
-        },
+        "model": {"class_path": "DenoiserTask", **WEIGHTS, **measured},
+        "data": {"class_path": "Digits", "batch_size": 64, "val_subset": few},
         "trainer": {
             "max_steps": 4,
             "accelerator": "cpu",
@@ -197,26 +189,23 @@ def test_training(server, environment, tmp_path):
             "callbacks": [{"class_path": "Previews", "samples": 3}],
         },
     }
-    path = tmp_path / "training.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     train(["fit", "--config", str(path), "--run", str(folder)])
     wandb.teardown()
     stored = Stored(server, folder)
-    steps = {
-        key: [row["trainer/global_step"] for row in stored.history if key in row]
-        for key in (
-            "train/loss",
-            "val/mse_constant_t200",
-            "previews",
-        )
-    }
-    assert steps["train/loss"] == [0, 1, 2, 3]
-    assert steps["val/mse_constant_t200"] == steps["previews"] == [1, 3]
+    for keys, wanted in (
+        (("train/loss", "cost/images_per_second"), [0, 1, 2, 3]),
+        (("val/mse_constant_t200", "val/mse_by_level_table", "previews"), [1, 3]),
+    ):
+        for key in keys:
+            assert [row["trainer/global_step"] for row in stored.history if key in row] == wanted, key
+    drawn = {(row["lineKey"], row["step"]): row["lineVal"] for row in stored.table("val/mse_by_level_table")}
+    assert len(drawn) == 6
+    assert drawn["inside", 50] == pytest.approx(stored.last("val/mse_inside_t50"))
     (picture,) = stored.last("previews")["filenames"]
     assert stored.file(picture) == (folder / "previews/step-000004.png").read_bytes()
-    assert stored.config["exported_sha256"] == {
-        "model.safetensors": sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    }
+    hashes = {"model.safetensors": sha256((folder / "model.safetensors").read_bytes()).hexdigest()}
+    assert stored.config["exported_sha256"] == hashes
     assert stored.config["model"]["init_args"]["val_levels"] == [50, 200]
 
 
