@@ -363,13 +363,6 @@ def test_weights_in_doubt_are_refused(tmp_path, form, message):
         ResNetClassifier(8, 16, 10, width=4, checkpoint=tmp_path / "w.pt")
 
 
-def test_names_that_begin_like_a_wrapper_load(tmp_path):
-    source, target = (nn.ModuleDict({"model": nn.ModuleDict({"network": Small()})}) for _ in range(2))
-    torch.save(behind("module.", source.state_dict()), tmp_path / "own.pt")
-    Classifier(target, size=16, num_classes=10, checkpoint=tmp_path / "own.pt")
-    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
-
-
 def test_half_precision_and_absent_counters_load(tmp_path):
     source = resnet()
     state = {n: v for n, v in source.network.state_dict().items() if not n.endswith("num_batches_tracked")}

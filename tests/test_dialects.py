@@ -141,6 +141,7 @@ def test_published_size_of_diffusers():
     config |= {"block_out_channels": [128, 256, 256, 256], "down_block_types": [down, attended, down, down]}
     config |= {"up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"], "layers_per_block": 2}
     config |= {"_class_name": "UNet2DModel", "downsample_padding": 0, "act_fn": "silu", "sample_size": 32}
+    config |= {"in_channels": 3, "out_channels": 3}
     with torch.device("meta"):
         state = diffusers.UNet2DModel(**{k: v for k, v in config.items() if k[0] != "_"}).state_dict()
         denoiser = readers.diffusers_unet(state, config, None)

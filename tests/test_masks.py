@@ -16,7 +16,6 @@ from lit_purify.defense import (
     TopFraction,
     Zeros,
 )
-from lit_purify.defense.masks import Relaxed
 from lit_purify.errors import InputError, notice
 from lit_purify.functional import mask as F
 from lit_purify.functional.images import resize
@@ -129,11 +128,6 @@ def test_random_area(classifier, images):
 def test_thresholds_out_of_range(rule):
     with pytest.raises(InputError, match=r"outside \(0, 1\)"):
         rule()
-
-
-def test_relaxation_needs_a_temperature():
-    with pytest.raises(InputError, match="temperature ="):
-        Relaxed(TopFraction(0.3), True, 0.0)
 
 
 # Where a network of coarse blocks looks, on photographs.

@@ -161,20 +161,6 @@ def test_public_sizes_are_read_in_every_key(monkeypatch, layout, depth, width, p
         assert set(classifier.network.state_dict()) == set(files)
 
 
-@pytest.mark.parametrize(
-    ("container", "prefix"),
-    [(None, ""), (None, "model."), ("state_dict", "module."), ("model_state_dict", "module.0."), ("params", "")],
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_wrappers_of_every_layout_are_taken_off(tmp_path, layout, container, prefix):
-    state, image = weights(layout), pictures()
-    wrapped = {prefix + name: value.clone().requires_grad_(value.is_floating_point()) for name, value in state.items()}
-    content = wrapped if container is None else {container: wrapped, "epoch": 3}
-    classifier = loaded(tmp_path / "w.pt", content, mean=[0.5], std=[0.25])
-    expected, _ = plain_forward(layout, state, image * 4 - 2, relu)
-    assert torch.allclose(classifier(image), expected, atol=1e-5)
-
-
 def test_other_channels_classes_and_odd_sizes(tmp_path):
     state, image = weights("robustbench", classes=7, channels=1), pictures(2, 1, 14)
     classifier = loaded(tmp_path / "w.pt", state, size=14, num_classes=7, channels=1)
