@@ -11,7 +11,6 @@ import yaml
 from conftest import GaussianDenoiser
 
 from lit_purify.attacks import PGD
-from lit_purify.callbacks import Progress, progress
 from lit_purify.cli import train
 from lit_purify.data import Digits
 from lit_purify.defense import TopFraction
