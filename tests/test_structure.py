@@ -22,7 +22,7 @@ BUDGETS = {
     "cli": 1028,
 }
 """Lines of each room at most; set to what the rooms have when the moves under way are done."""
-LIBRARY, TESTS = 18_000, 14_495
+LIBRARY, TESTS = 18_000, 17_000
 _BASE = {"errors", "recorded", "functional"}
 _EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
 _ALL = _EVALUATED | {"checks", "training", "report", "callbacks", "private", "shipped", "api"}

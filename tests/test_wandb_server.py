@@ -1,11 +1,14 @@
 """A real W&B client against a live server: what is read back from it, and what failing servers cost (nothing)."""
 
+import http.server
 import json
 import os
 import re
+import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from hashlib import sha256
@@ -16,7 +19,7 @@ import wandb
 import yaml
 from processes import Launch
 
-from lit_purify.callbacks import Progress, WandbRun
+from lit_purify.callbacks import Progress, WandbReport, WandbRun
 from lit_purify.cli import evaluate, train
 from lit_purify.evaluation import read_records
 
@@ -128,8 +131,6 @@ def check_evaluation(stored, folder):
     assert stored.config["nfe"] == {"none": 0, "variable": 1}
     points = {(row["defense"], row["clean"], row["robust"]) for row in stored.table("frontier_table")}
     assert points == {(r["defense"], r["clean"]["average"][0], r["robust"]["average"][0]) for r in summary["results"]}
-    for row, result in zip(stored.table("results"), summary["results"], strict=True):
-        assert [row[f"robust worst{end}"] for end in ("", " low", " high")] == result["robust"]["worst"]
     records = {record.key: record for record in read_records(folder / "records.jsonl")}
     rows = stored.table("samples")
     assert sorted((row["defense"], row["attack"], row["index"]) for row in rows) == [
@@ -263,6 +264,36 @@ def test_server_that_is_down(server, environment, evaluation, tmp_path, monkeypa
     check_evaluation(Stored(server, tmp_path / "run"), tmp_path / "run")
 
 
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """Knows no key."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_error(401)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def refusing():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+def test_wrong_key(environment, refusing, evaluation, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{refusing.server_port}")
+    evaluate(["--config", str(evaluation), "--run", str(tmp_path / "run")])
+    check_records(tmp_path / "run")
+    said = capsys.readouterr()
+    assert re.search("W&B: http.* 401.*; the run is logged offline", said.err)
+    assert "W&B: offline run, upload it with: WANDB_RESUME=allow wandb sync" in said.out
+
+
 @pytest.mark.parametrize("key", ["short", ""])
 def test_no_key(environment, tmp_path, monkeypatch, capsys, key):
     monkeypatch.setenv("WANDB_API_KEY", key)
@@ -274,3 +305,69 @@ def test_no_key(environment, tmp_path, monkeypatch, capsys, key):
     said = capsys.readouterr()
     assert re.search("W&B: http.*(invalid|configured).*; the run is logged offline", said.err)
     assert "W&B: offline run, upload it with: WANDB_RESUME=allow wandb sync" in said.out
+
+
+def test_tables_that_cannot_be_logged_are_named_and_end_nothing(tmp_path, capsys):
+    logger = WandbRun(save_dir=str(tmp_path / "run"))
+    logger.log_media({"samples": object(), "cost/nfe": 1})
+    logger.finalize("success")
+    said = capsys.readouterr()
+    assert re.search("W&B: samples not logged .*; the run's folder holds the same figures", said.err)
+    assert "W&B: offline run, upload it with" in said.out
+
+
+class Line:
+    """A connection to a server that can be cut."""
+
+    def __init__(self, server):
+        self.target = ("127.0.0.1", int(server.rpartition(":")[2]))
+        self.entry = socket.create_server(("127.0.0.1", 0))
+        self.up = True
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                near = self.entry.accept()[0]
+            except OSError:
+                return
+            threading.Thread(
+                target=self.forward, args=(near, socket.create_connection(self.target)), daemon=True
+            ).start()
+
+    def forward(self, near, far):
+        with near, far:
+            while self.up:
+                for ready in select.select([near, far], [], [], 0.1)[0]:
+                    if not (data := ready.recv(65536)):
+                        return
+                    (far if ready is near else near).sendall(data)
+
+    def cut(self):
+        self.up = False
+        self.entry.shutdown(socket.SHUT_RDWR)
+        self.entry.close()
+
+
+@pytest.mark.slow
+def test_connection_lost_in_the_middle(server, environment, evaluation, tmp_path, monkeypatch, capsys):
+    line, folder = Line(server), tmp_path / "run"
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{line.entry.getsockname()[1]}")
+    show = WandbReport.on_evaluated
+
+    def cut(*args):
+        if line.up:
+            line.cut()
+        show(*args)
+
+    monkeypatch.setattr(WandbReport, "on_evaluated", cut)
+    evaluate(["--config", str(evaluation), f"--run={folder}", "--trainer.logger.patience=2"])
+    check_records(folder)
+    said = capsys.readouterr()
+    assert "not logged" in said.err
+    assert "W&B: the uploads were not done 2 s after the end; upload what is missing with: wandb sync" in said.err
+    given_commands(said.err, environment, tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    for result in summary["results"]:
+        name = f"robust/{result['defense']}/{result['attack']}/average"
+        assert Stored(server, folder).summary[name] == pytest.approx(result["robust"]["average"][0])
