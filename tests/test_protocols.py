@@ -166,6 +166,9 @@ COSTS = {
     "diffpure_cifar10": ("aa_ce", 100, 100, list(range(100, 0, -1))),
     "diffbreak_imagenet": ("apgd", 150, 150, list(range(150, 0, -1))),
     "diffhammer_cifar10": ("apgd_ce", 10, 10, list(range(100, 0, -10))),
+    "diffhammer_cifar10_gdmp": ("diffhammer_ce", 24, 24, [36, 30, 24, 18, 12, 6] * 4),
+    "diffhammer_cifar10_likelihood": ("diffhammer_ce", 5, 5, [170] * 5),
+    "freqpure_cifar10": ("pgd", 100, 1, [100]),
 }
 
 
@@ -203,7 +206,10 @@ NUMBERS = {
     "diffbreak_cifar10": (10, 256, {"apgd": ("8/255", 100, 10)}),
     "diffbreak_imagenet": (8, 256, {"apgd": ("4/255", 100, 16)}),
     "diffhammer_cifar10": (10, 512, DIFFHAMMER),
+    "diffhammer_cifar10_gdmp": (10, 512, {f"diffhammer_{loss}": ("8/255", 50, 10) for loss in ("margin", "ce", "dlr")}),
+    "freqpure_cifar10": (10, 512, {"pgd": ("8/255", *PGD_LONG)}),
 }
+NUMBERS["diffhammer_cifar10_likelihood"] = NUMBERS["diffhammer_cifar10_gdmp"]
 # What steers the purifiers: each level, U, tau or the masked fraction.
 STEERED = {
     "lee_kim_cifar10": {"level": [30] * 4 + [50] * 2 + [125] * 2, "sampler": "ddpm"},
@@ -219,6 +225,9 @@ STEERED = {
     "diffbreak_cifar10": {"level": 100, "steps": 100, "sampler": "sde"},
     "diffbreak_imagenet": {"level": 150, "steps": 150, "sampler": "sde"},
     "diffhammer_cifar10": {"level": 100, "steps": 10, "sampler": "ddpm"},
+    "diffhammer_cifar10_gdmp": {"level": 36, "steps": 6, "rounds": 4, "guidance": 2e-3 * 255 / 8},
+    "diffhammer_cifar10_likelihood": {"low": 117, "high": 170, "steps": 5, "rate": 0.1},
+    "freqpure_cifar10": {"level": [100], "steps": [100], "radius": 10.0, "phase": 0.3},
 }
 
 
