@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +19,29 @@ from lit_purify.checks.audit import audit_attack
 from lit_purify.checks.findings import Findings
 from lit_purify.checks.gradcheck import Check, check_gradients
 from lit_purify.data.base import ImageDataset
-from lit_purify.defense import Exact, Gradient, Purifier, Trace, defend
+from lit_purify.defense import DefendedClassifier, Exact, Gradient, Purifier, Trace, defend
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, Ledger, Record, View
 from lit_purify.evaluation.estimate import work
-from lit_purify.evaluation.folder import RunFolder, file_hashes
+from lit_purify.evaluation.folder import RunFolder
 from lit_purify.evaluation.module import check_records
 from lit_purify.evaluation.records import append_records, in_order, write_whole
-from lit_purify.functional.chunks import chunks
 from lit_purify.functional.images import check_unit_range
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.models import Classifier, Precision
 from lit_purify.recorded import identity
 from lit_purify.report import pictures
 from lit_purify.report.finished import FinishedRun
-from lit_purify.report.html import page
-from lit_purify.report.summary import summarize, table
+from lit_purify.report.html import finish, page, summary_of
+from lit_purify.report.summary import table
 
 Defenses = Purifier | nn.Module | Mapping[str, Purifier | nn.Module]
 Attacks = Attack | Mapping[str, Attack]
 Images = Tensor | tuple[Tensor, Tensor] | Dataset[Any]
 
 
-@dataclass(frozen=True)
-class Result:
-    """The result of an evaluation; printing it prints the table.
-
-    Attributes:
-        summary: The content of ``summary.json``: accuracies with 95 % intervals, paired differences, costs.
-        records: One record for each (defense, attack, sample).
-        identity: What the records depend on.
-        views: Pictures of the first samples.
-    """
-
-    summary: Mapping[str, Any]
-    records: Sequence[Record]
-    identity: Mapping[str, Any]
-    views: Sequence[View] = ()
+class Result(FinishedRun):
+    """The result of an evaluation: its summary, records, identity and pictures; printing it prints the table."""
 
     def __str__(self) -> str:
         """The table that ``eval.py`` prints."""
@@ -97,8 +81,7 @@ class Result:
     def save_report(self, path: str | Path) -> None:
         """Writes the report as one HTML file that opens without a network."""
         Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        run = FinishedRun(self.summary, self.records, self.identity, views=self.views)
-        write_whole(Path(path).expanduser(), page(run))
+        write_whole(Path(path).expanduser(), page(self))
 
 
 def evaluate(
@@ -162,8 +145,7 @@ def evaluate(
     where = {"labels": torch.as_tensor(data.labels[data.positions]), "positions": torch.as_tensor(data.positions)}
     about = evaluator.identity() | identity(data={**where, "first": data[0]["image"]})
     home = None if folder is None else RunFolder(Path(folder).expanduser())
-    ledger, views = Ledger(), []
-    records: list[Record] = []
+    ledger, records, views = Ledger(), list[Record](), list[View]()
     with contextlib.ExitStack() as stack:
         stream = None
         if home is not None:
@@ -172,25 +154,21 @@ def evaluate(
             records = home.collect(write=True)
             check_records(records, evaluator)
             ledger.note(records)
-            views = list(pictures.read(home.overlays, records))
             stream = stack.enter_context(home.open_part(0))
         for found, seen in _evaluated(evaluator, data, ledger, gallery, batch_size, device, progress):
-            views += seen
-            if home is not None and stream is not None:
-                for view in seen:
-                    # Pictures before records: a sample whose record exists is not shown again.
-                    pictures.write(view, home.overlays)
-                append_records(stream, found)
-            records += found
-        records = in_order(records)
-        facts = evaluator.facts(data, "images", "test") | {"files": file_hashes(about)}
-        summary = summarize(records, evaluator.describe(), facts, evaluator.baseline)
-        result = Result(summary, records, about, views)
+            if home is None or stream is None:
+                records += found
+                views += seen
+                continue
+            for view in seen:
+                # Pictures before records: a sample whose record exists is not shown again.
+                pictures.write(view, home.overlays)
+            append_records(stream, found)
         if home is not None:
-            home.collect(write=True)
-            write_whole(home.summary, json.dumps(summary, indent=1) + "\n")
-            result.save_report(home.report)
-    return result
+            finish(home, evaluator, data, "images", "test")
+            return Result.read(home.path)
+    records = in_order(records)
+    return Result(summary_of(evaluator, data, "images", "test", records, about), records, about, views=views)
 
 
 def _evaluated(
@@ -313,21 +291,13 @@ def purify(
     """
     check_unit_range(images)
     purifier.check_image(images[:1])
-    rule = purifier.mask
-    if rule is not None and classifier is None:
+    if purifier.mask is not None and classifier is None:
         raise InputError("classifier: this purifier's mask is made from a classifier's attention: give one")
     index = torch.arange(len(images), device=images.device)
-    noise, parts = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION), []
-    with torch.no_grad():
-        for rows, real in chunks(len(images), chunk, images.device):
-            image, keyed = images[rows], noise.rows(rows)
-            mask = None if rule is None or classifier is None else rule(classifier, image, keyed)
-            parts.append([None if x is None else x[:real] for x in vars(purifier.trace(image, keyed, mask)).values()])
-    joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
-    purified, noised, mask = joined
-    assert purified is not None
-    assert noised is not None
-    return Trace(purified, noised, mask)
+    noise = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION)
+    # Without a mask nobody calls the classifier.
+    taker = classifier or Classifier(nn.Identity(), images.shape[-1], 1, images.shape[1])
+    return DefendedClassifier(purifier, taker).trace_in_chunks(images, noise, chunk)
 
 
 def _prepared(

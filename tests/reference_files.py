@@ -124,6 +124,7 @@ ADDED = WIDE | {"heads": 4, "scale_shift": False, "updown": False}
 THREE = SMALL | {"multipliers": (1, 2, 2), "blocks": 1}
 NARROW = WIDE | {"multipliers": (0.5, 1, 1), "attention": (8, 4), "heads": 4, "new_order": True}
 ATTENTION = {"size": SIZE, "head_width": None, "heads": 4, "new_attention_order": True}
+IMPROVED = {"head_width": None, "heads": 4, "schedule": "cosine", "steps": 4000, "rescale_timesteps": True}
 COSINE = {"size": SIZE, "heads": 4, "schedule": "cosine", "steps": 2000}
 
 
@@ -172,9 +173,10 @@ CASES = {
     "guided, heads": Case("guided_diffusion", guided_diffusion, ADDED, COSINE, steps=2000),
     "guided, options": Case("guided_diffusion", guided_diffusion, NARROW, ATTENTION),
     "improved": Case(
-        "improved_diffusion",
+        "guided_diffusion",
         guided_diffusion,
         WIDE | {"attention": (16, 8), "heads": 4, "updown": False},
+        IMPROVED | {"size": SIZE},
         steps=4000,
         label=in_thousands,
     ),

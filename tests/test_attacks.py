@@ -15,7 +15,6 @@ from lit_purify.attacks import (
     Attack,
     CarliniWagnerL2,
     DiffHammer,
-    MaskShift,
     Queries,
     Restarts,
     SavedImages,
@@ -61,7 +60,7 @@ def every_attack():
         "apgd": APGD("linf", 0.1, 3, eot=2, restarts=2),
         "targeted": APGD("l2", 0.7, 2, eot=2, loss="dlr", targets=2, select="last"),
         "pgd": PGD("linf", 0.1, 2, 0.06, eot=3, restarts=2),
-        "shift": MaskShift("linf", 0.1, 2, 0.06, shift_steps=2, eot=2),
+        "shift": PGD("linf", 0.1, 2, 0.06, shift_steps=2, eot=2),
         "fgsm": FGSM("l2", 0.7, eot=2, random_start=True),
         "square": Square("linf", 0.1, 4, eot=2, paired=False),
         "square-l2": Square("l2", 0.7, 3, eot=2),
@@ -363,7 +362,7 @@ def test_the_mask_is_moved_off_the_image(norm, eps, unet, classifier, images):
     model = DefendedClassifier(HeterogeneousPurifier(unet, rule, 200, 100, 2), classifier)
     settings = {"norm": norm, "eps": eps, "steps": 1, "step_size": eps / 10, "loss": "margin"}
     label = torch.arange(6)
-    shifted = MaskShift(**settings)(model, images, label, keyed(6), chunk=8)
+    shifted = PGD(**settings, shift_steps=20)(model, images, label, keyed(6), chunk=8)
     plain = PGD(**settings)(model, images, label, keyed(6), chunk=8)
     original, left, other = (rule(classifier, x, keyed(6)) for x in (images, shifted, plain))
     overlaps = [float((mask * original).sum() / original.sum()) for mask in (left, other)]
@@ -375,7 +374,8 @@ def test_the_mask_is_moved_off_the_image(norm, eps, unet, classifier, images):
 def test_without_a_mask_to_move_nothing_is_shifted(unet, classifier, images):
     for purifier in (UniformPurifier(unet, 200, 2), HeterogeneousPurifier(unet, Ones(), 200, 100, 2)):
         model, settings = DefendedClassifier(purifier, classifier), ("linf", 0.1, 2, 0.06)
-        found = [kind(*settings, eot=2)(model, images, torch.arange(6), keyed(6)) for kind in (PGD, MaskShift)]
+        attacks = (PGD(*settings, eot=2, shift_steps=shift_steps) for shift_steps in (0, 20))
+        found = [attack(model, images, torch.arange(6), keyed(6)) for attack in attacks]
         assert torch.equal(*found)
 
 
@@ -455,8 +455,6 @@ def nothing(x):
 def save(path, images):
     if path.suffix == ".npy":
         np.save(path, images.numpy())
-    elif path.suffix == ".npz":
-        np.savez(path, adversarial=images.numpy())
     elif path.suffix == ".pt":
         torch.save(images, path)
     else:
@@ -468,7 +466,7 @@ def save(path, images):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.pt", "pictures"])
+@pytest.mark.parametrize("name", ["x.npy", "x.pt", "pictures"])
 def test_saved_images_come_back_by_sample(name, channels, tmp_path):
     """The evaluated samples are 7, 3, 40, 41, 5, 6 of their split, in this order; a batch is some of them."""
     original = torch.rand(6, channels, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -518,8 +516,8 @@ def test_saved_images_that_cannot_be_used(tmp_path):
             use(path, prepare)
 
     refuses("no such file or folder", "nothing.npy")
-    (tmp_path / "broken.npz").write_text("images")
-    refuses("cannot be read as one array", "broken.npz")
+    (tmp_path / "broken.npy").write_text("images")
+    refuses("cannot be read as one array", "broken.npy")
     refuses("holds torch.uint8", "bytes.npy", torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
     refuses("sample 0 has shape .*1, 5, 5.*its original .*1, 4, 4", "size.npy", torch.zeros(2, 1, 5, 5))
     refuses("holds 1 images, none for sample 1", "few.npy", original[:1])

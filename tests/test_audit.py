@@ -40,7 +40,7 @@ def audited(defended, attack, gradient=None, low=0.02, high=0.2, count=32, runs=
 
 def by_check(defended, attack, gradient, image, label, **arguments):
     view, arguments = (gradient or Exact()).attacked(defended), {"proposals": 20, **arguments}
-    findings = list(Audited(view, attack, image, label, torch.arange(len(image)), **arguments).findings("it", CHECKS))
+    findings = list(Audited("it", view, attack, image, label, torch.arange(len(image)), **arguments).findings(CHECKS))
     found = {finding.check: finding for finding in findings}
     assert len(found) == len(findings)
     return found

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from conftest import randomized
-from reference_files import CASES, OLD, SIZE
+from reference_files import CASES, IMPROVED, OLD, SIZE
 from reference_networks import apply, ddpm, draw, guided_diffusion, score_sde
 
 from lit_purify.errors import InputError, notice
@@ -113,7 +113,7 @@ PUBLISHED = {
     ),
     "guided-diffusion, 256x256": (readers.load_guided_diffusion, guided_diffusion, 256, IMAGENET, 552_814_086),
     "improved-diffusion, CIFAR-10": (
-        readers.load_improved_diffusion,
+        functools.partial(readers.load_guided_diffusion, size=32, **IMPROVED),
         guided_diffusion,
         32,
         CIFAR10 | {"blocks": 3, "attention": (16, 8), "heads": 4, "updown": False},
@@ -250,8 +250,7 @@ def test_settings_of_other_networks_are_refused(changed, scheduler, named):
 
 LOOKS_LIKE = {
     "score_sde": "score_sde",
-    "guided_diffusion": "guided_diffusion|improved_diffusion",
-    "improved_diffusion": "guided_diffusion|improved_diffusion",
+    "guided_diffusion": "guided_diffusion",
     "ddpm": "load_ddpm",
     "diffusers": "diffusers",
 }

@@ -29,7 +29,7 @@ from lit_purify.data import ImageFolder
 from lit_purify.data.claims import Claims
 from lit_purify.defense import NoPurifier
 from lit_purify.errors import INTERRUPTED, InputError
-from lit_purify.evaluation import Evaluator, Record, RobustAccuracy, RobustnessTask, read_records
+from lit_purify.evaluation import Evaluator, Record, RobustnessTask, read_records
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.evaluation.records import append_records, write_records
 from lit_purify.models import ResNetClassifier
@@ -364,13 +364,16 @@ def test_out_of_memory_an_evaluation_goes_on_with_smaller_chunks(config, whole, 
     assert "out of memory with chunks of 16 rows" in capsys.readouterr().err
 
 
-def test_clean_is_counted_once_when_several_processes_resume(classifier):
+def test_running_accuracies_count_each_sample_once(classifier):
     attacks = {"a": PGD("linf", 0.1, 1, 0.1), "b": PGD("l2", 0.1, 1, 0.1)}
-    ranks = [RobustnessTask(Evaluator(classifier, {"none": NoPurifier()}, attacks, runs=1)) for _ in range(2)]
+    ranks = [RobustnessTask(Evaluator(classifier, {"none": NoPurifier()}, attacks, runs=2)) for _ in range(2)]
     for rank, task in enumerate(ranks):
-        task.resume([Record("none", "a", 1, 3, [3], [3], 0, 0, 0)], count=rank == 0)
-    ranks[1]._count([Record("none", "b", 1, 3, [3], [3], 0, 0, 0)])
-    assert sum(int(task.metrics["none"].count) for task in ranks) == 1
+        task.resume([Record("none", "a", 1, 3, [3, 3], [3, 4], 0, 0, 0)], count=rank == 0)
+    ranks[0]._count([Record("none", "b", 1, 3, [3, 3], [4, 4], 0, 0, 0)])
+    ranks[0]._count([Record("none", "a", 2, 3, [4, 4], [4, 4], 0, 0, 0)])
+    found = [ranks[0].running(*pair) for pair in (("none",), ("none", "a"), ("none", "b"))]
+    assert found == [0.5, 0.25, 0.0]
+    assert ranks[1].running("none") == 0.0
 
 
 def test_a_torn_first_line_is_mended(tmp_path):
@@ -382,10 +385,6 @@ def test_a_torn_first_line_is_mended(tmp_path):
         stream.write(record(2).line())
     assert [r.index for r in folder.collect(write=True)] == [2]
     assert not folder.part(1).exists()
-
-
-def test_metric_states_add_up_over_processes():
-    assert {each.__name__ for each in RobustAccuracy(2)._reductions.values()} == {"dim_zero_sum"}
 
 
 @pytest.mark.parametrize(("rank", "signaled"), [(0, False), (1, False), (0, True)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GaussianDenoiser
 
-from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, MaskShift, Square, Transfer
+from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, Square, Transfer
 from lit_purify.data import Digits, First
 from lit_purify.defense import HeterogeneousPurifier, NoPurifier, Surrogate, TopFraction, UniformPurifier
 from lit_purify.evaluation import Evaluator, Ledger, Record, estimate
@@ -26,7 +26,7 @@ ATTACKS = {
     "cw": CarliniWagnerL2(0.5, steps=3, searches=2),
     "square": Square("linf", 0.1, steps=4, eot=2),
     "transfer": Transfer(APGD("linf", 0.1, steps=4)),
-    "shift": MaskShift("linf", 0.1, steps=3, step_size=0.05, shift_steps=2, eot=3),
+    "shift": PGD("linf", 0.1, steps=3, step_size=0.05, shift_steps=2, eot=3),
 }
 
 

@@ -29,7 +29,6 @@ from lit_purify.evaluation import Evaluator, Ledger
 from lit_purify.functional.levels import two_level
 from lit_purify.functional.noise import ATTACK, KeyedNoise
 from lit_purify.models import (
-    MatchedSchedule,
     Replayed,
     Replays,
     ResNetClassifier,
@@ -179,7 +178,6 @@ def test_accelerated_networks(unet):
     made = accelerated(unet)
     assert made(x, t).equal(unet(x, t))
     assert copy.deepcopy(made)(x, t).equal(unet(x, t))
-    assert MatchedSchedule(made)(x, t).equal(MatchedSchedule(unet)(x, t))
     assert not any(weight.requires_grad for weight in made.parameters())
     low = accelerated(unet, "bf16")
     assert low.origin.endswith(", bf16")
@@ -194,7 +192,6 @@ def test_accelerated_networks(unet):
             accelerated(network, precision)
     with pytest.raises(InputError, match="Curved knows float32 alone"):
         accelerated(Curved(), "bf16")
-    assert accelerated(MatchedSchedule(unet), "bf16").denoiser.stem.weight.dtype == torch.bfloat16
 
 
 def test_an_evaluation_in_16_bits(unet, classifier, images):

@@ -87,7 +87,7 @@ def test_files_keep_their_names_and_are_what_the_defense_makes_of_them(run, unet
     assert run()
     stems = ["a", "sub/b.c", "sub/deep/d", "e"]
     made = {f"{s}{kind}.png" for s in stems for kind in ("", ".mask", ".overlay")}
-    assert set(content(tmp_path / "out")) == made | {"config.yaml"}
+    assert set(content(tmp_path / "out")) == made | {"config.yaml", "identity.json"}
     said = capsys.readouterr().out
     # The first with a mask, and the files that are not hidden; what it is done with.
     assert "4 images" in said
@@ -152,24 +152,23 @@ def test_going_on_completes_and_changes_nothing(run, images, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(classify=True)
     before = content(out)
-    with pytest.raises(InputError, match=r"exists already; existing: skip goes on"):
-        run(classify=True)
     (out / "a.png").unlink()
     (out / "predictions.csv").unlink()
     (out / "sub/b.c.png.partial").write_text("a killed run leaves this")
     capsys.readouterr()
-    assert run(classify=True, existing="skip")
+    assert run(classify=True)
     assert "3 of them exist already" in capsys.readouterr().out
     assert {name: data for name, data in content(out).items() if "partial" not in name} == before
-    for changes in ({"seed": 6}, {"runs": 4}, {"defense": "uniform"}):
-        with pytest.raises(InputError, match="by other settings"):
-            run(classify=True, existing="skip", **changes)
-    Image.new("L", (8, 8), 7).save(images / "a.png")
-    with pytest.raises(InputError, match=r"a\.png: was made from another image"):
-        run(classify=True, existing="skip")
+    for changes in ({"seed": 6}, {"runs": 4}, {"defense": "uniform"}, {"overlays": False}):
+        with pytest.raises(InputError, match="made by other settings"):
+            run(**{"classify": True, **changes})
     assert {name: data for name, data in content(out).items() if "partial" not in name} == before
-    run(classify=True, existing="replace", defenses=["none", "uniform"])
-    assert not list(out.rglob("*.mask.png"))
+    # An image that has changed since is made again, and no other.
+    Image.new("L", (8, 8), 7).save(images / "a.png")
+    assert run(classify=True)
+    after = content(out)
+    assert {name for name in before if before[name] != after[name]} >= {"a.png", "a.overlay.png"}
+    assert before["e.png"] == after["e.png"]
 
 
 def test_an_interruption_leaves_whole_files(run, tmp_path, monkeypatch, capsys):
@@ -184,33 +183,11 @@ def test_an_interruption_leaves_whole_files(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(own_images, "_save", save)
     with pytest.raises(SystemExit):
         run(chunk=1)
-    assert "existing: skip goes on" in capsys.readouterr().out
+    assert "the same command goes on" in capsys.readouterr().out
     monkeypatch.undo()
-    run(chunk=1, existing="skip")
+    run(chunk=1)
     run("whole", chunk=1)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("kind", ["mask", "overlay"])
-def test_a_mask_of_somebody_else_stays(kind, run, tmp_path):
-    """Beside an image that is not there yet, as an interruption leaves it."""
-    run()
-    (tmp_path / "out/a.png").unlink()
-    Image.new("L", (8, 8)).save(tmp_path / f"out/a.{kind}.png")
-    before = content(tmp_path / "out")
-    with pytest.raises(InputError, match=rf"a\.{kind}\.png: was made from another image"):
-        run(existing="skip")
-    assert content(tmp_path / "out") == before
-
-
-@pytest.mark.parametrize("name", ["a.png", "a.mask.png"])
-def test_what_was_not_made_here_is_not_replaced(name, run, tmp_path):
-    (tmp_path / "out").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "out" / name)
-    before = content(tmp_path / "out")
-    with pytest.raises(InputError, match=rf"{re.escape(name)}: was not made here, so it is not replaced"):
-        run(existing="replace", overlays=False)
-    assert content(tmp_path / "out") == before
 
 
 def test_names_that_are_no_text_and_links_that_lead_back(run, tmp_path):
@@ -262,8 +239,8 @@ def test_processes_share_the_images_and_know_of_all_that_could_not_be_read(tmp_p
     assert re.findall(r"bad(\d).jpg: cannot be read", launched.said) == ["0", "1", "2", "3"]
     assert launched.said.count("8 images of ") == launched.said.count("Purified: ") == 1
     one, two = (content(tmp_path / place) for place in "12")
-    assert {name: data for name, data in one.items() if name != "config.yaml"} == {
-        name: data for name, data in two.items() if name != "config.yaml"
+    assert {name: data for name, data in one.items() if name[-4:] != "yaml"} == {
+        name: data for name, data in two.items() if name[-4:] != "yaml"
     }
 
 
@@ -289,7 +266,7 @@ def test_what_cannot_be_read_stops_no_other(run, images, tmp_path, capsys):
     # Mended.
     for name in ("b.png", "f.png", "sub/g.png"):
         shutil.copy(images / "a.png", images / name)
-    assert run("out", chunk=1, classify=True, existing="skip")
+    assert run("out", chunk=1, classify=True)
     assert len(rows(tmp_path / "out/predictions.csv")) == 7
 
 
@@ -311,7 +288,6 @@ def mask_of_another(folder):
         (None, {"output": "images"}, "output .*images: lies in the input folder"),
         (None, {"output": "images/out"}, "lies in the input folder"),
         (None, {"output": "images/notes.txt"}, "notes.txt: is a file"),
-        (None, {"input": "images/notes.txt"}, "notes.txt: cannot be read as an image"),
         (None, {"defense": "papr"}, "defense papr: the configuration has uniform, paper"),
         (None, {"defenses": ["none"]}, "none of none purifies"),
         (None, {"outputs": 1, "classify": True}, r"puts out \(1, 1\) .* where logits \(1, \d+\) are needed"),
@@ -324,28 +300,20 @@ def test_refused_before_anything_is_written(run, classifier, images, tmp_path, m
     given = {"output": "out", **options}
     if count := given.pop("outputs", 0):
         monkeypatch.setattr(classifier.network, "forward", lambda x: torch.zeros(len(x), count))
-    if "input" in given:
-        given["source"] = tmp_path / given.pop("input")
     with pytest.raises(InputError, match=said):
         run(**given)
     assert content(tmp_path) == before
     assert not (tmp_path / "out").exists()
 
 
-def test_a_photo_is_not_written_over(run, images):
-    photo = images / "a.png"
-    before = photo.read_bytes()
-    with pytest.raises(InputError, match="is an image of the input"):
-        run("images", photo, existing="replace")
-    assert photo.read_bytes() == before
-
-
-@pytest.mark.parametrize(("existing", "said"), [("refuse", ";"), ("skip", ", and none"), ("replace", ", and none")])
-def test_a_configuration_of_somebody_else_stays(existing, said, run, tmp_path):
+def test_what_was_not_made_here_stays(run, images, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.yaml").write_text("mine")
-    with pytest.raises(InputError, match=f"config.yaml: exists already{said}"):
-        run(existing=existing)
+    for output, source in (("out", None), ("images", images / "a.png")):
+        before = content(tmp_path)
+        with pytest.raises(InputError, match="holds files of another origin"):
+            run(output, source)
+        assert content(tmp_path) == before
 
 
 def test_the_commands(images, tmp_path, capsys, monkeypatch):
@@ -367,7 +335,7 @@ def test_the_commands(images, tmp_path, capsys, monkeypatch):
     (images / "sub/z.png").write_text("no image")
     (tmp_path / "out/config.yaml").unlink()
     with pytest.raises(SystemExit) as exit_:
-        evaluate(["purify", *command, "--existing", "replace"])
+        evaluate(["predict", *command])
     assert exit_.value.code == 1
     assert capsys.readouterr().out.endswith("z.png: cannot be read as an image; remove or replace it\n")
     assert (tmp_path / "out/config.yaml").exists()

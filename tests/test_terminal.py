@@ -34,7 +34,7 @@ def test_help_all_has_every_setting(capsys):
     with pytest.raises(SystemExit):
         evaluate(["purify", "--help_all"])
     text = capsys.readouterr().out
-    assert {"--trainer.devices", "--existing", "--classifier.help"} <= set(re.findall(r"--[\w.]+", text))
+    assert {"--trainer.devices", "--overlays", "--classifier.help"} <= set(re.findall(r"--[\w.]+", text))
 
 
 VALUES = {"N": "3", "FOLDER": "x", "FILE": "y", "skip": "skip", "false": "false", "null": "null", "NAME": "uniform"}
@@ -53,7 +53,7 @@ def flags(page):
 
 def test_settings_of_the_pages_exist(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    own = {"--input", "--output", "--defense", "--existing", "--overlays"}
+    own = {"--input", "--output", "--defense", "--overlays"}
     audit = {"--samples", "--audit_runs", "--proposals"}
     shown, training = flags(EVALUATE), flags(TRAIN)
     assert own | audit <= set(shown)

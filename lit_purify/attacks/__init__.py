@@ -7,7 +7,6 @@ from lit_purify.attacks.carlini_wagner import CarliniWagnerL2
 from lit_purify.attacks.diffhammer import DiffHammer
 from lit_purify.attacks.fgsm import FGSM
 from lit_purify.attacks.foreign import ForeignAttack
-from lit_purify.attacks.mask_shift import MaskShift
 from lit_purify.attacks.pgd import PGD
 from lit_purify.attacks.restarts import Restarts
 from lit_purify.attacks.saved_images import SavedImages
@@ -23,7 +22,6 @@ __all__ = [
     "CarliniWagnerL2",
     "DiffHammer",
     "ForeignAttack",
-    "MaskShift",
     "NotApplicableError",
     "Queries",
     "Restarts",

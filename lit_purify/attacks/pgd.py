@@ -15,6 +15,7 @@ from lit_purify.functional.chunks import (
     LossFunction,
     average,
     draws_in_chunks,
+    gradient_in_chunks,
     logits_in_chunks,
 )
 from lit_purify.functional.images import each
@@ -40,6 +41,11 @@ class PGD(Attack):
     - ``vote``: p, the draws that still vote for the label; with ``ce`` this is exactly the gradient of -log of the mean
       of p over draws, the loss of the averaged vote. For most of N runs wrong.
 
+    A mask is a threshold, through which no gradient leads: an attack that follows gradients alone never finds out what
+    is gained where the noise falls on other pixels. So ``shift_steps`` first lower the overlap sum(m(x') m(x)) /
+    sum(m(x)) of the relaxed mask m of the attacked image with that of the original one, in the same ball; the steps on
+    the loss go on from there. Where there is no mask that an image can move, they do nothing.
+
     Args:
         norm: ``linf`` or ``l2``.
         eps: Radius, in pixels of [0, 1]; a number or a fraction such as ``8/255``.
@@ -55,6 +61,7 @@ class PGD(Attack):
         aggregate: What the draws of a sample count: ``mean``, ``worst`` or ``vote``.
         sign: L2 steps follow the sign of the gradient too, ``step_size`` for each pixel, as in the released code of Lee
             & Kim (2023) and of Pei et al. (2025). Such a step is not the steepest.
+        shift_steps: Steps on the mask. Each costs a gradient of the classifier's features, and no network call.
     """
 
     scalable = frozenset({"steps", "eot", "restarts", "loss", "aggregate", "eps"})
@@ -74,9 +81,12 @@ class PGD(Attack):
         restarts: int = 1,
         aggregate: Aggregate = "mean",
         sign: bool = False,
+        shift_steps: int = 0,
     ) -> None:
         super().__init__(norm, eps)
         check_counts(steps=steps, eot=eot, restarts=restarts)
+        if shift_steps < 0:
+            raise InputError(f"shift_steps = {shift_steps}: use 0 for none, or how many move the mask")
         if aggregate != "mean" and eot == 1:
             raise InputError(f"aggregate = {aggregate!r} weights the draws of a sample: use eot of 2 or more")
         self.steps, self.eot, self.restarts = steps, eot, restarts
@@ -86,6 +96,7 @@ class PGD(Attack):
         self.loss = loss
         self.select, self.random_start, self.aggregate = select, random_start, aggregate
         self.step_norm: Norm = "linf" if sign else norm
+        self.shift_steps = shift_steps
 
     @property
     def title(self) -> str:
@@ -94,9 +105,10 @@ class PGD(Attack):
         restarts = f", {self.restarts} restarts" if self.restarts > 1 else ""
         weights = {"mean": "", "worst": ", draws weighted by success", "vote": ", draws weighted by failure"}
         signs = ", signs as steps" if self.step_norm != self.norm else ""
+        shift = f", after {self.shift_steps} steps that move the mask" if self.shift_steps else ""
         return (
             f"PGD on the {self.loss} loss from {start}, step {self.step_size:.4g}{signs}, {self.select} "
-            f"iterate{restarts}{weights[self.aggregate]}"
+            f"iterate{restarts}{weights[self.aggregate]}{shift}"
         )
 
     @property
@@ -165,8 +177,20 @@ class PGD(Attack):
         return (wrong.logsumexp(dim=1) - right.logsumexp(dim=1)).to(loss.dtype)
 
     def _begin(self, model: AttackedFunction, image: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """The first iterate."""
-        return self._start(image, noise) if self.random_start else image
+        """The first iterate, with the mask moved off that of the image."""
+        point, relaxed = self._start(image, noise) if self.random_start else image, model.relaxed
+        if relaxed is None or not self.shift_steps:
+            return point
+
+        def moved(mask: Tensor, original: Tensor) -> Tensor:
+            return -(mask * original).sum(dim=1) / original.sum(dim=1).clamp(min=1.0)
+
+        look = AttackedFunction(lambda image, noise: relaxed(image, noise).flatten(1))
+        original = logits_in_chunks(look, image, noise, [0], chunk)[:, 0]
+        for _ in range(self.shift_steps):
+            _, gradient = gradient_in_chunks(look, moved, point, original, noise, [0], chunk)
+            point = self.inside(point + self.step_size * steepest(gradient, self.norm), image)
+        return point
 
     def _start(self, image: Tensor, noise: Noise) -> Tensor:
         """A uniform point of the ball, moved into [0, 1]."""

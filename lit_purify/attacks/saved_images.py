@@ -28,8 +28,8 @@ class SavedImages(Attack):
         norm: ``linf`` or ``l2``, which they are held to.
         eps: Radius, in pixels of [0, 1]; a number or a fraction such as ``8/255``.
         path: A folder of 8-bit PNGs named by sample index (``000123.png``: position in the evaluated split), or one
-            array (N, C, H, W) of floats in [0, 1] in the order of the evaluated samples: ``.npy``, ``.npz`` with one
-            array in it, or a tensor of ``torch.save`` (``.pt``, ``.pth``).
+            array (N, C, H, W) of floats in [0, 1] in the order of the evaluated samples: ``.npy``, or a tensor of
+            ``torch.save`` (``.pt``).
         rounded: The images were rounded to 256 levels. That moves a pixel by up to half a level (0.5/255) and may take
             an image out of the ball: as much is allowed on top of ``eps``.
 
@@ -131,16 +131,11 @@ def _read_array(path: Path) -> Tensor:
     """(N, C, H, W), as it lies in the file."""
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder; check the path")
-    if path.suffix not in (".npy", ".npz", ".pt", ".pth"):
-        raise InputError(f"{path}: use a folder of PNGs, or a .npy, .npz or .pt file")
-    found: Any
+    if path.suffix not in (".npy", ".pt"):
+        raise InputError(f"{path}: use a folder of PNGs, or a .npy or .pt file")
     try:
-        if path.suffix in (".npy", ".npz"):
-            found = np.load(path, allow_pickle=False)
-            if path.suffix == ".npz":
-                found = [found[name] for name in found.files]
-                found = found[0] if len(found) == 1 else found
-            found = torch.from_numpy(found) if isinstance(found, np.ndarray) else found
+        if path.suffix == ".npy":
+            found: Any = torch.from_numpy(np.load(path, allow_pickle=False))
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the readers raise nearly anything

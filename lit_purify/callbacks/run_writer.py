@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lit_purify.errors import InputError
 from lit_purify.evaluation import EvaluationListener, Record, RobustnessTask, View
-from lit_purify.evaluation.folder import RunFolder, file_hashes
-from lit_purify.evaluation.records import append_records, uncollected, write_whole
+from lit_purify.evaluation.folder import RunFolder
+from lit_purify.evaluation.records import append_records, uncollected
 from lit_purify.report import pictures
-from lit_purify.report.html import write_report
-from lit_purify.report.summary import summarize, table
+from lit_purify.report.html import finish
+from lit_purify.report.summary import RULES, table
 
 
 class RunWriter(Callback, EvaluationListener):
@@ -85,23 +84,15 @@ class RunWriter(Callback, EvaluationListener):
         trainer.strategy.barrier("report")
         if not trainer.is_global_zero or not isinstance(pl_module, RobustnessTask):
             return
-        folder, evaluator = RunFolder(Path(trainer.default_root_dir)), pl_module.evaluator
-        records = folder.collect(write=True)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        wanted = {(*pair, int(i)) for pair in evaluator.pairs for i in data.evaluated.positions}
-        missing = sorted(wanted - {record.key for record in records})
-        if missing:
-            raise InputError(
-                f"{folder.records}: {len(missing)} of {len(wanted)} records are missing (first {missing[0]}); "
-                "run the same command again to go on"
-            )
-        used = [record for record in records if record.key in wanted]
-        facts = evaluator.facts(data.evaluated, data.name, data.evaluate_on)
-        facts["files"] = file_hashes(json.loads(folder.identity.read_text()))
-        facts["smaller_chunks"] = dict(Counter(record.chunk for record in used if record.chunk is not None))
-        summary = summarize(used, evaluator.describe(), facts, evaluator.baseline)
-        write_whole(folder.summary, json.dumps(summary, indent=1) + "\n")
-        write_report(folder)
+        folder, data = RunFolder(Path(trainer.default_root_dir)), pl_module.data
+        summary = finish(folder, pl_module.evaluator, data.evaluated, data.name, data.evaluate_on)
+        values = {}
+        for result in summary["results"]:
+            for rule in RULES:
+                values[f"robust/{result['defense']}/{result['attack']}/{rule}"] = result["robust"][rule][0]
+                values[f"clean/{result['defense']}/{rule}"] = result["clean"][rule][0]
+        for logger in trainer.loggers:
+            logger.log_metrics(values)
         self.text = f"{table(summary)}\nReport: {folder.report}"
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

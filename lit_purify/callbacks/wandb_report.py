@@ -83,9 +83,6 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
         for kind, rule in itertools.product(KINDS, RULES):
             ends = zip(("", " low", " high"), result[kind][rule], strict=True)
             row |= {f"{kind} {rule}{end}": value for end, value in ends}
-        if "attacks" in result:
-            # The task logs those of single attacks.
-            logged |= {f"robust/{'/'.join(pair.values())}/{rule}": result["robust"][rule][0] for rule in RULES}
         for name in ("detection", "false_alarms"):
             logged |= {f"{name}/{'/'.join(pair.values())}": result[name]["robust"][0]} if name in result else {}
         kinds += [

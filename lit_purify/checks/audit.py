@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from lit_purify.attacks import PGD, Attack, MaskShift, NotApplicableError, Square, Transfer
+from lit_purify.attacks import PGD, Attack, NotApplicableError, Square, Transfer
 from lit_purify.attacks.base import single_draw
 from lit_purify.checks.audited import AVERAGE, LEVEL, MAJORITY, RULES, TOLERANCE, WORST, Audited, Fact, RandomNoise
 from lit_purify.checks.findings import Comparison, Findings, least_samples
@@ -191,7 +190,8 @@ def mask_gradients(audit: Audited) -> Iterator[Comparison]:
         if kind != audit.view.mask_gradient:
             said = f"the {kind} gradient of the mask"
             yield audit.compare(f"mask_{kind}", attack, Exact(kind).attacked(defended), said, hidden)
-    shift = MaskShift(attack.norm, attack.eps, max(1, attack.steps), audit.step, eot=max(1, attack.eot))
+    eot, steps = max(1, attack.eot), max(1, attack.steps)
+    shift = PGD(attack.norm, attack.eps, steps, audit.step, eot, shift_steps=20)
     through, said = Exact("straight_through").attacked(defended), "an attack that first moves the mask"
     yield audit.compare("mask_shift", shift, through, said, hidden)
 
@@ -244,11 +244,10 @@ def audit_attack(
     rows = min(chunk, max(16, len(index) * attack.eot))
     findings, compared = Findings(), 0
     for name, view in views.items():
-        audited = Audited(view, attack, image, label, index, seed, runs, rows, proposals, data.domain)
+        audited = Audited(name, view, attack, image, label, index, seed, runs, rows, proposals, data.domain, recall)
         first = len(findings)
-        audited.recall = partial(_recalled, recall, name)
         with Replays(view.defended):
-            findings.take(audited.findings(name, CHECKS), say)
+            findings.take(audited.findings(CHECKS), say)
         compared = max(compared, sum(finding.limit == TOLERANCE for finding in findings[first:]))
     least = least_samples(compared, LEVEL)
     if len(index) < least:
@@ -258,12 +257,6 @@ def audit_attack(
     facts = {"runs": runs, "proposals": proposals, "level": LEVEL, "tolerance": TOLERANCE}
     findings.facts = {"samples": index.tolist(), **facts}
     return findings
-
-
-def _recalled(
-    recall: Callable[[str, Callable[[], Tensor]], Tensor], defense: str, check: str, compute: Callable[[], Tensor]
-) -> Tensor:
-    return recall(f"{defense}: {check}", compute)
 
 
 def scaled(function: AttackedFunction, scale: float) -> AttackedFunction:

@@ -55,6 +55,7 @@ class Audited:
     the tolerance but not significant is a ``note`` that asks for more samples.
 
     Attributes:
+        name: Name of the defense.
         view: The defense, and what the attack is handed.
         attack: The configured attack.
         image: (B, C, H, W) in [0, 1].
@@ -65,11 +66,12 @@ class Audited:
         chunk: Rows that networks are called with.
         proposals: Steps of the black-box attack.
         domain: What rows of a table are held to.
-        recall: (name of a comparison, computation) -> what survives; hands out what an interrupted audit has measured.
+        recall: (name, computation) -> what survives; hands out what an interrupted audit has measured.
         exact: Whether the attack was found to follow the exact gradient of the defense.
         drawn: The draws of noise that the attack asked for.
     """
 
+    name: str
     view: Attacked
     attack: Attack
     image: Tensor
@@ -84,11 +86,9 @@ class Audited:
     exact: bool = field(default=False, init=False)
     drawn: set[int] = field(default_factory=set, init=False)
 
-    def findings(
-        self, name: str, checks: Iterable[Callable[[Audited], Iterator[Fact | Comparison]]]
-    ) -> Iterator[Finding]:
-        """Those of the gradient and of all checks, in order, of the defense ``name``; comparisons come last."""
-        sound, compared = True, []
+    def findings(self, checks: Iterable[Callable[[Audited], Iterator[Fact | Comparison]]]) -> Iterator[Finding]:
+        """Those of the gradient and of all checks, in order; comparisons come last."""
+        sound, compared, name = True, [], self.name
         for finding in check_gradient(name, self.view.defended, self.moved):
             sound = sound and finding.passed
             yield finding
@@ -121,7 +121,7 @@ class Audited:
 
     def compare(self, check: str, attack: Attack, model: Model, other: str, meaning: str, rule: int = 0) -> Comparison:
         """The configured attack against another one, on a model in place of the view; words as in ``Comparison``."""
-        left = self.recall(check, lambda: self.outcomes(self.attacked_by(attack, model)))
+        left = self.recall(f"{self.name}: {check}", lambda: self.outcomes(self.attacked_by(attack, model)))
         excess = self.reference - left.to(self.reference)
         return Comparison(check, excess[:, rule], rule, other, meaning)
 

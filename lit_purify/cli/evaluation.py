@@ -26,7 +26,6 @@ from lit_purify.errors import InputError, notice
 from lit_purify.evaluation import Evaluator, RobustnessTask
 from lit_purify.evaluation.estimate import Estimate
 from lit_purify.evaluation.folder import RunFolder, comparable
-from lit_purify.evaluation.own_files import Existing
 from lit_purify.evaluation.own_images import purify_files
 from lit_purify.evaluation.records import identity_sha256, write_whole
 from lit_purify.private import settings_of
@@ -171,7 +170,7 @@ def _write_verdict(evaluation: Evaluation, command: str, found: Findings) -> Non
 def _purify(evaluation: Evaluation, command: str, options: Namespace) -> bool:
     """Takes people's own images through a defense; returns whether all could be read."""
     trainer = evaluation.trainer(Stopping(), Progress(), logger=False)
-    given = {name: options[name] for name in ("output", "defense", "existing", "overlays")}
+    given = {name: options[name] for name in ("output", "defense", "overlays")}
     given |= {"classify": command == "predict", "config": evaluation.config}
     return purify_files(evaluation.evaluator, evaluation.data, trainer, options.input, **given)
 
@@ -256,8 +255,7 @@ def _add_options(parser: reading.Parser, command: str) -> list[str]:
         add("--proposals", type=int, default=100, help="Steps of the black-box attack.")
     if command in ("purify", "predict"):
         add("--input", type=Path, required=True, help="A folder of images at any depth, or one image.")
-        add("--output", type=Path, required=True, help="The folder to write; subfolders are kept.")
+        add("--output", type=Path, required=True, help="The folder to write, or to go on in.")
         add("--defense", type=str | None, default=None, help="Name of the defense (default: the first with a mask).")
-        add("--existing", type=Existing, default="refuse", help="skip goes on, replace makes again what was made here.")
         add("--overlays", type=bool, default=True, help="Write NAME.mask.png and NAME.overlay.png too.")
     return [name for name in settings_of(parser) if name not in before]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import Any
 
@@ -29,6 +29,7 @@ Batch = dict[str, Tensor]
 """``image`` (B, C, H, W), or rows (B, F), float32 in [0, 1], ``label`` and ``index`` (B,) int64: place in a split."""
 
 _MOST_KEPT = 2**30
+"""Bytes of training images that stay in memory once they are read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,19 +73,21 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """A split of images that are in memory.
 
         Args:
-            images: (N, C, H, W), or rows (N, F), floats in [0, 1].
+            images: (N, C, H, W), or rows (N, F), floats in [0, 1] or bytes.
             labels: (N,), integers.
             classes: Names of the classes; ``None`` takes numbers, 0 up to the largest label.
 
         Raises:
             InputError: Images are not in [0, 1], or there are not as many labels.
         """
-        check_unit_range(images)
+        if images.dtype != torch.uint8:
+            check_unit_range(images)
+            images = images.float()
         found = np.asarray(labels.detach().cpu(), dtype=np.int64)
         if found.shape != (len(images),):
             raise InputError(f"labels have shape {found.shape}, {len(images)} images need ({len(images)},)")
         names = classes or [str(k) for k in range(int(found.max(initial=0)) + 1)]
-        return ImageDataset.whole(partial(_row, images.detach().cpu().float()), found, names)
+        return ImageDataset.whole(partial(_row, images.detach().cpu()), found, names)
 
     def choose(self, subset: Subset) -> ImageDataset:
         """The samples that a rule picks; they keep their positions."""
@@ -102,34 +105,6 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return {"image": self.read(position), "label": int(self.labels[position]), "index": position}
 
 
-class _Kept(Dataset[dict[str, Any]]):
-    """A split whose images stay in memory once they are read, 8 bits a value: a batch of them is one copy.
-
-    Images that 8 bits do not hold exactly are read each time.
-    """
-
-    def __init__(self, split: ImageDataset) -> None:
-        self.split, self.known, self.exact = split, np.zeros(len(split), dtype=bool), True
-        self.images = torch.empty(len(split), *split[0]["image"].shape, dtype=torch.uint8)
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitems__(self, items: list[int]) -> Batch | list[dict[str, Any]]:
-        for item in items:
-            if self.exact and not self.known[item]:
-                image = self.split[item]["image"]
-                whole = image.mul(255.0).round()
-                self.exact = image.shape == self.images.shape[1:] and whole.div(255.0).equal(image)
-                if self.exact:
-                    self.images[item], self.known[item] = whole.byte(), True
-        if not self.exact:
-            return [self.split[item] for item in items]
-        index = torch.as_tensor(self.split.positions[items])
-        label = torch.as_tensor(self.split.labels[self.split.positions[items]])
-        return {"image": self.images[items].float().div(255.0), "label": label, "index": index}
-
-
 class _Shuffle(DistributedSampler[dict[str, Any]]):
     """A process's share of the shuffled positions, without the first ``taken()`` of them."""
 
@@ -137,17 +112,6 @@ class _Shuffle(DistributedSampler[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[Any]:
         return islice(super().__iter__(), self.taken(), None)
-
-
-class _LazyLoader(Loader):
-    """Begins a pass when its first batch is due.
-
-    Workers would read ahead as soon as an iterator is made, and Lightning makes it before it says which epoch of a
-    resumed training it is, or a callback which samples of an evaluation are recorded already.
-    """
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
 
 
 class ImageDataModule(Recorded, L.LightningDataModule, ABC):
@@ -243,8 +207,9 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         sampler = _Shuffle(split, world, rank, shuffle=True, seed=self.seed, drop_last=enough)
         # Lightning counts the batches of an epoch, restores the count on resuming, and leaves it to the loader to skip.
         sampler.taken = self._taken
-        small = self.num_workers == 0 and len(split) * split[0]["image"].numel() <= _MOST_KEPT
-        return self._loader(_Kept(split) if small else split, sampler, drop_last=enough, kind=_LazyLoader)
+        if self.num_workers == 0 and len(split) * split[0]["image"].nbytes <= _MOST_KEPT:
+            split = replace(split, read=cache(split.read))
+        return self._loader(split, sampler, drop_last=enough)
 
     def _taken(self) -> int:
         """Samples of this epoch and process that are trained on already."""
@@ -265,7 +230,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         def items() -> Indices:
             return np.flatnonzero(~np.isin(chosen.positions, list(self.finished)))
 
-        return _LazyLoader(
+        return Loader(
             chosen,
             batch_sampler=Claims(items, self.batch_size, world, rank),
             num_workers=self.num_workers if world == 1 else 0,
@@ -293,12 +258,11 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
 
     def _loader(
         self,
-        split: ImageDataset | _Kept,
+        split: ImageDataset,
         sampler: Any,  # noqa: ANN401
         drop_last: bool = False,
-        kind: type[Loader] = Loader,
     ) -> DataLoader[dict[str, Any]]:
-        return kind(
+        return Loader(
             split,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -311,9 +275,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         )
 
 
-def _collate(samples: list[dict[str, Any]] | Batch) -> Batch:
-    if isinstance(samples, dict):
-        return samples
+def _collate(samples: list[dict[str, Any]]) -> Batch:
     shapes = sorted({tuple(sample["image"].shape) for sample in samples})
     if len(shapes) > 1:
         raise InputError(f"images of shapes {shapes[0]} and {shapes[1]} make no batch: give the data a size")
@@ -321,7 +283,8 @@ def _collate(samples: list[dict[str, Any]] | Batch) -> Batch:
 
 
 def _row(images: Tensor, item: int) -> Tensor:
-    return images[item]
+    row = images[item]
+    return row.float().div(255.0) if row.dtype == torch.uint8 else row
 
 
 def _read_at(read: Callable[[int], Tensor], positions: Indices, item: int) -> Tensor:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torchvision import datasets
 
 from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
@@ -84,7 +82,8 @@ class CIFAR10(TorchvisionFiles):
     def read(self, train: bool) -> ImageDataset:
         """All training images, or all test images."""
         found = self.open(datasets.CIFAR10, train=train)
-        return _from_arrays(found.data.transpose(0, 3, 1, 2), found.targets, CIFAR10_CLASSES)
+        images = torch.from_numpy(found.data).movedim(-1, 1).contiguous()
+        return ImageDataset.of(images, torch.tensor(found.targets), CIFAR10_CLASSES)
 
 
 class SVHN(TorchvisionFiles):
@@ -96,12 +95,9 @@ class SVHN(TorchvisionFiles):
     def read(self, train: bool) -> ImageDataset:
         """All training images, or all test images."""
         found = self.open(datasets.SVHN, split="train" if train else "test")
-        return _from_arrays(found.data, found.labels, [str(c) for c in range(10)])
-
-
-def _from_arrays(images: np.ndarray[Any, Any], labels: Sequence[int], classes: list[str]) -> ImageDataset:
-    """A split from uint8 images (n, C, H, W)."""
-    return ImageDataset.whole(partial(_read_array, np.ascontiguousarray(images)), labels, classes)
+        return ImageDataset.of(
+            torch.from_numpy(found.data), torch.from_numpy(found.labels), [str(c) for c in range(10)]
+        )
 
 
 def train_or_val(whole: ImageDataset, name: str) -> ImageDataset:
@@ -110,7 +106,3 @@ def train_or_val(whole: ImageDataset, name: str) -> ImageDataset:
     # Files with fewer images than the originals keep a tenth back.
     val = min(VAL, len(whole) // 10)
     return whole.part(np.sort(order[:val] if name == "val" else order[val:]))
-
-
-def _read_array(images: np.ndarray[Any, Any], item: int) -> Tensor:
-    return torch.from_numpy(images[item]).float().div(255.0)

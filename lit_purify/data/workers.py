@@ -21,9 +21,11 @@ def ignore_signals(worker: int) -> None:
 
 
 class Loader(DataLoader[dict[str, Any]]):
-    """A loader whose workers end when this process exits, also amid a batch.
+    """Begins a pass when its first batch is due; its workers end when this process exits, also amid a batch.
 
-    At exit Python asks daemonic children to end by a SIGTERM, and waits for them.
+    Workers would read ahead as soon as an iterator is made, and Lightning makes it before it says which epoch of a
+    resumed training it is, or a callback which samples of an evaluation are recorded already. At exit Python asks
+    daemonic children to end by a SIGTERM, and waits for them.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -32,7 +34,7 @@ class Loader(DataLoader[dict[str, Any]]):
         if _prepared != os.getpid():
             _prepared = os.getpid()
             Finalize(None, _kill, exitpriority=100)
-        return super().__iter__()
+        yield from super().__iter__()
 
 
 def _kill() -> None:

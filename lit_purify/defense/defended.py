@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_purify.defense.purifiers import NoPurifier, Purifier, Trace
 from lit_purify.errors import InputError
-from lit_purify.functional.chunks import AttackedFunction
+from lit_purify.functional.chunks import AttackedFunction, chunks
 from lit_purify.functional.images import check_unit_range
 from lit_purify.functional.noise import EVALUATION, Noise, fresh_noise
 from lit_purify.models import Classifier
@@ -64,6 +64,18 @@ class DefendedClassifier(Recorded, nn.Module):
     def trace(self, image: Tensor, noise: Noise) -> Trace:
         """What becomes of images on the way to the classifier."""
         return self.purifier.trace(image, noise, self.masked(image, noise))
+
+    @torch.no_grad()
+    def trace_in_chunks(self, image: Tensor, noise: Noise, size: int) -> Trace:
+        """As ``trace``, without a gradient, in chunks of ``size`` rows."""
+        traces = []
+        for rows, real in chunks(len(image), size, image.device):
+            trace = self.trace(image[rows], noise.rows(rows))
+            mask = None if trace.mask is None else trace.mask[:real]
+            traces.append(Trace(trace.purified[:real], trace.noised[:real], mask))
+        masks = [trace.mask for trace in traces if trace.mask is not None]
+        purified, noised = (torch.cat([getattr(t, name) for t in traces]) for name in ("purified", "noised"))
+        return Trace(purified, noised, torch.cat(masks) if masks else None)
 
     @property
     def deterministic(self) -> bool:

@@ -2,7 +2,6 @@
 
 from lit_purify.evaluation.evaluator import Evaluator
 from lit_purify.evaluation.ledger import Ledger, View
-from lit_purify.evaluation.metric import RobustAccuracy
 from lit_purify.evaluation.module import EvaluationListener, RobustnessTask
 from lit_purify.evaluation.records import Record, read_records
 
@@ -11,7 +10,6 @@ __all__ = [
     "Evaluator",
     "Ledger",
     "Record",
-    "RobustAccuracy",
     "RobustnessTask",
     "View",
     "read_records",

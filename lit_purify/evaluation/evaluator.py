@@ -337,18 +337,13 @@ class Evaluator(nn.Module):
             view, how = self.views[defense, attack], self.attacks[attack]
             records = diagnose(records, view, how, batch, adversarial, noise, chunk)
         pictured = [k for k, record in enumerate(records) if record.index in shown]
-        views = []
-        for first in range(0, len(pictured), chunk):
-            rows = torch.tensor(pictured[first : first + chunk], device=image.device)
-            with torch.no_grad():
-                trace = defended.trace(adversarial[rows], noise.rows(rows))
-            for k, row in enumerate(rows.tolist()):
-                mask = None if trace.mask is None else trace.mask[k].cpu()
-                original, attacked = image[row].cpu(), adversarial[row].cpu()
-                views.append(
-                    View(records[row], original, attacked, trace.noised[k].cpu(), trace.purified[k].cpu(), mask)
-                )
-        return records, views
+        if not pictured:
+            return records, []
+        rows = torch.tensor(pictured, device=image.device)
+        trace = defended.trace_in_chunks(adversarial[rows], noise.rows(rows), chunk)
+        masks = [None] * len(pictured) if trace.mask is None else trace.mask.cpu()
+        images = (x.cpu() for x in (image[rows], adversarial[rows], trace.noised, trace.purified))
+        return records, [View(records[k], *views) for k, *views in zip(pictured, *images, masks, strict=True)]
 
     def _perturbed(self, defense: str, attack: str, batch: Batch, transferred: dict[Any, Tensor], chunk: int) -> Tensor:
         """Adversarial images; those of an attack on a bare classifier are the same for all its defenses."""

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,12 +40,6 @@ class RunFolder:
         self.records, self.summary = path / "records.jsonl", path / "summary.json"
         self.report, self.overlays = path / "report.html", path / "overlays"
         self._lock: BinaryIO | None = None
-
-    def pictured(self, records: Iterable[Record]) -> Iterator[tuple[Record, Path]]:
-        """The records that have a picture, with it; there may be very many that have none."""
-        there = {path.name: path for path in self.overlays.glob("*.png")}
-        named = ((record, f"{record.defense}.{record.attack}.{record.index:06d}.png") for record in records)
-        return ((record, there[name]) for record, name in named if name in there)
 
     def part(self, rank: int) -> Path:
         """Where a process other than rank zero appends its records: every file has one writer."""

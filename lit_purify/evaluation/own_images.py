@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,8 @@ from lit_purify.data.folder import read_image
 from lit_purify.defense import DefendedClassifier
 from lit_purify.errors import InputError
 from lit_purify.evaluation.evaluator import Evaluator
-from lit_purify.evaluation.folder import comparable
-from lit_purify.evaluation.own_files import KEY, Existing, Job, left_to_do, plan, said_by
-from lit_purify.evaluation.records import identity_sha256, write_whole
+from lit_purify.evaluation.own_files import KEY, Job, check_output, plan, said_by
+from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.chunks import chunks
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.functional.rendering import panels
@@ -42,6 +42,9 @@ class _Sources(Dataset[dict[str, Any]]):
     def __getitem__(self, item: int) -> dict[str, Any]:
         job = self.jobs[item]
         try:
+            # Of what is written the overlay's name is the longest, with an ending while it is written.
+            if len(os.fsencode(job.overlay.name)) + len(".partial") > 255:
+                raise InputError(f"{job.source}: too long a name for what is written beside it")
             image = read_image(job.source, self.channels, self.size, self.shorter)
             return {"image": image, "sha256": job.sha256(), "item": item}
         except InputError as error:
@@ -71,7 +74,6 @@ class Purification(L.LightningModule):
         overlays: Whether masks and overlays are written.
         chunk: Rows that networks are called with, always this many.
         seed: Of the noise.
-        settings_sha256: Stated in every file.
         data: Says what the shorter side is resized to, and how many processes read images.
     """
 
@@ -83,14 +85,12 @@ class Purification(L.LightningModule):
         overlays: bool,
         chunk: int,
         seed: int,
-        settings_sha256: str,
         data: ImageDataModule,
     ) -> None:
         super().__init__()
         self.defended, self.jobs, self.overlays, self.chunk, self.seed = defended, jobs, overlays, chunk, seed
         self.classify, self.runs = runs is not None, runs or 1
-        self.settings_sha256, self.data = settings_sha256, data
-        self.unreadable: dict[str, str] = {}
+        self.data, self.unreadable = data, dict[str, str]()
         self.replays = Replays(defended)
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -109,22 +109,16 @@ class Purification(L.LightningModule):
         image, n = batch["image"], self.runs
         key = torch.tensor([int(sha256[:8], 16) for sha256 in batch["sha256"]], device=self.device)
         noise = KeyedNoise(self.seed, key, torch.zeros_like(key), EVALUATION).runs(list(range(n)))
-        purified, noised, masks, predictions = [], [], [], []
-        for rows, real in chunks(len(image) * n, self.chunk, self.device):
-            with self.replays:
-                trace = self.defended.trace(image[rows // n], noise.rows(rows))
-            first = (rows[:real] % n == 0).nonzero().flatten()
-            purified.append(trace.purified[first])
-            noised.append(trace.noised[first])
-            masks.append(torch.zeros_like(trace.purified[first, :1]) if trace.mask is None else trace.mask[first])
-            if self.classify:
-                predictions += self.defended.classifier(trace.purified)[:real].argmax(dim=1).tolist()
-        images = (torch.cat(parts).cpu() for parts in (purified, noised, masks))
+        with self.replays:
+            trace = self.defended.trace_in_chunks(image.repeat_interleave(n, dim=0), noise, self.chunk)
+        predictions: list[int] = []
+        for rows, real in chunks(len(trace.purified) if self.classify else 0, self.chunk, self.device):
+            predictions += self.defended.classifier(trace.purified[rows])[:real].argmax(dim=1).tolist()
+        mask = torch.zeros_like(trace.purified[:, :1]) if trace.mask is None else trace.mask
+        images = (x[::n].cpu() for x in (trace.purified, trace.noised, mask))
         for k, (item, *views) in enumerate(zip(batch["item"].tolist(), image.cpu(), *images, strict=True)):
-            said = {"sha256": batch["sha256"][k], "settings_sha256": self.settings_sha256}
-            if self.classify:
-                said["predictions"] = predictions[k * n : (k + 1) * n]
-            self._write(self.mine[item], said, *views)
+            said = {"sha256": batch["sha256"][k]}
+            self._write(self.mine[item], said | {"predictions": predictions[k * n : (k + 1) * n]}, *views)
         return len(image) + len(batch["unreadable"])
 
     def on_predict_end(self) -> None:
@@ -160,7 +154,6 @@ def purify_files(
     folder: Path,
     output: Path,
     defense: str | None = None,
-    existing: Existing = "refuse",
     overlays: bool = True,
     classify: bool = False,
     config: str = "",
@@ -176,10 +169,9 @@ def purify_files(
         data: It is not read; it names the classes, and says what the shorter side is resized to.
         trainer: Runs the prediction, on any number of processes.
         folder: A folder of images at any depth, or one image.
-        output: The folder to write; subfolders are kept.
+        output: The folder to write, new or of the same settings, which go on after an interruption; subfolders are
+            kept.
         defense: Name of the defense; ``None`` takes the first with a mask, or else the first that purifies.
-        existing: ``refuse`` to write anything where files exist; ``skip`` those that were made from the same image by
-            the same settings, which goes on after an interruption; ``replace`` those that were made here.
         overlays: Write NAME.mask.png and NAME.overlay.png too.
         classify: Also classify each image N times, and write ``predictions.csv``: the file, the class that most runs
             agree on (of several the first), its name, its share of the runs, and the class of each run.
@@ -189,7 +181,7 @@ def purify_files(
         Whether all files could be read.
 
     Raises:
-        InputError: Nothing can be made of the input, or files are in the way.
+        InputError: Nothing can be made of the input, or the output holds something else.
     """
     folder, output = folder.expanduser(), output.expanduser()
     name = _choose(evaluator.defenses, defense)
@@ -202,44 +194,39 @@ def purify_files(
     runs = evaluator.runs if classify else None
     about = identity(classifier=taker, purifier=defended.purifier, data=data.resize)
     own = {name: getattr(evaluator, name) for name in ("chunk", "seed", "precision")}
-    settings = {**about, **own, "runs": runs}
-    settings_sha256 = identity_sha256(comparable(settings))
+    settings = {**about, **own, "runs": runs, "overlays": overlays}
     jobs, left_out = plan(folder, output)
-    table = output / "predictions.csv"
-    finally_written = [output / "config.yaml", *([table] if classify else [])]
-    too_long = {
-        job.name: f"{job.source}: too long a name for what is written beside it" for job in jobs if job.too_long
-    }
-    able = [job for job in jobs if job.name not in too_long]
-    todo = left_to_do(able, finally_written, existing, settings_sha256)
+    check_output(output, settings)
+    todo = [job for job in jobs if not job.done()]
     if 0 < len(todo) < trainer.world_size:
         raise InputError(f"{len(todo)} images are fewer than {trainer.world_size} processes: use fewer devices")
     if trainer.is_global_zero:
         others = f"; {len(left_out)} other files left out, such as {left_out[0]}" if left_out else ""
-        there = f", {len(able) - len(todo)} of them exist already" if len(todo) < len(able) else ""
+        there = f", {len(jobs) - len(todo)} of them exist already" if len(todo) < len(jobs) else ""
         of = f" (of {', '.join(evaluator.defenses)})" if defense is None and len(evaluator.defenses) > 1 else ""
         print(f"{len(jobs)} images of {folder}{there}{others}; defense {name}{of}", flush=True)
         print(
             f"{taker.title}, images of {taker.size}x{taker.size} in {taker.channels} channels, as of {data.name}",
             flush=True,
         )
-    task = Purification(defended, todo, runs, overlays, evaluator.chunk, evaluator.seed, settings_sha256, data).eval()
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / "identity.json", json.dumps(settings, indent=1))
+        write_whole(output / "config.yaml", config)
+    task = Purification(defended, todo, runs, overlays, evaluator.chunk, evaluator.seed, data).eval()
     try:
         if todo:
             trainer.predict(task, return_predictions=False)
     except SystemExit:
         # Lightning's answer to an interruption.
         if trainer.is_global_zero:
-            print(f"\n{output}: stopped; the same command with existing: skip goes on from here", flush=True)
+            print(f"\n{output}: stopped; the same command goes on from here", flush=True)
         raise
-    unreadable = task.unreadable | too_long
+    unreadable, table = task.unreadable, output / "predictions.csv"
     if len(unreadable) == len(jobs):
         raise InputError(next(iter(unreadable.values())) + (f" ({len(jobs)} alike)" if len(jobs) > 1 else ""))
     if trainer.is_global_zero:
         if classify:
             _write_table(table, [job for job in jobs if job.name not in unreadable], _names(taker, data))
-        output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "config.yaml", config)
         print(f"Purified: {output}" + (f"\nPredictions: {table}" if classify else ""))
         if unreadable:
             reasons = (unreadable[name] for name in sorted(unreadable))

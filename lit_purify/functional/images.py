@@ -71,6 +71,15 @@ def flip(image: Tensor, draws: Tensor) -> Tensor:
     return torch.where(draws.reshape(-1, 1, 1, 1) < 0.5, image.flip(-1), image)
 
 
+def check_shape(taker: str, image: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises an ``InputError`` when images or rows are not (B, *``shape``)."""
+    if tuple(image.shape[1:]) != shape:
+        raise InputError(
+            f"the {taker} takes images of shape {shape}, the data has {tuple(image.shape[1:])}: give both one size and "
+            "as many channels"
+        )
+
+
 def check_unit_range(image: Tensor, slack: float = 0.0) -> None:
     """Raises an ``InputError`` for other than floats in [0, 1], or ``slack`` outside: images, or rows (B, F)."""
     if image.ndim not in (2, 4) or not image.is_floating_point():

@@ -5,12 +5,10 @@ from lit_purify.models.classifier import Classifier, TimmClassifier
 from lit_purify.models.denoiser import Denoiser
 from lit_purify.models.files import load_classifier, load_denoiser
 from lit_purify.models.layers import differentiable_twice
-from lit_purify.models.matched import MatchedSchedule
 from lit_purify.models.readers import (
     load_ddpm,
     load_diffusers,
     load_guided_diffusion,
-    load_improved_diffusion,
     load_score_sde,
 )
 from lit_purify.models.resnet import ResNetClassifier
@@ -21,7 +19,6 @@ from lit_purify.models.wide_resnet import WideResNetClassifier
 __all__ = [
     "Classifier",
     "Denoiser",
-    "MatchedSchedule",
     "Precision",
     "Replayed",
     "Replays",
@@ -39,7 +36,6 @@ __all__ = [
     "load_denoiser",
     "load_diffusers",
     "load_guided_diffusion",
-    "load_improved_diffusion",
     "load_score_sde",
     "replayed",
     "rounded",

@@ -13,7 +13,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from lit_purify.errors import InputError, notice
-from lit_purify.functional.images import sample_shape
+from lit_purify.functional.images import check_shape, sample_shape
 from lit_purify.models.weights import load_into, read_state_dict
 from lit_purify.recorded import Recorded
 
@@ -165,11 +165,7 @@ class Classifier(Recorded, nn.Module):
 
     def check_image(self, image: Tensor) -> None:
         """Raises an ``InputError`` when an image batch does not fit this network."""
-        if tuple(image.shape[1:]) != self.shape:
-            raise InputError(
-                f"the classifier takes images of shape {self.shape}, the data has {tuple(image.shape[1:])}: give both "
-                "one size and as many channels"
-            )
+        check_shape("classifier", image, self.shape)
 
     def check_output(self, image: Tensor) -> None:
         """One forward pass; raises an ``InputError`` unless it gives float logits (B, num_classes) with a gradient."""

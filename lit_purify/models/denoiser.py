@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lit_purify.errors import InputError
-from lit_purify.functional.images import sample_shape
+from lit_purify.functional.images import check_shape, sample_shape
 from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.schedule import Schedule
 from lit_purify.recorded import Recorded
@@ -57,9 +56,4 @@ class Denoiser(Recorded, nn.Module, ABC):
 
     def check_image(self, image: Tensor) -> None:
         """Raises an ``InputError`` when an image batch does not fit this network."""
-        expected = sample_shape(self.channels, self.size)
-        if tuple(image.shape[1:]) != expected:
-            raise InputError(
-                f"the denoiser takes images of shape {expected}, the data has {tuple(image.shape[1:])}: give both "
-                "one size and as many channels"
-            )
+        check_shape("denoiser", image, sample_shape(self.channels, self.size))

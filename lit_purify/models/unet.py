@@ -124,21 +124,12 @@ class UNet(Denoiser):
             raise InputError(f"size = {size} cannot be halved {len(multipliers) - 1} times: use fewer multipliers")
         self.channels, self.size = channels, size
         self.schedule = Schedule.named(schedule, steps, beta_start, beta_end)
+        inner = embedding or 2 * width
         self.style = style = Style(
-            embedding or 2 * width,
-            dropout,
-            scale_shift,
-            groups,
-            group_width,
-            norm_eps,
-            rescale,
-            resampling,
-            heads,
-            head_width,
+            inner, dropout, scale_shift, groups, group_width, norm_eps, rescale, resampling, heads, head_width
         )
         self.sinusoids, self.frequency_shift = sinusoids or width, frequency_shift
         self.level_scale, self.level_shift = level_scale, level_shift
-        inner = style.embedding
         self.embed = nn.Sequential(nn.Linear(self.sinusoids, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU())
         self.stem = nn.Conv2d(channels, width, 3, padding=1)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Record, View
@@ -43,7 +43,7 @@ class FinishedRun:
     path: Path | None = None
 
     @classmethod
-    def read(cls, path: Path) -> FinishedRun:
+    def read(cls, path: Path) -> Self:
         """Reads a run's folder, which its ``summary.json`` may stand for.
 
         Raises:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -12,15 +14,18 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lit_purify.data.base import ImageDataset
+from lit_purify.errors import InputError
+from lit_purify.evaluation import Evaluator, Record
 from lit_purify.evaluation.diagnostics import REPLICAS
-from lit_purify.evaluation.folder import RunFolder
+from lit_purify.evaluation.folder import RunFolder, file_hashes
 from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.frontier import on_envelope
 from lit_purify.report.diagnostics import WAYS
 from lit_purify.report.finished import FinishedRun, threat_name
 from lit_purify.report.pictures import OUTCOMES, shown
 from lit_purify.report.rows import changed
-from lit_purify.report.summary import KINDS, RULES, attack_line, attacks_of, denoising_lines
+from lit_purify.report.summary import KINDS, RULES, attack_line, attacks_of, denoising_lines, summarize
 
 _COLORS = 8
 """Series colors of the page, ``--series-0`` and so on; with five markers they tell forty series apart."""
@@ -32,6 +37,36 @@ CHECKS = {"audit": "Audit of the attack", "gradcheck": "Check of the gradients"}
 def write_report(folder: RunFolder) -> None:
     """Writes the ``report.html`` of a run's folder, or raises an ``InputError`` if a file is missing or damaged."""
     write_whole(folder.report, page(FinishedRun.read(folder.path)))
+
+
+def summary_of(
+    evaluator: Evaluator, data: ImageDataset, name: str, split: str, records: list[Record], identity: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The summary of an evaluation; ``name`` and ``split`` are those of the data."""
+    facts = evaluator.facts(data, name, split) | {"files": file_hashes(identity)}
+    facts["smaller_chunks"] = dict(Counter(record.chunk for record in records if record.chunk is not None))
+    return summarize(records, evaluator.describe(), facts, evaluator.baseline)
+
+
+def finish(folder: RunFolder, evaluator: Evaluator, data: ImageDataset, name: str, split: str) -> dict[str, Any]:
+    """Writes ``summary.json`` and ``report.html`` from the records of a run's folder; returns the summary.
+
+    Raises:
+        InputError: Records are missing.
+    """
+    records = folder.collect(write=True)
+    wanted = {(*pair, int(i)) for pair in evaluator.pairs for i in data.positions}
+    missing = sorted(wanted - {record.key for record in records})
+    if missing:
+        raise InputError(
+            f"{folder.records}: {len(missing)} of {len(wanted)} records are missing (first {missing[0]}); "
+            "run the same command again to go on"
+        )
+    used = [record for record in records if record.key in wanted]
+    summary = summary_of(evaluator, data, name, split, used, json.loads(folder.identity.read_text()))
+    write_whole(folder.summary, json.dumps(summary, indent=1) + "\n")
+    write_report(folder)
+    return summary
 
 
 def page(run: FinishedRun) -> str:

@@ -2,7 +2,7 @@
 
 from lit_purify.models.readers.ddpm import load_ddpm
 from lit_purify.models.readers.diffusers import diffusers_unet, load_diffusers
-from lit_purify.models.readers.guided_diffusion import load_guided_diffusion, load_improved_diffusion
+from lit_purify.models.readers.guided_diffusion import load_guided_diffusion
 from lit_purify.models.readers.score_sde import load_score_sde
 
 __all__ = [
@@ -10,6 +10,5 @@ __all__ = [
     "load_ddpm",
     "load_diffusers",
     "load_guided_diffusion",
-    "load_improved_diffusion",
     "load_score_sde",
 ]

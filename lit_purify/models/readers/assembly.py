@@ -62,8 +62,7 @@ class Tensors(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
         for dialect, sign in _SIGNS.items():
             if dialect != self._dialect and any(f".{known}".endswith(f".{sign}") for known in self):
-                loader = f"load_{dialect}" + (" or load_improved_diffusion" if dialect == "guided_diffusion" else "")
-                raise InputError(f"{self.origin}: not of load_{self._dialect}: read it with {loader}")
+                raise InputError(f"{self.origin}: not of load_{self._dialect}: read it with load_{dialect}")
         need = f"{name} is missing, which load_{self._dialect} needs"
         raise InputError(f"{self.origin}: {need}: is it another network, or incomplete?")
 

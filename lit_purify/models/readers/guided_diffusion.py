@@ -33,7 +33,10 @@ def load_guided_diffusion(
     dropout: float = 0.0,
     new_attention_order: bool = False,
 ) -> UNet:
-    """An unconditional network of guided-diffusion, such as ``256x256_diffusion_uncond.pt``.
+    """An unconditional network of guided-diffusion, such as ``256x256_diffusion_uncond.pt``, or of improved-diffusion.
+
+    The defaults are those of the former. ``cifar10_uncond_50M_500K.pt`` of the latter needs size 32, head_width None,
+    heads 4, the cosine schedule, steps 4000 and rescale_timesteps.
 
     What names and shapes show need not be given; what they do not show of attention is stated on stderr. A learned
     variance is left out: samplers here use fixed ones.
@@ -107,20 +110,3 @@ def load_guided_diffusion(
         resampling="residual" if inside else "conv",
         middle_attention=middle,
     )
-
-
-@recorded
-def load_improved_diffusion(
-    path: Source,
-    size: int = 32,
-    heads: int = 4,
-    schedule: Literal["linear", "cosine"] = "cosine",
-    steps: int = 4000,
-    rescale_timesteps: bool = True,
-    dropout: float = 0.0,
-) -> UNet:
-    """An unconditional network of improved-diffusion; the defaults are those of ``cifar10_uncond_50M_500K.pt``.
-
-    The layout is that of ``load_guided_diffusion``, and so are the arguments.
-    """
-    return load_guided_diffusion(path, size, None, heads, schedule, steps, rescale_timesteps, dropout)
