@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import re
+import socket
 import sys
 from pathlib import Path
 
@@ -444,6 +446,13 @@ def test_what_torch_says_is_translated(monkeypatch):
     with pytest.raises(ValueError, match="more than 1 value") as single:
         nn.BatchNorm2d(1)(torch.zeros(1, 1, 1, 1))
     assert "raise data.batch_size" in explanation(single.value, None)
+
+
+def test_a_port_that_another_program_has(refused_evaluation, monkeypatch):
+    with socket.create_server(("", 0)) as other:
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        said = refused_evaluation(None, "--trainer.devices", "2")
+    assert re.match(r"MASTER_PORT = \d+: the port cannot be used; unset it", said)
 
 
 def test_bugs_keep_their_traceback(evaluate, monkeypatch):

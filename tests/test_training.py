@@ -1,6 +1,7 @@
 """Training as a user runs it, and what its tasks promise."""
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,16 +10,18 @@ import pytest
 import torch
 import yaml
 from conftest import GaussianDenoiser
+from lightning.pytorch.callbacks import WeightAveraging
 
+from lit_purify import errors
 from lit_purify.attacks import PGD
-from lit_purify.cli import train
+from lit_purify.cli import train, training
 from lit_purify.data import Digits
 from lit_purify.defense import TopFraction
 from lit_purify.errors import InputError
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import ResNetClassifier, UNet
-from lit_purify.training import ClassifierTask, DenoiserTask
+from lit_purify.training import Averaging, ClassifierTask, DenoiserTask
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,6 +70,54 @@ def test_a_finished_training_keeps_its_network(tmp_path, capsys):
     train([*command, "--data.batch_size", "256", "--ckpt_path", "last"])
     assert "nothing left to do" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").read_bytes() == network
+
+
+@pytest.mark.parametrize("batch_size", [100, 2000])
+def test_a_dry_run_of_a_training_says_what_it_takes_and_writes_nothing(config, tmp_path, capsys, batch_size):
+    """Ten steps an epoch, or a single one; the folder may hold a training."""
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    before = sorted(tmp_path.rglob("*"))
+    command = ["fit", "--config", str(config), "--run", str(tmp_path / "run"), "--dry_run"]
+    train([*command, f"--data.batch_size={batch_size}", "--trainer.logger=WandbRun"])
+    steps = {100: 10, 2000: 1}[batch_size]
+    said = rf"[\d.e-]+ s a step on cpu, {steps} steps: \d+ s without validation; peak memory [\d.]+ GiB. Nothing was w"
+    assert re.search(said, capsys.readouterr().out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_training_that_takes_days_on_a_cpu_says_so_before_it_starts(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "seconds_a_sample", lambda network: 20_000.0)
+    train(["fit", "--config", str(config), "--run", str(tmp_path / "run"), "--trainer.max_steps=2"])
+    said = capsys.readouterr().err
+    assert re.search(r"warning: on this CPU the training takes about \d+ days: take a GPU", said)
+    monkeypatch.undo()
+    network = UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1).train()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert 0 < training.seconds_a_sample(network) < 60
+    assert network.training
+    assert all(p.grad is None for p in network.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_an_average_that_lags_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(WeightAveraging, "on_train_end", lambda *_: None)
+    errors.notice.cache_clear()
+    for steps, said in ((10, True), (1000, False)):
+        Averaging().on_train_end(SimpleNamespace(global_step=steps, is_global_zero=True), None)
+        assert ("still lags: it reaches back 2 of 10 steps" in capsys.readouterr().err) == said
+
+
+def test_gradients_are_clipped_for_a_fused_optimizer():
+    """Lightning would refuse, under bf16-mixed too."""
+    task = DenoiserTask(UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1), attention=0.0, shapes=0.5)
+    weights = list(task.network.requires_grad_().parameters())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    task.configure_gradient_clipping(optimizer, 1.0, "norm")
+    assert sum(weight.grad.square().sum() for weight in weights) <= 1.001
 
 
 def denoiser_task(**options):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -207,10 +208,12 @@ def make_trainer(given: Mapping[str, Any], **own: Any) -> L.Trainer:  # noqa: AN
 
     Raises:
         InputError: A launcher has started another number of processes, each of which would take itself for the only
-            one.
+            one; or the port on which processes would meet is taken.
     """
     renew_store(rank())
     trainer = L.Trainer(**{**given, **_launched(given), **own})
+    if trainer.world_size > 1 and not {"WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"} & os.environ.keys():
+        _check_port(os.environ.get("MASTER_PORT", "0"))
     world = int(os.environ.get("WORLD_SIZE", trainer.world_size))
     if world != trainer.world_size:
         raise InputError(
@@ -218,6 +221,17 @@ def make_trainer(given: Mapping[str, Any], **own: Any) -> L.Trainer:  # noqa: AN
             f"{world} --trainer.strategy ddp (with several nodes --trainer.num_nodes)"
         )
     return trainer
+
+
+def _check_port(port: str) -> None:
+    """Raises an ``InputError`` when another program has the port: processes started here would wait there for long."""
+    try:
+        with socket.create_server(("", int(port))):
+            pass
+    except (OSError, OverflowError, ValueError) as error:
+        raise InputError(
+            f"MASTER_PORT = {port}: the port cannot be used; unset it, or take another ({error})"
+        ) from error
 
 
 def _launched(given: Mapping[str, Any]) -> dict[str, Any]:

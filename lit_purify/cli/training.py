@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.plugins import CheckpointIO
@@ -27,13 +29,19 @@ from lit_purify.cli.settings import (
     run_folder,
 )
 from lit_purify.data import ImageDataModule
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
+from lit_purify.evaluation.estimate import duration, gibibytes, peak_memory
 from lit_purify.evaluation.folder import RunFolder
+from lit_purify.functional.images import sample_shape
+from lit_purify.models import Classifier, Denoiser
 from lit_purify.training import Averaging, Export, TrainingTask
 from lit_purify.training.checkpoints import WholeCheckpoints
 from lit_purify.training.export import export_network
 
 _COMMANDS = ("fit", "validate", "export")
+_WARM, _MEASURED = 2, 5
+"""Batches of a dry run: those that do not count, and those that do."""
+_ROWS, _DAY = 2, 86400.0
 
 
 def training_parser() -> Parser:
@@ -106,6 +114,7 @@ def _fit(made: Namespace, config: str, state: State) -> None:
         if trainer.is_global_zero:
             folder.lock()
             folder.write_config(config)
+            _warn_of_days(trainer, made)
         state.running, first = True, trainer.global_step
 
     own: list[L.Callback] = [LambdaCallback(on_train_start=start)]
@@ -120,21 +129,75 @@ def _fit(made: Namespace, config: str, state: State) -> None:
         print("nothing left to do: the training has had all its steps (trainer.max_steps, trainer.max_epochs)")
 
 
+def _warn_of_days(trainer: L.Trainer, made: Namespace) -> None:
+    if trainer.strategy.root_device.type == "cpu":
+        samples = made.data.batch_size * trainer.accumulate_grad_batches
+        steps = trainer.estimated_stepping_batches - trainer.global_step
+        days = steps * samples * seconds_a_sample(made.model.network) / _DAY
+        if days > 1:
+            slow = f"on this CPU the training takes about {days:.0f} days"
+            notice(f"warning: {slow}: take a GPU, a smaller network or fewer steps")
+
+
+def seconds_a_sample(network: Classifier | Denoiser) -> float:
+    """Seconds of a forward and a backward pass, by the second of two passes of two samples; changes no weight."""
+    x = torch.zeros(_ROWS, *sample_shape(network.channels, network.size))
+    given = (x, torch.ones(_ROWS)) if isinstance(network, Denoiser) else (x,)
+    training, started = network.training, 0.0
+    network.eval()
+    for _ in range(2):
+        started = perf_counter()
+        with torch.enable_grad():
+            # Unlike backward(), this is not seen by what averages gradients over processes.
+            torch.autograd.grad(network(*given).sum(), list(network.parameters()), allow_unused=True)
+    network.train(training)
+    return (perf_counter() - started) / _ROWS
+
+
+def _measure(made: Namespace, folder: RunFolder) -> None:
+    """Takes a few steps, writes nothing, and says what the whole training will cost."""
+    times: list[float] = []
+
+    def tick(trainer: L.Trainer, *_: object) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(perf_counter())
+        trainer.should_stop = len(times) > _WARM + _MEASURED
+
+    off = {"enable_checkpointing": False, "enable_model_summary": False, "limit_val_batches": 0}
+    vars(made.trainer).update(off, min_epochs=None, min_steps=None)
+    clock = LambdaCallback(on_train_start=tick, on_train_batch_end=tick)
+    trainer = _trainer(made, folder, [clock, *([Averaging(made.average)] if made.average else [])])
+    trainer.fit(made.model, datamodule=made.data)
+    # A training may have fewer batches.
+    warm = min(_WARM, len(times) - 2)
+    seconds = (times[-1] - times[warm]) / (len(times) - 1 - warm) * trainer.accumulate_grad_batches
+    device, steps = trainer.strategy.root_device, int(trainer.estimated_stepping_batches)
+    if trainer.is_global_zero:
+        print(
+            f"{seconds:.3g} s a step on {device}, {steps} steps: {duration(steps * seconds)} without validation; peak "
+            f"memory {gibibytes(peak_memory(device))}. Nothing was written."
+        )
+
+
 def train(argv: Sequence[str] | None = None) -> None:
     """``train.py fit --config ...``: trains a denoiser or a classifier; ``train.py export ...`` writes its network."""
     given = helped(list(sys.argv[1:] if argv is None else argv), "train")
     with guarded() as state:
         if not given or given[0] not in _COMMANDS:
             raise InputError(f"say what to do, one of {', '.join(_COMMANDS)}: fit --config FILE trains")
-        command = given.pop(0)
+        command, dry = given.pop(0), "--dry_run" in given
+        if dry and command != "fit":
+            raise InputError(f"--dry_run goes with fit, not with {command}: leave it out")
+        given = [word for word in given if word != "--dry_run"]
         parser = training_parser()
         settings = read(given, parser)
         folder = state.folder = RunFolder(run_folder(settings, command))
-        _check(settings, command, folder)
+        _check(settings, "" if dry else command, folder)
         config = dump(parser, settings, "ckpt_path", "output", "half")
         place_loggers(settings, folder.path)
         L.seed_everything(settings.seed_everything, workers=True, verbose=False)
-        if command == "export":
+        if command == "export" or dry:
             # The loggers and callbacks of the run are not for that.
             settings.trainer.callbacks, settings.trainer.logger = None, False
         made = instantiated(parser, settings)
@@ -144,7 +207,9 @@ def train(argv: Sequence[str] | None = None) -> None:
             return
         if made.data is None:
             raise InputError("no data given: name a datamodule in the configuration, or with --data")
-        if command == "fit":
+        if dry:
+            _measure(made, folder)
+        elif command == "fit":
             _fit(made, config, state)
         else:
             state.running = True

@@ -11,8 +11,11 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lit_purify.errors import InputError
+from lit_purify.errors import InputError, notice
 from lit_purify.private import average_in_few_kernels
+
+_LAG, _FEW = 0.2, 10
+"""Part of a training from which on an average that reaches back so far lags, and steps that make a training."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -62,3 +65,12 @@ class Averaging(WeightAveraging):
     def _kept(self, updates: int) -> float:
         """The decay after so many updates, as a 32-bit number."""
         return float(torch.tensor((1 + updates) / (10 + updates), dtype=torch.float32).clamp(max=self.decay))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes the average, and says where it still lags behind the weights."""
+        super().on_train_end(trainer, pl_module)
+        steps = trainer.global_step
+        window = 1.0 / (1.0 - self._kept(steps))
+        if steps >= _FEW and window > _LAG * steps and trainer.is_global_zero:
+            lags = f"the average of the weights still lags: it reaches back {window:.0f} of {steps} steps"
+            notice(f"warning: {lags}: train longer, or set average to 0")

@@ -145,9 +145,24 @@ class TrainingTask(L.LightningModule, ABC):
         image = shift(image, draws[:, :2], self.shift_pixels)
         return flip(image, draws[:, 2:]) if self.mirror else image
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning refuses to clip for a fused optimizer, which may unscale gradients; only float16 scales them."""
+        if optimizer.defaults.get("fused") and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; linear warm-up, then a cosine to 0 at the last step."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        weights = list(self.network.parameters())
+        # One kernel for all weights on a GPU; elsewhere its rounding differs.
+        fused = weights[0].is_cuda or None
+        optimizer = torch.optim.AdamW(weights, self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = max(1, min(self.warmup, total // 2))
 
