@@ -1,11 +1,15 @@
 """Rows of tables: files and schemas, networks, masks by field, what an attacker can make of a row."""
 
+import json
 import lzma
+import shlex
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import keyed, randomized
+from test_docs import DOCS, files_of, lay
+from test_tutorial import BLOCK, run
 
 import lit_purify as lp
 from lit_purify.data import NSLKDD, First, Table
@@ -356,3 +360,18 @@ def test_evaluation_of_rows(tmp_path, denoiser, network):
     assert all(finding.passed for finding in lp.gradcheck(network, purifiers(denoiser), split, samples=2))
     audited = lp.audit(network, purifiers(denoiser)["variable"], attacks, split, samples=2, runs=1, proposals=1)
     assert {f.check: f.verdict for f in audited}["unbounded"] == "not applicable"
+
+
+def test_the_guide_runs(tmp_path, monkeypatch, capsys):
+    """The blocks of docs/tables.md, in order, with the fewer steps that stand beside them."""
+    monkeypatch.chdir(tmp_path)
+    lay(files_of("tables.md"), tmp_path)
+    for small, language, code in BLOCK.findall((DOCS / "tables.md").read_text()):
+        if language == "python":
+            exec(code, {})
+            continue
+        for line in code.splitlines():
+            assert run([*shlex.split(line), *shlex.split(small)]) == 0, (line, capsys.readouterr())
+    summary = json.loads((tmp_path / "runs/evaluation/summary.json").read_text())
+    assert [result["defense"] for result in summary["results"]] == ["none", "uniform", "variable"]
+    assert summary["results"][0]["detection"]

@@ -187,6 +187,8 @@ def purify_files(
     name = _choose(evaluator.defenses, defense)
     defended = evaluator.defenses[name]
     taker = defended.classifier
+    if not taker.channels:
+        raise InputError("these networks take rows of tables, not images: call lit_purify.purify on rows in Python")
     probe = torch.zeros(1, taker.channels, taker.size, taker.size)
     defended.purifier.check_image(probe)
     if classify:
