@@ -81,6 +81,9 @@ def test_other_labels_in_the_test_file(tmp_path):
     (tmp_path / "test.csv").write_text(CSV.replace("scan", "worm"))
     with pytest.raises(InputError, match=r"test.csv: column kind: 'worm' is no class of the training rows"):
         data.split("test")
+    (tmp_path / "test.csv").write_text(CSV.replace("share", "portion"))
+    with pytest.raises(InputError, match=r"test.csv: columns of the training rows: there is no such column 'share'"):
+        data.split("test")
 
 
 def nslkdd(folder, rows=40):

@@ -160,6 +160,7 @@ class Table(ImageDataModule):
         if self.test is None:
             return found | {"test": dataset(self.train, lines, np.sort(own_test))}
         tested = self._lines(self.test)
+        self._check("columns of the training rows", set(lines), set(tested), f"{self.test}: ")
         return found | {"test": dataset(self.test, tested, np.arange(len(tested[self.label])))}
 
     def _lines(self, path: Path) -> dict[str, list[str]]:
