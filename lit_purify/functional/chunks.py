@@ -1,7 +1,7 @@
-"""Calling networks in chunks of one fixed shape.
+"""Calls of networks in chunks of one fixed shape.
 
-Kernels round differently for different batch shapes, and sign steps amplify the difference. With one shape, padded at
-the end, a row's result does not depend on the rows beside it nor on how many there are.
+Kernels round differently for different batch shapes, and sign steps amplify the difference. With one fixed shape,
+padded at the end, the result of a row depends neither on its neighbors nor on their number.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 from lit_purify.functional.noise import Noise
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""(logits (B, classes), label (B, ...)) -> loss of each sample (B,), which the attacker raises."""
+"""(logits (B, classes), label (B, ...)) -> loss of each sample (B,), which the attacker maximizes."""
 
 
 @dataclass(frozen=True)
 class AttackedFunction:
-    """The function that an attack sees: from images and noise to logits, in two parts where it has them.
+    """The attacked function: it maps images and noise to logits, optionally through a separate purifier.
 
     Attributes:
-        classified: (purified image, noise) -> logits (B, classes); of a function in one part, (image, noise) -> logits.
-        purified: (image (B, C, H, W) in [0, 1], noise, mask) -> the purified image, which the classifier is shown.
-            The mask is ``None``, or what ``mask`` gives for these rows: the function then need not compute it. What
-            gradient the mask has runs through this part. ``None``: a function in one part, which shows the image.
-        mask: (image, noise) -> (B, 1, H, W), where the mask depends on the image alone: one mask serves all draws of
-            noise. ``None`` elsewhere.
-        relaxed: (image, noise) -> (B, 1, H, W) in [0, 1], differentiable: the mask as an attack on the mask sees it.
-            ``None`` where there is no mask, or no image can move it.
-        deterministic: Whether the noise changes nothing; a claim, which is checked on two draws.
+        classified: (purified image, noise) -> logits (B, classes). Without ``purified``: (image, noise) -> logits.
+        purified: (image (B, C, H, W) in [0, 1], noise, mask) -> purified image, which the classifier receives. The mask
+            is ``None`` or the result of ``mask`` for these rows, which then need not be computed again. A gradient
+            through the mask runs through this part. ``None``: there is no separate purifier.
+        mask: (image, noise) -> (B, 1, H, W) if the mask depends on the image alone, so that one mask serves all noise
+            draws; ``None`` otherwise.
+        relaxed: (image, noise) -> (B, 1, H, W) in [0, 1], the differentiable mask for attacks on the mask. ``None`` if
+            there is no mask or no image can move it.
+        deterministic: Claims that noise changes nothing; two draws check the claim.
     """
 
     classified: Callable[[Tensor, Noise], Tensor]
@@ -42,29 +42,29 @@ class AttackedFunction:
     deterministic: bool = False
 
     def logits(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, classes); arguments as for ``purified``."""
+        """Returns logits (B, classes); arguments as for ``purified``."""
         return self.classified(image if self.purified is None else self.purified(image, noise, mask), noise)
 
     def __call__(self, image: Tensor, noise: Noise) -> Tensor:
-        """Logits (B, classes)."""
+        """Returns logits (B, classes)."""
         return self.logits(image, noise)
 
 
 def chunks(count: int, size: int, device: torch.device) -> Iterator[tuple[Tensor, int]]:
-    """Rows of each chunk, always ``size`` of them (the last row repeated as padding), and how many are real."""
+    """Yields ``size`` row indices per chunk (the last row repeated as padding) and the number of real rows."""
     for start in range(0, count, size):
         rows = torch.arange(start, start + size, device=device).clamp(max=count - 1)
         yield rows, min(size, count - start)
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether a computation failed because memory ran out."""
+    """Returns whether a computation ran out of memory."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def logits_in_chunks(model: AttackedFunction, image: Tensor, noise: Noise, runs: list[int], size: int) -> Tensor:
-    """Logits of every image in every run, (B, len(runs), classes), without a gradient.
+    """Returns logits of every image in every run, (B, len(runs), classes), without a gradient.
 
     Raises:
         RuntimeError: A logit is NaN or infinite.
@@ -87,10 +87,10 @@ def _in_chunks(
     runs: list[int],
     size: int,
 ) -> list[Tensor]:
-    """``call(rows of the images, noise, mask)`` of every image in every run, (B, len(runs), ...) each.
+    """Returns ``call(image rows, noise, mask)`` for every image in every run, (B, len(runs), ...) each.
 
-    What is the same in all runs is computed once: everything of a model that claims to be deterministic and answers
-    alike in two runs; and masks that depend on the image alone.
+    Results that are equal in all runs are computed once: those of a model that claims to be deterministic and gives
+    equal results in two runs, and masks that depend on the image alone.
     """
     n, keyed, parts = len(runs), noise.runs(runs), []
     if n > 2 and model.deterministic:
@@ -111,27 +111,27 @@ def _in_chunks(
 
 
 def _check_finite(**values: Tensor) -> None:
-    """An attack that follows NaN stands still, and a robust accuracy that rests on it is worthless.
+    """Raises a ``RuntimeError`` for NaN or infinite values.
 
-    Raises:
-        RuntimeError: Some value is NaN or infinite.
+    An attack cannot make progress with NaN, and the robust accuracy would be meaningless.
     """
-    # Once for all values of all chunks: a GPU is waited for here.
+    # One check for all chunks, because a GPU synchronizes here.
     finite = torch.stack([each.isfinite().all() for each in values.values()]).tolist()
     for what, fine in zip(values, finite, strict=True):
         if not fine:
             raise RuntimeError(
-                f"the {what} of the attacked network is NaN or infinite: its robust accuracy means nothing"
+                f"the {what} of the attacked network is NaN or infinite, so robust accuracy means nothing: "
+                "check its weights, its precision and the scale of its inputs"
             )
 
 
 class Draws(NamedTuple):
-    """What an attacker learns at one point, for each of n draws of noise; all detached.
+    """An attacker's observations at one point, for each of n noise draws; all detached.
 
     Attributes:
         logits: (B, n, classes).
         loss: (B, n).
-        gradient: Of the loss in the image, (B, n, C, H, W).
+        gradient: Gradient of the loss in the image, (B, n, C, H, W).
     """
 
     logits: Tensor
@@ -140,7 +140,7 @@ class Draws(NamedTuple):
 
 
 def average(values: Tensor) -> Tensor:
-    """Mean over the draws of (B, n, ...), added one after the other: a kernel may round differently for another B."""
+    """Averages the draws of (B, n, ...) in a fixed order; a kernel may round differently for another B."""
     first, *others = values.unbind(dim=1)
     return sum(others, first) / values.shape[1]
 
@@ -155,17 +155,17 @@ def draws_in_chunks(
     size: int,
     purified: bool = False,
 ) -> Draws:
-    """Logits, loss and gradient for every image in every run.
+    """Returns logits, loss and gradient for every image in every run.
 
     Args:
-        model: What is attacked.
+        model: The attacked function.
         loss: Loss of each sample.
         image: (B, C, H, W) in [0, 1].
-        label: (B, ...), what the loss takes.
+        label: (B, ...), as the loss expects it.
         noise: Noise of the B rows.
-        runs: The draws; draws and samples are folded into one batch.
+        runs: Runs to draw; runs and samples are folded into one batch.
         size: Rows in a chunk.
-        purified: Differentiate in the purified image in place of the image: the purifier then keeps no graph.
+        purified: Differentiate in the purified image instead of the input image. The purifier then keeps no graph.
 
     Raises:
         RuntimeError: An output or a gradient is NaN or infinite.
@@ -191,7 +191,7 @@ def draws_in_chunks(
 def gradient_in_chunks(
     model: AttackedFunction, loss: LossFunction, image: Tensor, label: Tensor, noise: Noise, runs: list[int], size: int
 ) -> tuple[Tensor, Tensor]:
-    """Loss (B,) and its gradient (B, C, H, W), averaged over runs: expectation over transformation (Athalye et al.).
+    """Returns loss (B,) and gradient (B, C, H, W) averaged over runs: expectation over transformation (Athalye et al.).
 
     Arguments and errors are those of ``draws_in_chunks``.
     """
@@ -200,13 +200,13 @@ def gradient_in_chunks(
 
 
 def carried_in_chunks(model: AttackedFunction, image: Tensor, noise: Noise, direction: Tensor, size: int) -> Tensor:
-    """A gradient at the purified images carried back to the images: J^T direction, J the derivative of the purifier.
+    """Pulls a gradient at the purified images back to the input: J^T direction, J the Jacobian of the purifier.
 
     Args:
-        model: What is attacked; in one part, J is the identity.
+        model: The attacked function; J is the identity if it has no separate purifier.
         image: (B, C, H, W) in [0, 1].
         noise: Noise of the B rows, one draw for each image.
-        direction: Of the shape of the purified images.
+        direction: Same shape as the purified images.
         size: Rows in a chunk.
 
     Raises:

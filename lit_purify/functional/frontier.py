@@ -1,8 +1,8 @@
-"""Frontiers of clean against robust accuracy, and their differences with intervals from resampled samples.
+"""Frontiers of clean against robust accuracy, and bootstrap intervals of their differences.
 
-A defense that tosses a coin between two others reaches every point on the line between theirs (average accuracies;
-this does not hold for worst-of-N and votes). So what a family of defenses reaches at a clean accuracy of at least x is
-the upper concave envelope of its points, flat to the left of the most robust one.
+A random choice between two defenses reaches every point on the line between them (average accuracy only, not worst-of-N
+or votes). The frontier of a family is therefore the upper concave envelope of its points, flat to the left of the most
+robust one.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 from lit_purify.functional.statistics import Z95, Interval
 
 _LEVELS = 33
-"""Clean accuracies at which two frontiers are compared."""
+"""Number of clean accuracies at which two frontiers are compared."""
 
 
 def envelope(points: Tensor, clean: Tensor) -> Tensor:
-    """The highest robust accuracy at a clean accuracy of at least ``clean``, by a point or a mixture of two: (R,).
+    """Returns the highest robust accuracy that a point or a mixture of two reaches at a clean accuracy, (R,).
 
     Args:
         points: (R, P, 2) clean and robust accuracy of P points, in R independent problems.
-        clean: (R,).
+        clean: (R,), the least clean accuracy allowed.
 
     Returns:
-        Not a number where no point is as clean.
+        NaN where no point is as clean.
     """
     x, y = points.unbind(dim=2)
     clean = clean[:, None]
     reached = torch.where(x >= clean, y, -torch.inf).amax(dim=1)
-    # Of mixtures only those count that meet ``clean`` from below: i is less clean, j cleaner.
+    # Valid mixtures combine a point i that is less clean than ``clean`` with a point j that is at least as clean.
     gap = x[:, None, :] - x[:, :, None]
     weight = (clean - x)[:, :, None] / torch.where(gap > 0, gap, 1.0)
     mixed = y[:, :, None] + weight * (y[:, None, :] - y[:, :, None])
@@ -41,21 +41,21 @@ def envelope(points: Tensor, clean: Tensor) -> Tensor:
 
 
 def on_envelope(points: Tensor) -> Tensor:
-    """Which points (P, 2) no other point and no mixture of two reaches: (P,) bool; of equal points the last."""
+    """Marks the points of (P, 2) that lie on the envelope, (P,) bool; of equal points the last."""
     kept = torch.ones(len(points), dtype=torch.bool)
     for k in range(len(points)):
         kept[k] = False
         height = envelope(points[kept][None], points[k, :1]) if kept.any() else torch.tensor(torch.nan)
-        # What others reach adds nothing to their envelope: it can be left out before the next point is looked at.
+        # A point below the envelope of the others does not change it and can be dropped at once.
         kept[k] = bool(height.isnan() | (points[k, 1] > height + 1e-12))
     return kept
 
 
 def gap(first: Tensor, second: Tensor) -> Tensor:
-    """How far the second frontier lies above the first, on average over clean accuracies: (R,).
+    """Returns the mean height of the second frontier above the first over clean accuracies, (R,).
 
-    From the less clean of the two most robust points to the less clean of the two cleanest points: there both are
-    defined, and only there they can differ in shape.
+    The range ends at the less clean of the two most robust points and at the less clean of the two cleanest points:
+    both frontiers are defined there and can differ in shape.
 
     Args:
         first: (R, P, 2).
@@ -65,7 +65,7 @@ def gap(first: Tensor, second: Tensor) -> Tensor:
     high = torch.minimum(first[..., 0].amax(dim=1), second[..., 0].amax(dim=1))
     total = torch.zeros_like(low)
     for k in range(_LEVELS):
-        # Not past ``high`` by rounding, where nothing is reached.
+        # Rounding must not carry ``clean`` past ``high``, where the envelope is NaN.
         clean = torch.minimum(torch.lerp(low, high, k / (_LEVELS - 1)), high)
         total += envelope(second, clean) - envelope(first, clean)
     return total / _LEVELS
@@ -77,12 +77,12 @@ def _peak(points: Tensor) -> Tensor:
 
 
 def resampled(shares: Tensor, resamples: int, seed: int = 0) -> Tensor:
-    """Means over samples drawn with replacement, the same draw for all points: (R, P, 2).
+    """Returns means over samples drawn with replacement, with the same draw for all points: (R, P, 2).
 
     Args:
-        shares: (B, P, 2) for each sample and point the share of right runs, clean and attacked.
+        shares: (B, P, 2), share of correct runs of each sample and point, clean and attacked.
         resamples: R.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
     count = len(shares)
     generator = torch.Generator().manual_seed(seed)
@@ -95,25 +95,25 @@ def resampled(shares: Tensor, resamples: int, seed: int = 0) -> Tensor:
 
 
 def bootstrap(points: Tensor, draws: Tensor, count: int, statistic: Callable[[Tensor], Tensor]) -> Interval:
-    """A difference of two frontiers with its 95 % interval, by the basic bootstrap.
+    """Returns a difference of two frontiers with its 95 % interval from the basic bootstrap.
 
-    The statistic is computed anew in every resample: points, envelope and interpolation. The highest of noisy points
-    is too high, in a resample again by as much: the basic interval, twice the estimate less the quantiles, takes that
-    off, where the quantiles themselves would have it twice. It takes off too little when one family has many more
-    points: of equal families (simulated, 100 samples, 4 runs) ``gap`` was found to differ in 5 to 6 % of cases with 4
-    points each, in 8 % with 4 and 12, in 15 % with 4 and 20 (by the quantiles in 55 %); the interval of a single point
-    against the frontier of the other family held the truth in 91 to 93 %.
+    Every resample repeats points, envelope and interpolation. The maximum of noisy points is biased upward, and in a
+    resample by the same amount again. The basic interval (twice the estimate minus the quantiles) removes that bias;
+    the quantiles themselves would double it. Some bias remains when one family has many more points. In simulations of
+    equal families (100 samples, 4 runs), ``gap`` differed in 5 to 6 % of cases with 4 points each, in 8 % with 4 and
+    12, and in 15 % with 4 and 20 (with quantiles: 55 %). The interval of one point against the other family's frontier
+    covered the truth in 91 to 93 %.
 
     Args:
         points: (P, 2).
-        draws: (R, P, 2), see ``resampled``.
-        count: Samples. Resamples of few can all agree: the interval is at least as wide as that of as many paired
-            differences which are all 0 (``paired_difference``).
-        statistic: From (R, P, 2) to (R,); may be not a number.
+        draws: (R, P, 2) from ``resampled``.
+        count: Number of samples. It bounds the width from below, by that of ``paired_difference`` with all differences
+            0, because resamples of few samples can all agree.
+        statistic: (R, P, 2) -> (R,), possibly NaN.
 
     Returns:
-        Not a number throughout where the estimate is, or one in twenty resamples: what is left of them would be an
-        interval on the condition that the other family is as clean.
+        NaN throughout if the estimate or more than 5 % of the resamples are NaN. The remaining resamples would give an
+        interval under the condition that the other family is as clean.
     """
     value = float(statistic(points[None]))
     again = statistic(draws)

@@ -10,27 +10,27 @@ from lit_purify.errors import InputError
 
 
 def each(values: Tensor, like: Tensor) -> Tensor:
-    """A number for each sample, (B,), shaped to broadcast with samples (B, ...)."""
+    """Reshapes one number per sample, (B,), to broadcast with samples (B, ...)."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def sample_shape(channels: int, size: int) -> tuple[int, ...]:
-    """Of an image, (channels, size, size); without channels it is a row of ``size`` features, (size,)."""
+    """Returns (channels, size, size) for images, or (size,) for table rows (no channels, ``size`` features)."""
     return (channels, size, size) if channels else (size,)
 
 
 def places(image: Tensor) -> Tensor:
-    """What masks and levels are about: the pixels of images, (B, 1, H, W), and the features of rows, (B, F)."""
+    """Returns a tensor of the shape of masks and levels: (B, 1, H, W) for images, (B, F) for table rows."""
     return image[:, :1] if image.ndim == 4 else image
 
 
 def resize(image: Tensor, size: int, shorter: int | None = None) -> Tensor:
-    """Images with their shorter side resized (bilinear, antialiased) and their center cropped.
+    """Resizes the shorter side of images (bilinear, antialiased) and crops the center.
 
     Args:
         image: (B, C, H, W) in [0, 1].
         size: Height and width of the result, in pixels.
-        shorter: What the shorter side is resized to, at least ``size``; ``None`` is ``size``.
+        shorter: Target of the shorter side, at least ``size``; ``None`` means ``size``.
 
     Raises:
         InputError: ``size`` is not positive.
@@ -48,11 +48,11 @@ def resize(image: Tensor, size: int, shorter: int | None = None) -> Tensor:
 
 
 def shift(image: Tensor, draws: Tensor, pixels: int) -> Tensor:
-    """Each image moved by -pixels .. pixels in both directions, its border repeated.
+    """Moves each image by -pixels .. pixels in both directions and repeats its border.
 
     Args:
         image: (B, C, H, W).
-        draws: Uniform numbers in [0, 1), (B, 2): the move in height and in width.
+        draws: Uniform in [0, 1), (B, 2): the shift in height and in width.
         pixels: Largest shift.
     """
     if pixels == 0:
@@ -67,12 +67,12 @@ def shift(image: Tensor, draws: Tensor, pixels: int) -> Tensor:
 
 
 def flip(image: Tensor, draws: Tensor) -> Tensor:
-    """Half of the images mirrored left to right; ``draws`` uniform in [0, 1), (B, 1)."""
+    """Mirrors half of the images left to right; ``draws`` uniform in [0, 1), (B, 1)."""
     return torch.where(draws.reshape(-1, 1, 1, 1) < 0.5, image.flip(-1), image)
 
 
 def check_shape(taker: str, image: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises an ``InputError`` when images or rows are not (B, *``shape``)."""
+    """Raises an ``InputError`` if images or rows are not (B, *``shape``)."""
     if tuple(image.shape[1:]) != shape:
         raise InputError(
             f"the {taker} takes images of shape {shape}, the data has {tuple(image.shape[1:])}: give both one size and "
@@ -81,7 +81,7 @@ def check_shape(taker: str, image: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def check_unit_range(image: Tensor, slack: float = 0.0) -> None:
-    """Raises an ``InputError`` for other than floats in [0, 1], or ``slack`` outside: images, or rows (B, F)."""
+    """Raises an ``InputError`` unless images (B, C, H, W) or rows (B, F) are floats in [0, 1], up to ``slack``."""
     if image.ndim not in (2, 4) or not image.is_floating_point():
         shapes = "floats (B, C, H, W), or rows (B, F)"
         raise InputError(f"images have shape {tuple(image.shape)} and type {image.dtype}: give {shapes}")

@@ -1,4 +1,4 @@
-"""Level maps: which pixel is noised how strongly."""
+"""Level maps: the noise level of each pixel."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ MAX_DISTINCT = 64
 
 
 class LevelMap(NamedTuple):
-    """Levels of pixels: the distinct ones of each image, and where each of them holds.
+    """The distinct levels of each image and the pixels of each level.
 
-    An embedding of the level is then computed once for each distinct level instead of once for each pixel, and a linear
-    function of it spread over the pixels by the weights; both are exact.
+    A network embeds each distinct level once instead of each pixel, and spreads a linear function of the embedding over
+    the pixels by the weights. Both are exact.
 
     Attributes:
-        levels: (B, L), in noising steps. L is at least 2: kernels round differently for one row and for several, and an
-            image of one level must not depend on whether there are images of two beside it.
-        weights: (B, L, H, W) of 0 and 1, with a sum of 1 over L; for rows of tables (B, L, F).
+        levels: (B, L) in noising steps, L >= 2. Kernels round differently for one row and for several, so an image with
+            one level must not depend on whether the batch has images with two.
+        weights: (B, L, H, W) in {0, 1} with sum 1 over L; (B, L, F) for table rows.
     """
 
     levels: Tensor
@@ -29,33 +29,31 @@ class LevelMap(NamedTuple):
 
     @property
     def dense(self) -> Tensor:
-        """The level of each pixel, (B, 1, H, W), or of each feature, (B, F)."""
+        """Level of each pixel, (B, 1, H, W), or of each feature, (B, F)."""
         levels = self.levels.reshape(*self.levels.shape, *[1] * (self.weights.ndim - 2))
         return (levels * self.weights).sum(dim=1, keepdim=self.weights.ndim == 4)
 
     def rows(self, rows: Tensor | slice) -> LevelMap:
-        """The map of some images."""
+        """Returns the map of a selection of images."""
         return LevelMap(self.levels[rows], self.weights[rows])
 
 
 def holding(grade: Tensor, count: int) -> Tensor:
-    """Where each of ``count`` grades holds, (B, ``count``, H, W) of 0 and 1; ``grade`` (B, 1, H, W) counts from 0.
-
-    Of rows the grade is (B, F), and the result (B, ``count``, F).
-    """
+    """One-hot encodes grades 0 .. count - 1: images (B, 1, H, W) to (B, count, H, W), rows (B, F) to (B, count, F)."""
     return torch.cat([(grade if grade.ndim == 4 else grade[:, None]) == k for k in range(count)], dim=1)
 
 
 def two_level(mask: Tensor, high: Tensor | int, low: Tensor | int) -> LevelMap:
-    """``high`` where the mask (B, 1, H, W) is 1, ``low`` elsewhere; of all images, or of each (B,)."""
+    """Sets ``high`` where the mask (B, 1, H, W) is 1 and ``low`` elsewhere; levels for all images or each (B,)."""
     both = [torch.as_tensor(level, device=mask.device).expand(len(mask)) for level in (low, high)]
     return LevelMap(torch.stack(both, dim=1).long(), holding((mask > 0.5).long(), 2))
 
 
 def decompose(levels: Tensor) -> LevelMap:
-    """The map of given levels (B, 1, H, W); images with fewer distinct ones than others repeat one with weight 0.
+    """Builds a level map from levels (B, 1, H, W). Images with fewer distinct levels repeat one with weight 0.
 
-    How many there are is asked of the device, which a GPU has to stop for: purifiers and trainings know it beforehand.
+    The number of distinct levels is read from the device, so a GPU synchronizes. Purifiers and trainings avoid this
+    call.
 
     Raises:
         InputError: An image has more than 64 distinct levels.

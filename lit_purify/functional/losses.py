@@ -1,4 +1,4 @@
-"""Losses of each sample, which attacks raise."""
+"""Losses of each sample, which attacks maximize."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _TINY = 1e-12
 
 
 def cross_entropy_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Cross entropy of each sample, (B,)."""
+    """Returns the cross entropy of each sample, (B,)."""
     return cross_entropy(logits, label, reduction="none")
 
 
 def margin_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Largest wrong logit minus the right one, (B,): positive where the sample is misclassified.
+    """Returns the largest wrong logit minus the correct one, (B,): positive if the sample is misclassified.
 
     Its gradient does not vanish where the softmax saturates (Carlini & Wagner 2017, f_6).
     """
@@ -31,7 +31,7 @@ def margin_loss(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def dlr_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Difference of logits ratio, (B,): the margin over the gap between the first and the third logit.
+    """Returns the difference-of-logits ratio, (B,): the margin over the gap between the first and the third logit.
 
     Neither a shift nor a scale of the logits changes it (Croce & Hein 2020, equation 6).
 
@@ -45,7 +45,7 @@ def dlr_loss(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def targeted_dlr_loss(logits: Tensor, goal: Tensor) -> Tensor:
-    """Difference of logits ratio towards a class, (B,) (Croce & Hein 2020, equation 7).
+    """Returns the targeted difference-of-logits ratio, (B,) (Croce & Hein 2020, equation 7).
 
     Args:
         logits: (B, classes).
@@ -57,10 +57,10 @@ def targeted_dlr_loss(logits: Tensor, goal: Tensor) -> Tensor:
 
 
 def named_loss(name: LossName) -> LossFunction:
-    """The loss of a name.
+    """Returns the loss with this name.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such loss.
     """
     losses = {"ce": cross_entropy_loss, "margin": margin_loss, "dlr": dlr_loss}
     if name not in losses:
@@ -69,12 +69,12 @@ def named_loss(name: LossName) -> LossFunction:
 
 
 def log_probabilities(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Logarithms of the softmax probability of all wrong classes together, and of the label, (B, n) each.
+    """Returns log probabilities of all wrong classes together and of the label, (B, n) each.
 
-    In float64: softmax kernels round differently for different batch sizes, which then does not show in float32.
+    Softmax kernels round differently for different batch sizes; in float64 this does not show in float32 results.
 
     Args:
-        logits: Of n draws of each sample, (B, n, classes).
+        logits: (B, n, classes) for n draws of each sample.
         label: (B,).
     """
     log_softmax = logits.double().log_softmax(dim=2)
@@ -83,10 +83,10 @@ def log_probabilities(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def success(logits: Tensor, label: Tensor) -> Tensor:
-    """How well an attack did, (B,): the number of wrong draws, plus a part of 1 that grows with the averaged margin.
+    """Scores an attack, (B,): the number of wrong draws plus a share of 1 that grows with the mean margin.
 
     Args:
-        logits: Of n draws of each sample, (B, n, classes).
+        logits: (B, n, classes) for n draws of each sample.
         label: (B,).
     """
     wrong = (logits.argmax(dim=2) != label[:, None]).sum(dim=1)
@@ -94,5 +94,5 @@ def success(logits: Tensor, label: Tensor) -> Tensor:
 
 
 def mean_margin(logits: Tensor, label: Tensor) -> Tensor:
-    """``margin_loss`` averaged over the draws of (B, n, classes): (B,)."""
+    """Returns ``margin_loss`` averaged over the draws of (B, n, classes): (B,)."""
     return average(torch.stack([margin_loss(draw, label) for draw in logits.unbind(dim=1)], dim=1))

@@ -1,8 +1,8 @@
-"""Keyed noise: a function of (seed, sample, run, step) and of nothing else.
+"""Keyed noise: a function of seed, sample, run and step only.
 
-Random numbers come from a counter-based generator, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011), written on integer tensors. So a recomputed forward pass replays its noise exactly, and a result
-does not depend on batch size, order, process count or interruption. The integers are the same on every device.
+Random numbers come from the counter-based generator Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011), implemented on integer tensors. A recomputed forward pass replays its noise exactly, and results do
+not depend on batch size, order, process count or interruption. The integers are the same on every device.
 """
 
 from __future__ import annotations
@@ -23,41 +23,41 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _CACHED = 32768
 
 EVALUATION, ATTACK, TRAINING = range(3)
-"""Streams: noise drawn for different ends never shares a key; epoch e of a training has the stream TRAINING + e."""
+"""Streams: noise for different purposes never shares a key. Epoch e of a training uses the stream TRAINING + e."""
 
 MASK_STEP, START_STEP = _LOW, _LOW - 1
-"""Steps that no sampler reaches: the draws of a random mask and of an attack's random start."""
+"""Steps that no sampler reaches, used for random masks and for random starts of attacks."""
 
 
 class Noise(Protocol):
-    """What a purifier or an attack asks randomness of; rows are the rows of the batch it belongs to."""
+    """The source of randomness for purifiers and attacks, with one row per row of the batch."""
 
     def normal(self, step: int, like: Tensor) -> Tensor:
-        """Standard normal noise of the shape of ``like`` (B, ...), the same whenever ``step`` is the same."""
+        """Standard normal noise of the shape of ``like`` (B, ...); equal steps give equal noise."""
         ...
 
     def uniform(self, step: int, like: Tensor) -> Tensor:
-        """Uniform noise in [0, 1) of the shape of ``like`` (B, ...), the same whenever ``step`` is the same."""
+        """Uniform noise in [0, 1) of the shape of ``like`` (B, ...); equal steps give equal noise."""
         ...
 
     def rows(self, rows: Tensor) -> Noise:
-        """The noise of some rows, (b,) int64; a row may be named several times."""
+        """The noise of selected rows, (b,) int64; a row may occur several times."""
         ...
 
     def runs(self, runs: list[int]) -> Noise:
-        """The noise of every row in each of several runs, (B len(runs)) rows, a sample's runs side by side."""
+        """The noise of every row in each run, (B len(runs)) rows; the runs of a sample are adjacent."""
         ...
 
 
 @dataclass(frozen=True)
 class KeyedNoise:
-    """Noise for a batch of rows, each with its own sample index and run.
+    """Noise for a batch of rows, keyed by sample index and run.
 
     Args:
         seed: Seed of the experiment, 0 .. 2**32 - 1.
         index: Position of each row's sample in the evaluated set, (B,) int64.
-        run: Run of each row, (B,) int64: rows of one sample that differ in run get independent noise.
-        stream: What the noise is for: ``EVALUATION``, ``ATTACK`` or ``TRAINING`` plus the epoch.
+        run: Run of each row, (B,) int64; different runs of one sample get independent noise.
+        stream: ``EVALUATION``, ``ATTACK``, or ``TRAINING`` plus the epoch.
     """
 
     seed: int
@@ -66,12 +66,12 @@ class KeyedNoise:
     stream: int = EVALUATION
 
     def rows(self, rows: Tensor) -> KeyedNoise:
-        """The noise of some rows, (b,) int64; a row may be named several times."""
+        """The noise of selected rows, (b,) int64; a row may occur several times."""
         return replace(self, index=self.index[rows], run=self.run[rows])
 
     def runs(self, runs: list[int]) -> KeyedNoise:
-        """The noise of every row in each of several runs, (B len(runs)) rows, a sample's runs side by side."""
-        # Filled, not copied: a GPU would have to be waited for.
+        """The noise of every row in each run, (B len(runs)) rows; the runs of a sample are adjacent."""
+        # Filling avoids a copy from the host, for which a GPU would synchronize.
         run = torch.cat([self.index.new_full((1,), run) for run in runs]).repeat(len(self.index))
         return replace(self, index=self.index.repeat_interleave(len(runs)), run=run)
 
@@ -104,10 +104,10 @@ class KeyedNoise:
 
 
 class FrozenNoise(KeyedNoise):
-    """One draw of noise for each row, whatever runs are asked for."""
+    """One draw of noise for each row, the same in every run."""
 
     def runs(self, runs: list[int]) -> KeyedNoise:
-        """The same draw again and again, (B len(runs)) rows."""
+        """Repeats the draw of each row, (B len(runs)) rows."""
         return self.rows(torch.arange(len(self.index), device=self.index.device).repeat_interleave(len(runs)))
 
 
@@ -121,7 +121,7 @@ def _kernel() -> Callable[..., Tensor] | None:
 
 
 def fresh_noise(image: Tensor, stream: int) -> KeyedNoise:
-    """Noise for a batch of images, under a key that is drawn from torch's global generator."""
+    """Returns noise for a batch of images, with a key from torch's global generator."""
     seed, run = torch.randint(2**32, (2,)).tolist()
     index = torch.arange(len(image), device=image.device)
     return KeyedNoise(seed, index, torch.full_like(index, run), stream)
@@ -134,16 +134,16 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
         counter: Four broadcastable int64 tensors with values in 0 .. 2**32 - 1.
         key: Two integers in 0 .. 2**32 - 1.
     """
-    # numpy's operations start faster than torch's: half the time of a small draw.
+    # numpy's operations have less overhead than torch's: a small draw takes half the time.
     on_cpu = all(word.device.type == "cpu" for word in counter)
     words: list[Any] = [word.numpy().view(np.uint64) if on_cpu else word for word in counter]
     c0, c1, c2, c3 = words
-    # A 64-bit product wraps; masking after the shift recovers its unsigned high word. c1 and c3 keep whole products,
-    # since they only enter exclusive ors, which are masked.
+    # A 64-bit product wraps; masking after the shift recovers its unsigned high word. c1 and c3 may keep whole products
+    # because they only enter exclusive ors, which are masked.
     for k in range(10):
         k0, k1 = ((word + k * weyl) & _LOW for word, weyl in zip(key, _WEYL, strict=True))
         if k < 2:
-            # The words still have the counters' own shapes, and broadcast.
+            # The words still have the shapes of the counters and broadcast.
             p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
             c0, c2 = ((p1 >> 32) ^ c1 ^ k0) & _LOW, ((p0 >> 32) ^ c3 ^ k1) & _LOW
         else:
@@ -165,13 +165,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
 
 
 def _to_uniform(first: Tensor, second: Tensor, out: Tensor) -> None:
-    # 24 bits are what float32 holds, so 1.0 is never rounded to.
+    # float32 holds 24 bits, so the result never rounds to 1.0.
     for k, words in enumerate((first, second)):
         out[..., k] = (words >> 8).to(torch.float64).mul_(2.0**-24)
 
 
 def _to_normal(first: Tensor, second: Tensor, out: Tensor) -> None:
-    """Box-Muller on pairs of words; in float64, so that float32 results do not depend on how a kernel is vectorized."""
+    """Applies Box-Muller to pairs of words, in float64 so that float32 results do not depend on vectorization."""
     radius = first.to(torch.float64).add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
     angle = second.to(torch.float64).add_(0.5).mul_(2.0 * math.pi * 2.0**-32)
     out[..., 0] = angle.cos().mul_(radius)

@@ -1,8 +1,8 @@
-"""Keyed noise as one kernel, with the bits of ``noise.py``; imported where tensors are on an NVIDIA GPU."""
+"""Keyed noise as one Triton kernel with the same bits as ``noise.py``; imported only for tensors on an NVIDIA GPU."""
 
 # ruff: noqa: ANN001, ANN202, N803
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, import-untyped"
-# No deferred annotations here: Triton looks at those of its kernels.
+# No deferred annotations: Triton reads the annotations of its kernels.
 
 import torch
 import triton
@@ -35,8 +35,8 @@ def _draw(out, index, run, step, seed, stream, blocks, size, NORMAL: tl.constexp
 
 
 def draw(like: Tensor, index: Tensor, run: Tensor, step: int, seed: int, stream: int, normal: bool) -> Tensor:
-    """Normal or uniform noise of the shape and type of ``like`` (B, ...); ``index`` and ``run`` (B,) int64."""
-    # To 16 bits PyTorch rounds by way of 32.
+    """Draws normal or uniform noise of the shape and type of ``like`` (B, ...); ``index`` and ``run`` (B,) int64."""
+    # PyTorch rounds to 16 bits through float32.
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     out = torch.empty(like.shape, dtype=dtype, device=like.device)
     size = out[0].numel() if len(out) else 0

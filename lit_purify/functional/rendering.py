@@ -1,4 +1,4 @@
-"""Images to look at."""
+"""Images for reports and previews."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 TINT = (0.95, 0.35, 0.10)
-"""Color of what a mask covers."""
+"""Color of masked pixels."""
 PANELS = ("original", "adversarial", "noised", "purified")
-"""Images that show a sample, in order; its mask is a layer over the adversarial one."""
+"""Images shown for a sample, in order. The mask is drawn over the adversarial image."""
 
 
 def overlaid(image: Tensor, mask: Tensor, strength: float = 0.45) -> Tensor:
@@ -19,18 +19,18 @@ def overlaid(image: Tensor, mask: Tensor, strength: float = 0.45) -> Tensor:
 
 
 def enlarged(images: Tensor, pixels: int = 128) -> Tensor:
-    """Images (..., H, W) enlarged without smoothing, to at least so many pixels of height."""
+    """Enlarges images (..., H, W) without smoothing to a height of at least ``pixels``."""
     scale = max(1, -(-pixels // images.shape[-2]))
     return repeat(images, "... h w -> ... (h s) (w t)", s=scale, t=scale)
 
 
 def panels(images: Tensor, mask: Tensor, overlay: int, gap: int = 4) -> Tensor:
-    """Images side by side, enlarged without smoothing, with the mask drawn over one of them.
+    """Places images side by side, enlarged without smoothing, with the mask drawn over one of them.
 
     Args:
         images: (n, C, H, W) in [0, 1], gray or color.
         mask: (1, H, W) in {0, 1}.
-        overlay: Which image carries the mask.
+        overlay: Position of the image that carries the mask.
         gap: White pixels between panels.
 
     Returns:
@@ -43,9 +43,9 @@ def panels(images: Tensor, mask: Tensor, overlay: int, gap: int = 4) -> Tensor:
 
 
 def picture_name(defense: str, attack: str, index: int) -> str:
-    """File name of a sample's pictures, without its ending: another one for each (defense, attack, index).
+    """Returns a unique file name, without extension, for the pictures of (defense, attack, index).
 
-    Names of defenses and attacks may hold letters, digits, '-', '_', '.' and '/', but no ',' and no '+'.
+    The names of defenses and attacks may contain letters, digits, '-', '_', '.' and '/', but neither ',' nor '+'.
     """
     defense, attack = (name.translate({ord("."): ",", ord("/"): "+"}) for name in (defense, attack))
     return f"{defense}.{attack}.{index:06d}"

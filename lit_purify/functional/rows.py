@@ -1,4 +1,4 @@
-"""Rows of tables: fields of features, and which rows somebody can make of another one."""
+"""Rows of tables: fields of features, and the rows that an attacker can produce."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lit_purify.errors import InputError
 
 _SIDE = re.compile(r"\s*([\w.-]+)\s*(?:([-+*/])\s*([\w.-]+)\s*)?")
 _SLACK = 0.01
-"""Up to which relations hold, in the units of their columns: rates are often rounded to two decimals."""
+"""Tolerance of relations, in units of their columns: rates are often rounded to two decimals."""
 
 
 def fields(features: int, onehot: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Number of the field of each feature, (F,): every number is a field of its own, a one-hot group is one together.
+    """Returns the field number of each feature, (F,): one field per number and one per one-hot group.
 
     Args:
         features: F.
         onehot: Widths of the one-hot groups, which are the last features of a row.
-        device: Of the result.
+        device: Device of the result.
 
     Raises:
         InputError: The groups are wider than the row.
@@ -36,11 +36,11 @@ def fields(features: int, onehot: Sequence[int], device: torch.device | None = N
 
 
 def random_fields(like: Tensor, draws: Tensor, onehot: Sequence[int]) -> Tensor:
-    """A random part of the fields of each row, (B, F) in {0, 1}: masks to train a denoiser on.
+    """Returns a random subset of the fields of each row, (B, F) in {0, 1}, as masks for denoiser training.
 
     Args:
         like: (B, F).
-        draws: Uniform numbers in [0, 1), (B, F + 1): the size of the part, and one for each feature.
+        draws: Uniform in [0, 1), (B, F + 1): the size of the subset, then one number per feature.
         onehot: See ``fields``.
     """
     of = fields(like.shape[1], onehot, like.device)
@@ -48,7 +48,7 @@ def random_fields(like: Tensor, draws: Tensor, onehot: Sequence[int]) -> Tensor:
 
 
 def one_hot(row: Tensor, onehot: Sequence[int]) -> Tensor:
-    """Rows (B, F) with one category in each one-hot group, that of the largest value; straight through in the gradient.
+    """Sets the largest value of each one-hot group to 1 and the others to 0, with a straight-through gradient.
 
     Args:
         row: (B, F).
@@ -57,12 +57,12 @@ def one_hot(row: Tensor, onehot: Sequence[int]) -> Tensor:
     numbers = row.shape[1] - sum(onehot)
     groups = row.detach()[:, numbers:].split_with_sizes(list(onehot), dim=1) if onehot else []
     hard = [torch.zeros_like(group).scatter(1, group.argmax(dim=1, keepdim=True), 1.0) for group in groups]
-    # What is added is 0, with a gradient.
+    # The added term is 0 and carries the gradient.
     return torch.cat([row.detach()[:, :numbers], *hard], dim=1) + (row - row.detach())
 
 
 class Relation(NamedTuple):
-    """``left = right`` or ``left <= right``, each a column, a number, or two of them with + - * / between."""
+    """``left = right`` or ``left <= right``; each side is a column, a number, or two of them joined by + - * or /."""
 
     text: str
     left: tuple[str, ...]
@@ -71,10 +71,10 @@ class Relation(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Relation:
-        """From its text.
+        """Parses a relation.
 
         Raises:
-            InputError: It is none.
+            InputError: The text is not a relation.
         """
         left, sign, right = [*re.split(r"(<=|=)", text), "", ""][:3]
         sides = [_SIDE.fullmatch(side) for side in (left, right)]
@@ -85,27 +85,27 @@ class Relation(NamedTuple):
 
     @property
     def columns(self) -> list[str]:
-        """Names in it that are no numbers."""
+        """Names of the columns in the relation."""
         return [part for side in (self.left, self.right) for part in side[::2] if not _is_number(part)]
 
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """What the features of a row are, and which rows an attacker can make of a row.
+    """The features of a table row and the rows that an attacker can produce from it.
 
-    Features lie in [0, 1]. First come numbers, min-max scaled, then one-hot groups. A relation binds the rows that
-    satisfy it before they are changed.
+    Features lie in [0, 1]: first min-max scaled numbers, then one-hot groups. A relation applies to rows that satisfy
+    it before the attack.
 
     Attributes:
-        names: Of the features: column, or ``column=category``.
-        low: Value of a column that is scaled to 0, (F,) float64.
-        high: Value that is scaled to 1.
+        names: Name of each feature: column, or ``column=category``.
+        low: Column value that is scaled to 0, (F,) float64.
+        high: Column value that is scaled to 1, (F,) float64.
         onehot: Widths of the one-hot groups.
-        fixed: Features that nobody can change, (F,) bool.
-        raised: Features that can only grow, (F,) bool.
-        whole: Features whose values are whole numbers, (F,) bool.
-        relations: What follows from what.
-        constrained: Whether attacks are held to it.
+        fixed: Features that an attacker cannot change, (F,) bool.
+        raised: Features that an attacker can only increase, (F,) bool.
+        whole: Features with integer values, (F,) bool.
+        relations: Relations between columns.
+        constrained: Whether attacks must respect the domain.
     """
 
     names: Sequence[str]
@@ -124,28 +124,28 @@ class Domain:
 
     @property
     def span(self) -> Tensor:
-        """Of the values, (F,); 1 where all are the same."""
+        """Range of the values, (F,); 1 for constant columns."""
         return torch.where(self.high > self.low, self.high - self.low, 1.0)
 
     def stated(self) -> list[list[str | float]]:
-        """Name, least and largest value of each feature, for a summary."""
+        """Returns name, minimum and maximum of each feature, for a summary."""
         return [list(each) for each in zip(self.names, self.low.tolist(), self.high.tolist(), strict=True)]
 
     def values(self, row: Tensor) -> Tensor:
-        """Rows (B, F) in the units of their columns, float64."""
+        """Returns rows (B, F) in the units of their columns, float64."""
         return self.low.to(row.device) + self.span.to(row.device) * row.double()
 
     def project(self, point: Tensor, row: Tensor) -> Tensor:
-        """A point, with what nobody can change, or not in this direction, as it is in the row; both (B, F)."""
+        """Resets the features of a point that may not change, or not in this direction, to the row's; both (B, F)."""
         fixed, raised = self.fixed.to(row.device), self.raised.to(row.device)
         return torch.where(fixed | (raised & (point < row)), row, point)
 
     def repair(self, point: Tensor, row: Tensor, eps: float) -> Tensor:
-        """A row that somebody could send, near a point; differentiable, straight through what is rounded.
+        """Repairs a point to a row that an attacker could send; straight-through gradient where values are rounded.
 
-        Whole numbers are rounded towards the row, one-hot groups to one category; what follows from other columns is
-        computed from them. Columns of a relation that cannot be kept go back to the row's; so does all of a point that
-        is beyond repair.
+        Integers are rounded towards the row, one-hot groups to one category, and dependent columns are recomputed.
+        Columns of a relation that cannot hold are reset to the row's. A point that is beyond repair is reset as a
+        whole.
 
         Args:
             point: (B, F) in [0, 1].
@@ -154,10 +154,10 @@ class Domain:
         """
         point, span = self.project(point, row), self.span.to(row.device)
         steps = (point.detach() - row).double() * span
-        # A number that is whole up to rounding is whole.
+        # Integers up to rounding errors count as integers.
         rounded = (row + (steps + 1e-3 * steps.sign()).trunc() / span).to(row.dtype)
         point = torch.where(self.whole.to(row.device), rounded + (point - point.detach()), point)
-        # A category is 1 away from another one.
+        # Changing a category changes two features by 1, which needs eps >= 1.
         point = (
             one_hot(point, self.onehot)
             if eps >= 1.0
@@ -168,10 +168,10 @@ class Domain:
         return torch.where(self.violations(point.detach(), row)[:, None], row, point)
 
     def violations(self, point: Tensor, row: Tensor) -> Tensor:
-        """Which points (B, F) are no rows that somebody can make of these rows, (B,) bool."""
+        """Marks points (B, F) that an attacker cannot produce from these rows, (B,) bool."""
         found = (self.project(point, row) != point).any(dim=1)
         off = (self.values(point) - self.values(row)).where(self.whole.to(row.device), 0.0)
-        # A float32 in [0, 1] has so many digits.
+        # Digits of a float32 in [0, 1].
         found |= ((off - off.round()).abs() > 2e-3 + 2.0**-22 * self.span.to(row.device)).any(dim=1)
         found |= (one_hot(point, self.onehot) != point).any(dim=1)
         for relation in self.relations:
@@ -179,7 +179,7 @@ class Domain:
         return found
 
     def penalty(self, point: Tensor, row: Tensor) -> Tensor:
-        """By how much points break relations that bind their rows, (B,), in parts of the columns' spans."""
+        """Returns how far points break the relations of their rows, (B,), as a fraction of the columns' spans."""
         total = torch.zeros_like(point[:, 0])
         for relation in self.relations:
             scale = self.span[self.place[relation.columns[0]]]
@@ -188,7 +188,7 @@ class Domain:
         return total
 
     def _kept(self, relation: Relation, point: Tensor, row: Tensor, eps: float) -> Tensor:
-        """Points with one relation kept."""
+        """Enforces one relation."""
         place, binds = [self.place[name] for name in relation.columns], self._binds(relation, row)
         if relation.equal:
             first = place[0]
@@ -221,14 +221,14 @@ class Domain:
         return a + b if side[1] == "+" else a - b if side[1] == "-" else a * b
 
     def _excess(self, relation: Relation, point: Tensor, row: Tensor) -> Tensor:
-        """By how much it is broken, (B,), in the units of its columns; an equal one more than in the row."""
+        """Returns the violation, (B,), in units of the columns; for an equation, relative to that of the row."""
         gap = self._side(relation.left, point) - self._side(relation.right, point)
         if not relation.equal:
             return gap
         return (gap - (self._side(relation.left, row) - self._side(relation.right, row))).abs()
 
     def _binds(self, relation: Relation, row: Tensor) -> Tensor:
-        """Which rows satisfy it, (B,) bool."""
+        """Marks the rows that satisfy the relation, (B,) bool."""
         gap = self._side(relation.left, row) - self._side(relation.right, row)
         return (gap.abs() if relation.equal else gap) <= _SLACK
 

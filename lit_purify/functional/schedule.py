@@ -1,4 +1,4 @@
-"""Variance-preserving noise schedules and the grids of levels that samplers walk."""
+"""Variance-preserving noise schedules and the grids of levels for samplers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Schedule:
     """A variance-preserving schedule: x(t) = sqrt(abar_t) u + sqrt(1 - abar_t) eps.
 
     Args:
-        abar: (T + 1,) float64, abar[0] = 1 and strictly falling. Position t counts noising steps: 0 is a clean image.
-            On the CPU, also where networks are built on the meta device.
-        trained: The strongest level that the denoiser was trained on; ``None`` where all are, or nobody knows.
+        abar: (T + 1,) float64 on the CPU, abar[0] = 1 and strictly decreasing. Position t counts noising steps; 0 is a
+            clean image.
+        trained: The strongest level the denoiser was trained on; ``None`` if all were, or if it is unknown.
     """
 
     abar: Tensor
@@ -34,19 +34,19 @@ class Schedule:
 
     @staticmethod
     def linear(steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 2e-2) -> Schedule:
-        """abar_t = prod_{s<=t} (1 - beta_s), beta linear (Ho et al., "DDPM", NeurIPS 2020, section 4)."""
+        """Returns DDPM's abar_t = prod_{s<=t} (1 - beta_s) with linear betas (Ho et al., NeurIPS 2020, section 4)."""
         return Schedule(_products(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu")))
 
     @staticmethod
     def cosine(steps: int = 4000) -> Schedule:
-        """abar_t ~ cos^2 of the time, betas at most 0.999 (Nichol & Dhariwal, ICML 2021, eq. 17)."""
+        """Returns the cosine schedule: abar_t ~ cos^2, betas at most 0.999 (Nichol & Dhariwal, ICML 2021, eq. 17)."""
         time = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         wanted = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
         return Schedule(_products((1.0 - wanted[1:] / wanted[:-1]).clamp(max=0.999)))
 
     @staticmethod
     def continuous(steps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
-        """The VP SDE at times t / steps (Song et al., ICLR 2021, eq. 29): abar = exp(-integral of beta)."""
+        """Returns the VP SDE at times t / steps: abar = exp(-integral of beta) (Song et al., ICLR 2021, eq. 29)."""
         time = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
         return Schedule(torch.exp(-0.5 * time**2 * (beta_max - beta_min) - time * beta_min))
 
@@ -54,7 +54,7 @@ class Schedule:
     def named(
         kind: Literal["linear", "cosine", "continuous"], steps: int, beta_start: float, beta_end: float
     ) -> Schedule:
-        """A schedule by name; the continuous one has ``steps`` times the betas, the cosine one none."""
+        """Returns a named schedule. The continuous one multiplies betas by ``steps``, the cosine one ignores them."""
         if kind == "linear":
             return Schedule.linear(steps, beta_start, beta_end)
         if kind == "cosine":
@@ -64,10 +64,10 @@ class Schedule:
         raise InputError(f"schedule = {kind!r}: use linear, cosine or continuous")
 
     def levels_of(self, other: Schedule) -> Tensor:
-        """For each level of ``other``, the level here of the same signal-to-noise ratio: (other.steps + 1,) float64.
+        """Returns the level here with the signal-to-noise ratio of each level of ``other``: (other.steps + 1,) float64.
 
-        Between whole levels the standard deviation of the noise relative to the signal is interpolated. What is weaker
-        than level 1 is level 1, what is stronger than level T is NaN; level 0 is 0.
+        Between whole levels the noise-to-signal ratio (standard deviations) is interpolated. Ratios below level 1 give
+        level 1, ratios beyond level T give NaN, and level 0 gives 0.
         """
         own, wanted = ((1.0 / schedule.abar - 1.0).sqrt() for schedule in (self, other))
         above = torch.searchsorted(own, wanted).clamp(1, self.steps)
@@ -77,22 +77,22 @@ class Schedule:
         return torch.where(other.abar == 1.0, 0.0, level)
 
     def trained_to(self, level: int | None) -> Schedule:
-        """The same schedule of a denoiser that was trained up to a level."""
+        """Returns this schedule for a denoiser trained up to ``level``."""
         return replace(self, trained=level)
 
     @property
     def steps(self) -> int:
-        """T, the number of noising steps."""
+        """Number of noising steps T."""
         return len(self.abar) - 1
 
     def at(self, t: Tensor | int) -> Tensor:
-        """Abar at levels ``t`` (any shape, integers in 0 .. T), float64."""
+        """Returns abar at levels ``t`` (any shape, integers in 0 .. T), float64."""
         if isinstance(t, int):
             return self.abar[t]
         return self.abar.to(t.device, non_blocking=True)[t.long()]
 
     def check(self, name: str, t: int, low: int = 0) -> int:
-        """``t`` itself when it lies in ``low`` .. T, and was trained; an ``InputError`` that names it otherwise."""
+        """Returns ``t``, or raises an ``InputError`` if it is outside ``low`` .. T or above the trained levels."""
         if not low <= t <= self.steps:
             raise InputError(f"{name} = {t} is outside {low} .. {self.steps}: give it in noising steps of the schedule")
         if self.trained is not None and t > self.trained:
@@ -104,10 +104,10 @@ class Schedule:
 
 
 def grid(start: int, end: int, steps: int) -> list[int]:
-    """``steps`` + 1 levels from ``start`` down to ``end``, evenly spaced and rounded to whole noising steps.
+    """Returns ``steps`` + 1 levels from ``start`` down to ``end``, evenly spaced and rounded to whole noising steps.
 
     Raises:
-        InputError: There are not so many whole levels between the two.
+        InputError: There are fewer whole levels between the two.
     """
     levels = [(start * (steps - k) + end * k) / steps for k in range(steps + 1)] if steps else [float(start)]
     rounded = [round_half_up(level) for level in levels]
@@ -121,5 +121,5 @@ def _products(beta: Tensor) -> Tensor:
 
 
 def round_half_up(value: float) -> int:
-    """The nearest whole number, of two the larger."""
+    """Rounds to the nearest whole number, halves up."""
     return int(value + 0.5)

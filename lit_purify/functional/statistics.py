@@ -1,8 +1,8 @@
-"""Accuracies over N runs with 95 % intervals, over fewer runs than N, over several attacks, and paired differences.
+"""Accuracies over N runs with 95 % intervals, over fewer runs, over several attacks, and paired differences.
 
-An evaluation runs every sample N times with fresh noise. With c_i of N predictions of sample i correct: the average
-accuracy is mean(c_i / N); worst-of-N counts samples with c_i = N; the majority vote counts samples whose label has
-strictly more votes than any other class (a tie counts as wrong).
+An evaluation runs every sample N times with fresh noise. Let c_i of the N predictions of sample i be correct. The
+average accuracy is mean(c_i / N). Worst-of-N accuracy counts samples with c_i = N. Majority-vote accuracy counts
+samples whose label has strictly more votes than any other class (a tie is wrong).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Accuracies(NamedTuple):
 
 
 def outcomes(predictions: Tensor, label: Tensor) -> Tensor:
-    """What each sample contributes to (average, worst, majority): (B, 3) float64 in [0, 1].
+    """Returns each sample's contribution to (average, worst, majority): (B, 3) float64 in [0, 1].
 
     Args:
         predictions: (B, N) classes.
@@ -49,15 +49,15 @@ def outcomes(predictions: Tensor, label: Tensor) -> Tensor:
 
 
 def submissions(runs: int) -> list[int]:
-    """Numbers of runs M for which an accuracy over fewer than N runs is stated: 1, 2, 4, ... and N."""
+    """Returns the numbers of runs M at which accuracies are reported: 1, 2, 4, ... and N."""
     return sorted({*(2**k for k in range(runs.bit_length())), runs})
 
 
 def survival(predictions: Tensor, label: Tensor, draws: int) -> Tensor:
-    """For each sample the share of the subsets of M runs that are right throughout: (B,) float64.
+    """Returns each sample's probability to survive M submissions: (B,) float64.
 
-    C(c, M) / C(N, M) with c right runs of N: what is expected to survive when an attacker submits an image M times,
-    without bias for M <= N (as pass@k: Chen et al. 2021, equation 1). M = 1 is the average, M = N the worst case.
+    It is C(c, M) / C(N, M) with c correct runs of N, the share of subsets of M runs that are all correct, an unbiased
+    estimate for M <= N (as pass@k: Chen et al. 2021, equation 1). M = 1 is the average, M = N the worst case.
 
     Args:
         predictions: (B, N) classes.
@@ -70,13 +70,13 @@ def survival(predictions: Tensor, label: Tensor, draws: int) -> Tensor:
 
 
 def vote(predictions: Tensor, label: Tensor, draws: int) -> Tensor:
-    """For each sample the share of the subsets of M runs whose majority is right: (B,) float64.
+    """Returns each sample's share of the subsets of M runs whose majority vote is correct: (B,) float64.
 
-    Without bias for a vote over M <= N fresh runs. M = 1 is the average, M = N the majority vote. Arguments as for
-    ``survival``.
+    This is an unbiased estimate for a vote over M <= N fresh runs. M = 1 is the average, M = N the majority vote.
+    The arguments are those of ``survival``.
     """
-    # Of a run, 0 where it is right, else how many runs predict the same: sorted, this is all that counts of a sample.
-    # There are few such patterns, however many samples there are.
+    # Each run becomes 0 if correct, else its number of equal predictions. The sorted pattern determines the result, and
+    # there are few patterns however many samples there are.
     alike = (predictions[:, :, None] == predictions[:, None, :]).sum(dim=2)
     pattern = alike.masked_fill(predictions == label[:, None], 0).sort(dim=1)[0]
     patterns, place = torch.unique(pattern, dim=0, return_inverse=True)

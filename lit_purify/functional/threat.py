@@ -1,4 +1,4 @@
-"""The threat model: which images an attacker may show (norm ball around the image, range [0, 1])."""
+"""The threat model: a norm ball around the image, within the range [0, 1]."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lit_purify.functional.images import each
 
 Norm = Literal["linf", "l2"]
 TOLERANCE = 1e-5
-"""Rounding allowed on top of eps: relative to eps + 1, since images are float32 numbers of size 1."""
+"""Rounding allowed beyond eps: relative to eps + 1, since images are float32 numbers of size 1."""
 
 
 def pixels(name: str, value: float | str) -> float:
-    """A size in pixels of [0, 1], given as a number or as a fraction such as ``8/255``.
+    """Parses a size in pixels of [0, 1], given as a number or as a fraction such as ``8/255``.
 
     Raises:
-        InputError: It is not one, or it is not above 0.
+        InputError: It is neither, or not above 0.
     """
     try:
         size = float(Fraction(value))
@@ -33,24 +33,24 @@ def pixels(name: str, value: float | str) -> float:
 
 
 def linf_norm(delta: Tensor) -> Tensor:
-    """Largest absolute change of each sample, (B,), in pixels of [0, 1]."""
+    """Returns the largest absolute change of each sample, (B,), in pixels of [0, 1]."""
     return delta.flatten(1).abs().amax(dim=1)
 
 
 def l2_norm(delta: Tensor) -> Tensor:
-    """Euclidean norm of each sample's change, (B,); never over the batch."""
+    """Returns the Euclidean norm of each sample's change, (B,)."""
     return delta.flatten(1).double().square().sum(dim=1).sqrt().to(delta.dtype)
 
 
 def project(adversarial: Tensor, image: Tensor, norm: Norm, eps: float) -> Tensor:
-    """A point of the threat model near by: onto the ball, then into [0, 1], which does not leave the ball again."""
+    """Projects onto the ball, then clips to [0, 1], which cannot leave the ball again."""
     delta = adversarial - image
     delta = delta.clamp(-eps, eps) if norm == "linf" else delta * each(eps / l2_norm(delta).clamp(min=eps), delta)
     return (image + delta).clamp(0.0, 1.0)
 
 
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:
-    """The direction of unit norm in which a linear loss grows fastest: sign for Linf, normalized gradient for L2."""
+    """Returns the unit direction of steepest ascent: the sign for Linf, the normalized gradient for L2."""
     if norm == "linf":
         return gradient.sign()
     length = each(l2_norm(gradient), gradient)
@@ -58,7 +58,7 @@ def steepest(gradient: Tensor, norm: Norm) -> Tensor:
 
 
 def violations(adversarial: Tensor, image: Tensor, norm: Norm, eps: float) -> Tensor:
-    """Which samples leave the threat model, (B,) bool: norm above eps, a value outside [0, 1], or not a number."""
+    """Marks samples outside the threat model, (B,) bool: norm above eps, a value outside [0, 1], or NaN."""
     delta = adversarial - image
     size = linf_norm(delta) if norm == "linf" else l2_norm(delta)
     low, high = adversarial.flatten(1).amin(dim=1), adversarial.flatten(1).amax(dim=1)

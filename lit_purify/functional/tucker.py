@@ -1,4 +1,4 @@
-"""Tucker projections of tensors and of the patches of images, with the exact derivative of the projection."""
+"""Tucker projections of tensors and of image patches, with an exact derivative."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.nn.functional import fold
 def low_rank(
     image: Tensor, ranks: Sequence[int], patch: int, stride: int, sweeps: int = 1, held: bool = False
 ) -> Tensor:
-    """Images whose overlapping patches, as one tensor (patches, channels, patch, patch), were projected by ``tucker``.
+    """Projects the overlapping patches of each image, as one tensor (patches, channels, patch, patch), by ``tucker``.
 
-    Patches are put back by averaging where they overlap. Computed in float64 and rounded once.
+    Overlapping patches are averaged. The computation is in float64 and rounded once.
 
     Args:
-        image: (B, C, H, W), each projected by itself.
-        ranks: Of patches, channels, rows and columns.
+        image: (B, C, H, W); each image is projected by itself.
+        ranks: Ranks of patches, channels, rows and columns.
         patch: Height and width of a patch.
-        stride: Between patches; ``stride`` and ``patch`` must reach every pixel.
+        stride: Distance between patches; ``stride`` and ``patch`` must reach every pixel.
         sweeps: See ``tucker``.
         held: See ``tucker``.
     """
@@ -37,15 +37,15 @@ def low_rank(
 
 
 def tucker(x: Tensor, ranks: Sequence[int], sweeps: int = 1, held: bool = False) -> Tensor:
-    """Tensors projected on ``ranks`` leading directions of each mode (De Lathauwer et al. 2000, HOSVD and HOOI).
+    """Projects tensors on the ``ranks`` leading directions of each mode (De Lathauwer et al. 2000, HOSVD and HOOI).
 
-    Mode n is projected on the leading left singular vectors of the unfolding along n: at first of the tensor itself
-    (HOSVD); in each sweep (HOOI) of the tensor projected in all other modes.
+    Mode n is projected on the leading left singular vectors of the unfolding along n. HOSVD unfolds the tensor itself;
+    each HOOI sweep unfolds the tensor projected in all other modes.
 
     Args:
-        x: (B, n_1, .., n_N), B tensors; each is projected by itself.
-        ranks: N of them; n_n or more leaves mode n as it is.
-        sweeps: Of HOOI; 0 is HOSVD.
+        x: (B, n_1, .., n_N); each of the B tensors is projected by itself.
+        ranks: N ranks; a rank of at least n_n leaves mode n unchanged.
+        sweeps: Number of HOOI sweeps; 0 is HOSVD.
         held: Hold the directions constant in the gradient, which is then that of a linear projection.
 
     Returns:
@@ -61,11 +61,11 @@ def tucker(x: Tensor, ranks: Sequence[int], sweeps: int = 1, held: bool = False)
 
 
 def leading(gram: Tensor, rank: int) -> Tensor:
-    """The orthogonal projector on the ``rank`` leading eigenvectors of symmetric matrices (B, n, n), differentiable.
+    """Returns the orthogonal projector on the ``rank`` leading eigenvectors of symmetric (B, n, n), differentiable.
 
     With eigenvalues l and eigenvectors u, kept i and dropped j: dP = sum_ij (u_i' dG u_j) / (l_i - l_j) (u_i u_j' +
-    u_j u_i'). Eigenvalues that are equal among the kept, or among the dropped, do no harm. Where a kept one equals a
-    dropped one the projector jumps; that pair is left out: where both are 0 it changes nothing in the tensor.
+    u_j u_i'). Equal eigenvalues among the kept, or among the dropped, do no harm. Where a kept one equals a dropped one
+    the projector jumps, and the pair is left out; where both are 0 the pair does not affect the tensor.
     """
     return _Leading.apply(gram, rank)
 
@@ -88,7 +88,7 @@ class _Leading(torch.autograd.Function):
         smallest = torch.finfo(values.dtype).eps * values.shape[-1] * values[..., -1:, None]
         both = low.mT @ (slope + slope.mT) @ high
         inner = torch.where(gap > smallest, both / gap, 0.0)
-        # Of a symmetric matrix: half of it stands on each side of the diagonal.
+        # The gradient of a symmetric matrix: half lies on each side of the diagonal.
         found = low @ inner @ high.mT / 2.0
         return found + found.mT, None
 
