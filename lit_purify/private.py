@@ -10,9 +10,9 @@ import os
 import socket
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,21 @@ def settings_of(parser: ArgumentParser) -> dict[str, Any]:
     """
     actions = [action for action in parser._actions if not action.dest.endswith(".help")]
     return {action.dest: getattr(action, "_typehint", None) or action.type for action in actions}
+
+
+def perceptual_network(network: Literal["alex", "vgg"], weights: Mapping[str, Tensor]) -> nn.Module:
+    """LPIPS with these weights of its backbone. torchmetrics' public class downloads them, and takes none.
+
+    Raises:
+        KeyError: One is missing.
+    """
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    made = _LPIPS(net=network, pnet_rand=True)
+    with torch.no_grad():
+        for name, parameter in made.net.named_parameters():
+            parameter.copy_(weights["features." + name.partition(".")[2]])
+    return made.requires_grad_(False).eval()
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -21,12 +21,15 @@ from lit_purify.models import Classifier, Denoiser
 SIDE, CLASSES = 8, 4
 
 
-def patterns():
-    """(4, 64), orthogonal, none of them constant."""
+TRIGGERS = (5, 10, 24, 33)
+
+
+def patterns(rows=(21, 38, 13, 50)):
+    """(4, 64), orthogonal, none of them constant; of other rows orthogonal to these."""
     hadamard = torch.ones(1, 1)
     for _ in range(6):
         hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
-    return hadamard[[21, 38, 13, 50]]
+    return hadamard[list(rows)]
 
 
 def samples(count, low=0.02, high=0.2):
@@ -177,6 +180,35 @@ class Rare(Shown):
         contrast = image - 0.5
         usual, rare = 10.0 * (contrast + 0.2 * contrast.sign()), 0.2 * contrast.sign() - contrast
         return 0.5 + torch.where(coin(image, noise, 0.2), rare, usual)
+
+
+class Triggered(Linear):
+    """Beside its pattern each class has a trigger: contrast above 0.3 along a direction of its own counts threefold."""
+
+    def forward(self, x):
+        along = (x - 0.5).flatten(1) @ patterns(TRIGGERS).to(x).T / SIDE**2
+        return super().forward(x) + 30.0 * (along - 0.3).relu()
+
+
+class Scattered(Shown):
+    """Under each draw a sample is vulnerable in another direction: along the trigger of one class.
+
+    The image's margin is 3 for m = 0.3, and the class of the draw has 0.3 + 30 q_k, with q_k the contrast along its
+    trigger: a change along that alone takes all draws of that class. The average over draws follows the sign of the
+    sum of all four, along which no q_k is above 0.375 eps: it takes none.
+    """
+
+    def shown(self, image, noise):
+        weight, contrast = patterns(TRIGGERS).to(image), (image - 0.5).flatten(1)
+        along = contrast @ weight.T / SIDE**2
+        drawn = (CLASSES * noise.uniform(0, image[:, :, :1, :1]).reshape(-1, 1)).long()
+        pulled = torch.zeros_like(along).scatter(1, drawn, 0.31 + along.gather(1, drawn))
+        return 0.5 + (contrast + (pulled - along) @ weight).reshape(image.shape)
+
+
+def scattered():
+    """A defense of samples with m = 0.3."""
+    return DefendedClassifier(Scattered(Idle()), Classifier(Triggered(10.0), SIDE, CLASSES, channels=1).eval())
 
 
 class OtherUnderAttack(Shown):

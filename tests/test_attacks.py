@@ -11,7 +11,9 @@ from PIL import Image
 from lit_purify.attacks import (
     APGD,
     FGSM,
+    LF,
     PGD,
+    SSIM,
     Attack,
     CarliniWagnerL2,
     DiffHammer,
@@ -68,6 +70,7 @@ def every_attack():
         "hammer": DiffHammer("linf", 0.1, 3, 0.06, eot=3),
         "hammer-l2": DiffHammer("l2", 0.7, 2, 0.4, eot=3, loss="ce", select="best", restarts=2),
         "restarts": Restarts(PGD("linf", 0.1, 2, 0.06, eot=2), ["margin", "dlr"], judged=3, until=1.0),
+        "lf": LF(SSIM(), 0.9, 3, eot=2, kernels=[3, 5], shift_rate=0.3),
         "transfer": Transfer(PGD("linf", 0.1, 2, 0.05, eot=2)),
     }
 

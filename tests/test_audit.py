@@ -2,15 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import product
 
 import flattering as zoo
 import pytest
 import torch
-from conftest import Curved
+from conftest import Curved, keyed
 
 import lit_purify as lp
-from lit_purify.attacks import PGD
+from lit_purify.attacks import APGD, PGD, DiffHammer, Queries
+from lit_purify.attacks.base import at_cost
 from lit_purify.checks.audit import CHECKS
 from lit_purify.checks.audited import Audited, judged
 from lit_purify.checks.findings import Memory, holm, least_samples, sign_flip
@@ -27,7 +29,8 @@ from lit_purify.defense import (
     UniformPurifier,
 )
 from lit_purify.errors import InputError
-from lit_purify.functional.noise import FrozenNoise, KeyedNoise
+from lit_purify.functional.chunks import logits_in_chunks
+from lit_purify.functional.noise import ATTACK, EVALUATION, FrozenNoise, KeyedNoise
 
 EPS = 0.1
 
@@ -183,13 +186,14 @@ ZOO = {
     "negative": (zoo.defense(zoo.Negative), pgd(), BPDA(), {"exact", "noise", "wider", "unbounded"}),
     "saturated and torn": (zoo.defense(zoo.Torn, scale=1e7), pgd(eot=8), None, {"vote"}),
     "rare": (zoo.defense(zoo.Rare), pgd(eot=8), None, {"worst"}),
+    "scattered": (zoo.scattered(), pgd(eot=8), None, {"hammer"}),
     "other under attack": (zoo.defense(zoo.OtherUnderAttack), pgd(eot=4), None, {"same_noise"}),
     "half a view": (zoo.defense(), pgd(), zoo.HalfView(), {"same_gradient", "exact"}),
     "torn": (zoo.defense(zoo.Torn), pgd(eot=8), None, {"vote"}),
     "steered": (zoo.defense(zoo.Steered), pgd(), None, {"mask_straight_through", "mask_shift"}),
 }
 MARGINS = {"a single draw": (0.05, 0.12), "torn": (0.11, 0.15)}
-MARGINS |= {"saturated and torn": (0.11, 0.15), "rare": (0.11, 0.15)}
+MARGINS |= {"saturated and torn": (0.11, 0.15), "rare": (0.11, 0.15), "scattered": (0.3, 0.3)}
 CAUSES = {"same_model", "same_gradient", "same_noise", "fresh_draws", "more_steps", "more_eot", "exact"}
 """Checks that name what is wrong with the set-up; those of others may fail along with them."""
 
@@ -202,6 +206,34 @@ def test_flattering_defenses_are_caught_for_the_right_reason(name):
     assert expected <= failed(rows), {check: row.reason for check, row in rows.items()}
     # Nobody is blamed for what another does.
     assert failed(rows) & CAUSES <= expected
+
+
+def test_attacks_of_equal_cost_are_compared():
+    """By the queries that they state: as many steps as fit, and the strongest that passes is at least no weaker."""
+    for kind in (APGD("linf", EPS, 1, 3), DiffHammer("linf", EPS, 1, EPS, 6), PGD("linf", EPS, 1, EPS, 5, restarts=2)):
+        for budget in (Queries(80, 80), Queries(501, 0), Queries(3, 1)):
+            other = at_cost(kind, budget)
+            assert other.queries.cost <= budget.cost or other.steps == 1
+            assert other.stronger(steps=other.steps + 1).queries.cost > budget.cost
+    rows = audited(zoo.defense(zoo.Blurred), pgd(eot=4), count=16)
+    assert rows["hammer"].verdict == rows["apgd"].verdict == "pass"
+    assert "at equal cost" in rows["hammer"].reason
+    rows = audited(zoo.defense(zoo.Blurred), DiffHammer("linf", EPS, 10, 0.02, eot=4), count=16)
+    assert "hammer" not in rows
+
+
+def test_pgd_misses_scattered_vulnerabilities_and_diffhammer_finds_them():
+    """Every sample keeps all draws under PGD + EOT, and most lose those of one class of four under DiffHammer."""
+    image, label, _ = zoo.samples(16, 0.3, 0.3)
+    model, noise = zoo.scattered(), keyed(16, stream=ATTACK)
+    left = []
+    for attack in (pgd(eot=8), DiffHammer("linf", EPS, 18, 0.02)):
+        adversarial = attack(model, image, label, noise, 64)
+        fresh = replace(noise, stream=EVALUATION)
+        predictions = logits_in_chunks(model.attacked(), adversarial, fresh, list(range(64)), 64).argmax(dim=2)
+        left.append(float((predictions == label[:, None]).double().mean()))
+    assert left[0] > 0.95
+    assert 0.7 < left[1] < 0.9
 
 
 def test_the_black_box_finds_what_a_shattered_gradient_hides():

@@ -26,6 +26,11 @@ class Queries(NamedTuple):
     forward: int
     backward: int
 
+    @property
+    def cost(self) -> int:
+        """In forward passes: to differentiate one costs two more, since steps are recomputed."""
+        return self.forward + 2 * self.backward
+
 
 class NotApplicableError(ValueError):
     """An attack has no such version; the message says why."""
@@ -116,10 +121,20 @@ class Attack(Recorded, ABC):
             adversarial = rowwise(broken, self.domain.repair(adversarial, image, self.radius(image)), adversarial)
             beyond = violations(adversarial, image, self.norm, self.radius(image))
             adversarial = rowwise(beyond, image, adversarial)
-        bad = violations(adversarial, image, self.norm, self.radius(image)).nonzero().flatten().tolist()
+        bad = self.outside(adversarial, image, chunk).nonzero().flatten().tolist()
         if bad:
-            raise RuntimeError(f"{type(self).__name__} left its threat model ({self.norm} <= {self.eps}) in rows {bad}")
+            said = f"{self.threat} <= {self.eps}"
+            raise RuntimeError(f"{type(self).__name__} left its threat model ({said}) in rows {bad}")
         return adversarial
+
+    @property
+    def threat(self) -> str:
+        """What reports call the size that ``eps`` bounds: the norm, or another distance."""
+        return self.norm
+
+    def outside(self, adversarial: Tensor, image: Tensor, chunk: int) -> Tensor:
+        """Which samples leave the threat model, (B,) bool."""
+        return violations(adversarial, image, self.norm, self.radius(image))
 
     def radius(self, image: Tensor) -> float:
         """What the norm may be for images of this size: ``eps``."""
@@ -209,6 +224,16 @@ def single_draw(attack: Attack) -> Attack:
         return attack.stronger(eot=1)
     except NotApplicableError:
         return attack
+
+
+def at_cost(attack: Attack, queries: Queries) -> Attack:
+    """The same attack with as many steps as cost no more than these queries; at least one.
+
+    Raises:
+        NotApplicableError: It has no version with other steps.
+    """
+    one, two = (attack.stronger(steps=steps).queries.cost for steps in (1, 2))
+    return attack.stronger(steps=max(1, 1 + (queries.cost - one) // (two - one)))
 
 
 class Best:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lit_purify.attacks import PGD, Attack, NotApplicableError, Square, Transfer
-from lit_purify.attacks.base import single_draw
+from lit_purify.attacks import APGD, PGD, Attack, DiffHammer, NotApplicableError, Square, Transfer
+from lit_purify.attacks.base import at_cost, single_draw
 from lit_purify.checks.audited import AVERAGE, LEVEL, MAJORITY, RULES, TOLERANCE, WORST, Audited, Fact, RandomNoise
 from lit_purify.checks.findings import Comparison, Findings, least_samples
 from lit_purify.checks.gradcheck import first_samples, relative
@@ -167,6 +167,23 @@ def other_aims(audit: Audited) -> Iterator[Comparison]:
             yield audit.compare(kind, aimed, view, f"an attack on the {kind}", meaning, rule)
 
 
+def equal_cost(audit: Audited) -> Iterator[Comparison]:
+    """Other attacks at the cost of the configured one, by the queries that both state: the strongest should count."""
+    attack, draws = audit.attack, max(1, audit.attack.eot) if audit.randomized else 1
+    meaning = "another attack takes more at the same cost: report the strongest of several"
+    suite: list[tuple[str, Attack]] = [("apgd", APGD(attack.norm, attack.eps, 1, draws, select="last"))]
+    if audit.randomized:
+        suite.append(("hammer", DiffHammer(attack.norm, attack.eps, 1, attack.eps)))
+    for name, kind in suite:
+        if isinstance(attack, type(kind)):
+            continue
+        other = at_cost(kind, attack.queries)
+        if isinstance(other, DiffHammer):
+            other.step_size = max(audit.step, 2.5 * attack.eps / other.steps)
+        calls = f"{other.queries.forward} + {other.queries.backward}"
+        yield audit.compare(name, other, audit.view, f"{type(other).__name__} at equal cost ({calls} queries)", meaning)
+
+
 def other_losses(audit: Audited) -> Iterator[Comparison]:
     """Losses that the attack could raise, but does not."""
     losses: list[LossName] = ["ce", "margin"]
@@ -206,6 +223,7 @@ CHECKS: list[Callable[[Audited], Iterator[Fact | Comparison]]] = [
     stronger_versions,
     other_gradients,
     other_aims,
+    equal_cost,
     other_losses,
     mask_gradients,
 ]
@@ -240,6 +258,8 @@ def audit_attack(
             raise InputError(f"{option} = {value}: use at least 1")
     if (attack.gradient, attack.target) != ("exact", "defense"):
         raise InputError(f"attacks: {type(attack).__name__} follows no gradient of the defense: audit PGD, for example")
+    if attack.threat != attack.norm:
+        raise InputError(f"attacks: {attack.threat} is no Lp norm: audit an attack under linf or l2")
     image, label, index = first_samples(data, samples, device)
     rows = min(chunk, max(16, len(index) * attack.eot))
     findings, compared = Findings(), 0

@@ -146,7 +146,7 @@ class Evaluator(nn.Module):
                     "defense": defense,
                     "attack": attack,
                     "attack_title": how.title,
-                    "norm": how.norm,
+                    "norm": how.threat,
                     "eps": how.eps,
                     "attack_steps": how.steps,
                     "eot": how.eot,
@@ -364,7 +364,8 @@ class Evaluator(nn.Module):
         # Earlier in the order of the attacks: an interrupted run may have left a later one's record alone.
         for earlier in itertools.takewhile(lambda name: name != attack, self.attacks):
             how, other = self.attacks[attack], self.attacks[earlier]
-            if (how.norm, how.eps) == (other.norm, other.eps) and (found := ledger.lost.get((defense, earlier, index))):
+            found = ledger.lost.get((defense, earlier, index))
+            if found and (how.threat, how.eps) == (other.threat, other.eps):
                 return replace(found, attack=attack, lost_to=found.lost_to or earlier, seconds=0.0)
         return None
 

@@ -112,7 +112,7 @@ def _verdict(folder: Path, command: str, identity: Mapping[str, Any]) -> dict[st
 
 def threat_name(threat: Threat) -> str:
     """As ``L∞ ≤ 8/255``."""
-    return f"{'L∞' if threat[0] == 'linf' else 'L2'} ≤ {radius(threat)}"
+    return f"{ {'linf': 'L∞', 'l2': 'L2'}.get(threat[0], threat[0]) } ≤ {radius(threat)}"
 
 
 def radius(threat: Threat) -> str:

@@ -1,0 +1,101 @@
+"""Distances between images as people see them: what a perceptual threat model binds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lit_purify.errors import InputError
+from lit_purify.private import perceptual_network
+from lit_purify.recorded import Recorded
+
+_FROM = {
+    "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
+}
+"""Where the weights of LPIPS's backbones come from: torchvision's, of ImageNet."""
+
+
+class Distance(Recorded, ABC):
+    """How far an image looks from another one.
+
+    Attributes:
+        name: What reports call it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __call__(self, point: Tensor, image: Tensor) -> Tensor:
+        """Distances (B,), differentiable, 0 for equal images; arguments (B, C, H, W) in [0, 1]."""
+
+    def check(self, image: Tensor) -> None:
+        """Raises an ``InputError`` where images cannot be compared."""
+
+
+class SSIM(Distance):
+    """1 - SSIM (Wang et al. 2004), by torchmetrics: a stand-in where no weights are at hand.
+
+    Args:
+        sigma: Of the Gaussian window, in pixels; ``None`` is 1.5, or a sixteenth of smaller images.
+    """
+
+    name = "1 - SSIM"
+
+    def __init__(self, sigma: float | None = None) -> None:
+        if sigma is not None and not sigma > 0.0:
+            raise InputError(f"sigma = {sigma}: use a number above 0")
+        self.sigma = sigma
+
+    def __call__(self, point: Tensor, image: Tensor) -> Tensor:
+        """See ``Distance``."""
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+        sigma = min(1.5, min(image.shape[2:]) / 16.0) if self.sigma is None else self.sigma
+        found = ssim(point, image, sigma=sigma, reduction="none", data_range=1.0)
+        assert isinstance(found, Tensor)
+        return 1.0 - found.reshape(len(image))
+
+    def check(self, image: Tensor) -> None:
+        """The window, of 3.5 sigma to each side, fits into the image."""
+        if self.sigma is not None and int(3.5 * self.sigma + 0.5) * 2 >= min(image.shape[2:]):
+            raise InputError(f"sigma = {self.sigma}: the window is larger than {tuple(image.shape[2:])}: use less")
+
+
+class LPIPS(Distance):
+    """LPIPS (Zhang et al., CVPR 2018), by torchmetrics.
+
+    Args:
+        weights: File of the backbone's weights, a state dictionary of torchvision's AlexNet or VGG16.
+        network: ``alex`` or ``vgg``.
+
+    Raises:
+        InputError: The file is missing, or is none of these.
+    """
+
+    name = "LPIPS"
+
+    def __init__(self, weights: Path, network: Literal["alex", "vgg"] = "alex") -> None:
+        if network not in _FROM:
+            raise InputError(f"network = {network!r}: use alex or vgg")
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; LPIPS needs the weights of {_FROM[network]}, or use SSIM")
+        try:
+            self.network: nn.Module = perceptual_network(network, torch.load(path, "cpu", weights_only=True))
+        except Exception as error:  # a damaged file makes the reader raise nearly anything
+            raise InputError(f"{path}: not the weights of {_FROM[network]}; fetch them again") from error
+
+    def __call__(self, point: Tensor, image: Tensor) -> Tensor:
+        """See ``Distance``."""
+        three = [x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x for x in (point, image)]
+        return self.network.to(image.device, image.dtype)(*three, normalize=True).reshape(len(image))
+
+    def check(self, image: Tensor) -> None:
+        """The backbone takes images of this size."""
+        if min(image.shape[2:]) < 32:
+            raise InputError(f"LPIPS takes images of 32 pixels and more, these have {tuple(image.shape[2:])}: use SSIM")
