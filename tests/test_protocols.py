@@ -190,7 +190,7 @@ PGD_LONG, PGD_SHORT, AA = (200, 20), (20, 20), (100, 20)
 PEI = {"pgd": ("8/255", *PGD_LONG), "pgd_l2": (0.5, *PGD_LONG), "bpda": ("8/255", *PGD_LONG)}
 PEI |= {"aa_ce": ("8/255", *AA), "aa_dlr": ("8/255", *AA)}
 STANDARD = {"aa_ce": AA, "aa_dlr": AA, "aa_ce_1": (100, 1), "aa_t": (100, 1), "square": (5000, 1)}
-DIFFHAMMER = {f"apgd_{loss}": ("8/255", 50, 1) for loss in ("margin", "ce", "dlr")} | {"selective": ("8/255", 50, 10)}
+DIFFHAMMER = {f"apgd_{loss}": ("8/255", 50, 1) for loss in ("margin", "ce", "dlr")} | {"diffhammer": ("8/255", 50, 10)}
 # Votes or runs, images, and of each attack its bound, steps and EOT.
 NUMBERS = {
     "lee_kim_cifar10": (10, 512, {name: PEI[name] for name in ("pgd", "pgd_l2", "bpda")}),
@@ -237,6 +237,7 @@ def test_numbers_are_the_published_ones(name):
     runs, count, attacks = NUMBERS[name]
     assert (task["runs"], data["subset"]["init_args"]["n"]) == (runs, count)
     found = {key: each["init_args"] for key, each in task["attacks"].items()}
+    found = {key: each["attack"]["init_args"] if "attack" in each else each for key, each in found.items()}
     assert {key: (each["eps"], each["steps"], each["eot"]) for key, each in found.items()} == attacks
     assert all(each["norm"] == ("l2" if each["eps"] == 0.5 else "linf") for each in found.values())
     assert all(each.get("step_size", 0.007) == 0.007 for each in found.values())

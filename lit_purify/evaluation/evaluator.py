@@ -59,8 +59,7 @@ class Evaluator(nn.Module):
         precision: ``bf16``: the defenses' denoisers compute with 16 bits (``models.rounded``); for searches, since it
             changes results. ``float32`` leaves convolutions on GPUs to torch's setting, which is TF32.
         replay: Replay calls of networks on a GPU as CUDA graphs (``models.Replays``).
-        diagnostics: Look at each finished adversarial image by 100 further draws, and attack once more under frozen
-            noise, see ``diagnose``.
+        diagnostics: Look at each result by fresh replicas and under frozen noise, see ``diagnose``.
 
     Raises:
         InputError: Arguments do not fit each other.
@@ -334,8 +333,8 @@ class Evaluator(nn.Module):
             for i, y, key, runs, large, long in zip(indices, labels, keys, broken, linf, l2, strict=True)
         ]
         if self.diagnostics:
-            view, how = self.views[defense, attack], self.attacks[attack]
-            records = diagnose(records, view, how, batch, adversarial, noise, chunk)
+            how = self.views[defense, attack], self.attacks[attack]
+            records = diagnose(records, *how, batch, adversarial, noise, chunk)
         pictured = [k for k, record in enumerate(records) if record.index in shown]
         if not pictured:
             return records, []
