@@ -122,8 +122,8 @@ WIDE = {"width": 64, "multipliers": (1, 2), "blocks": 1, "attention": (8,)}
 UP_DOWN = WIDE | {"multipliers": (1, 1, 2), "attention": (8, 4), "head_width": 64}
 ADDED = WIDE | {"heads": 4, "scale_shift": False, "updown": False}
 THREE = SMALL | {"multipliers": (1, 2, 2), "blocks": 1}
-NARROW = WIDE | {"multipliers": (0.5, 1, 1), "attention": (8, 4), "heads": 4, "new_order": True}
-ATTENTION = {"size": SIZE, "head_width": None, "heads": 4, "new_attention_order": True}
+NARROW = WIDE | {"multipliers": (0.5, 1, 1), "attention": (8, 4), "heads": 4, "heads_up": 8, "new_order": True}
+ATTENTION = {"size": SIZE, "head_width": None, "heads": 4, "heads_upsample": 8, "new_attention_order": True}
 IMPROVED = {"head_width": None, "heads": 4, "schedule": "cosine", "steps": 4000, "rescale_timesteps": True}
 COSINE = {"size": SIZE, "heads": 4, "schedule": "cosine", "steps": 2000}
 

@@ -135,6 +135,7 @@ def guided_diffusion(
     head_width=None,
     scale_shift=True,
     updown=True,
+    heads_up=None,
     new_order=False,
 ):
     """ADM (Dhariwal and Nichol, appendix), and without ``updown`` the network of "Improved Denoising Diffusion".
@@ -163,7 +164,7 @@ def guided_diffusion(
 
     def attend(x, name):
         flat = norm(x, f"{name}.norm").flatten(2)
-        count = heads or x.shape[1] // head_width
+        count = (name.startswith("output") and heads_up) or heads or x.shape[1] // head_width
         qkv = _conv1(get, f"{name}.qkv", flat, 3 * x.shape[1])
         # One head after the other, each with its own queries, keys and values.
         parts = [each.chunk(3, dim=1) for each in qkv.chunk(count, dim=1)]

@@ -166,9 +166,14 @@ def test_channels_may_be_last():
     network, image = Last(5), pictures()
     found = Classifier(network, 16, 10, blocks=["last", "first"]).features(image)
     assert all(torch.equal(feature, network.conv(image)) for feature in found)
-    # Of a shape that does not tell, channels are first.
+    # Where the shape does not show it, another block does, or the argument.
     network = Last(16)
-    assert torch.equal(Classifier(network, 16, 10, blocks=["first"]).features(image)[0], network.conv(image))
+    found = Classifier(network, 16, 10, blocks=["last"], layout="channels_last").features(image)
+    assert torch.equal(found[0], network.conv(image))
+    with pytest.raises(InputError, match=r"last puts out .*: give layout"):
+        Classifier(network, 16, 10, blocks=["last"]).features(image)
+    # So do layers that only put out channels first.
+    assert torch.equal(Classifier(network, 16, 10, blocks=["conv"]).features(image)[0], network.conv(image))
 
 
 def test_what_a_network_puts_out_is_checked():
@@ -343,9 +348,10 @@ def test_averages_are_read_and_stated(tmp_path, form, capsys):
     last, average = resnet(), randomized(resnet(), seed=5)
     held = AVERAGES[form](last.network.state_dict(), average.network.state_dict())
     torch.save(held, tmp_path / "w.pt")
-    loaded = ResNetClassifier(8, 16, 10, width=4, checkpoint=tmp_path / "w.pt")
-    assert torch.equal(loaded(pictures()), average(pictures()))
-    assert "holds a network and the average of its weights: the average is read" in capsys.readouterr().err
+    for which, source in (("average", average), ("last", last)):
+        loaded = ResNetClassifier(8, 16, 10, width=4, checkpoint=tmp_path / "w.pt", which=which)
+        assert torch.equal(loaded(pictures()), source(pictures()))
+        assert f"holds a network and its average: the {which} weights are read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

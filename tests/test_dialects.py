@@ -308,7 +308,18 @@ def test_folders_of_every_form_are_read(tmp_path, capsys):
     assert_close(readers.load_diffusers(tmp_path, size=SIZE)(x, t), wanted, 1e-6)
     with pytest.raises(InputError, match="no sample_size: give size"):
         readers.load_diffusers(tmp_path)
-    assert "holds a network and the average of its weights: the average" in capsys.readouterr().err
+    assert "holds a network and its average: the average" in capsys.readouterr().err
+    last = readers.load_diffusers(tmp_path / "training", which="last")(x, t)
+    assert float((last - wanted).abs().max() / wanted.abs().max()) > 0.1
+
+
+def test_what_the_file_does_not_say_of_attention_is_stated(capsys):
+    notice.cache_clear()
+    state = CASES["guided, options"].state()
+    readers.load_guided_diffusion(state, SIZE, 32)
+    assert "state_dict: read as: legacy attention order, heads of 32 channels;" in capsys.readouterr().err
+    CASES["guided, options"].build(state)
+    assert "read as: new attention order, 4 heads, 8 on the way up;" in capsys.readouterr().err
 
 
 def test_score_sde_in_discrete_time():

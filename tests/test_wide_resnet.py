@@ -149,7 +149,7 @@ def test_logits_and_groups_are_those_of_the_layout(tmp_path, layout, depth, widt
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_public_sizes_are_read_in_every_key(monkeypatch, layout, depth, width, parameters):
     files = {name: torch.empty(shape, device="meta") for name, shape in shapes(layout, depth, width).items()}
-    monkeypatch.setattr(wide_resnet, "read_state_dict", lambda path: files)
+    monkeypatch.setattr(wide_resnet, "read_state_dict", lambda path, which: files)
     with torch.device("meta"):
         classifier = WideResNetClassifier(depth, width, checkpoint="some.pt", **NORMALIZED[layout])
     learned = [v for k, v in files.items() if not k.rpartition(".")[2].startswith(("running", "num"))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import timm
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lit_purify.errors import InputError, notice
 from lit_purify.functional.images import check_shape, sample_shape
-from lit_purify.models.weights import load_into, read_state_dict
+from lit_purify.models.weights import Which, load_into, read_state_dict
 from lit_purify.recorded import Recorded
 
+Layout = Literal["channels_first", "channels_last"]
 _COARSE = "has fewer than 4x4 cells"
 
 
@@ -34,6 +35,9 @@ class Classifier(Recorded, nn.Module):
             empty when the network has timm's ``forward_intermediates``: then its stages are taken, those with cells of
             more than 4 pixels only where they have at least 4x4.
         checkpoint: File with the network's state_dict; ``None`` leaves the network as it is.
+        which: Which weights of a checkpoint with a network and its average: ``average`` or ``last``.
+        layout: Order of axes in the output of blocks whose shape does not show it (C_m = h_m = w_m): (B, C, h, w) is
+            ``channels_first``.
 
     Attributes:
         origin: The file that its weights come from.
@@ -55,6 +59,8 @@ class Classifier(Recorded, nn.Module):
         std: Sequence[float] = (1.0,),
         blocks: Sequence[str] = (),
         checkpoint: Path | None = None,
+        which: Which = "average",
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         self.shape = sample_shape(channels, size)
@@ -73,7 +79,7 @@ class Classifier(Recorded, nn.Module):
             some = ", ".join(list(modules)[1:9])
             raise InputError(f"blocks: the network has no module {unknown[0]!r}; it has {some} ...")
         self.network, self.size, self.num_classes, self.channels = network, size, num_classes, channels
-        self.blocks = list(blocks)
+        self.blocks, self.layout = list(blocks), layout
         self.origin = "not loaded from a file" if checkpoint is None else Path(checkpoint).name.partition("#")[0]
         across = (1, -1, 1, 1) if channels else (1, -1)
         # Not part of the state_dict: they are configuration, and foreign weights do not hold them.
@@ -81,7 +87,7 @@ class Classifier(Recorded, nn.Module):
         self.register_buffer("std", torch.tensor(list(std)).reshape(across), persistent=False)
         self.settle(size=size, mean=list(mean), std=list(std))
         if checkpoint is not None:
-            load_into(network, read_state_dict(checkpoint), str(checkpoint))
+            load_into(network, read_state_dict(checkpoint, which), str(checkpoint), which)
         self.eval()
 
     def settle(self, **values: Any) -> None:  # noqa: ANN401
@@ -136,7 +142,8 @@ class Classifier(Recorded, nn.Module):
 
             return hook
 
-        handles = [self.network.get_submodule(name).register_forward_hook(keep(name)) for name in self.blocks]
+        modules = {name: self.network.get_submodule(name) for name in self.blocks}
+        handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
         try:
             self.network(normalized)
         finally:
@@ -145,10 +152,16 @@ class Classifier(Recorded, nn.Module):
         unused = [name for name in self.blocks if name not in found]
         if unused:
             raise InputError(f"blocks: the network does not call its module {unused[0]!r}")
+        layouts = {name: _layout(feature, self.layout, modules[name]) for name, feature in found.items()}
+        # A network mostly has one layout: blocks that show it speak for the others.
+        shown = set(layouts.values()) - {None}
         for name, feature in found.items():
-            height, width, channels = feature.shape[1:]
-            if height == width != channels:
-                # Channels last, as in Swin transformers.
+            layout = layouts[name] or (next(iter(shown)) if len(shown) == 1 else None)
+            if layout is None:
+                raise InputError(
+                    f"blocks: {name} puts out {tuple(feature.shape)}: give layout, channels_first or channels_last"
+                )
+            if layout == "channels_last":
                 found[name] = feature.movedim(-1, 1)
             if _is_coarse(found[name], image):
                 notice(f"blocks: {name} {_COARSE}: its mask covers whole corners; leave it out")
@@ -196,6 +209,8 @@ class TimmClassifier(Classifier):
         checkpoint: File with a state_dict.
         pretrained: Download timm's weights (needs a network); not together with ``checkpoint``.
         options: Further arguments of the model, e.g. ``{pad_type: same}``.
+        which: See ``Classifier``.
+        layout: See ``Classifier``.
     """
 
     recordable = True
@@ -212,6 +227,8 @@ class TimmClassifier(Classifier):
         checkpoint: Path | None = None,
         pretrained: bool = False,
         options: dict[str, Any] | None = None,
+        which: Which = "average",
+        layout: Layout | None = None,
     ) -> None:
         if not timm.is_model(name):
             near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
@@ -227,7 +244,7 @@ class TimmClassifier(Classifier):
             raise InputError(f"the weights of {name} cannot be downloaded: give a checkpoint instead") from error
         own = resolve_data_config({}, model=network)  # type: ignore[no-untyped-call]
         size, mean, std = size or int(own["input_size"][-1]), mean or own["mean"], std or own["std"]
-        super().__init__(network, size, num_classes, channels, mean, std, blocks, checkpoint)
+        super().__init__(network, size, num_classes, channels, mean, std, blocks, checkpoint, which, layout)
         if pretrained:
             self.origin = f"weights of timm ({network.pretrained_cfg.get('tag') or 'untagged'})"
 
@@ -235,6 +252,17 @@ class TimmClassifier(Classifier):
 def imagenet_synsets() -> list[str]:
     """WordNet ids of the 1,000 ImageNet classes, in the order of their labels."""
     return list(ImageNetInfo("imagenet-1k").label_names())  # type: ignore[no-untyped-call]
+
+
+def _layout(feature: Tensor, given: Layout | None, block: nn.Module) -> Layout | None:
+    """Order of axes in a block's output (B, ...) as its shape shows it, else as given, else as its layers show it."""
+    first, second, third = feature.shape[1:]
+    if first != second or second != third:
+        return "channels_first" if second == third else "channels_last" if first == second else given
+    layers = list(block.modules())
+    convolves = any(isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)) for layer in layers)
+    mixes = any(isinstance(layer, (nn.Linear, nn.LayerNorm)) for layer in layers)
+    return given or ("channels_first" if convolves and not mixes else None)
 
 
 def _fine(stages: list[Tensor], image: Tensor, title: str) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch.nn.functional import avg_pool2d, pad, relu
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
+from lit_purify.models.weights import Which
 
 
 class BasicBlock(nn.Module):
@@ -70,6 +71,7 @@ class ResNetClassifier(Classifier):
         mean: Subtracted from each channel of a [0, 1] image.
         std: What each channel is divided by.
         checkpoint: File with a state_dict; ``None`` leaves the network as initialized.
+        which: Which weights of a checkpoint with a network and its average: ``average`` or ``last``.
     """
 
     recordable = True
@@ -84,6 +86,7 @@ class ResNetClassifier(Classifier):
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         checkpoint: Path | None = None,
+        which: Which = "average",
     ) -> None:
         network, blocks = ResNet(depth, width, channels, num_classes), ("layer1", "layer2", "layer3")
-        super().__init__(network, size, num_classes, channels, mean, std, blocks, checkpoint)
+        super().__init__(network, size, num_classes, channels, mean, std, blocks, checkpoint, which)

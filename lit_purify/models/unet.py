@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -84,6 +85,7 @@ class UNet(Denoiser):
         middle_attention: Whether the middle has attention; ``None``: when any resolution has.
         up_attention: On the way up, attention after ``each`` block or after the ``last`` of a resolution (score_sde).
         input_pyramid: Whether the input, brought down step by step, is added at each resolution (NCSN++).
+        heads_up: Number of attention heads on the way up; ``None``: ``heads``.
         sinusoids: Channels of the sinusoidal embedding of the level; ``None``: ``width``.
     """
 
@@ -117,6 +119,7 @@ class UNet(Denoiser):
         middle_attention: bool | None = None,
         up_attention: Literal["each", "last"] = "each",
         input_pyramid: bool = False,
+        heads_up: int | None = None,
         sinusoids: int | None = None,
     ) -> None:
         super().__init__()
@@ -161,7 +164,7 @@ class UNet(Denoiser):
         if bool(attention) if middle_attention is None else middle_attention:
             middle.insert(1, Attention(current, style))
         self.middle = Stage(middle, "plain")
-        self.up = nn.ModuleList()
+        self.up, style = nn.ModuleList(), replace(style, heads=heads_up or heads)
         for level, target in reversed(list(enumerate(widths))):
             for block in range(blocks + 1):
                 layers = [ResidualBlock(current + skips.pop(), target, style)]

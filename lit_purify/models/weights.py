@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,11 +18,14 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from lit_purify.errors import InputError, notice
 from lit_purify.models.sources import locate
 
+Which = Literal["average", "last"]
+"""Which weights are read of a checkpoint that holds a network and the average of its weights."""
+
 _PLAIN = ("state_dict", "model_state_dict", "model", "net", "network", "params", "weights", "model_weights")
-_AVERAGE = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema")
+_AVERAGE = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", *_PLAIN)
 # Lightning and RobustBench keep the average under the plain name, and the last weights under these.
-_LAST = ("current_model_state", "unaveraged_model_state_dict")
-TWO = "holds a network and the average of its weights: the average is read"
+_LAST = ("current_model_state", "unaveraged_model_state_dict", *_PLAIN)
+TWO = "holds a network and its average: the {} weights are read (which: average or last)"
 
 
 class _Inert:
@@ -54,18 +57,17 @@ def check_file(path: Path) -> bytes:
     return head
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+def read_state_dict(path: str | Path, which: Which = "average") -> dict[str, Tensor]:
     """The state_dict in a ``.safetensors`` file or a file of ``torch.save``, float32.
-
-    Of a network and the average of its weights, the average is read.
 
     Args:
         path: The file; ``https://...#sha256=...`` or ``hf://organization/name/file`` is fetched first (``locate``).
+        which: Of a network and the average of its weights, what is read.
 
     Raises:
         InputError: The file is missing, or holds no weights.
     """
-    return state_dict_in(read_container(path), path)
+    return state_dict_in(read_container(path), path, which)
 
 
 def read_container(path: str | Path) -> Any:  # noqa: ANN401
@@ -92,7 +94,7 @@ def read_container(path: str | Path) -> Any:  # noqa: ANN401
         raise InputError(f"{path}: cannot be read as weights; is the download complete?") from error
 
 
-def state_dict_in(found: Any, path: str | Path) -> dict[str, Tensor]:  # noqa: ANN401
+def state_dict_in(found: Any, path: str | Path, which: Which = "average") -> dict[str, Tensor]:  # noqa: ANN401
     """The state_dict in a container, float32, under the names that it has there.
 
     Raises:
@@ -100,7 +102,7 @@ def state_dict_in(found: Any, path: str | Path) -> dict[str, Tensor]:  # noqa: A
     """
     if isinstance(found, (list, tuple)) and found:
         found = found[0]  # (state_dict, optimizer, step, ...)
-    while isinstance(found, Mapping) and (key := _entry(found, path)) is not None:
+    while isinstance(found, Mapping) and (key := _entry(found, path, which)) is not None:
         found = found[key]
     state = {str(k): v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
     if not state:
@@ -108,13 +110,14 @@ def state_dict_in(found: Any, path: str | Path) -> dict[str, Tensor]:  # noqa: A
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
-def _entry(found: Mapping[Any, Any], path: str | Path) -> Any:  # noqa: ANN401
+def _entry(found: Mapping[Any, Any], path: str | Path, which: Which) -> Any:  # noqa: ANN401
     """The key under which a checkpoint holds the weights; ``None`` if it is the state_dict itself."""
-    held = [key for key in (*_AVERAGE, *_PLAIN, *_LAST) if _has_tensors(found.get(key))]
-    if len(held) > 1 and (held[0] in _AVERAGE or held[-1] in _LAST):
-        notice(f"{path}: {TWO}")
-    if held or any(isinstance(value, Tensor) for value in found.values()):
-        return held[0] if held else None
+    last, average = (next((k for k in keys if _has_tensors(found.get(k))), None) for keys in (_LAST, _AVERAGE))
+    if last is not None and average is not None and last != average:
+        notice(f"{path}: {TWO.format(which)}")
+        return average if which == "average" else last
+    if last is not None or average is not None or any(isinstance(value, Tensor) for value in found.values()):
+        return average if last is None else last
     others = [k for k, v in found.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())]
     if len(others) > 1:
         raise InputError(f"{path}: holds several state_dicts ({', '.join(map(str, others))}); save one alone")
@@ -125,13 +128,16 @@ def _has_tensors(value: object) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) or _has_tensors(v) for v in value.values())
 
 
-def behind(state: Mapping[str, Tensor], names: Collection[str], origin: str) -> tuple[str, dict[str, Tensor]]:
+def behind(
+    state: Mapping[str, Tensor], names: Collection[str], origin: str, which: Which = "average"
+) -> tuple[str, dict[str, Tensor]]:
     """The tensors of one network behind the prefix that wrappers gave it, such as ``module.``; others are left out.
 
     Args:
         state: Names and tensors.
         names: Names of the network, without the prefix.
         origin: What error messages call the file.
+        which: Of a network and the average of its weights, what is taken.
 
     Returns:
         The prefix that most of ``names`` have in ``state``, and what lies behind it.
@@ -146,8 +152,8 @@ def behind(state: Mapping[str, Tensor], names: Collection[str], origin: str) -> 
     whole = [prefix for prefix, count in counts.items() if count == len(known)]
     averaged = [prefix for prefix in whole if re.search("ema|averag|shadow", prefix, re.IGNORECASE)]
     if len(whole) == 2 and len(averaged) == 1:
-        notice(f"{origin}: {TWO}")
-        whole = averaged
+        notice(f"{origin}: {TWO.format(which)}")
+        whole = averaged if which == "average" else [prefix for prefix in whole if prefix not in averaged]
     if len(whole) > 1:
         raise InputError(
             f"{origin}: holds {len(whole)} such networks, behind {', '.join(map(repr, whole))}; save one alone"
@@ -156,13 +162,16 @@ def behind(state: Mapping[str, Tensor], names: Collection[str], origin: str) -> 
     return prefix, {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
 
 
-def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str, assign: bool = False) -> None:
+def load_into(
+    network: nn.Module, state: Mapping[str, Tensor], origin: str, which: Which = "average", assign: bool = False
+) -> None:
     """Loads every tensor or none.
 
     Args:
         network: What is loaded.
         state: Names and tensors; the names may have a prefix, and others may be beside them.
         origin: What error messages call them.
+        which: Of a network and the average of its weights, what is loaded.
         assign: Make the tensors the parameters, instead of copying them; for networks on the meta device.
 
     Raises:
@@ -171,7 +180,7 @@ def load_into(network: nn.Module, state: Mapping[str, Tensor], origin: str, assi
     own = network.state_dict()
     # Counters of batch normalization do not enter a forward pass in evaluation, and older files lack them.
     needed = [name for name in own if not name.endswith("num_batches_tracked")]
-    prefix, state = behind(state, needed, origin)
+    prefix, state = behind(state, needed, origin, which)
     missing = [name for name in needed if name not in state]
     unexpected = [name for name in state if name not in own]
     if missing or unexpected:

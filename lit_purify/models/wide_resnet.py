@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
-from lit_purify.models.weights import behind, load_into, read_state_dict
+from lit_purify.models.weights import Which, behind, load_into, read_state_dict
 
 Activation = Literal["relu", "silu"]
 Padding = Literal["symmetric", "same"]
@@ -134,6 +134,7 @@ class WideResNetClassifier(Classifier):
             without a file ``symmetric``.
         blocks: Modules whose outputs make the attention mask.
         checkpoint: File with a state_dict; ``None`` leaves the network as initialized.
+        which: Which weights of a checkpoint with a network and its average: ``average`` or ``last``.
 
     Raises:
         InputError: Arguments that make no network, or a file that does not fit them in every name, shape and value
@@ -155,11 +156,12 @@ class WideResNetClassifier(Classifier):
         padding: Padding | None = None,
         blocks: Sequence[str] = ("block1", "block2", "block3"),
         checkpoint: Path | None = None,
+        which: Which = "average",
     ) -> None:
         state: dict[str, Tensor] = {}
         if checkpoint is not None:
-            found = read_state_dict(checkpoint)
-            state = robustbench_names(found, str(checkpoint))
+            found = read_state_dict(checkpoint, which)
+            state = robustbench_names(found, str(checkpoint), which)
             mean = _take_normalization(state, "mean", ("mean", "mu"), mean, str(checkpoint))
             std = _take_normalization(state, "std", ("std", "sigma"), std, str(checkpoint))
             trained: Padding = "same" if "block2.layer.0.conv1.1.weight" in state else "symmetric"
@@ -180,15 +182,15 @@ class WideResNetClassifier(Classifier):
         network = WideResNet(depth, width, channels, num_classes, activation, padding)
         super().__init__(network, size, num_classes, channels, mean, std, blocks)
         if checkpoint is not None:
-            load_into(self.network, state, str(checkpoint))
+            load_into(self.network, state, str(checkpoint), which)
             self.origin = Path(checkpoint).name
         self.settle(padding=padding)
 
 
-def robustbench_names(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+def robustbench_names(state: Mapping[str, Tensor], origin: str, which: Which = "average") -> dict[str, Tensor]:
     """The tensors of any of the three layouts under the names of ``WideResNet``; other names stay as they are."""
     for known, rules in _LAYOUTS.items():
-        prefix, inside = behind(state, [known], origin)
+        prefix, inside = behind(state, [known], origin, which)
         if known in inside:
             # Normalization may lie beside the network.
             beside = {n: t for n, t in state.items() if n[: len(prefix)] != prefix and _leaf(n) in _NORMALIZATION}

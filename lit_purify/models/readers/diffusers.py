@@ -14,7 +14,7 @@ from lit_purify.models.layers import Attention, ResidualBlock
 from lit_purify.models.readers.assembly import Tensors, assembled, cosines_first, renaming, sequence
 from lit_purify.models.sources import locate
 from lit_purify.models.unet import UNet
-from lit_purify.models.weights import TWO, read_state_dict
+from lit_purify.models.weights import TWO, Which, read_state_dict
 from lit_purify.recorded import recorded
 
 _RESIDUAL = renaming("norm1 conv1 time_emb_proj=level norm2 conv2 conv_shortcut=skip")
@@ -47,16 +47,15 @@ _ONLY_SCHEDULER: dict[str, tuple[Any, ...]] = {
 
 
 @recorded
-def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None) -> UNet:
+def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None, which: Which = "average") -> UNet:
     """A ``UNet2DModel`` of diffusers, or the ``unet`` of an unconditional pipeline such as google/ddpm-cifar10-32.
-
-    Of a training checkpoint that holds ``unet`` and its average ``unet_ema``, the average is read.
 
     Args:
         path: The folder, or ``hf://organization/name``. A scheduler's configuration is looked for in it, in its
             ``scheduler`` folder and in that beside it; without one, the schedule is linear, 1000 steps.
         dropout: For fine-tuning.
         size: Height and width of its images, where the folder does not say.
+        which: Which weights of a training's folder: ``average`` (``unet_ema``) or ``last`` (``unet``).
 
     Raises:
         InputError: The folder lacks a file, or the network is of a kind that is not supported.
@@ -64,8 +63,8 @@ def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None) ->
     folder = locate(path)
     parts = [folder / name for name in ("unet_ema", "unet") if (folder / name / "config.json").is_file()]
     if len(parts) == 2:
-        notice(f"{folder}: {TWO}")
-    inner = (parts or [folder])[0]
+        notice(f"{folder}: {TWO.format(which)}")
+    inner = (parts or [folder])[-1 if which == "last" else 0]
     config = _json(inner / "config.json")
     if size is not None:
         config["sample_size"] = size

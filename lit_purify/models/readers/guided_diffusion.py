@@ -31,6 +31,7 @@ def load_guided_diffusion(
     steps: int = 1000,
     rescale_timesteps: bool = False,
     dropout: float = 0.0,
+    heads_upsample: int | None = None,
     new_attention_order: bool = False,
 ) -> UNet:
     """An unconditional network of guided-diffusion, such as ``256x256_diffusion_uncond.pt``, or of improved-diffusion.
@@ -50,6 +51,7 @@ def load_guided_diffusion(
         steps: T of the schedule.
         rescale_timesteps: Whether levels were rescaled to 0 .. 1000 for the embedding.
         dropout: For fine-tuning.
+        heads_upsample: Number of attention heads on the way up, if it differs (``num_heads_upsample``).
         new_attention_order: Whether queries, keys and values were split before the heads
             (``use_new_attention_order``).
 
@@ -79,6 +81,7 @@ def load_guided_diffusion(
     if any(name.endswith(".qkv.weight") for name in tensors):
         order = "new" if new_attention_order else "legacy"
         many = f"heads of {head_width} channels" if heads is None and head_width else f"{heads or 1} heads"
+        many += f", {heads_upsample} on the way up" if heads_upsample else ""
         notice(f"{origin}: read as: {order} attention order, {many}; heads and new_attention_order change it")
 
     ends = tensors.layer("", _ENDS)
@@ -98,6 +101,7 @@ def load_guided_diffusion(
         attention=attended,
         head_width=head_width,
         heads=heads,
+        heads_up=heads_upsample,
         dropout=dropout,
         schedule=schedule,
         steps=steps,
