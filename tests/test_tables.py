@@ -12,12 +12,14 @@ from test_docs import DOCS, files_of, lay
 from test_tutorial import BLOCK, run
 
 import lit_purify as lp
+from lit_purify.callbacks import wandb_report
 from lit_purify.data import NSLKDD, First, Table
 from lit_purify.errors import InputError
 from lit_purify.functional.levels import two_level
 from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.rows import Domain, Relation, fields, one_hot, random_fields
 from lit_purify.models import Classifier, TableClassifier, TableDenoiser
+from lit_purify.report.rows import changed, changes
 
 CSV = """sent,received,total,share,proto,kind
 1,2,3,0.5,tcp,normal
@@ -340,6 +342,17 @@ def test_capgd_beats_pgd_and_keeps_the_domain(tmp_path, network):
     assert split.domain.violations(free(network, row, label, keyed(30, stream=1)), row).any()
 
 
+def test_changes_in_words():
+    """In the units of the columns, a category by its name, with what the classifier was shown."""
+    record = lp.evaluation.Record("none", "capgd", 0, 0, [0], [1], 0.0, 0.0, 0.0)
+    attacked = torch.tensor([0.75, 0.3, 0.7, 3.5 / 11, 0.0, 1.0])
+    view = lp.evaluation.View(record, ROW[0], attacked, ROW[0], ROW[0], None)
+    assert changes(view, domain().stated()) == "a 0.5 \u2192 0.75 (purified 0.5); c x \u2192 y (purified x)"
+    (first, second) = changed([view], domain().stated())
+    assert (first["column"], first["changed"], second["column"]) == ("a", 1.0, "c")
+    assert first["mean change"] == pytest.approx(0.25)
+
+
 def test_evaluation_of_rows(tmp_path, denoiser, network):
     """Records of any batch size and of a resumed run are the same; the summary tells kinds and detection."""
     split, attacks = data(tmp_path).evaluated, {"capgd": lp.CAPGD(eps=0.3, steps=2, eot=1, select="last")}
@@ -360,6 +373,11 @@ def test_evaluation_of_rows(tmp_path, denoiser, network):
     assert "By kind under capgd" in page
     assert "What changed in which column" in page
     assert "false alarms" in str(whole)
+    shown = wandb_report._pictures(whole.views, list(split.classes), whole.summary["features"])
+    assert len(shown["samples"].data) == len(whole.views)
+    assert {row[2] for row in shown["columns"].data} >= {"sent", "share"}
+    assert "detection/none/capgd" in (figures := wandb_report._figures(whole.summary))
+    assert len(figures["kinds"].data) == 4 * len(result["kinds"])
     assert all(finding.passed for finding in lp.gradcheck(network, purifiers(denoiser), split, samples=2))
     audited = lp.audit(network, purifiers(denoiser)["variable"], attacks, split, samples=2, runs=1, proposals=1)
     assert {f.check: f.verdict for f in audited}["unbounded"] == "not applicable"

@@ -158,11 +158,8 @@ class Domain:
         rounded = (row + (steps + 1e-3 * steps.sign()).trunc() / span).to(row.dtype)
         point = torch.where(self.whole.to(row.device), rounded + (point - point.detach()), point)
         # Changing a category changes two features by 1, which needs eps >= 1.
-        point = (
-            one_hot(point, self.onehot)
-            if eps >= 1.0
-            else torch.cat([point[:, : -sum(self.onehot) or None], row[:, len(self.names) - sum(self.onehot) :]], dim=1)
-        )
+        numbers = len(self.names) - sum(self.onehot)
+        point = one_hot(point, self.onehot) if eps >= 1.0 else torch.cat([point[:, :numbers], row[:, numbers:]], dim=1)
         for relation in self.relations:
             point = self._kept(relation, point, row, eps)
         return torch.where(self.violations(point.detach(), row)[:, None], row, point)
@@ -222,15 +219,17 @@ class Domain:
 
     def _excess(self, relation: Relation, point: Tensor, row: Tensor) -> Tensor:
         """Returns the violation, (B,), in units of the columns; for an equation, relative to that of the row."""
-        gap = self._side(relation.left, point) - self._side(relation.right, point)
-        if not relation.equal:
-            return gap
-        return (gap - (self._side(relation.left, row) - self._side(relation.right, row))).abs()
+        gap = self._gap(relation, point)
+        return (gap - self._gap(relation, row)).abs() if relation.equal else gap
 
     def _binds(self, relation: Relation, row: Tensor) -> Tensor:
         """Marks the rows that satisfy the relation, (B,) bool."""
-        gap = self._side(relation.left, row) - self._side(relation.right, row)
+        gap = self._gap(relation, row)
         return (gap.abs() if relation.equal else gap) <= _SLACK
+
+    def _gap(self, relation: Relation, row: Tensor) -> Tensor:
+        """Returns left minus right, (B,), in units of the columns."""
+        return self._side(relation.left, row) - self._side(relation.right, row)
 
 
 def _is_number(part: str) -> bool:
