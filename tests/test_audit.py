@@ -338,6 +338,27 @@ def test_the_command_writes_its_verdict_and_touches_no_records(tiny, capsys):
     assert json.loads((tiny.run / "gradcheck.json").read_text())["settings_sha256"] == found["settings_sha256"]
 
 
+def test_a_dry_run_counts_the_calls_that_an_audit_makes(tiny, capsys, monkeypatch):
+    """By calls of the denoiser in rows; checks of gradients, probes and the padding of chunks are not counted."""
+    rows, forward = [], Curved.forward
+    monkeypatch.setattr(Curved, "forward", lambda self, x, t: rows.append(len(x)) or forward(self, x, t))
+    purifier = {"class_path": "UniformPurifier", "level": 20, "steps": 2, "recompute": False}
+    attack = {"class_path": "PGD", "eps": 0.1, "steps": 10, "step_size": 0.1}
+    command = ["audit", *tiny({"it": purifier}, {"pgd": attack}, samples=4)]
+    command += ["--samples", "4", "--audit_runs", "4", "--proposals", "20"]
+    evaluate([*command, "--dry_run"])
+    said = capsys.readouterr().out
+    assert not tiny.run.exists()
+    found = re.search(r"it +([\d,]+) network calls a sample, [\d,]+ of them differentiated, .* s\n", said)
+    calls = int(found[1].replace(",", ""))
+    assert said.endswith("Nothing was written.\n")
+    assert sum(rows) < 0.5 * 4 * calls
+    rows.clear()
+    with pytest.raises(SystemExit):
+        evaluate(command)
+    assert sum(rows) == pytest.approx(4 * calls, rel=0.2)
+
+
 def test_an_interrupted_audit_goes_on(tmp_path):
     """Measured comparisons are not repeated, a torn line is; other settings start from the beginning."""
     calls = []

@@ -71,7 +71,7 @@ def randomness(audit: Audited) -> Iterator[Fact]:
         said += "" if fresh else ": it sees frozen noise, the evaluation sees fresh noise"
         yield "fresh_draws", drawn, min(2.0, queries) if fresh else 2.0, fresh, said
         noise = FrozenNoise(audit.seed, audit.index, torch.zeros_like(audit.index), ATTACK)
-        adversarial = single_draw(audit.attack)(audit.view, audit.image, audit.label, noise, audit.chunk)
+        adversarial = audit.attacked_by(single_draw(audit.attack), audit.view, noise)
         left = audit.outcomes(adversarial, noise=noise)[:, AVERAGE].mean()
         said = f"share of randomness: {float(left):.1%} survive if attack and defense share a single draw"
         yield "frozen_noise", float(audit.reference[:, AVERAGE].mean() - left), None, "note", said

@@ -132,10 +132,10 @@ class Audited:
         except NotApplicableError as error:
             return Comparison(check, None, AVERAGE, str(error), meaning)
 
-    def attacked_by(self, attack: Attack, model: Model) -> Tensor:
+    def attacked_by(self, attack: Attack, model: Model, noise: Noise | None = None) -> Tensor:
         """Adversarial images."""
         attack.prepare(self.index.tolist(), self.domain)
-        return attack(model, self.image, self.label, self.noise(ATTACK), self.chunk)
+        return attack(model, self.image, self.label, noise or self.noise(ATTACK), self.chunk)
 
     def outcomes(
         self, image: Tensor, defended: DefendedClassifier | None = None, noise: Noise | None = None, first: int = 0
@@ -194,6 +194,26 @@ class Audited:
     def step(self) -> float:
         """Length of a step of other attacks than the configured one."""
         return self.attack.eps / 4.0 if self.attack.step_size is None else self.attack.step_size
+
+
+class Counted(Audited):
+    """Attacks nothing, and counts what an audit would ask of the defense for each sample: forward and backward."""
+
+    forward = backward = 0
+
+    def attacked_by(self, attack: Attack, model: Model, noise: Noise | None = None) -> Tensor:
+        """The images as they are."""
+        if attack.target == "defense":
+            self.forward += attack.queries.forward
+            self.backward += attack.queries.backward
+        return self.image
+
+    def outcomes(
+        self, image: Tensor, defended: DefendedClassifier | None = None, noise: Noise | None = None, first: int = 0
+    ) -> Tensor:
+        """Everything survives."""
+        self.forward += self.runs
+        return torch.ones(len(self.image), len(RULES), dtype=torch.float64)
 
 
 def judged(excess: float, chance: float) -> Verdict:

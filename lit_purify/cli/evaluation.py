@@ -14,17 +14,19 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 
+from lit_purify.attacks import Attack
 from lit_purify.callbacks import Progress, RunWriter, Stopping, WandbReport
-from lit_purify.checks.audit import audit_attack
+from lit_purify.checks.audit import CHECKS, audit_attack
+from lit_purify.checks.audited import Counted
 from lit_purify.checks.findings import Findings, Memory
-from lit_purify.checks.gradcheck import check_gradients
+from lit_purify.checks.gradcheck import check_gradients, first_samples
 from lit_purify.cli import settings as reading
 from lit_purify.cli.common import State, fail, guarded, helped, rank
 from lit_purify.cli.messages import COMMANDS
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError, notice
 from lit_purify.evaluation import Evaluator, RobustnessTask
-from lit_purify.evaluation.estimate import Estimate
+from lit_purify.evaluation.estimate import Estimate, chunk_seconds, duration
 from lit_purify.evaluation.folder import RunFolder, comparable
 from lit_purify.evaluation.own_images import purify_files
 from lit_purify.evaluation.records import identity_sha256, write_whole
@@ -122,6 +124,36 @@ def _estimate(evaluation: Evaluation) -> None:
     print("Nothing was written.")
 
 
+def _followed(evaluator: Evaluator) -> tuple[str, Attack]:
+    """The first attack that follows a gradient of the defense."""
+    for name, attack in evaluator.attacks.items():
+        if (attack.gradient, attack.target) == ("exact", "defense"):
+            return name, attack
+    names = ", ".join(evaluator.attacks)
+    raise InputError(f"attacks: none of {names} follows a gradient of the defense: add one, such as PGD")
+
+
+def _estimate_audit(evaluation: Evaluation, options: Namespace) -> None:
+    """Counts what the audit will ask, times a chunk of it, and writes nothing."""
+    evaluation.prepare()
+    device, evaluator, data = evaluation.moved(), evaluation.evaluator, evaluation.data.evaluated
+    name, attack = _followed(evaluator)
+    image, label, index = first_samples(data, options.samples, device)
+    samples, rows, total = len(index), min(32, evaluator.chunk), 0.0
+    for defense in evaluator.defenses:
+        view = evaluator.views[defense, name]
+        about = image, label, index, 0, options.audit_runs, evaluator.chunk, options.proposals, data.domain
+        cost = Counted(defense, view, attack, *about)
+        list(cost.findings(CHECKS))
+        each, differentiated = (
+            chunk_seconds(view.function, image[:1], label[:1], rows, follow) for follow in (False, True)
+        )
+        seconds = samples * ((cost.forward - cost.backward) * each + cost.backward * differentiated) / rows
+        calls, total = f"{cost.forward * view.nfe:,d} network calls a sample", total + seconds
+        _say(f"{defense:14}  {calls}, {cost.backward * view.nfe:,d} of them differentiated, {duration(seconds)}")
+    _say(f"Expected: {duration(total)} on {samples} samples\nNothing was written.")
+
+
 def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
     """Checks the defenses, and writes ``gradcheck.json`` or ``audit.json``; returns whether they passed."""
     evaluation.prepare()
@@ -135,11 +167,7 @@ def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
         further = options.checks
         found = check_gradients(evaluator.defenses, data.evaluated, options.samples, seed, device, _say, further)
     else:
-        followed = [(n, a) for n, a in evaluator.attacks.items() if (a.gradient, a.target) == ("exact", "defense")]
-        if not followed:
-            names = ", ".join(evaluator.attacks)
-            raise InputError(f"attacks: none of {names} follows a gradient of the defense: add one, such as PGD")
-        name, attack = followed[0]
+        name, attack = _followed(evaluator)
         _say(
             f"Audit of {name} ({attack.title}, eps {attack.eps:.4g}), {count} sample{'s' * (count > 1)} of {data.name}"
         )
@@ -188,8 +216,8 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
             return _compare(given[1:])
     command = given.pop(0) if given and given[0] in COMMANDS else "test"
     dry = "--dry_run" in given
-    if dry and command not in ("test", "frontier"):
-        fail(f"--dry_run goes with test and frontier, not with {command}: leave it out")
+    if dry and command not in ("test", "frontier", "audit"):
+        fail(f"--dry_run goes with test, frontier and audit, not with {command}: leave it out")
     if (dry or command in ("gradcheck", "audit")) and rank() != 0:
         # These run once: the first process speaks for all.
         return None
@@ -213,7 +241,9 @@ def _run(command: str, dry: bool, given: list[str], state: State) -> None:
         notice("warning: the best of many points on the test split says little about them: choose on val")
     # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
     state.running = good = True
-    if dry:
+    if dry and command == "audit":
+        _estimate_audit(evaluation, settings)
+    elif dry:
         _estimate(evaluation)
     elif command in ("gradcheck", "audit"):
         good = _check(evaluation, command, settings)
