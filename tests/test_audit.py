@@ -143,7 +143,7 @@ def test_masks_are_ablated_and_attacked(classifier, images):
 def test_where_an_attack_states_no_stronger_version_the_check_is_not_applicable():
     """Nothing is left out without a word, and nothing that belongs to no attack is poked at."""
     lazy = zoo.Lazy("linf", EPS)
-    lazy.step_size, before = 0.3, {**vars(lazy), "step_size": 0.3}
+    lazy.step_size, before = 0.3, {**vars(lazy), "step_size": 0.3, "domain": None}
     rows = audited(zoo.defense(zoo.Blurred), lazy)
     absent = {check: row.reason for check, row in rows.items() if row.verdict == "not applicable"}
     assert set(absent) == {
@@ -345,7 +345,7 @@ def test_a_dry_run_counts_the_calls_that_an_audit_makes(tiny, capsys, monkeypatc
     purifier = {"class_path": "UniformPurifier", "level": 20, "steps": 2, "recompute": False}
     attack = {"class_path": "PGD", "eps": 0.1, "steps": 10, "step_size": 0.1}
     command = ["audit", *tiny({"it": purifier}, {"pgd": attack}, samples=4)]
-    command += ["--samples", "4", "--audit_runs", "4", "--proposals", "20"]
+    command += ["--samples", "4", "--audit_runs", "4", "--proposals", "20", "--chunk", "4"]
     evaluate([*command, "--dry_run"])
     said = capsys.readouterr().out
     assert not tiny.run.exists()
