@@ -1,10 +1,13 @@
-"""Pages of the site that are made from elsewhere: README, the weights' card, and the API of each room."""
+"""Pages of the site that are made from elsewhere: README, the weights' card, and the API of each room; formulas."""
 
 from __future__ import annotations
 
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -39,3 +42,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:  # noqa: ANN401
     for old, new in MOVED.items():
         markdown = markdown.replace(old, new)
     return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:  # noqa: ANN401
+    """Writes formulas as MathML, which browsers show without a script from elsewhere."""
+    html = re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: convert(unescape(m[1])), html, flags=re.S)
+    block = r'<div class="arithmatex">\\\[(.*?)\\\]</div>'
+    return re.sub(block, lambda m: convert(unescape(m[1]), display="block"), html, flags=re.S)
