@@ -62,20 +62,27 @@ def test_weights_are_of_the_networks_of_their_recipes(path):
 def recipe(tmp_path):
     """Runs the full-size recipe with stand-ins for Python and timeout: its status and the commands it gave."""
     log = tmp_path / "log"
+    log.touch()
     # Without --foreground, or with another signal, a training would not be asked to save.
     timed = '[ "$1 $2 $3 $4 $5" = "--foreground --preserve-status --signal TERM 420s" ] && shift 5 && exec "$@"'
     for name, does in {"python": "", "timeout": timed}.items():
         (tmp_path / name).write_text(f'#!/bin/sh\nprintf "%s\\n" "${{0##*/}} $*" >> "{log}"\n{does}\n')
         (tmp_path / name).chmod(0o755)
 
-    def run(*flags):
+    def run(*flags, **variables):
         place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOLDER": str(tmp_path / "gpu"), "SECONDS_EACH": "420"}
+        place |= variables
         script = ROOT / "configs/cluster/cifar10_gpu.sh"
         done = subprocess.run([script, *flags], env={**os.environ, **place}, capture_output=True, check=False)
         given = [line.split() for line in log.read_text().splitlines()]
         return done.returncode, [words[1:] for words in given if words[0] == "python"]
 
     return run
+
+
+@pytest.mark.parametrize("variables", [{"STAGES": "denoiser clasifier"}, {"SECONDS_EACH": "4m"}])
+def test_full_size_recipe_refuses_what_it_does_not_know(recipe, variables):
+    assert recipe(**variables) == (2, [])
 
 
 def test_full_size_recipe_gives_valid_commands(recipe, tmp_path, capsys):

@@ -38,6 +38,7 @@ from lit_purify.models import (
     layers,
 )
 from lit_purify.models.accelerated import _Graph
+from lit_purify.training import DenoiserTask
 
 LAST = torch.channels_last
 
@@ -161,6 +162,23 @@ def test_networks_compute_the_same_by_kernels(interpreted, monkeypatch, multipli
         close(one, other.double(), 1e-3)
 
 
+def test_kernels_run_where_their_tensors_are(interpreted, monkeypatch):
+    """Triton runs them on the current device, which may be another."""
+    h, bias, index, on = torch.randn(1, 8, 2, 2), torch.randn(8), torch.zeros(1, dtype=torch.long), []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: on.append(tensor.shape) or nullcontext())
+    fused, noise = interpreted
+    for call in (
+        lambda: fused.group_norm(h, 2, bias, bias, 1e-5, True),
+        lambda: fused.add(None, h, bias),
+        lambda: fused.halved(h),
+        lambda: fused.doubled(h),
+        lambda: noise.draw(h, index, index, 0, 0, ATTACK, True),
+    ):
+        call()
+        assert on.pop() == h.shape
+        assert not on
+
+
 def test_noise_has_the_same_bits(interpreted):
     # Strided, as slices are.
     index, run = torch.tensor([[0, 1], [2**32 - 1, 2], [7, 4]])[:, 0], torch.tensor(2**31).expand(3)
@@ -215,6 +233,8 @@ def test_an_evaluation_in_16_bits(unet, classifier, images):
     assert not purified[0].equal(purified[1])
     with pytest.raises(InputError, match="precision = 'fp8': use float32 or bf16"):
         Evaluator(*given, precision="fp8")
+    with pytest.raises(InputError, match="own is a function: give a purifier"):
+        Evaluator(classifier, {"own": lambda image: image}, *given[2:3], precision="bf16")
 
 
 class Eager(_Graph):
@@ -332,6 +352,39 @@ def test_where_memory_runs_out_graphs_make_room_before_chunks_shrink(recorded, c
         list(evaluator.evaluate(batch, ledger))
     assert asked == [16, 16, 16, 16, 16, 8]
     assert "out of memory with chunks of 16 rows" in capsys.readouterr().err
+
+
+def test_calls_with_named_arguments_and_of_other_networks_are_not_recorded(recorded, monkeypatch, unet, images):
+    """Somebody's purifier may name them; and nobody knows of somebody's network that it makes the same operations."""
+    monkeypatch.setattr(sys.modules[_Graph.__module__], "_Graph", None)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 50])
+    with Replays(unet):
+        assert unet(x, t=t).equal(UNet.forward(unet, x, t))
+    task = DenoiserTask(Curved(), constant=1.0, attention=0.0, shapes=0.0)
+    assert task.loss({"image": images, "index": torch.arange(6)}, keyed(6)).isfinite()
+
+
+def test_graphs_of_weights_that_were_moved_are_recorded_anew(recorded, unet):
+    made, x, t = accelerated(unet), torch.randn(2, 1, 8, 8), torch.tensor([5, 50])
+    (before,) = [made(x, t), *made.forward.graphs.values()][1:]
+    made(x, t)
+    assert next(iter(made.forward.graphs.values())) is before
+    made.double().float()(x, t)
+    (after,) = made.forward.graphs.values()
+    assert after is not before
+    assert made.forward._frozen[0][1].data_ptr() != made.forward._read[0].data_ptr()
+
+
+def test_what_is_recorded_in_inference_mode_serves_outside_of_it(recorded, unet):
+    made, x, t = accelerated(unet), torch.randn(2, 1, 8, 8), torch.tensor([5, 50])
+    with torch.inference_mode():
+        first = made(x, t)
+    with torch.no_grad():
+        assert made(x, t).equal(first)
+    leaf = x.clone().requires_grad_()
+    made(leaf, t).sum().backward()
+    assert leaf.grad.any()
+    assert not made.forward._refused
 
 
 def test_networks_with_recorded_calls_are_freed(recorded, unet):

@@ -21,6 +21,15 @@ folder=${FOLDER:-runs/cifar10_gpu}
 seconds=${SECONDS_EACH:-1500}
 stages=${STAGES:-classifier adversarial denoiser table}
 python=${PYTHON:-python}
+for name in $stages; do
+  [[ " classifier adversarial denoiser table " == *" $name "* ]] && continue
+  echo "STAGES: there is no stage $name: name some of classifier, adversarial, denoiser, table, with spaces" >&2
+  exit 2
+done
+if ! [[ $seconds =~ ^[0-9]+$ ]]; then
+  echo "SECONDS_EACH = $seconds: give whole seconds, or 0 for no limit" >&2
+  exit 2
+fi
 
 # NAME COMMAND: runs a stage, if it is asked for. SIGTERM lets it end its step and save.
 stage() {

@@ -106,7 +106,7 @@ class Evaluator(nn.Module):
         if precision == "bf16":
             # In one go: they share networks.
             classifier, defenses, gradients = copy.deepcopy((classifier, dict(defenses), dict(gradients or {})))
-            rounded(nn.ModuleList(defenses.values()))
+            rounded(nn.ModuleList(each for each in defenses.values() if isinstance(each, nn.Module)))
         self.classifier, self.given = classifier, dict(defenses)
         self.defenses = {name: defend(name, defense, classifier) for name, defense in defenses.items()}
         # Moves them with this module.

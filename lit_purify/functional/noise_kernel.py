@@ -43,17 +43,19 @@ def draw(like: Tensor, index: Tensor, run: Tensor, step: int, seed: int, stream:
     if size:
         blocks = -(-size // 4)
         grid = (len(out), triton.cdiv(blocks, 256))
-        _draw[grid](
-            out,
-            index.contiguous(),
-            run.contiguous(),
-            step,
-            seed,
-            stream,
-            blocks,
-            size,
-            NORMAL=normal,
-            BLOCK=256,
-            num_warps=4,
-        )
+        # Triton launches on the current device.
+        with torch.cuda.device_of(out):
+            _draw[grid](
+                out,
+                index.contiguous(),
+                run.contiguous(),
+                step,
+                seed,
+                stream,
+                blocks,
+                size,
+                NORMAL=normal,
+                BLOCK=256,
+                num_warps=4,
+            )
     return out.to(like.dtype)

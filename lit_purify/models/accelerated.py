@@ -44,7 +44,7 @@ def accelerated(network: Network, precision: Precision = "float32") -> Network:
     made = copy.deepcopy(network).eval().requires_grad_(False)
     if precision == "bf16":
         rounded(made)
-    made.forward = Replayed(made)  # type: ignore[method-assign, assignment]
+    made.forward = Replayed(made)  # type: ignore[method-assign]
     return made
 
 
@@ -136,6 +136,7 @@ class Replayed:
         self.graphs: dict[Any, list[_Graph]] = {}
         self._learned: list[Tensor] | None = None
         self._frozen: list[tuple[Tensor, Tensor]] = []
+        self._read: list[Tensor] = []
         self._refused = False
 
     @property
@@ -143,11 +144,12 @@ class Replayed:
         """Whether anything was recorded, or tried to be."""
         return self._learned is not None
 
-    def __call__(self, *arguments: Any) -> Tensor:  # noqa: ANN401
-        """The network's output."""
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:  # noqa: ANN401
+        """The network's output; with named arguments it is called as ever."""
         network = self._network()
         assert network is not None
-        return self.replay(type(network).forward, *arguments)
+        function: Callable[..., Tensor] = type(network).forward
+        return function(network, *arguments, **named) if named else self.replay(function, *arguments)
 
     def replay(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:  # noqa: ANN401
         """``function(network, *arguments)``."""
@@ -160,12 +162,18 @@ class Replayed:
         sorts = len(arguments) > 1 and isinstance(arguments[1], Tensor) and arguments[1].ndim == 4
         if sorts or self._refused or not recordable(tensors[0]):
             return function(network, *arguments)
+        # Graphs read weights where they were when the first was recorded, and keep them there.
+        if self._read and self._read[0].data_ptr() != next(network.parameters()).data_ptr():
+            self.graphs.clear()
+            self._learned = None
         if self._learned is None:
+            self._read = [weight.data for weight in network.parameters()]
             learn = [weight.requires_grad and self._learns for weight in network.parameters()]
             weights = list(zip(network.parameters(), learn, strict=True))
             self._learned = [weight for weight, learns in weights if learns]
             frozen = [weight for weight, learns in weights if weight.ndim == 4 and not learns]
-            self._frozen = [(w, w.data.contiguous(memory_format=torch.channels_last)) for w in frozen]
+            with torch.inference_mode(False):
+                self._frozen = [(w, w.data.contiguous(memory_format=torch.channels_last)) for w in frozen]
         learned = self._learned if torch.is_grad_enabled() else []
         needs = tuple(tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors)
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
@@ -186,9 +194,15 @@ class Replayed:
                     *(type(a)(*(next(left) for _ in a)) if isinstance(a, tuple) else next(left) for a in arguments),
                 )
 
+            device, grad = tensors[0].device, torch.is_grad_enabled()
             try:
                 with (
-                    torch.random.fork_rng([tensors[0].device]),
+                    # Its device need not be the current one, and a recording that fails leaves its own stream behind.
+                    torch.cuda.stream(torch.cuda.current_stream(device) if device.type == "cuda" else None),
+                    # Else the next call could not write to the inputs of this one.
+                    torch.inference_mode(False),
+                    torch.set_grad_enabled(grad),
+                    torch.random.fork_rng([device]),
                     torch.autocast("cuda", cast, enabled=cast is not None, cache_enabled=False),
                     _swapped(self._frozen),
                 ):
@@ -278,7 +292,7 @@ class _Graph:
 
     def fits_again(self) -> bool:
         """Whether there is memory for another such graph, and half as much again for the rest."""
-        return torch.cuda.mem_get_info()[0] > 1.5 * self.bytes
+        return torch.cuda.mem_get_info(self.out.device)[0] > 1.5 * self.bytes
 
     def replay(self, tensors: tuple[Tensor, ...], call: _Call) -> None:
         """Calls the function."""

@@ -1,6 +1,7 @@
 """Group normalization, level modulation and SiLU in one channels-last pass, and other sums that would each be one.
 
-For GPUs on which Triton runs. PyTorch's own group normalization copies channels-last input to contiguous memory and
+For GPUs on which Triton runs: on the current one, so that here that of the tensors is made so; in backward passes
+PyTorch does this. PyTorch's own group normalization copies channels-last input to contiguous memory and
 back, and each of bias, modulation, SiLU and cast is another pass over memory. Statistics and sums are float32.
 """
 
@@ -206,23 +207,27 @@ def group_norm(
         spread: Where each level holds, (B, L, h, w).
         second: The last channels of the input, where they are another tensor; ``C`` counts them.
     """
-    out: Tensor = _Normalized.apply(x, weight, bias, pre, levels, spread, second, groups, eps, act)
+    with torch.cuda.device_of(x):
+        out: Tensor = _Normalized.apply(x, weight, bias, pre, levels, spread, second, groups, eps, act)
     return out
 
 
 def add(x: Tensor | None, h: Tensor, bias: Tensor, factor: float = 1.0) -> Tensor:
     """(x + h + bias) * factor, channels last, of the type of ``h``; ``x`` may be left out, ``bias`` is (C,)."""
-    out: Tensor = _Sum.apply(x, h, bias, factor)
+    with torch.cuda.device_of(h):
+        out: Tensor = _Sum.apply(x, h, bias, factor)
     return out
 
 
 def halved(x: Tensor) -> Tensor:
     """The mean of 2x2 pixels, channels last."""
-    out: Tensor = _Resampled.apply(x, 0.25, True)
+    with torch.cuda.device_of(x):
+        out: Tensor = _Resampled.apply(x, 0.25, True)
     return out
 
 
 def doubled(x: Tensor) -> Tensor:
     """Each pixel four times, channels last."""
-    out: Tensor = _Resampled.apply(x, 1.0, False)
+    with torch.cuda.device_of(x):
+        out: Tensor = _Resampled.apply(x, 1.0, False)
     return out

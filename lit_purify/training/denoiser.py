@@ -129,8 +129,8 @@ class DenoiserTask(TrainingTask):
         # In mixed precision the prediction has 16 bits; its error is computed with 32.
         x = noised(u, self.denoiser.schedule.at(levels.dense), eps)
         # Recorded calls cannot recompute, and do not tell other processes of each gradient as it comes.
-        whole = self.denoiser.gradient_checkpointing or torch.distributed.is_initialized()
-        predicted = (self.denoiser if whole else self._replayed)(x, levels).to(eps.dtype)
+        raw = self.denoiser.gradient_checkpointing or not self.denoiser.recordable or torch.distributed.is_initialized()
+        predicted = (self.denoiser if raw else self._replayed)(x, levels).to(eps.dtype)
         return (predicted - eps).square().mean()
 
     def draw_levels(self, image: Tensor, noise: Noise) -> LevelMap:

@@ -39,6 +39,8 @@ from measuring import clock, machine
 
 LIMITS = {"rates": 130, "training": 70, "evaluations": 160, "ratios": 90, "startup": 20}
 """Seconds of each part with --quick: less than eight minutes."""
+AGAIN = 2.0
+"""Seconds until a part that goes on is told once more."""
 
 
 class OutOfTimeError(Exception):
@@ -53,7 +55,8 @@ def limited(seconds):
         raise OutOfTimeError
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+    # Again and again: the first may come where exceptions are ignored.
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0, AGAIN)
     try:
         yield
     finally:
