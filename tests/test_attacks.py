@@ -458,7 +458,9 @@ def nothing(x):
 def save(path, images):
     if path.suffix == ".npy":
         np.save(path, images.numpy())
-    elif path.suffix == ".pt":
+    elif path.suffix == ".npz":
+        np.savez(path, images=images.numpy())
+    elif path.suffix in (".pt", ".pth"):
         torch.save(images, path)
     else:
         path.mkdir()
@@ -469,7 +471,7 @@ def save(path, images):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("name", ["x.npy", "x.pt", "pictures"])
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.pt", "x.pth", "pictures"])
 def test_saved_images_come_back_by_sample(name, channels, tmp_path):
     """The evaluated samples are 7, 3, 40, 41, 5, 6 of their split, in this order; a batch is some of them."""
     original = torch.rand(6, channels, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -519,8 +521,12 @@ def test_saved_images_that_cannot_be_used(tmp_path):
             use(path, prepare)
 
     refuses("no such file or folder", "nothing.npy")
-    (tmp_path / "broken.npy").write_text("images")
-    refuses("cannot be read as one array", "broken.npy")
+    (tmp_path / "text.txt").write_text("images")
+    refuses("use a folder of PNGs", "text.txt")
+    (tmp_path / "broken.npz").write_text("images")
+    refuses("cannot be read as one array", "broken.npz")
+    np.savez(tmp_path / "two.npz", a=original, b=original)
+    refuses("holds something else than one array", "two.npz")
     refuses("holds torch.uint8", "bytes.npy", torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
     refuses("sample 0 has shape .*1, 5, 5.*its original .*1, 4, 4", "size.npy", torch.zeros(2, 1, 5, 5))
     refuses("holds 1 images, none for sample 1", "few.npy", original[:1])

@@ -451,13 +451,21 @@ def test_names_may_be_no_utf8(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folders", "classes"),
-    [(["Train/cat", "Train/dog", "TEST/cat"], ["cat", "dog"]), (["training/cat", "testing/dog"], ["cat", "dog"])],
+    ("folders", "splits", "classes"),
+    [
+        (["Train/cat", "Train/dog", "TEST/cat"], None, ["cat", "dog"]),
+        (["training/cat", "testing/dog"], None, ["cat", "dog"]),
+        (["bus", "train"], False, ["bus", "train"]),
+        (["bus/2023", "train/2023", "train/2024"], False, ["bus", "train"]),
+        (["bus/2023", "train/2023", "train/2024"], True, ["2023", "2024"]),
+        (["valid", "invalid"], False, ["invalid", "valid"]),
+        (["test", "train"], False, ["test", "train"]),
+    ],
 )
-def test_splits_and_classes_of_like_names(tmp_path, folders, classes):
+def test_splits_and_classes_of_like_names(tmp_path, folders, splits, classes):
     write_folders(tmp_path, dict.fromkeys(folders, 4))
     (tmp_path / "empty").mkdir()
-    data = ImageFolder(tmp_path, val_fraction=0.25, test_fraction=0.25)
+    data = ImageFolder(tmp_path, val_fraction=0.25, test_fraction=0.25, splits=splits)
     assert [name for name in data.split("train").classes if name != "empty"] == classes
     assert data.names_sha256
 
@@ -465,11 +473,11 @@ def test_splits_and_classes_of_like_names(tmp_path, folders, classes):
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["bus", "train"], "bus lies beside the split train: put classes into the splits"),
-        (["bus/2023", "train/2023"], "bus lies beside the split train"),
-        (["valid", "invalid"], "invalid lies beside the split valid"),
-        (["train/a", "val/a", "Validation/a"], "Validation and val are both the val split"),
-        (["train", "test"], "rename train if it is a class"),
+        (["bus", "train"], "is train a split or, as bus beside it, a class.*splits: true or splits: false"),
+        (["bus/2023", "train/2023"], "is train a split"),
+        (["valid", "invalid"], "is valid a split or, as invalid"),
+        (["train/a", "val/a", "Validation/a"], "Validation and val may both be the val split"),
+        (["train", "test"], "give splits: false if"),
     ],
 )
 def test_doubtful_layouts_are_refused(tmp_path, folders, message):

@@ -28,8 +28,8 @@ class SavedImages(Attack):
         norm: ``linf`` or ``l2``, which they are held to.
         eps: Radius, in pixels of [0, 1]; a number or a fraction such as ``8/255``.
         path: A folder of 8-bit PNGs named by sample index (``000123.png``: position in the evaluated split), or one
-            array (N, C, H, W) of floats in [0, 1] in the order of the evaluated samples: ``.npy``, or a tensor of
-            ``torch.save`` (``.pt``).
+            array (N, C, H, W) of floats in [0, 1] in the order of the evaluated samples: ``.npy``, ``.npz`` with one
+            array in it, or a tensor of ``torch.save`` (``.pt``, ``.pth``).
         rounded: The images were rounded to 256 levels. That moves a pixel by up to half a level (0.5/255) and may take
             an image out of the ball: as much is allowed on top of ``eps``.
 
@@ -131,11 +131,13 @@ def _read_array(path: Path) -> Tensor:
     """(N, C, H, W), as it lies in the file."""
     if not path.is_file():
         raise InputError(f"{path}: no such file or folder; check the path")
-    if path.suffix not in (".npy", ".pt"):
-        raise InputError(f"{path}: use a folder of PNGs, or a .npy or .pt file")
+    if path.suffix not in (".npy", ".npz", ".pt", ".pth"):
+        raise InputError(f"{path}: use a folder of PNGs, or a .npy, .npz, .pt or .pth file")
     try:
-        if path.suffix == ".npy":
-            found: Any = torch.from_numpy(np.load(path, allow_pickle=False))
+        if path.suffix in (".npy", ".npz"):
+            loaded = np.load(path, allow_pickle=False)
+            arrays = [loaded] if path.suffix == ".npy" else list(loaded.values())
+            found: Any = torch.from_numpy(arrays[0]) if len(arrays) == 1 else arrays
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the readers raise nearly anything

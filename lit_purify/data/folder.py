@@ -54,6 +54,7 @@ class ImageFolder(ImageDataModule):
         test_fraction: Part of the images cut off for the test where no folder gives it; 1 (with val_fraction 0) tests
             on all.
         split_seed: Of the random split.
+        splits: Whether folders named like splits are splits, or classes; ``None`` decides where only one is possible.
         batch_size: See ``ImageDataModule``, as for all that follow.
     """
 
@@ -66,6 +67,7 @@ class ImageFolder(ImageDataModule):
         test_fraction: float = 0.1,
         split_seed: int = 0,
         resize: int | None = None,
+        splits: bool | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
         subset: Subset | None = None,
@@ -86,6 +88,7 @@ class ImageFolder(ImageDataModule):
             )
         self.root, self.size, self.channels, self.resize = Path(root).expanduser(), size, channels, resize
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
+        self.splits = splits
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -137,24 +140,27 @@ class ImageFolder(ImageDataModule):
         """The folder of each split; class folders alone are ``train``.
 
         Raises:
-            InputError: There is no such folder, or it holds splits and other folders of images.
+            InputError: There is no such folder, or one folder may be a split as well as a class.
         """
         if not self.root.is_dir():
             raise InputError(f"{self.root}: no such folder; give root a folder with one subfolder of images a class")
+        if self.splits is False:
+            return {"train": self.root}
         found: dict[str, Path] = {}
         for entry in sorted(filter(_is_class, self.root.iterdir())):
             key = next((key for key, names in _SPLITS.items() if entry.name.lower() in names), entry.name)
             if key in found:
                 raise InputError(
-                    f"{self.root}: {found[key].name} and {entry.name} are both the {key} split; rename one"
+                    f"{self.root}: {found[key].name} and {entry.name} may both be the {key} split; rename one, or give "
+                    "splits: false if they are classes"
                 )
             found[key] = entry
         splits = {key: entry for key, entry in found.items() if key in _SPLITS}
         others = [key for key, entry in found.items() if key not in splits and any(_walk(entry, IMAGE_KINDS))]
-        if splits and others and self.known_classes() is None:
+        if splits and others and self.splits is None and self.known_classes() is None:
             raise InputError(
-                f"{self.root}: {others[0]} lies beside the split {next(iter(splits.values())).name}: put classes into "
-                "the splits; rename a class that is named like a split"
+                f"{self.root}: is {next(iter(splits.values())).name} a split or, as {others[0]} beside it, a class? "
+                "give splits: true or splits: false"
             )
         return splits or {"train": self.root}
 
@@ -187,7 +193,7 @@ class ImageFolder(ImageDataModule):
             if any(file.parent == folder for file in find_files(folder, IMAGE_KINDS)):
                 raise InputError(
                     f"{folder}: its images lie in no class folders; move those of each class into a subfolder"
-                    + ("" if folder == self.root else f", or rename {folder.name} if it is a class")
+                    + ("" if folder == self.root else f", or give splits: false if {folder.name} is a class")
                 )
             kinds = ", ".join(IMAGE_KINDS)
             raise InputError(f"{folder}: no images in it; it needs one subfolder a class, with {kinds}")
