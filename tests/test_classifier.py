@@ -13,6 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d, batch_norm, conv2d, linear,
 from lit_purify.errors import InputError, notice
 from lit_purify.models import (
     Classifier,
+    MatchedSchedule,
     ResNetClassifier,
     TimmClassifier,
     UNet,
@@ -109,7 +110,7 @@ def test_networks_come_in_evaluation_mode(tmp_path):
     unet = UNet(1, 8, 8, [1])
     save_network(unet, tmp_path / "unet.safetensors")
     made = [Classifier(Small(), size=16, num_classes=10), ResNetClassifier(8, 16, 10), WideResNetClassifier(10, 1)]
-    made += [TimmClassifier("test_resnet"), unet]
+    made += [TimmClassifier("test_resnet"), unet, MatchedSchedule(unet)]
     made += [load_denoiser(tmp_path / "unet.safetensors")]
     assert not any(module.training for network in made for module in network.modules())
 

@@ -29,6 +29,7 @@ from lit_purify.evaluation import Evaluator, Ledger
 from lit_purify.functional.levels import two_level
 from lit_purify.functional.noise import ATTACK, KeyedNoise
 from lit_purify.models import (
+    MatchedSchedule,
     Replayed,
     Replays,
     ResNetClassifier,
@@ -196,6 +197,7 @@ def test_accelerated_networks(unet):
     made = accelerated(unet)
     assert made(x, t).equal(unet(x, t))
     assert copy.deepcopy(made)(x, t).equal(unet(x, t))
+    assert MatchedSchedule(made)(x, t).equal(MatchedSchedule(unet)(x, t))
     assert not any(weight.requires_grad for weight in made.parameters())
     low = accelerated(unet, "bf16")
     assert low.origin.endswith(", bf16")

@@ -3,8 +3,10 @@ import torch
 from conftest import randomized
 
 from lit_purify.errors import InputError
+from lit_purify.functional.diffusion import noised
+from lit_purify.functional.levels import LevelMap, holding
 from lit_purify.functional.schedule import Schedule
-from lit_purify.models import UNet
+from lit_purify.models import MatchedSchedule, UNet
 
 
 @pytest.mark.parametrize(
@@ -81,18 +83,56 @@ def test_gradient_checkpointing_changes_no_gradient(unet):
     assert len(kept) < len(inside) * 4  # a residual block alone saves more than ten
 
 
-def test_levels_of_another_schedule_have_equal_signal_to_noise_ratio():
-    linear, cosine = Schedule.linear(), Schedule.cosine(4000)
+def test_a_matched_schedule_hands_on_the_level_of_equal_signal_to_noise_ratio():
+    own = UNet(1, 8, 8, [1], schedule="cosine", steps=4000)
+    matched = MatchedSchedule(own)
+    assert torch.equal(matched.schedule.abar, Schedule.linear().abar[: matched.schedule.steps + 1])
     # Closed form of the cosine schedule (its betas are clipped at the very end only).
     t = torch.tensor([50, 200, 400, 900])
     start = torch.cos(torch.tensor(0.008 / 1.008, dtype=torch.float64) * torch.pi / 2)
-    time = 1.008 / (torch.pi / 2) * torch.acos(linear.at(t).sqrt() * start) - 0.008
-    torch.testing.assert_close(cosine.levels_of(linear)[t], 4000 * time, rtol=0, atol=0.1)
-    torch.testing.assert_close(linear.levels_of(linear), torch.arange(1001.0).double())
-    # What is stronger than the strongest does not exist.
-    short = Schedule.linear(1000, 1e-4, 1e-3)
-    reached = int(short.levels_of(linear).isfinite().sum()) - 1
-    assert linear.abar[reached] >= short.abar[-1] > linear.abar[reached + 1]
+    time = 1.008 / (torch.pi / 2) * torch.acos(matched.schedule.at(t).sqrt() * start) - 0.008
+    torch.testing.assert_close(matched.levels[t], 4000 * time, rtol=0, atol=0.1)
+    x, eps = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8)
+    own = randomized(own)
+    torch.testing.assert_close(
+        matched(noised(x, matched.schedule.at(t)[:, None, None, None], eps), t),
+        own(noised(x, matched.schedule.at(t)[:, None, None, None], eps), matched.levels[t]),
+    )
+
+
+def test_matching_a_schedule_with_itself_changes_nothing():
+    own = randomized(UNet(1, 8, 8, [1, 2]))
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 333, 1000])
+    assert torch.equal(MatchedSchedule(own)(x, t), own(x, t))
+    # Every level of a map is matched.
+    seen = []
+    own.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    matched = MatchedSchedule(own, "cosine", 4000)
+    grade = torch.randint(0, 2, (len(x), 1, *x.shape[2:]))
+    matched(x, LevelMap(torch.tensor([[900, 1200]]).expand(len(x), 2), holding(grade, 2)))
+    assert torch.equal(seen[0].levels, matched.levels[torch.tensor([[900, 1200]])].expand(len(x), 2))
+    assert torch.equal(seen[0].weights.int().argmax(dim=1, keepdim=True), grade)
+
+
+def test_levels_beyond_the_strongest_do_not_exist():
+    """abar of a short schedule ends high: what the longer one has below does not exist for it."""
+    own = UNet(1, 8, 8, [1], steps=1000, beta_end=1e-3)
+    matched = MatchedSchedule(own)
+    strongest = matched.schedule.steps
+    assert Schedule.linear().abar[strongest] >= own.schedule.abar[-1] > Schedule.linear().abar[strongest + 1]
+    with pytest.raises(InputError, match=f"outside 1 .. {strongest}"):
+        matched.schedule.check("level", strongest + 1, low=1)
+    # Nor does, here, what was not trained there.
+    own.schedule = own.schedule.trained_to(300)
+    trained = MatchedSchedule(own).schedule.trained
+    assert Schedule.linear().abar[trained] >= own.schedule.abar[300] > Schedule.linear().abar[trained + 1]
+
+
+def test_fractions_of_levels_are_interpolated():
+    again, seen = MatchedSchedule(UNet(1, 8, 8, [1], schedule="cosine", steps=4000), "cosine", 4000), []
+    again.denoiser.forward = lambda x, level: seen.append(level) or x
+    again(torch.zeros(1, 1, 8, 8), torch.tensor([100.75]))
+    torch.testing.assert_close(seen[0], torch.tensor([100.75], dtype=torch.float64))
 
 
 def test_the_weakest_level_stands_for_all_that_are_weaker():

@@ -22,6 +22,7 @@ from lit_purify.defense import (
     Votes,
 )
 from lit_purify.functional.noise import KeyedNoise
+from lit_purify.models import MatchedSchedule
 
 RULES = {
     "top": TopFraction(0.3),
@@ -88,7 +89,7 @@ def test_no_purifier_waits(name, copies):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_no_mask_waits(rule, copies):
-    assert not copies(lambda unet: VariableIntensityPurifier(unet, RULES[rule], 400, 200, 2))
+    assert not copies(lambda unet: VariableIntensityPurifier(MatchedSchedule(unet), RULES[rule], 400, 200, 2))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from lit_purify.models.classifier import Classifier, TimmClassifier
 from lit_purify.models.denoiser import Denoiser
 from lit_purify.models.files import load_classifier, load_denoiser
 from lit_purify.models.layers import differentiable_twice
+from lit_purify.models.matched import MatchedSchedule
 from lit_purify.models.readers import (
     load_ddpm,
     load_diffusers,
@@ -19,6 +20,7 @@ from lit_purify.models.wide_resnet import WideResNetClassifier
 __all__ = [
     "Classifier",
     "Denoiser",
+    "MatchedSchedule",
     "Precision",
     "Replayed",
     "Replays",
