@@ -240,14 +240,21 @@ def test_an_evaluation_in_16_bits(unet, classifier, images):
 
 
 class Eager(_Graph):
-    """A recorded call that is made again at each replay; like a CUDA graph it keeps the activations of the last one."""
+    """A recorded call that is made again at each replay; like a CUDA graph it keeps the activations of the last one.
+
+    And it writes what it computes to the same place each time.
+    """
 
     def __init__(self, function, tensors, needs, learned):
         self.inputs = [x.detach().clone().requires_grad_(need) for x, need in zip(tensors, needs, strict=True)]
         self.wanted = [x for x in self.inputs if x.requires_grad] + learned
         self.needs, self.call = (*needs, *(True for _ in learned)), None
         self.ahead, self.back = SimpleNamespace(replay=self.forward), SimpleNamespace(replay=self.backward)
-        self.function = function
+        self.function, self.out, self.gradients = function, None, None
+
+    def written(self, place, found):
+        with torch.inference_mode(False), torch.no_grad():
+            return found.detach().clone() if place is None else place.copy_(found)
 
     def forward(self):
         with (
@@ -255,10 +262,12 @@ class Eager(_Graph):
             torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
         ):
             self.kept = self.function(*self.inputs)
-        self.out, self.slope = self.kept.detach(), torch.empty_like(self.kept)
+        self.out, self.slope = self.written(self.out, self.kept), torch.empty_like(self.kept)
 
     def backward(self):
-        self.gradients = torch.autograd.grad(self.kept, self.wanted, self.slope, retain_graph=True)
+        found = torch.autograd.grad(self.kept, self.wanted, self.slope, retain_graph=True)
+        before = self.gradients or [None] * len(found)
+        self.gradients = [self.written(place, one) for place, one in zip(before, found, strict=True)]
 
 
 @pytest.fixture(params=[True, False])
@@ -364,6 +373,16 @@ def test_calls_with_named_arguments_and_of_other_networks_are_not_recorded(recor
         assert unet(x, t=t).equal(UNet.forward(unet, x, t))
     task = DenoiserTask(Curved(), constant=1.0, attention=0.0, shapes=0.0)
     assert task.loss({"image": images, "index": torch.arange(6)}, keyed(6)).isfinite()
+
+
+def test_training_steps_are_recorded(recorded, unet, images):
+    """With gradients of all weights; in training mode and out of it."""
+    task = DenoiserTask(unet.requires_grad_(), attention=0.0, constant=0.5, shapes=0.5)
+    batch = {"image": images, "index": torch.arange(6)}
+    for mode in (True, False):
+        task.train(mode).loss(batch, keyed(6)).backward()
+    assert len(task._replayed.graphs) == 2
+    assert all(weight.grad is not None for weight in unet.parameters())
 
 
 def test_graphs_of_weights_that_were_moved_are_recorded_anew(recorded, unet):
