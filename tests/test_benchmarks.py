@@ -62,6 +62,9 @@ def test_each_part_ends_and_each_target_has_a_verdict(benchmark, monkeypatch, tm
     printed = capsys.readouterr().out
     assert "rates: ended after 0.1 s, the rest is not measured" in printed
     assert printed.count("MISSED") == 3
+    named = {"imagenet, 8 rows, bf16, forward:", "full, 256 rows, bf16, forward:", "training step / bare loop"}
+    assert set(found["unmeasured"]) == named | {"purification ", "keyed noise "}
+    assert all(f"\n{name.rstrip(' :')} " in printed for name in named)
 
 
 def test_a_quick_run_takes_less_than_eight_minutes(benchmark):

@@ -14,7 +14,7 @@
 # leaves room above them.
 # From rates of one H200 (docs/speed.md): classifier 330 s (60 epochs, 109 s for 20), adversarial 345 s (30 epochs, 138 s
 # for 12), denoiser 26 minutes (50,000 steps of 256 images, 31 ms each), table about 55 minutes. So 9 minutes are the
-# classifier and 6,800 steps of the denoiser: STAGES="classifier denoiser" SECONDS_EACH=330. Not run as a whole.
+# classifier (STAGES=classifier) and 6,800 steps of the denoiser (STAGES=denoiser SECONDS_EACH=210). Not run as a whole.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=${FOLDER:-runs/cifar10_gpu}
