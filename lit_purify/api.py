@@ -153,7 +153,7 @@ def evaluate(
             home.claim(about, None, write=True)
             records = home.collect(write=True)
             check_records(records, evaluator)
-            ledger.note(records)
+            ledger.add(records)
             stream = stack.enter_context(home.open_part(0))
         for found, seen in _evaluated(evaluator, data, ledger, gallery, batch_size, device, progress):
             if home is None or stream is None:

@@ -46,7 +46,7 @@ def test_differences_are_paired_over_the_shared_samples(pair):
         assert row.remarks == "another attack, 10 shared samples"
     # A radius that only one has.
     assert all(row.robust is None for row in comparison.rows["linf", 16 / 255])
-    differing = cells(comparison.page())["Settings that are not the same in all runs"]
+    differing = cells(comparison.page())["Settings that differ between the runs"]
     assert [row[0] for row in differing] == ["setting", "depth"]
 
 
@@ -78,13 +78,13 @@ def test_a_defense_without_counterpart_is_compared_to_the_baseline(pair, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"samples": range(40, 50)}, "no sample is shared"),
+        ({"samples": range(40, 50)}, "the runs share no sample"),
         ({"classifier.weights (sha256)": "2"}, "the classifier has other settings or another file"),
         ({"data.root": "elsewhere"}, "the data have other settings"),
         # Images of a folder that has changed since.
         ({"data.names (sha256)": "1"}, "the data have other settings"),
         ({"summary": ('"split": "test"', '"split": "val"')}, "another split: val, not test"),
-        ({"records": ('"label": 1', '"label": 2')}, "samples of one number have other labels"),
+        ({"records": ('"label": 1', '"label": 2')}, "the same samples have other labels"),
         # The same file elsewhere, and another choice of samples.
         ({"classifier.weights": "elsewhere", "data.subset.n": 3}, ""),
     ],
@@ -136,8 +136,8 @@ def test_compare_command(pair, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["{0}"], "compare takes two run folders or more"),
-        (["{0}", "{0}/summary.json"], "a run is named twice; give each run once"),
+        (["{0}"], "compare needs at least two run folders"),
+        (["{0}", "{0}/summary.json"], "a run is named twice: give each run once"),
         (["{0}", "{0}/overlays"], "no finished evaluation, summary.json is missing"),
         (["{0}", "{1}", "--output", "{0}/summary.json/page.html"], "choose another file with --output"),
         (["{0}", "{1}", "--output", "{0}/records.jsonl"], "is there already, and no page of a comparison"),

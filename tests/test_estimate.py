@@ -72,7 +72,7 @@ class Setting:
     def taken(self, evaluator, data, done=()):
         """Seconds of an evaluation by the clock."""
         ledger = Ledger()
-        ledger.note(done)
+        ledger.add(done)
         self.now, self.rows = 0.0, 0
         for first in range(0, len(data), 4):
             items = [data[k] for k in range(first, min(first + 4, len(data)))]
@@ -141,4 +141,4 @@ def test_a_chunk_is_suggested_that_memory_has_room_for(setting, monkeypatch):
         monkeypatch.setattr(estimate, "room", lambda device, free=free: free)
         found = Estimate(evaluator, data, 40)
         assert found.largest == fits
-        assert (f"chunk: {fits} in place of 16" in str(found)) == (fits != 16)
+        assert (f"chunk: {fits} instead of 16" in str(found)) == (fits != 16)

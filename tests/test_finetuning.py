@@ -523,7 +523,7 @@ def test_export_refuses(refused, run, config, tmp_path, monkeypatch, words, said
 def test_purifiers_and_previews_need_each_other(tmp_path):
     with pytest.raises(InputError, match="purifiers need a classifier"):
         DenoiserTask(UNet(**NETWORK), constant=1.0, attention=0.0, shapes=0.0, purifiers=PURIFIERS)
-    with pytest.raises(InputError, match=r"the name 'a\.b' may hold letters"):
+    with pytest.raises(InputError, match=r"the name 'a\.b' may hold only letters"):
         task(purifiers={"a.b": PURIFIERS["uniform"]})
     with pytest.raises(InputError, match=r"m\.pt: networks are written as safetensors"):
         trainer(tmp_path, Export(tmp_path / "m.pt"), max_steps=1).fit(task(purifiers=None), SmallDigits())

@@ -343,7 +343,7 @@ def test_results_name_what_was_differentiated(unet, classifier):
     ("gradients", "message"),
     [
         ({"pdg": Exact()}, "'pdg' is not among the attacks pgd, transfer"),
-        ({"transfer": Exact()}, "transfer is handed the bare classifier"),
+        ({"transfer": Exact()}, "transfer attacks the bare classifier"),
         ({"pgd": Surrogate(1)}, "pgd on paper: steps = 1"),
         ({"pgd": Surrogate(0)}, "pgd on paper: steps = 0"),
     ],

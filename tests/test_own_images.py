@@ -117,7 +117,7 @@ def test_files_keep_their_names_and_are_what_the_defense_makes_of_them(run, unet
 def test_predictions_are_those_of_the_defense(run, unet, classifier, images, tmp_path, capsys):
     # Images, runs and chunks that do not divide each other; the classes of data that is not at hand have no names.
     run(runs=5, defense="uniform", overlays=False, classify=True, data=ImageFolder(tmp_path / "nowhere"))
-    assert "classes are given by their numbers alone" in capsys.readouterr().out
+    assert "predictions have no class names" in capsys.readouterr().out
     table = rows(tmp_path / "out/predictions.csv")
     assert [row["file"] for row in table] == ["a.png", "e.webp", "sub/b.c.jpg", "sub/deep/d.GIF"]
     assert not list((tmp_path / "out").rglob("*.mask.png")) + list((tmp_path / "out").rglob("*.overlay.png"))
@@ -160,7 +160,7 @@ def test_going_on_completes_and_changes_nothing(run, images, tmp_path, capsys):
     assert "3 of them exist already" in capsys.readouterr().out
     assert {name: data for name, data in content(out).items() if "partial" not in name} == before
     for changes in ({"seed": 6}, {"runs": 4}, {"defense": "uniform"}, {"overlays": False}):
-        with pytest.raises(InputError, match="made by other settings"):
+        with pytest.raises(InputError, match="or of other settings"):
             run(**{"classify": True, **changes})
     assert {name: data for name, data in content(out).items() if "partial" not in name} == before
     # An image that has changed since is made again, and no other.
@@ -183,7 +183,7 @@ def test_an_interruption_leaves_whole_files(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(own_images, "_save", save)
     with pytest.raises(SystemExit):
         run(chunk=1)
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes" in capsys.readouterr().out
     monkeypatch.undo()
     run(chunk=1)
     run("whole", chunk=1)
@@ -254,12 +254,12 @@ def test_what_cannot_be_read_stops_no_other(run, images, tmp_path, capsys):
     shutil.copy(images / "a.png", long)
     assert not run("out", chunk=1, classify=True)
     *_, first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
-    assert first == "Not made, 4 of 8:"
+    assert first == "Not written, 4 of 8:"
     assert [line[len(str(images)) + 1 :].split(";")[0] for line in (second, third, fourth, fifth)] == [
         "b.png: cannot be read as an image",
         "f.png: cannot be read as an image",
         "sub/g.png: gray with more than 8 bits, which would be clipped",
-        f"{long.name}: too long a name for what is written beside it",
+        f"{long.name}: its name is too long for the files written beside it: shorten it",
     ]
     long.unlink()
     assert content(tmp_path / "out") == content(tmp_path / "good")
@@ -288,7 +288,7 @@ def mask_of_another(folder):
         (None, {"output": "images"}, "output .*images: lies in the input folder"),
         (None, {"output": "images/out"}, "lies in the input folder"),
         (None, {"output": "images/notes.txt"}, "notes.txt: is a file"),
-        (None, {"defense": "papr"}, "defense papr: the configuration has uniform, paper"),
+        (None, {"defense": "papr"}, "defense papr: no such defense; use one of uniform, paper"),
         (None, {"defenses": ["none"]}, "none of none purifies"),
         (None, {"outputs": 1, "classify": True}, r"puts out \(1, 1\) .* where logits \(1, \d+\) are needed"),
     ],

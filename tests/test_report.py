@@ -72,7 +72,7 @@ def test_tables_hold_the_figures_of_the_summary(run, text):
             assert headline[defense][column] == percent(by_pair[defense, attack]["robust"]["average"])
         assert headline[defense][7].startswith(percent(by_pair[defense, "far"]["clean"]["average"]))
     for attack in (*ATTACKS, "ensemble"):
-        for row in tables[f"Robust accuracy under {attack} in %, and what it took"][1:]:
+        for row in tables[f"Robust accuracy under {attack} in %, and its cost"][1:]:
             result = by_pair[row[0], attack]
             assert row[1:4] == [percent(result["robust"][rule]) for rule in ("average", "worst", "majority")]
             # Of the attacks only square is not the first of its kind.
@@ -95,7 +95,7 @@ def test_one_threat_model_has_its_worst_case_and_vote_in_the_headline(tmp_path):
         less = signed(result.get("clean_difference", {}).get("average"))
         assert row[5] == f"{percent(result['clean']['average'])} {less}".strip()
     # Figures under skip_lost are marked.
-    shown = tables["Robust accuracy under pgd in %, and what it took"]
+    shown = tables["Robust accuracy under pgd in %, and its cost"]
     assert [row[0].endswith("*") for row in shown] == [False, False, True, False]
 
 
@@ -186,7 +186,7 @@ def test_verdicts_are_shown_whenever_they_came_with_their_samples(run, text, tmp
     write_verdict(path, "gradcheck", samples=[3])
     shown = page(FinishedRun.read(path))
     assert badges(shown) == ["stale: passed on 2 samples, for other settings", "passed on 1 sample"]
-    assert "made for other settings" in shown
+    assert "belongs to other settings" in shown
     verdict = json.loads((path / "gradcheck.json").read_text())
     for damaged in (
         "{",
@@ -224,7 +224,7 @@ def test_unfinished_folders_are_refused(tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "summary.json is missing; give a folder that eval.py has written" in said(tmp_path / "none")
+    assert "summary.json is missing: name a folder that eval.py wrote" in said(tmp_path / "none")
     path = finished_run(tmp_path / "run", attacks=ONE)
     content, lines = (path / "summary.json").read_text(), (path / "records.jsonl").read_text().splitlines()
     (path / "records.jsonl").write_text("\n".join(lines[:-1]) + "\n")
@@ -242,9 +242,9 @@ def test_unfinished_folders_are_refused(tmp_path):
         (path / "summary.json").write_text(damaged)
         assert said(path).startswith(f"{path / 'summary.json'}: not a summary of this version (")
         assert words in said(path)
-        assert said(path).endswith("; give the eval.py command again")
+        assert said(path).endswith("; run the same eval.py command again")
     (path / "summary.json").unlink()
-    assert "the same eval.py command finishes it" in said(path)
+    assert "finish it with the same eval.py command" in said(path)
     (path / "summary.json").write_text(content)
     (path / "identity.json").unlink()
     assert said(path).startswith(f"{path / 'identity.json'}: cannot be read")

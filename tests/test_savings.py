@@ -204,9 +204,9 @@ def test_only_an_earlier_attack_spares_a_later_one(classifier):
     """Of a run that was interrupted, the record of a later one may be there alone."""
     attacks = {"first": FGSM("linf", 0.1), "second": FGSM("linf", 0.1)}
     evaluator, ledger = Evaluator(classifier, {"none": NoPurifier()}, attacks, runs=1, skip_lost=True), Ledger()
-    ledger.note([Record("none", "second", 3, 0, [0], [1], 0.1, 0.1, 0.0)])
+    ledger.add([Record("none", "second", 3, 0, [0], [1], 0.1, 0.1, 0.0)])
     assert evaluator._lost_before("none", "first", 3, ledger) is None
-    ledger.note([Record("none", "first", 4, 0, [0], [1], 0.1, 0.1, 0.0)])
+    ledger.add([Record("none", "first", 4, 0, [0], [1], 0.1, 0.1, 0.0)])
     assert evaluator._lost_before("none", "second", 4, ledger).lost_to == "first"
 
 

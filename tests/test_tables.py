@@ -371,7 +371,7 @@ def test_evaluation_of_rows(tmp_path, denoiser, network):
     assert sum(count for count, *_ in result["kinds"].values()) == 6
     page = (tmp_path / "run/report.html").read_text()
     assert "By kind under capgd" in page
-    assert "What changed in which column" in page
+    assert "Changed columns" in page
     assert "false alarms" in str(whole)
     shown = wandb_report._pictures(whole.views, list(split.classes), whole.summary["features"])
     assert len(shown["samples"].data) == len(whole.views)

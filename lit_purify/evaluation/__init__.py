@@ -1,4 +1,4 @@
-"""Evaluating defenses under attacks: the evaluator, its records, the folder of a run."""
+"""Evaluation of defenses under attacks: the evaluator, its records and the run folder."""
 
 from lit_purify.evaluation.evaluator import Evaluator
 from lit_purify.evaluation.ledger import Ledger, View

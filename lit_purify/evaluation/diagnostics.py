@@ -1,4 +1,4 @@
-"""What a robust accuracy is made of: denoising, which stays when the noise is known, and dice."""
+"""Splits robust accuracy into denoising, which remains when the attacker knows the noise, and luck."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lit_purify.functional.chunks import average, logits_in_chunks
 from lit_purify.functional.noise import EVALUATION, FrozenNoise, KeyedNoise
 
 REPLICAS = (1, 10, 30, 50, 100)
-"""Numbers of fresh draws that classify a finished adversarial image together."""
+"""Numbers of fresh draws that jointly classify a finished adversarial image."""
 
 
 def diagnose(
@@ -30,22 +30,24 @@ def diagnose(
     noise: KeyedNoise,
     chunk: int,
 ) -> list[Record]:
-    """The records of one defense under one attack, with two more looks at each sample.
+    """Adds diagnostics to the records of one defense under one attack.
 
-    ``replicas`` are the predictions of draws after the recorded runs, and ``averaged`` those of their averaged logits
-    (MEFA, 2026), both on the finished adversarial image, which has not seen them. ``frozen`` is the prediction where
-    attack and defense share a single draw, so that the attacker knows all noise (DW-box; ADDT, ICLR 2025): the attack
-    runs once more, in its version with one draw a step. An attack on the bare classifier knows no noise, and keeps its
-    image.
+    ``replicas`` holds predictions of fresh draws on the finished adversarial image; ``averaged`` holds the predictions
+    of their averaged logits (MEFA, 2026). The attack has seen none of these draws. For ``frozen`` the attack runs once
+    more and shares its only draw with the defense, so the attacker knows all noise (DW-box; ADDT, ICLR 2025). An attack
+    on the bare classifier uses no noise and keeps its image.
 
     Args:
-        records: Of the samples of the batch, in order.
-        view: The defense, and what the attack is handed.
+        records: The records of the batch, in order.
+        view: The defense and its attacked function.
         attack: The attack.
         batch: ``image`` (B, C, H, W) in [0, 1] and ``label`` (B,).
-        adversarial: What the attack has made of the images.
-        noise: Of the evaluation.
-        chunk: Rows that networks are called with.
+        adversarial: (B, C, H, W) in [0, 1], the result of the attack.
+        noise: The noise of the evaluation.
+        chunk: Rows of each network call.
+
+    Returns:
+        Copies of the records, with ``replicas``, ``averaged`` and ``frozen``.
     """
     function, first = view.defended.attacked(), len(records[0].clean)
     logits = logits_in_chunks(function, adversarial, noise, list(range(first, first + REPLICAS[-1])), chunk)
@@ -59,6 +61,6 @@ def diagnose(
 
 
 def cost(attack: Attack) -> dict[str, Any]:
-    """What ``diagnose`` adds to a result's description: images classified by one draw, and queries of the attack."""
+    """The cost of ``diagnose`` for one sample: images classified with one draw, and queries of the attack."""
     queries = single_draw(attack).queries._asdict() if attack.target == "defense" else {"forward": 0, "backward": 0}
     return {"replicas": REPLICAS[-1] + 1, "queries": queries}

@@ -1,4 +1,4 @@
-"""What an evaluation will cost: one chunk of every defense is timed, and multiplied by the calls that attacks state."""
+"""The cost estimate of a dry run: the time of one chunk, multiplied by the queries that each attack declares."""
 
 from __future__ import annotations
 
@@ -23,23 +23,26 @@ from lit_purify.functional.noise import ATTACK, KeyedNoise
 from lit_purify.models import Replays
 
 _BACKWARD = 2
-"""Cost of a backward pass in forward passes: steps are recomputed, and differentiated in their input alone."""
+"""Cost of a backward pass in forward passes: it recomputes steps and differentiates only in their input."""
 
 
 class Estimate:
-    """Times a chunk of every defense under every attack.
+    """Times one chunk of every defense under every attack, and extrapolates.
 
     Args:
-        evaluator: On the device that it will run on.
+        evaluator: The evaluator, on the device of the run.
         data: The evaluated samples.
         batch_size: Samples in a batch.
-        done: Keys of records that exist already.
+        done: Keys of existing records.
         processes: Processes that share the samples.
 
     Attributes:
-        seconds: By (defense, attack), on the busiest process.
-        memory: Bytes, the most that a process needs.
-        largest: On a GPU, rows of a chunk that its memory has room for and that batches fill; ``None`` elsewhere.
+        seconds: Expected seconds of the busiest process, by (defense, attack).
+        memory: Peak memory of a process, in bytes.
+        largest: On a GPU, the largest chunk that fits into memory and that batches can fill; ``None`` elsewhere.
+
+    Raises:
+        InputError: Data, networks and attacks do not match.
     """
 
     def __init__(
@@ -54,11 +57,11 @@ class Estimate:
         self.evaluator, self.processes = evaluator, processes
         self.device = next(evaluator.parameters(), torch.zeros(0)).device
         self.wanted = {(*pair, int(i)) for pair in evaluator.pairs for i in data.positions}
-        self.there = len(self.wanted & set(done))
+        self.existing = len(self.wanted & set(done))
         todo = [int(i) for i in data.positions if any((*pair, int(i)) not in done for pair in evaluator.pairs)]
-        # The first process has as many samples as any.
-        mine = todo[::processes]
-        batches = [mine[k : k + batch_size] for k in range(0, len(mine), batch_size)]
+        # No process has more samples than the first one.
+        share = todo[::processes]
+        batches = [share[k : k + batch_size] for k in range(0, len(share), batch_size)]
         item = data[0]
         self.image = item["image"][None].to(self.device)
         self.label = torch.tensor([item["label"]], device=self.device)
@@ -70,16 +73,17 @@ class Estimate:
         transferred: set[tuple[str, int]] = set()
         for described in self.described:
             pair = described["defense"], described["attack"]
-            left = [n for batch in batches if (n := sum((*pair, i) not in done for i in batch))]
+            counts = [n for batch in batches if (n := sum((*pair, i) not in done for i in batch))]
             once = (pair[1], id(evaluator.defenses[pair[0]].classifier))
-            # Made once for all defenses of a classifier.
+            # An attack on the bare classifier runs once for all its defenses.
             repeated = evaluator.attacks[pair[1]].target == "classifier" and once in transferred
-            if left:
+            if counts:
                 transferred.add(once)
-            self.samples[pair] = sum(left)
-            self.seconds[pair] = self._measured(described, left, repeated) if left else 0.0
+            self.samples[pair] = sum(counts)
+            self.seconds[pair] = self._measured(described, counts, repeated) if counts else 0.0
 
-    def _measured(self, described: Mapping[str, Any], left: list[int], repeated: bool) -> float:
+    def _measured(self, described: Mapping[str, Any], counts: list[int], repeated: bool) -> float:
+        """Seconds of a result on the busiest process; ``counts`` holds the samples of each batch."""
         evaluator = self.evaluator
         defense, attack = described["defense"], described["attack"]
         function, view = evaluator.defenses[defense].attacked(), evaluator.views[defense, attack].function
@@ -88,7 +92,7 @@ class Estimate:
         if free is not None and chunk > 1:
             calls = [(function, False), (view, queries.backward > 0 and not repeated)]
             small, large = ((rows, self._need(rows, calls)) for rows in (chunk // 2, chunk))
-            fitting = largest_chunk(small, large, free, max(left) * max(eot, evaluator.runs))
+            fitting = largest_chunk(small, large, free, max(counts) * max(eot, evaluator.runs))
             self.largest = min(fitting, self.largest or fitting)
         reset_peak_memory(self.device)
         with evaluator.replays:
@@ -97,14 +101,14 @@ class Estimate:
             backward = self._chunk(view, gradient=True) if queries.backward and not repeated else 0.0
         self.memory = max(self.memory, peak_memory(self.device))
         if queries.backward:
-            # A whole batch keeps the gradients of all its draws, twice when they are joined.
-            self.memory += 2 * max(0, max(left) * eot - evaluator.chunk) * self.image[0].nbytes
+            # The gradients of all draws of a batch are kept, and held twice while they are joined.
+            self.memory += 2 * max(0, max(counts) * eot - evaluator.chunk) * self.image[0].nbytes
 
         def chunks(samples: int, draws: int, deterministic: bool) -> int:
             return -(-samples * (min(draws, 2) if deterministic else draws) // evaluator.chunk)
 
         total = 0.0
-        for count in left:
+        for count in counts:
             step = chunks(count, eot, view.deterministic)
             total += step * backward * queries.backward / eot
             total += step * forward * (queries.forward - queries.backward) / eot
@@ -119,7 +123,7 @@ class Estimate:
         return chunk_seconds(function, self.image, self.label, self.evaluator.chunk, gradient)
 
     def _need(self, rows: int, calls: Sequence[tuple[AttackedFunction, bool]]) -> int:
-        """Bytes at the peak of calls with and without a gradient, in chunks of so many rows."""
+        """Peak memory in bytes of the calls (function, with gradient) with this many rows."""
         reset_peak_memory(self.device)
         with Replays(self.evaluator) if self.evaluator.replay else nullcontext():
             for function, gradient in calls:
@@ -135,7 +139,7 @@ class Estimate:
             first, *others = (f"{cell:{width}}" for cell, width in zip(cells, [*widths, 9, 9, 9, 12], strict=False))
             return "  ".join([first, *others])
 
-        lines = [f"{len(self.wanted)} records, {self.there} of them exist already", ""]
+        lines = [f"{len(self.wanted)} records, {self.existing} of them exist already", ""]
         lines += [line("", "", "network calls a sample")]
         lines += [line("defense", "attack", "  forward", " backward", " s/sample", f"{'time':>12}")]
         for described in self.described:
@@ -146,31 +150,31 @@ class Estimate:
         processes = f"{self.processes} process{'es' if self.processes > 1 else ''} ({self.device.type})"
         lines += ["", f"Expected: {duration(sum(self.seconds.values()))} on {processes}, and the start and the report"]
         if self.processes > 1 and self.device.type == "cpu":
-            lines.append("Measured by one process; several share the cores of a machine")
+            lines.append("Measured with one process: several processes share the cores of a machine and are slower")
         total = f" of {gibibytes(torch.cuda.mem_get_info(self.device)[1])}" if self.device.type == "cuda" else ""
         lines.append(f"Peak memory of a process: {gibibytes(self.memory)}{total}")
         if self.largest not in (None, evaluator.chunk):
             lines.append(
-                f"Memory has room for chunk: {self.largest} in place of {evaluator.chunk}; it is a setting of the run: "
-                "choose it before the first record"
+                f"Memory has room for chunk: {self.largest} instead of {evaluator.chunk}. Set it before the first "
+                "record: a run has one chunk"
             )
         return "\n".join(lines)
 
 
 def network_calls(described: Mapping[str, Any], runs: int) -> tuple[int, int]:
-    """Calls of the denoiser for one sample, and how many of them are differentiated.
+    """Denoiser calls for one sample, forward and backward.
 
     Args:
         described: An entry of ``Evaluator.describe``.
-        runs: N, for the adversarial and, under the first attack, the clean image.
+        runs: N, runs of each image.
     """
-    queries, evaluated = _asked(described, runs)
+    queries, evaluated = _queries(described, runs)
     nfe = described["nfe_attack"]
     return queries.forward * nfe + evaluated * described["nfe_defense"], queries.backward * nfe
 
 
-def _asked(described: Mapping[str, Any], runs: int) -> tuple[Queries, int]:
-    """Queries of the attack, and images that the defense classifies, for one sample."""
+def _queries(described: Mapping[str, Any], runs: int) -> tuple[Queries, int]:
+    """For one sample, the queries of the attack and the images that the defense classifies."""
     queries, evaluated = Queries(**described["queries"]), described["evaluations"] * runs
     extra = described.get("diagnostics")
     if not extra:
@@ -181,15 +185,15 @@ def _asked(described: Mapping[str, Any], runs: int) -> tuple[Queries, int]:
 
 
 def work(described: Mapping[str, Any], runs: int) -> int:
-    """Cost of a sample in a rough unit of its own: the classifier counts as much as a call of the denoiser."""
+    """Rough cost of a sample, in network calls; a classifier call counts as much as a denoiser call."""
     forward, backward = network_calls(described, runs)
-    queries, evaluated = _asked(described, runs)
+    queries, evaluated = _queries(described, runs)
     classified = queries.forward + _BACKWARD * queries.backward + evaluated
     return forward + _BACKWARD * backward + classified
 
 
 def duration(seconds: float) -> str:
-    """In words, two units at most."""
+    """Seconds as text with at most two units, such as ``2 h 5 min``."""
     whole = round(seconds)
     for unit, small, name, of in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
         if whole >= unit:
@@ -198,35 +202,35 @@ def duration(seconds: float) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: what torch took of a GPU since the last reset; elsewhere those of the whole process since its start."""
+    """Peak memory in bytes: of a GPU since the last reset, else of the whole process since its start."""
     if device.type == "cuda":
-        # Not what tensors fill: the memory of a recorded call is taken as long as it can be replayed.
+        # Reserved, not allocated: recorded CUDA graphs keep their memory.
         return torch.cuda.max_memory_reserved(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Lets ``peak_memory`` of a GPU count from here, with nothing kept for later."""
+    """Empties the cache of a GPU and resets its ``peak_memory``; does nothing on other devices."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def room(device: torch.device) -> int | None:
-    """Bytes that tensors of this process may take on a GPU, with those that are there; ``None`` elsewhere."""
+    """Bytes of a GPU that this process can use, including those it already holds; ``None`` on other devices."""
     if device.type != "cuda":
         return None
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def largest_chunk(small: tuple[int, int], large: tuple[int, int], free: int, most: int) -> int:
-    """The largest power of two of rows that nine tenths of the memory have room for: memory grows with rows by a line.
+    """The largest power of two of rows that needs at most 90 % of the memory, if memory grows linearly with rows.
 
     Args:
-        small: Rows of a chunk, and the bytes that it needs.
-        large: The same of a larger one.
-        free: Bytes that may be used.
-        most: Rows that there are at a time.
+        small: Rows of a chunk, and the bytes it needs.
+        large: The same for a larger chunk.
+        free: Available bytes.
+        most: Rows available at a time: a larger chunk is never full.
     """
     each = (large[1] - small[1]) / (large[0] - small[0])
     rows = min(most, (0.9 * free - large[1]) / each + large[0]) if each > 0 else most
@@ -234,23 +238,23 @@ def largest_chunk(small: tuple[int, int], large: tuple[int, int], free: int, mos
 
 
 def gibibytes(count: int) -> str:
-    """Bytes in GiB."""
+    """A number of bytes as text, such as ``1.5 GiB``."""
     return f"{count / 2**30:.1f} GiB"
 
 
 def chunk_seconds(function: AttackedFunction, image: Tensor, label: Tensor, chunk: int, gradient: bool) -> float:
-    """Seconds of a chunk, with or without a gradient: of the second call, as the first one takes longer.
+    """Seconds of one chunk. The second call is timed, because the first one takes longer.
 
     Args:
-        function: What is called.
+        function: The function to call.
         image: (1, C, H, W) in [0, 1].
         label: (1,).
         chunk: Rows of the chunk.
-        gradient: Whether the loss is differentiated in the image.
+        gradient: Whether to differentiate the loss in the image.
     """
     runs, index = list(range(chunk)), torch.zeros(1, dtype=torch.long, device=image.device)
     noise = KeyedNoise(0, index, index, ATTACK)
-    # Two draws would show that a deterministic function is one.
+    # Otherwise a deterministic function would be called with fewer rows.
     called = replace(function, deterministic=False)
 
     def call() -> None:

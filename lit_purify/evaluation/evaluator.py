@@ -1,4 +1,4 @@
-"""The evaluator: a defense, an attack and a batch go in, records and pictures come out."""
+"""The evaluator: it attacks defenses on a batch and returns records and pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lit_purify.models import Classifier, Precision, Replays, arithmetic, rounde
 from lit_purify.recorded import identity
 
 ENSEMBLE = "ensemble"
-"""The worst case over several attacks has this name, or begins with it."""
+"""Name, or first part of the name, of the worst case over several attacks."""
 _Made = dict[Any, Tensor]
 _SKIPPING = "; leaves out samples that an earlier attack left wrong in all runs"
 
@@ -39,30 +39,30 @@ _SKIPPING = "; leaves out samples that an earlier attack left wrong in all runs"
 class Evaluator(nn.Module):
     """Attacks every defense on the same samples, and classifies clean and adversarial images N times.
 
-    Clean and adversarial images see the same fresh noise; the attack draws noise of its own. All defenses share the
-    noise keys, so their differences are paired. A record depends on nothing but the arguments and its sample.
+    Clean and adversarial images get the same fresh noise; the attack draws other noise. All defenses share the noise
+    keys, so their differences are paired. A record depends only on the arguments and its sample.
 
     Args:
-        classifier: The classifier that purifiers defend.
-        defenses: Purifiers, or modules from [0, 1] images to logits, by name.
+        classifier: The classifier behind the purifiers.
+        defenses: Purifiers, or modules from images (B, C, H, W) in [0, 1] to logits, by name.
         attacks: Attacks by name.
-        gradients: What attacks differentiate, by the attack's name; ``Exact()`` where none is given.
-        baseline: The defense that paired differences are taken to; ``None`` is the first.
-        runs: N.
-        chunk: Rows that networks are called with, always this many. Part of a result's identity: another number
-            changes results by rounding. At least 16 on a CPU: for fewer, kernels were seen to round differently with
-            another number of threads. Where memory is too small it is halved, and the records say so.
+        gradients: The gradient that an attack follows, by the attack's name; the default is ``Exact()``.
+        baseline: The defense that the others are compared with; ``None`` takes the first.
+        runs: N, runs of each image with fresh noise.
+        chunk: Rows of each network call. Part of a result's identity: another number changes the rounding. Use at
+            least 16 on a CPU: with fewer rows, the rounding may depend on the number of threads. If memory is too
+            small, the evaluator halves it and records the smaller number.
         seed: Seed of all noise.
-        skip_lost: Do not attack a sample again that an earlier attack of the same threat model left wrong in all runs:
-            its record repeats the earlier one. Cheaper, and the ensemble of the attacks is the same; the rows of later
-            attacks then are those of all attacks so far.
-        precision: ``bf16``: the defenses' denoisers compute with 16 bits (``models.rounded``); for searches, since it
-            changes results. ``float32`` leaves convolutions on GPUs to torch's setting, which is TF32.
-        replay: Replay calls of networks on a GPU as CUDA graphs (``models.Replays``).
-        diagnostics: Look at each result by fresh replicas and under frozen noise, see ``diagnose``.
+        skip_lost: Skip samples that an earlier attack of the same threat model broke in all runs; their records repeat
+            the earlier ones. This is cheaper and leaves the ensemble of the attacks unchanged, but the rows of later
+            attacks then include all attacks before them.
+        precision: ``bf16`` lets the denoisers compute with 16 bits (``models.rounded``). It changes results: use it for
+            searches. ``float32`` leaves convolutions on GPUs to torch's setting, which is TF32.
+        replay: Replay network calls on a GPU as CUDA graphs (``models.Replays``).
+        diagnostics: Also report accuracy over fresh replicas and under frozen noise, see ``diagnose``.
 
     Raises:
-        InputError: Arguments do not fit each other.
+        InputError: Arguments are invalid or do not match.
     """
 
     def __init__(
@@ -89,27 +89,27 @@ class Evaluator(nn.Module):
                 raise InputError(f"{kind} is empty: give at least one")
             for name in names:
                 if not isinstance(name, str) or not re.fullmatch(rf"[\w{letters}]+", name, re.ASCII):
-                    raise InputError(f"{kind}: the name {name!r} may hold letters, digits, _ {letters} only")
+                    raise InputError(f"{kind}: the name {name!r} may hold only letters, digits, _ {letters}: rename it")
         for name in [name for name, attack in attacks.items() if not isinstance(attack, Attack)]:
             kind = type(attacks[name]).__name__
-            raise InputError(f"attacks: {name} is a {kind}: give an attack, or ForeignAttack around a function")
+            raise InputError(f"attacks: {name} is a {kind}: use an attack, or wrap a function in ForeignAttack")
         for name in attacks:
             if name == ENSEMBLE or name.startswith(f"{ENSEMBLE}-"):
-                raise InputError(f"attacks: {name!r} names the worst case over all attacks; use another name")
+                raise InputError(f"attacks: {name!r} is reserved for the worst case over all attacks: use another name")
         self.baseline = next(iter(defenses)) if baseline is None else baseline
         if self.baseline not in defenses:
             raise InputError(f"baseline = {baseline!r} is not among the defenses {', '.join(defenses)}: set it to one")
         if not 0 <= seed < 2**32:
-            raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
+            raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1: use a seed within it")
         if precision not in get_args(Precision):
             raise InputError(f"precision = {precision!r}: use {' or '.join(get_args(Precision))}")
         if precision == "bf16":
-            # In one go: they share networks.
+            # One deepcopy, because they share networks.
             classifier, defenses, gradients = copy.deepcopy((classifier, dict(defenses), dict(gradients or {})))
             rounded(nn.ModuleList(each for each in defenses.values() if isinstance(each, nn.Module)))
-        self.classifier, self.given = classifier, dict(defenses)
+        self.classifier, self.unwrapped = classifier, dict(defenses)
         self.defenses = {name: defend(name, defense, classifier) for name, defense in defenses.items()}
-        # Moves them with this module.
+        # Registered, so that they move with this module.
         self.modules_of_defenses = nn.ModuleList(self.defenses.values())
         self.requires_grad_(False).eval()
         self.attacks = dict(attacks)
@@ -122,52 +122,52 @@ class Evaluator(nn.Module):
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """Every (defense, attack), in order."""
+        """All pairs (defense, attack), in order."""
         return [(defense, attack) for defense in self.defenses for attack in self.attacks]
 
     def identity(self) -> dict[str, Any]:
-        """What records depend on beside the data: see ``recorded.identity``."""
+        """The settings that records depend on, without the data; see ``recorded.identity``."""
         more: dict[str, Any] = {"order of the attacks": list(self.attacks)} if self.skip_lost else {}
         if self.precision != "float32":
             more["precision"] = self.precision
         if self.diagnostics:
             more["diagnostics"] = True
         own = {name: getattr(self, name) for name in ("attacks", "gradients", "runs", "chunk", "seed", "skip_lost")}
-        return identity(classifier=self.classifier, defenses=self.given, **own, **more)
+        return identity(classifier=self.classifier, defenses=self.unwrapped, **own, **more)
 
     def describe(self) -> list[dict[str, Any]]:
-        """What each result states beside its accuracies, in the order of ``pairs``."""
+        """The settings and costs of each result, in the order of ``pairs``."""
         described = []
         for defense, attack in self.pairs:
-            defended, how, view = self.defenses[defense], self.attacks[attack], self.views[defense, attack]
+            defended, method, view = self.defenses[defense], self.attacks[attack], self.views[defense, attack]
             described.append(
                 {
                     "defense": defense,
                     "attack": attack,
-                    "attack_title": how.title,
-                    "norm": how.threat,
-                    "eps": how.eps,
-                    "attack_steps": how.steps,
-                    "eot": how.eot,
-                    # An attack that differentiates nothing, or another model, says so itself.
-                    "gradient": view.gradient if how.gradient == "exact" else how.gradient,
-                    "mask_gradient": "none" if how.gradient == "none" else view.mask_gradient,
-                    "queries": how.queries._asdict(),
-                    "stopping": how.stopping + (_SKIPPING if self.skip_lost else ""),
+                    "attack_title": method.title,
+                    "norm": method.threat,
+                    "eps": method.eps,
+                    "attack_steps": method.steps,
+                    "eot": method.eot,
+                    # An attack without a gradient, or with one of another model, names it itself.
+                    "gradient": view.gradient if method.gradient == "exact" else method.gradient,
+                    "mask_gradient": "none" if method.gradient == "none" else view.mask_gradient,
+                    "queries": method.queries._asdict(),
+                    "stopping": method.stopping + (_SKIPPING if self.skip_lost else ""),
                     "nfe_defense": defended.purifier.nfe,
                     "nfe_attack": view.nfe,
-                    # Images that are classified in N runs: clean ones once for all attacks.
+                    # Images classified in N runs: the adversarial ones, and under the first attack also the clean ones.
                     "evaluations": 2 if attack == next(iter(self.attacks)) else 1,
                     "levels": defended.purifier.levels,
                     "attack_levels": view.levels,
-                    **({"diagnostics": cost(how)} if self.diagnostics else {}),
+                    **({"diagnostics": cost(method)} if self.diagnostics else {}),
                     "undefended": defended.undefended and defended.classifier is self.classifier,
                 }
             )
         return described
 
     def facts(self, data: ImageDataset, name: str, split: str) -> dict[str, Any]:
-        """What a summary states of a whole evaluation.
+        """Facts about the whole evaluation, for its summary.
 
         Args:
             data: The evaluated samples.
@@ -193,18 +193,17 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def denoising(self, data: ImageDataset, samples: int = 16) -> dict[str, list[float]]:
-        """How well denoisers denoise the evaluated images.
+        """Measures how well the denoisers denoise the evaluated images.
 
         Args:
             data: The evaluated samples.
-            samples: How many are noised, from the first.
+            samples: Number of samples to noise, from the first.
 
         Returns:
-            For each defense with a denoiser its strongest level, and the mean squared error of the noise predicted
-            there, in parts of the error of predicting none: near 0 for a good denoiser, 1 for one that has learned
-            nothing.
+            For each defense with a denoiser: its strongest level, and the mean squared error of the predicted noise
+            relative to predicting zero. A good denoiser is near 0, one that has learned nothing is at 1.
         """
-        found: dict[str, list[float]] = {}
+        errors: dict[str, list[float]] = {}
         known: dict[tuple[int, int], float] = {}
         device = self.classifier.mean.device
         items = [data[k] for k in range(min(samples, len(data)))]
@@ -222,11 +221,11 @@ class Evaluator(nn.Module):
                 t = torch.full((len(u),), level, device=device)
                 error = denoiser(noised(u, denoiser.schedule.at(level), eps), t) - eps
                 known[id(denoiser), level] = float(error.square().mean() / eps.square().mean())
-            found[name] = [level, known[id(denoiser), level]]
-        return found
+            errors[name] = [level, known[id(denoiser), level]]
+        return errors
 
     def check(self, data: ImageDataset) -> None:
-        """Raises an ``InputError`` when data, networks and attacks do not fit each other."""
+        """Raises an ``InputError`` if data, networks and attacks do not match."""
         first = data[0]["image"][None].to(self.classifier.mean.device)
         classifiers = {defended.classifier: name for name, defended in self.defenses.items()}
         for classifier, name in {self.classifier: "", **classifiers}.items():
@@ -246,19 +245,25 @@ class Evaluator(nn.Module):
                 raise InputError(f"attacks.{name}: the dlr loss needs 3 classes, the data has 2: use loss: margin")
 
     def remarks(self) -> list[str]:
-        """What to warn of, a line each."""
+        """Warnings, one line each."""
         found = ((pair, view.remark) for pair, view in self.views.items() if view.remark)
         return [f"{attack} on {defense}: {remark}" for (defense, attack), remark in found]
 
     def evaluate(
         self, batch: Batch, ledger: Ledger, shown: Iterable[int] = ()
     ) -> Iterator[tuple[list[Record], list[View]]]:
-        """Evaluates what the ledger lacks of a batch: for every (defense, attack) the new records, and pictures.
+        """Evaluates the samples of a batch that the ledger lacks.
 
         Args:
             batch: ``image`` (B, C, H, W) in [0, 1], ``label`` and ``index`` (B,).
-            ledger: What is known already; it is brought up to date.
-            shown: Samples (by index) of which pictures are taken.
+            ledger: Existing records; the new ones are added to it.
+            shown: Indices of samples whose pictures are kept.
+
+        Yields:
+            For every (defense, attack) the new records and pictures.
+
+        Raises:
+            InputError: The images do not match the classifier, or memory is too small for one row.
         """
         self.classifier.check_image(batch["image"])
         transferred: dict[tuple[str, Classifier, int, int], Tensor] = {}
@@ -270,19 +275,19 @@ class Evaluator(nn.Module):
             before = {k: self._lost_before(defense, attack, indices[k], ledger) for k in todo}
             records = [record for record in before.values() if record is not None]
             views: list[View] = []
-            if left := [k for k in todo if before[k] is None]:
-                rows = torch.tensor(left, device=batch["image"].device)
+            if remaining := [k for k in todo if before[k] is None]:
+                rows = torch.tensor(remaining, device=batch["image"].device)
                 part = {name: values[rows] for name, values in batch.items()}
                 with self.replays:
                     made, views = self._fitted(defense, attack, part, ledger, transferred, set(shown))
                 records = sorted([*records, *made], key=lambda record: record.index)
-            ledger.note(records)
+            ledger.add(records)
             yield records, views
 
     def _fitted(
-        self, defense: str, attack: str, batch: Batch, ledger: Ledger, transferred: dict[Any, Tensor], shown: set[int]
+        self, defense: str, attack: str, batch: Batch, ledger: Ledger, transferred: _Made, shown: set[int]
     ) -> tuple[list[Record], list[View]]:
-        """In chunks that fit into memory: where it runs out, first without earlier graphs, then with half the rows."""
+        """Retries with less memory if it runs out: first without recorded CUDA graphs, then with half the rows."""
         retried = False
         while True:
             size = ledger.chunk = ledger.chunk or self.chunk
@@ -291,27 +296,27 @@ class Evaluator(nn.Module):
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-            # Here what the error held is free.
+            # Outside of the except block: the error no longer holds tensors.
             before, retried = retried, self.replays.forget()
             torch.cuda.empty_cache()
             if retried and not before:
                 continue
             if size == 1:
-                raise InputError("out of memory with chunk = 1: use smaller batches, or a larger device")
+                raise InputError("out of memory with chunk = 1: lower data.batch_size, or use a larger device")
             ledger.chunk = size // 2
             print(
-                f"warning: out of memory with chunks of {size} rows: {defense} under {attack} and what follows on this "
-                f"process has {ledger.chunk}, and equals other results up to rounding only",
+                f"warning: out of memory with chunks of {size} rows: from {defense} under {attack} on, this process "
+                f"has {ledger.chunk}, and its records equal others only up to rounding",
                 file=sys.stderr,
             )
 
     def _evaluate(
-        self, defense: str, attack: str, batch: Batch, ledger: Ledger, made: _Made, shown: set[int], chunk: int
+        self, defense: str, attack: str, batch: Batch, ledger: Ledger, transferred: _Made, shown: set[int], chunk: int
     ) -> tuple[list[Record], list[View]]:
         started = time.perf_counter()
         defended, image, label, index = self.defenses[defense], batch["image"], batch["label"], batch["index"]
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
-        adversarial = self._perturbed(defense, attack, batch, made, chunk)
+        adversarial = self._perturbed(defense, attack, batch, transferred, chunk)
         smaller = None if chunk == self.chunk else chunk
 
         def classified(images: Tensor, noise: KeyedNoise) -> Tensor:
@@ -324,7 +329,7 @@ class Evaluator(nn.Module):
         if new:
             rows = torch.tensor(new, device=image.device)
             found.append(classified(image[rows], noise.rows(rows)))
-        # Fetched in one go: a GPU is waited for here.
+        # One transfer: each waits for the GPU.
         broken, labels, linf, l2, *clean = _fetched(found)
         ledger.clean |= zip([keys[k] for k in new], *clean, strict=True) if new else {}
         seconds = (time.perf_counter() - started) / len(image)
@@ -333,8 +338,8 @@ class Evaluator(nn.Module):
             for i, y, key, runs, large, long in zip(indices, labels, keys, broken, linf, l2, strict=True)
         ]
         if self.diagnostics:
-            how = self.views[defense, attack], self.attacks[attack]
-            records = diagnose(records, *how, batch, adversarial, noise, chunk)
+            method = self.views[defense, attack], self.attacks[attack]
+            records = diagnose(records, *method, batch, adversarial, noise, chunk)
         pictured = [k for k, record in enumerate(records) if record.index in shown]
         if not pictured:
             return records, []
@@ -344,37 +349,37 @@ class Evaluator(nn.Module):
         images = (x.cpu() for x in (image[rows], adversarial[rows], trace.noised, trace.purified))
         return records, [View(records[k], *views) for k, *views in zip(pictured, *images, masks, strict=True)]
 
-    def _perturbed(self, defense: str, attack: str, batch: Batch, transferred: dict[Any, Tensor], chunk: int) -> Tensor:
-        """Adversarial images; those of an attack on a bare classifier are the same for all its defenses."""
-        how, image, index = self.attacks[attack], batch["image"], batch["index"]
+    def _perturbed(self, defense: str, attack: str, batch: Batch, transferred: _Made, chunk: int) -> Tensor:
+        """Adversarial images. An attack on the bare classifier runs once for all defenses of that classifier."""
+        method, image, index = self.attacks[attack], batch["image"], batch["index"]
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), ATTACK)
         view = self.views[defense, attack]
-        if how.target == "defense":
-            return how(view, image, batch["label"], noise, chunk)
+        if method.target == "defense":
+            return method(view, image, batch["label"], noise, chunk)
         keys = [(attack, self.defenses[defense].classifier, i, chunk) for i in index.tolist()]
         if any(key not in transferred for key in keys):
-            transferred.update(zip(keys, how(view, image, batch["label"], noise, chunk), strict=True))
+            transferred.update(zip(keys, method(view, image, batch["label"], noise, chunk), strict=True))
         return torch.stack([transferred[key] for key in keys])
 
     def _lost_before(self, defense: str, attack: str, index: int, ledger: Ledger) -> Record | None:
-        """The record of a sample that needs no further attack."""
+        """With ``skip_lost``, the record of a sample that an earlier attack broke in all runs."""
         if not self.skip_lost:
             return None
-        # Earlier in the order of the attacks: an interrupted run may have left a later one's record alone.
+        # Only attacks that come earlier in the order: an interrupted run may hold only a later one's record.
         for earlier in itertools.takewhile(lambda name: name != attack, self.attacks):
-            how, other = self.attacks[attack], self.attacks[earlier]
-            found = ledger.lost.get((defense, earlier, index))
-            if found and (how.threat, how.eps) == (other.threat, other.eps):
-                return replace(found, attack=attack, lost_to=found.lost_to or earlier, seconds=0.0)
+            own, other = self.attacks[attack], self.attacks[earlier]
+            lost = ledger.lost.get((defense, earlier, index))
+            if lost and (own.threat, own.eps) == (other.threat, other.eps):
+                return replace(lost, attack=attack, lost_to=lost.lost_to or earlier, seconds=0.0)
         return None
 
     def _views(self) -> dict[tuple[str, str], Attacked]:
-        """What each attack is handed of each defense."""
+        """The attacked function of every (defense, attack)."""
         for name in self.gradients:
             if name not in self.attacks:
-                raise InputError(f"gradients: {name!r} is not among the attacks {', '.join(self.attacks)}")
+                raise InputError(f"gradients: {name!r} is not among the attacks {', '.join(self.attacks)}: use one")
             if self.attacks[name].target == "classifier":
-                raise InputError(f"gradients: {name} is handed the bare classifier in any case: leave it out")
+                raise InputError(f"gradients: {name} attacks the bare classifier and needs no gradient: leave it out")
         views = {}
         for defense, attack in self.pairs:
             bare = self.attacks[attack].target == "classifier"
@@ -387,7 +392,7 @@ class Evaluator(nn.Module):
 
 
 def _fetched(values: Sequence[Tensor]) -> list[Any]:
-    """Integers and floats of several tensors as lists."""
+    """Several tensors as lists, fetched in one transfer."""
     flat, found = torch.cat([each.double().flatten() for each in values]).cpu(), []
     for each in values:
         found.append(flat[: each.numel()].to(each.dtype).reshape(each.shape).tolist())

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where in it, and whether a run may go on in it."""
+"""The run folder: its files, its lock, and the check whether a run may resume in it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _SHOWN = 5
 
 
 class RunFolder:
-    """Paths of a run.
+    """The files of a run.
 
     Args:
-        path: The folder; made when something is written.
+        path: The folder; the first write creates it.
 
     Attributes:
-        config: The resolved configuration, which repeats the run.
-        identity: What the records depend on: settings, and hashes of the files they name.
-        records: One line for each record.
-        summary: Accuracies of every result.
-        report: What people look at.
-        overlays: Images of the gallery.
+        config: The resolved configuration; it repeats the run.
+        identity: The settings that records depend on, with hashes of the files they name.
+        records: The records, one a line.
+        summary: The accuracies of every result.
+        report: The report as HTML.
+        overlays: Pictures of the gallery.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,17 +42,17 @@ class RunFolder:
         self._lock: BinaryIO | None = None
 
     def part(self, rank: int) -> Path:
-        """Where a process other than rank zero appends its records: every file has one writer."""
+        """The records file of a rank. Each rank writes its own file; rank 0 writes ``records.jsonl``."""
         return self.records if rank == 0 else self.path / f"records.rank{rank}.jsonl"
 
     def open_part(self, rank: int) -> BinaryIO:
-        """Opens what a process appends its records to.
+        """Opens the records file of a rank for appending.
 
-        ``collect`` has removed the parts of an earlier run. What is left of that run, if it still lives, holds a file
-        without a name, and learns so from its next write.
+        ``collect`` has deleted the parts of an earlier run. If a process of that run is still alive, its next write
+        finds that its file is gone.
 
         Raises:
-            InputError: Another process is writing there.
+            InputError: Another run is writing to the folder.
         """
         try:
             return self.part(rank).open("ab" if rank == 0 else "xb", buffering=0)
@@ -61,11 +61,11 @@ class RunFolder:
 
     @uncollected()
     def collect(self, write: bool) -> list[Record]:
-        """All records of all processes, sorted; on request merged into ``records.jsonl``, which mends a torn line."""
+        """All records of all ranks, sorted. ``write`` merges them into ``records.jsonl`` and removes torn lines."""
         parts = [self.records, *sorted(self.path.glob("records.rank*.jsonl"))]
         found = {record.key: record for part in reversed(parts) for record in read_records(part)}
         records = in_order(found.values())
-        # Also without a whole record: the next line must not be joined to a torn one.
+        # Even without a complete record: the next line must not continue a torn one.
         if write and any(part.exists() for part in parts):
             write_records(self.records, records)
             for part in parts[1:]:
@@ -73,15 +73,15 @@ class RunFolder:
         return records
 
     def lock(self) -> None:
-        """Keeps other runs out of the folder until it is released, or this process ends.
+        """Locks the folder against other runs, until ``release`` or the end of this process.
 
         Raises:
-            InputError: Another run is writing there.
+            InputError: Another run is writing to the folder.
         """
         self.release()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("wb")
-        # Worker processes of a loader outlive a killed run for some seconds: they must not hold its lock.
+        # Dataloader workers outlive a killed run for some seconds and must not hold its lock.
         os.register_at_fork(after_in_child=self._lock.close)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,42 +89,42 @@ class RunFolder:
             self.release()
             raise InputError(_taken(self.path)) from error
         except OSError:
-            # A file system without locks. Two runs there would take each other's parts away, and so notice.
+            # The file system has no locks. Two runs would delete each other's parts, and stop.
             pass
 
     def release(self) -> None:
-        """Lets other runs in."""
+        """Releases the lock."""
         if self._lock is not None:
             self._lock.close()
 
     def write_config(self, text: str) -> None:
-        """Writes the resolved configuration, YAML."""
+        """Writes the resolved configuration (YAML)."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, text)
 
     def claim(self, identity: Mapping[str, Any], config: str | None, write: bool) -> None:
-        """Makes the folder this run's own; a process that writes locks it before it looks at anything.
+        """Checks that this run may use the folder; with ``write``, locks it and writes identity and configuration.
 
         Args:
-            identity: What the records depend on.
-            config: The resolved configuration, YAML; ``None`` where there is none.
+            identity: The settings that records depend on.
+            config: The resolved configuration (YAML), if there is one.
             write: Whether this process writes.
 
         Raises:
-            InputError: The folder holds records of a run with other settings, or another run is writing there.
+            InputError: The folder holds records of other settings, or another run is writing to it.
         """
         if write:
             self.lock()
         before = self._identity_before()
         if before is None and self.collect(write=False):
             raise InputError(
-                f"{self.path} holds records, but no {self.identity.name} that says of which settings: choose another "
-                "folder, or remove that one"
+                f"{self.path} holds records, but no {self.identity.name} with their settings: choose another folder or "
+                "remove this one"
             )
-        # Without records there is nothing that other settings could mix with.
+        # Without records, other settings can mix with nothing.
         if (found := self.differences(identity)) and self.collect(write=False):
             raise InputError(
-                f"{self.path} holds a run with other settings ({found}): choose another folder, or remove that one"
+                f"{self.path} holds a run with other settings ({found}): choose another folder, or remove this one"
             )
         if write:
             if config is not None:
@@ -132,10 +132,10 @@ class RunFolder:
             write_whole(self.identity, json.dumps(identity, indent=1))
 
     def differences(self, identity: Mapping[str, Any]) -> str:
-        """How the run in the folder differs from this one, in a few of its settings; empty where it does not."""
+        """Names some settings in which the run in the folder differs from this one; empty if none differs."""
         there, here = comparable(self._identity_before() or identity), comparable(identity)
         keys = [key for key in {**here, **there} if there.get(key, _MISSING) != here.get(key, _MISSING)]
-        # Of an object that one of them does not have its arguments say nothing more, and hashes say least.
+        # If an object is missing on one side, its arguments add nothing. Hashes come last: they tell the reader least.
         keys = sorted((k for k in keys if k.rpartition(".")[0] not in keys), key=lambda k: k.endswith(SHA256))
         shown = [f"{key}: {_short(there, key)} there, {_short(here, key)} here" for key in keys[:_SHOWN]]
         return "; ".join(shown) + (f"; {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else "")
@@ -146,7 +146,7 @@ class RunFolder:
         try:
             found = json.loads(self.identity.read_text())
             if not isinstance(found, dict):
-                raise ValueError("no settings in it")
+                raise ValueError("it holds no settings")
         except ValueError as error:
             raise InputError(f"{self.identity}: damaged ({error}): choose another folder") from error
         return found
@@ -157,20 +157,17 @@ def _taken(path: Path) -> str:
 
 
 def _short(settings: Mapping[str, Any], key: str) -> str:
-    """A value in few characters."""
+    """A setting's value, shortened."""
     return reprlib.repr(settings[key]).strip("'") if key in settings else "nothing"
 
 
 def comparable(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity such that those of runs with equal records are equal: a file is its content, wherever it lies.
-
-    What made a network does not count beside its weights' hash.
-    """
+    """Drops paths and constructors of hashed objects from an identity: runs with equal records then compare equal."""
     made = {key.removesuffix(f".weights{SHA256}") for key in identity if key.endswith(f".weights{SHA256}")}
     return {key: value for key, value in identity.items() if key + SHA256 not in identity and key not in made}
 
 
 def file_hashes(identity: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 of the files that an identity names, by their path."""
+    """sha256 of the files in an identity, by path."""
     keys = [key for key in identity if key + SHA256 in identity]
     return {str(identity[key]): identity[key + SHA256] for key in keys}

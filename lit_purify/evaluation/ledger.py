@@ -1,4 +1,4 @@
-"""What an evaluation has found so far."""
+"""The state of an evaluation: existing records and known predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_purify.evaluation.records import Key, Record
 
 @dataclass(frozen=True)
 class View:
-    """A sample's pictures in the first run: images (C, H, W) in [0, 1], mask (1, H, W) or ``None``; of rows (F,)."""
+    """A sample in the first run: images (C, H, W) in [0, 1] and mask (1, H, W) or ``None``; table rows are (F,)."""
 
     record: Record
     original: Tensor
@@ -23,13 +23,13 @@ class View:
 
 
 class Ledger:
-    """What an evaluation knows already: which records exist, which samples are lost, clean predictions.
+    """Existing records, lost samples and clean predictions of an evaluation.
 
     Attributes:
         done: Keys of all records.
-        lost: Records of samples that were wrong in all runs.
-        clean: Clean predictions by (defense, sample, chunk): they are the same under every attack.
-        chunk: Rows of a network call that fit into memory; ``None`` before any call.
+        lost: Records of lost samples: wrong in all runs.
+        clean: Clean predictions by (defense, sample, chunk); all attacks share them.
+        chunk: Rows of a network call that fit into memory; ``None`` before the first call.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class Ledger:
         self.clean: dict[tuple[str, int, int | None], list[int]] = {}
         self.chunk: int | None = None
 
-    def note(self, records: Iterable[Record]) -> None:
-        """Takes down records."""
+    def add(self, records: Iterable[Record]) -> None:
+        """Adds records."""
         for record in records:
             self.done.add(record.key)
             self.clean[record.defense, record.index, record.chunk] = record.clean

@@ -1,4 +1,4 @@
-"""The evaluation as a LightningModule: batches from the loader, running accuracies."""
+"""The evaluation as a LightningModule, with running accuracies."""
 
 from __future__ import annotations
 
@@ -16,20 +16,27 @@ from lit_purify.evaluation.records import Record
 
 
 class EvaluationListener:
-    """A callback of an evaluation that learns of results at once; inherit it beside ``lightning.Callback``."""
+    """Receives each result at once; a callback inherits it beside ``lightning.Callback``."""
 
     def on_evaluated(
         self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
     ) -> None:
-        """Some samples were evaluated under one defense and one attack."""
+        """Runs after some samples were evaluated under one defense and one attack.
+
+        Args:
+            trainer: The trainer.
+            task: The evaluation.
+            records: The new records, all of one (defense, attack).
+            views: The pictures of gallery samples among them.
+        """
 
 
 class RobustnessTask(L.LightningModule):
     """Runs an evaluator over a datamodule's samples, on any number of processes.
 
     Args:
-        evaluator: What evaluates.
-        gallery: Samples whose images are shown, the first of the evaluated ones.
+        evaluator: The evaluator.
+        gallery: Number of samples, from the first, whose pictures are kept.
     """
 
     def __init__(self, evaluator: Evaluator, gallery: int = 12) -> None:
@@ -38,25 +45,28 @@ class RobustnessTask(L.LightningModule):
         self._shares: dict[tuple[str, str | None], dict[int, float]] = defaultdict(dict)
 
     def resume(self, records: Iterable[Record], count: bool) -> None:
-        """Takes over what an interrupted evaluation has recorded: it is not evaluated again.
+        """Takes over the records of an interrupted evaluation, so their samples are not evaluated again.
 
         Args:
             records: The records.
-            count: Whether this process counts them in its running accuracies; one process does.
+            count: Whether this process counts them in its running accuracies; set it on one process only.
+
+        Raises:
+            InputError: A record belongs to another evaluation.
         """
-        found = list(records)
-        check_records(found, self.evaluator)
-        self.ledger.note(found)
+        existing = list(records)
+        check_records(existing, self.evaluator)
+        self.ledger.add(existing)
         if count:
-            self._count(found)
+            self._count(existing)
 
     def setup(self, stage: str) -> None:
-        """Checks, and warns."""
+        """Checks callbacks and data, and prints warnings."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if hasattr(callback, "on_evaluated") and not isinstance(callback, EvaluationListener):
                 raise InputError(
                     f"{type(callback).__name__}: on_evaluated would never be called: let the class inherit "
-                    "lit_purify.evaluation.EvaluationListener, too"
+                    "lit_purify.evaluation.EvaluationListener too"
                 )
         self.evaluator.check(self.data.evaluated)
         if self.trainer.is_global_zero:
@@ -64,7 +74,7 @@ class RobustnessTask(L.LightningModule):
                 print(f"warning: {remark}", file=sys.stderr)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluates what is not recorded yet of a batch, and tells the listeners after each pair."""
+        """Evaluates the unrecorded samples of a batch, and notifies the listeners after each (defense, attack)."""
         shown = self.data.evaluated.positions[: self.gallery].tolist()
         listeners = [c for c in self.trainer.callbacks if isinstance(c, EvaluationListener)]  # type: ignore[attr-defined]
         for records, views in self.evaluator.evaluate(batch, self.ledger, shown):
@@ -73,12 +83,12 @@ class RobustnessTask(L.LightningModule):
                 listener.on_evaluated(self.trainer, self, records, views)
 
     def running(self, defense: str, attack: str | None = None) -> float:
-        """Average accuracy so far, on this process alone: robust of a pair, clean without an attack."""
+        """Average accuracy so far in [0, 1], on this process: robust, or clean if ``attack`` is ``None``."""
         shares = self._shares[defense, attack].values()
         return sum(shares) / max(1, len(shares))
 
     def _count(self, records: Sequence[Record]) -> None:
-        """Keeps the share of right runs of each sample; that of clean runs is the same under every attack."""
+        """Keeps each sample's share of correct runs; all attacks share the clean one."""
         for record in records:
             for attack, predictions in ((record.attack, record.adversarial), (None, record.clean)):
                 share = predictions.count(record.label) / len(predictions)
@@ -86,18 +96,18 @@ class RobustnessTask(L.LightningModule):
 
     @property
     def data(self) -> ImageDataModule:
-        """The samples that are evaluated."""
+        """The datamodule of the evaluated samples."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ImageDataModule)
         return data
 
 
 def check_records(records: Iterable[Record], evaluator: Evaluator) -> None:
-    """Raises an ``InputError`` when a record is of another evaluation."""
+    """Raises an ``InputError`` if a record belongs to another evaluation."""
     pairs = set(evaluator.pairs)
     for record in records:
         if (record.defense, record.attack) not in pairs or len(record.clean) != evaluator.runs:
             raise InputError(
-                f"the run's folder holds a record of {record.defense} under {record.attack} with "
-                f"{len(record.clean)} runs, which this evaluation does not make; use another folder"
+                f"the run folder holds a record of {record.defense} under {record.attack} with {len(record.clean)} "
+                "runs: this evaluation has no such result, choose another run folder"
             )

@@ -1,4 +1,4 @@
-"""One record for each (defense, attack, sample): the evidence that every figure is computed from."""
+"""Records: one for each (defense, attack, sample). Every figure of a report is computed from them."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Record:
-    """What became of one sample.
+    """The predictions on one sample under one defense and one attack.
 
     Attributes:
         defense: Name of the defense.
         attack: Name of the attack.
         index: Position of the sample in its split.
-        label: Its class.
-        clean: The N predictions on the clean image.
-        adversarial: The N predictions on the adversarial image.
-        linf: Largest change of a pixel of [0, 1].
-        l2: Euclidean norm of the change.
-        seconds: Time spent on this sample, its share of the batch.
-        lost_to: The earlier attack whose image this is, where it left the sample wrong in all runs and the evaluation
-            skips what is lost; else ``None``: the attack itself ran.
-        chunk: Rows of a network call where memory was too small for as many as configured; else ``None``.
-        replicas: With diagnostics, predictions of 100 further draws on the adversarial image, see ``diagnose``.
-        averaged: The predictions of their logits, averaged over the first 1, 10, 30, 50 and 100.
-        frozen: The prediction where attack and defense share a single draw.
+        label: True class of the sample.
+        clean: Predictions on the clean image, one for each of N runs.
+        adversarial: Predictions on the adversarial image, one for each of N runs.
+        linf: Linf norm of the perturbation, in pixels of [0, 1].
+        l2: L2 norm of the perturbation.
+        seconds: This sample's share of the batch's time.
+        lost_to: With ``skip_lost``, the earlier attack that broke all runs and whose result this record repeats;
+            ``None`` if the attack itself ran.
+        chunk: Rows of a network call, if memory was too small for the configured number; else ``None``.
+        replicas: With diagnostics, predictions of 100 fresh draws on the adversarial image, see ``diagnose``.
+        averaged: With diagnostics, predictions of the logits averaged over the first 1, 10, 30, 50 and 100 draws.
+        frozen: With diagnostics, the prediction if attack and defense share a single draw.
     """
 
     defense: str
@@ -56,24 +56,24 @@ class Record:
 
     @property
     def key(self) -> Key:
-        """(defense, attack, index): unique in an evaluation."""
+        """(defense, attack, index), unique within an evaluation."""
         return self.defense, self.attack, self.index
 
     def line(self) -> str:
-        """One line of JSON."""
-        # Unlike asdict, without copies of the lists.
+        """The record as one line of JSON, with its newline."""
+        # asdict would copy the lists.
         values = {name: value for name, value in vars(self).items() if value is not None or name not in _OPTIONAL}
         return json.dumps(values) + "\n"
 
 
 _OPTIONAL = {"lost_to", "chunk", "replicas", "averaged", "frozen"}
-"""Left out where they are ``None``, which is the rule."""
+"""Fields that a line leaves out if they are ``None``."""
 _FIELDS = {field.name for field in fields(Record)} - _OPTIONAL
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Pauses the search for cyclic garbage, which would go through all records again and again, and find none."""
+    """Pauses garbage collection, which would scan all records repeatedly and find no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -85,10 +85,10 @@ def uncollected() -> Iterator[None]:
 
 @uncollected()
 def read_records(path: Path) -> list[Record]:
-    """The records of a file, in order; of two with one key the first. A torn last line is left out.
+    """The records of a file, in order. Of duplicates the first counts; a torn last line is ignored.
 
     Raises:
-        InputError: A line that is not the last cannot be read.
+        InputError: A line before the last is not a record.
     """
     if not path.exists():
         return []
@@ -100,15 +100,15 @@ def read_records(path: Path) -> list[Record]:
         try:
             values = json.loads(line)
             if values.keys() - _OPTIONAL != _FIELDS:
-                raise ValueError("other fields than a record has")
+                raise ValueError("its fields are not those of a record")
             record = Record(**values)
             if {type(p) for p in (record.label, *record.clean, *record.adversarial)} != {int}:
-                raise ValueError("predictions that are no classes")
+                raise ValueError("its predictions are not class numbers")
             if len(record.clean) != len(record.adversarial):
-                raise ValueError("other numbers of clean and adversarial runs")
+                raise ValueError("the numbers of clean and adversarial runs differ")
         except (ValueError, TypeError, AttributeError) as error:
             if number == len(lines):
-                # Without its newline: the writer died in the middle of it.
+                # No newline: the writer was killed while it wrote this line.
                 continue
             raise InputError(f"{path}: line {number} is not a record ({error}); repair or remove it") from error
         found.setdefault(record.key, record)
@@ -116,21 +116,21 @@ def read_records(path: Path) -> list[Record]:
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:
-    """Sorted by sample, defense and attack."""
+    """Sorts records by sample, defense and attack."""
     return sorted(records, key=lambda record: (record.index, record.defense, record.attack))
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Replaces a file by these records, atomically."""
+    """Replaces a file atomically by these records."""
     write_whole(path, "".join(record.line() for record in records))
 
 
 def append_records(stream: BinaryIO, records: Iterable[Record]) -> None:
-    """Brings whole lines to the disk, or none of them.
+    """Appends all lines and flushes them to the disk; if that fails, appends none.
 
     Args:
         stream: Opened for appending, without a buffer.
-        records: What to append.
+        records: The new records.
     """
     end = stream.seek(0, os.SEEK_END)
     content = "".join(record.line() for record in records).encode()
@@ -138,7 +138,7 @@ def append_records(stream: BinaryIO, records: Iterable[Record]) -> None:
         while content:
             content = content[stream.write(content) :]
         os.fsync(stream.fileno())
-    # Also a signal that ends the process; what is written whole by then stays.
+    # Includes signals that end the process. Lines that are already complete stay.
     except BaseException:
         if content:
             stream.truncate(end)
@@ -146,18 +146,18 @@ def append_records(stream: BinaryIO, records: Iterable[Record]) -> None:
 
 
 def identity_sha256(settings: Mapping[str, Any]) -> str:
-    """What verdicts name the settings by that they are about."""
+    """Hash of the settings that an audit or gradcheck verdict belongs to."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file or, when that fails, leaves what was there."""
+    """Writes a file atomically: if that fails, the old file stays."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
-            # Else a crash of the machine may leave the new name and no content.
+            # Without fsync, a crash of the machine may leave an empty file.
             os.fsync(stream.fileno())
         partial.replace(path)
     except BaseException:

@@ -1,1 +1,1 @@
-"""What people read: summary, tables, pages and drawings, made of a run's records."""
+"""Summaries, tables, HTML pages and plots from the records of a run."""

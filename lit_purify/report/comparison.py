@@ -1,4 +1,4 @@
-"""Several finished evaluations side by side, with differences that are paired where samples are shared."""
+"""Comparison of finished evaluations, with paired differences over shared samples."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lit_purify.report.html import drawing, render
 from lit_purify.report.summary import KINDS, attacks_of, groups_of, outcomes_of, percent, signed
 
 GENERATOR = "lit_purify compare"
-"""What a page of a comparison says that it was made by."""
+"""Marks a page as a comparison, so that only comparisons are overwritten."""
 _HOW = ("attack_title", "attack_steps", "eot", "gradient", "mask_gradient")
-"""What makes two attacks of one threat model alike, under whatever names."""
+"""Keys that must agree for two attacks to count as the same, whatever their names."""
 
 
 class Row(NamedTuple):
-    """A defense of a run, and its differences in [-1, 1] to its counterpart in the first run, if there is one."""
+    """A defense of a run, and its differences in [-1, 1] from its counterpart in the first run, if any."""
 
     title: str
     result: Mapping[str, Any]
@@ -34,22 +34,29 @@ class Row(NamedTuple):
 
 
 class Comparison:
-    """Runs compared to the first of them: at least two folders of finished evaluations, each named once."""
+    """Compares runs with the first of them.
+
+    Args:
+        folders: At least two different folders of finished evaluations.
+
+    Raises:
+        InputError: There are fewer than two folders, one is repeated, or one holds no finished evaluation.
+    """
 
     def __init__(self, folders: Sequence[Path]) -> None:
         if len(folders) < 2:
-            raise InputError("compare takes two run folders or more, the first is what the others are compared to")
+            raise InputError("compare needs at least two run folders: name the baseline first")
         found = [FinishedRun.read(path) for path in folders]
         self.runs = {str(run.path): run for run in found}
         if len({Path(name).resolve() for name in self.runs}) < len(found):
-            raise InputError(f"{', '.join(map(str, folders))}: a run is named twice; give each run once")
+            raise InputError(f"{', '.join(map(str, folders))}: a run is named twice: give each run once")
         self.first, *_ = self.runs
         self.pairing = {name: _pairing(self.runs[self.first], run) for name, run in self.runs.items()}
         threats = dict.fromkeys(threat for run in self.runs.values() for threat in run.threats)
         self.rows = {threat: [row for name in self.runs for row in self._rows(name, threat)] for threat in threats}
 
     def _rows(self, name: str, threat: Threat) -> list[Row]:
-        """The counterpart of a defense has the same name, or else is the first run's baseline."""
+        """The rows of a run. A defense's counterpart has the same name, or else is the first run's baseline."""
         first, run, rows = self.runs[self.first], self.runs[name], []
         known = first.threats.get(threat, {})
         for defense, result in run.threats.get(threat, {}).items():
@@ -73,7 +80,7 @@ class Comparison:
         return rows
 
     def page(self) -> str:
-        """``compare.html``."""
+        """The comparison as an HTML page."""
         drawings = {
             threat: drawing([r.result for r in rows], [r.title for r in rows]) for threat, rows in self.rows.items()
         }
@@ -83,7 +90,7 @@ class Comparison:
         return render("compare.html", comparison=self, drawings=drawings, differing=differing, GENERATOR=GENERATOR)
 
     def table(self) -> str:
-        """What is printed."""
+        """The comparison as text for the terminal."""
         lines = [f"{name}: not paired, {reason}" for name, reason in self.pairing.items() if reason]
         for threat, rows in self.rows.items():
             width = max(len(row.title) for row in rows)
@@ -97,34 +104,34 @@ class Comparison:
 
 
 def _pairing(first: FinishedRun, run: FinishedRun) -> str:
-    """Why the samples of two runs cannot be paired; empty if they can."""
+    """The reason why the samples of two runs cannot be paired; empty if they can."""
     for key in ("dataset", "split", "classifier"):
         if first.summary[key] != run.summary[key]:
             return f"another {key}: {run.summary[key]}, not {first.summary[key]}"
     if _settings(first, "classifier") != _settings(run, "classifier"):
         return "the classifier has other settings or another file"
     if _settings(first, "data") != _settings(run, "data"):
-        return "the data have other settings, and samples of one number may be other images"
+        return "the data has other settings, so one index may mean different images"
     before, after = ({record.index: record.label for record in each.records} for each in (first, run))
     shared = before.keys() & after.keys()
     if any(before[index] != after[index] for index in shared):
-        return "samples of one number have other labels, so the data are not the same"
-    return "" if shared else "no sample is shared"
+        return "the same samples have other labels, so the data differs"
+    return "" if shared else "the runs share no sample"
 
 
 def _settings(run: FinishedRun, part: str) -> dict[str, Any]:
-    """Of the classifier or the data, without the choice of samples, and with files by their content, not their path."""
+    """Settings of the classifier or the data, without the subset, and with files by content."""
     kept = comparable(run.identity).items()
     return {key: value for key, value in kept if re.match(rf"{part}\b(?!\.subset\b)", key)}
 
 
 def _how(run: FinishedRun, result: Mapping[str, Any]) -> list[list[Any]]:
-    """Of every attack behind a result."""
+    """The settings of every attack behind a result."""
     attacks = {each["attack"]: each for each in run.summary["results"] if each["defense"] == result["defense"]}
     return sorted(([attacks[name].get(key) for key in _HOW] for name in attacks_of(result)), key=str)
 
 
 def _averages(run: FinishedRun, result: Mapping[str, Any]) -> dict[int, torch.Tensor]:
-    """By sample the share (2,) of right runs, clean and attacked."""
+    """By sample, the shares (2,) of correct runs, clean and attacked."""
     shares = torch.stack([outcomes_of(run.pairs, result, kind)[:, 0] for kind in KINDS], dim=1)
     return dict(zip([record.index for record in groups_of(run.pairs, result)[0].records], shares, strict=True))

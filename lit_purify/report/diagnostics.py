@@ -1,4 +1,4 @@
-"""Fresh replicas and frozen noise in figures, words and tables."""
+"""Accuracy over fresh replicas and under frozen noise, as numbers and tables."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lit_purify.evaluation.records import Record
 from lit_purify.functional.statistics import outcomes, wilson
 
 WAYS = ("averaged", "vote")
-"""How replicas decide together: by their averaged logits, or by their vote."""
+"""How replicas decide jointly: by averaged logits or by vote."""
 
 
 def diagnosed(records: Sequence[Record]) -> dict[str, Any]:
-    """Of one (defense, attack): accuracies over ``replicas`` by way, and under ``frozen`` noise; else nothing.
+    """Accuracies of one (defense, attack) over replicas and under frozen noise; empty without diagnostics.
 
     Returns:
         ``{"replicas": {"averaged": [[count, value, low, high], ...], "vote": ...}, "frozen": [value, low, high]}``.
@@ -41,7 +41,7 @@ def diagnosed(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def diagnosis_lines(results: Sequence[Mapping[str, Any]], width: int) -> list[str]:
-    """Of the results of one attack, what ``eval.py`` prints; nothing without diagnostics."""
+    """The printed table for the results of one attack; empty without diagnostics."""
     known = [result for result in results if "frozen" in result]
     if not known:
         return []

@@ -1,4 +1,4 @@
-"""A finished evaluation, read from a run's folder or made in memory: what pages are made of."""
+"""A finished evaluation, read from a run folder or built in memory."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Threat = tuple[str, float]
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished evaluation; the first three arguments suffice for one in memory.
+    """A finished evaluation. In memory, the first three arguments suffice.
 
     Attributes:
         summary: Content of ``summary.json``, see ``summarize``.
         records: The records behind it.
-        identity: Settings that the records depend on.
-        config: The configuration as YAML; ``None`` if the evaluation had none.
-        views: Samples to look at.
-        verdicts: Of ``audit`` and ``gradcheck``, see ``_verdict``.
-        path: The run's folder, if there is one.
+        identity: The settings that records depend on.
+        config: The configuration as YAML, if there is one.
+        views: Pictures of the gallery.
+        verdicts: Results of ``audit`` and ``gradcheck``, see ``_verdict``.
+        path: The run folder, if there is one.
     """
 
     summary: Mapping[str, Any]
@@ -44,7 +44,10 @@ class FinishedRun:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Reads a run's folder, which its ``summary.json`` may stand for.
+        """Reads a run folder.
+
+        Args:
+            path: The folder or its ``summary.json``.
 
         Raises:
             InputError: The folder holds no finished evaluation, or a file in it is missing or damaged.
@@ -52,28 +55,28 @@ class FinishedRun:
         folder = RunFolder(path.parent if path.name == "summary.json" else path)
         if not folder.summary.is_file():
             unfinished = folder.records.exists()
-            remedy = "the same eval.py command finishes it" if unfinished else "give a folder that eval.py has written"
-            raise InputError(f"{folder.path}: no finished evaluation, summary.json is missing; {remedy}")
+            remedy = "finish it with the same eval.py command" if unfinished else "name a folder that eval.py wrote"
+            raise InputError(f"{folder.path}: no finished evaluation, summary.json is missing: {remedy}")
         summary = Summary.read(folder.summary)
         try:
             identity = dict(json.loads(folder.identity.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{folder.identity}: cannot be read ({error}); give the command again") from error
+            raise InputError(f"{folder.identity}: cannot be read ({error}): run eval.py in a new folder") from error
         wanted = {(result["defense"], attack) for result in summary["results"] for attack in attacks_of(result)}
         used = [record for record in folder.collect(write=False) if record.key[:2] in wanted]
         if len(used) != (expected := len(wanted) * summary["samples"]):
             raise InputError(
-                f"{folder.records}: {len(used)} records of the {expected} in summary.json; give the command again, "
-                "or choose another folder"
+                f"{folder.records}: {len(used)} records instead of the {expected} of summary.json: run the same "
+                "eval.py command again"
             )
         try:
-            # A run of the Python API has no configuration.
+            # lp.evaluate writes no configuration.
             config = folder.config.read_text() if folder.config.exists() else None
             views = list(pictures.read(folder.overlays, used))
         except OSError as error:
             raise InputError(
-                f"{error.filename or folder.overlays}: {str(error.strerror or error).lower()}, so there is no report; "
-                "put the file back, or choose another folder"
+                f"{error.filename or folder.overlays}: {str(error.strerror or error).lower()}, so there is no report: "
+                "restore the file or choose another folder"
             ) from error
         verdicts = [_verdict(folder.path, command, identity) for command in ("audit", "gradcheck")]
         return cls(summary, used, identity, config, views, verdicts, folder.path)
@@ -85,7 +88,7 @@ class FinishedRun:
 
     @property
     def threats(self) -> dict[Threat, dict[str, Mapping[str, Any]]]:
-        """By threat model and defense the result under all attacks: that of their ensemble, which comes last."""
+        """The result under all attacks (of their ensemble, if there are several), by threat model and defense."""
         found: dict[Threat, dict[str, Mapping[str, Any]]] = {}
         for result in self.summary["results"]:
             found.setdefault((result["norm"], result["eps"]), {})[result["defense"]] = result
@@ -93,9 +96,9 @@ class FinishedRun:
 
 
 def _verdict(folder: Path, command: str, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Of ``audit.json`` or ``gradcheck.json``: its ``content``, the ``failed`` checks, the number of ``samples``.
+    """Reads ``audit.json`` or ``gradcheck.json``: its ``content``, the ``failed`` checks, the number of ``samples``.
 
-    The ``state`` is passed, failed, undecided (too few samples), missing or unreadable; ``stale`` means other settings.
+    ``state`` is passed, failed, undecided (too few samples), missing or unreadable. ``stale`` means other settings.
     """
     found = {"command": command, "stale": False, "samples": 0, "failed": [], "content": {}}
     try:
@@ -111,12 +114,12 @@ def _verdict(folder: Path, command: str, identity: Mapping[str, Any]) -> dict[st
 
 
 def threat_name(threat: Threat) -> str:
-    """As ``L∞ ≤ 8/255``."""
+    """A threat model as text, such as ``L∞ ≤ 8/255``."""
     return f"{ {'linf': 'L∞', 'l2': 'L2'}.get(threat[0], threat[0]) } ≤ {radius(threat)}"
 
 
 def radius(threat: Threat) -> str:
-    """In 255ths if the radius is a whole number of them that a short decimal does not give."""
+    """The radius as text: as ``N/255`` if it is such a fraction and no short decimal."""
     norm, eps = threat
     short = len(f"{eps:.6g}".lstrip("0.")) <= 2
     if norm == "linf" and not short and abs(255 * eps - round(255 * eps)) < 1e-4:

@@ -1,4 +1,4 @@
-"""report.html: one file that opens without a network."""
+"""The report as one HTML file that needs no network."""
 
 from __future__ import annotations
 
@@ -28,28 +28,37 @@ from lit_purify.report.rows import changed
 from lit_purify.report.summary import KINDS, RULES, attack_line, attacks_of, denoising_lines, summarize
 
 _COLORS = 8
-"""Series colors of the page, ``--series-0`` and so on; with five markers they tell forty series apart."""
+"""Series colors of the page, ``--series-0`` and so on; with five markers they distinguish forty series."""
 _CIRCLE, _SQUARE, _DIAMOND = "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z", "M-3.5 -3.5h7v7h-7z", "M0 -5l5 5l-5 5l-5 -5z"
 _MARKERS = (_CIRCLE, _SQUARE, _DIAMOND, "M0 -5l5 9h-10z", "M0 5l5 -9h-10z")
 CHECKS = {"audit": "Audit of the attack", "gradcheck": "Check of the gradients"}
 
 
 def write_report(folder: RunFolder) -> None:
-    """Writes the ``report.html`` of a run's folder, or raises an ``InputError`` if a file is missing or damaged."""
+    """Writes ``report.html`` in a run folder; raises an ``InputError`` if a file is missing or damaged."""
     write_whole(folder.report, page(FinishedRun.read(folder.path)))
 
 
 def summary_of(
     evaluator: Evaluator, data: ImageDataset, name: str, split: str, records: list[Record], identity: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The summary of an evaluation; ``name`` and ``split`` are those of the data."""
+    """The summary of an evaluation.
+
+    Args:
+        evaluator: The evaluator.
+        data: The evaluated samples.
+        name: Name of the dataset.
+        split: Name of the split.
+        records: All records of the evaluation.
+        identity: The settings that records depend on.
+    """
     facts = evaluator.facts(data, name, split) | {"files": file_hashes(identity)}
     facts["smaller_chunks"] = dict(Counter(record.chunk for record in records if record.chunk is not None))
     return summarize(records, evaluator.describe(), facts, evaluator.baseline)
 
 
 def finish(folder: RunFolder, evaluator: Evaluator, data: ImageDataset, name: str, split: str) -> dict[str, Any]:
-    """Writes ``summary.json`` and ``report.html`` from the records of a run's folder; returns the summary.
+    """Writes ``summary.json`` and ``report.html`` from the records of a run folder; returns the summary.
 
     Raises:
         InputError: Records are missing.
@@ -60,7 +69,7 @@ def finish(folder: RunFolder, evaluator: Evaluator, data: ImageDataset, name: st
     if missing:
         raise InputError(
             f"{folder.records}: {len(missing)} of {len(wanted)} records are missing (first {missing[0]}); "
-            "run the same command again to go on"
+            "run the same command again"
         )
     used = [record for record in records if record.key in wanted]
     summary = summary_of(evaluator, data, name, split, used, json.loads(folder.identity.read_text()))
@@ -70,7 +79,7 @@ def finish(folder: RunFolder, evaluator: Evaluator, data: ImageDataset, name: st
 
 
 def page(run: FinishedRun) -> str:
-    """The report of one run; equal runs have equal pages."""
+    """The report of one run as HTML; equal runs have equal pages."""
     commands = {}
     if run.path is not None and run.config is not None:
         flags = f"--config {shlex.quote(str(RunFolder(run.path).config))} --run"
@@ -93,9 +102,10 @@ def page(run: FinishedRun) -> str:
 
 
 def drawing(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> dict[str, Any]:
-    """Clean against robust accuracy, see ``_scatter``.
+    """Plot of clean against robust accuracy, see ``_scatter``.
 
-    Lines join what no other point, nor a mixture of two, reaches: a solid one of a family, the dotted one of all.
+    A line joins the points that no other point and no mixture of two points exceeds: solid lines within a family, the
+    dotted line over all points.
     """
     points, names = [[r[kind]["average"] for kind in KINDS] for r in results], names or [r["defense"] for r in results]
     plot, x, y = _scatter(points, names, KINDS)
@@ -108,9 +118,9 @@ def drawing(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> 
 
 
 def diagnoses(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of one attack's results: accuracy over replicas, and accuracy under frozen against that under fresh noise.
+    """Two plots for one attack: accuracy over fresh replicas, and accuracy under fresh against frozen noise.
 
-    Of replicas solid lines show averaged logits, dotted ones the vote.
+    Solid lines show averaged logits, dotted lines the vote.
     """
     names = [result["defense"] for result in results]
     points = [[result["frozen"], result["robust"]["average"]] for result in results]
@@ -125,9 +135,9 @@ def diagnoses(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         line = " ".join(f"{place[row[0]]},{y(row[1])}" for row in rows)
         lines.append((line, style["color"], k >= len(names)))
         for count, value, low, high in rows if k < len(names) else ():
-            said = f"{names[k]}, {count} replicas: {100 * value:.1f} %"
+            title = f"{names[k]}, {count} replicas: {100 * value:.1f} %"
             bars = f"M{place[count]} {y(low)}V{y(high)}"
-            marks.append({**style, "title": said, "at": (place[count], y(value)), "bars": bars})
+            marks.append({**style, "title": title, "at": (place[count], y(value)), "bars": bars})
     replicas = {
         "x": [(left, str(count)) for count, left in place.items()],
         "y": [(y(value), f"{100 * value:.4g}") for value in ticks],
@@ -143,14 +153,14 @@ Scale = Callable[[float], float]
 
 
 def _scale(ticks: Sequence[float], start: float, length: float) -> Scale:
-    """From accuracies to pixels."""
+    """A map from accuracies in [0, 1] to pixels."""
     return lambda value: round(start + length * (value - ticks[0]) / (ticks[-1] - ticks[0]), 1)
 
 
 def _scatter(
     points: Sequence[Sequence[Sequence[float]]], names: Sequence[str], words: Sequence[str]
 ) -> tuple[dict[str, Any], Scale, Scale]:
-    """Pairs of intervals: ticks, marks and series for ``macros.html``, in 400 by 300 pixels, and the two scales."""
+    """Ticks, marks and series of a scatter plot of 400 by 300 pixels for ``macros.html``, and its two scales."""
     across, up = (_ticks([value for point in points for value in point[k]]) for k in (0, 1))
     x, y = _scale(across, 50, 400), _scale(up, 310, -300)
     families = [name.partition("/")[0] for name in names]
@@ -181,7 +191,7 @@ def _ticks(values: Sequence[float]) -> list[float]:
 
 
 def render(template: str, **content: Any) -> str:  # noqa: ANN401
-    """A page from a template; all text is escaped, and no script runs."""
+    """Renders a template to a page; all text is escaped, and no script runs."""
     strict: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
     environment = Environment(loader=PackageLoader("lit_purify.report"), trim_blocks=True, lstrip_blocks=True, **strict)
     environment.filters |= {"interval": _interval, "signed": _signed}
@@ -192,12 +202,12 @@ def render(template: str, **content: Any) -> str:  # noqa: ANN401
 
 
 def _interval(value: Sequence[float]) -> Markup:
-    """In percent, the interval small under its value."""
+    """A value in percent, with its interval in small type."""
     return Markup("{:.1f}<small>[{:.1f}, {:.1f}]</small>").format(*(100 * each for each in value))
 
 
 def _signed(value: Sequence[float] | None) -> Markup:
-    """A difference in points, in bold if its interval does not hold 0; nothing if there is none."""
+    """A difference in points, bold if its interval excludes 0; empty for ``None``."""
     if value is None:
         return Markup("")
     text = "<strong>{:+.1f}</strong>" if value[1] > 0 or value[2] < 0 else "{:+.1f}"

@@ -1,4 +1,4 @@
-"""Pictures of single samples: in a run's folder, and as addresses in a page."""
+"""Pictures of samples: files in the run folder, and data addresses in a page."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ OUTCOMES = {
     "wrong": "wrong when clean",
 }
 _LARGEST = 192
-"""Pixels: in a page images up to this size are exact, larger ones are shrunk to it and compressed."""
+"""Size in pixels up to which a page shows images exactly; larger ones are shrunk to it and compressed."""
 
 
 def write(view: View, overlays: Path) -> None:
-    """Writes ``NAME.png``, a strip for people, ``NAME.mask.png`` if there is a mask, and ``panels/NAME.PANEL.png``.
+    """Writes a strip of all panels ``NAME.png``, each panel ``panels/NAME.PANEL.png``, and ``NAME.mask.png`` if any.
 
-    Of rows of a table it writes ``NAME.npz``, with arrays of these names.
+    For table rows it writes the panels and the mask as arrays of ``NAME.npz``.
     """
     if view.original.ndim == 1:
         stream, arrays = io.BytesIO(), {panel: getattr(view, panel) for panel in (*PANELS, "mask")}
@@ -46,35 +46,35 @@ def write(view: View, overlays: Path) -> None:
     files = {f"panels/{name}.{panel}.png": getattr(view, panel) for panel in PANELS}
     if view.mask is not None:
         files[f"{name}.mask.png"] = view.mask
-    # The strip comes last: where it is, the others are too.
+    # The strip comes last: if it exists, the others do too.
     for file, image in {**files, f"{name}.png": strip(view)}.items():
         write_whole(overlays / file, _encoded(pil(image), format="png"))
 
 
 def read(overlays: Path, records: Iterable[Record]) -> Iterator[View]:
-    """The samples that have pictures, whichever process has written them; there may be many records without."""
-    there = {path.name for ending in ("png", "npz") for path in overlays.glob(f"*.{ending}")}
+    """Reads the pictures of all ranks; records without pictures are skipped."""
+    names = {path.name for ending in ("png", "npz") for path in overlays.glob(f"*.{ending}")}
     for record in records:
         name = picture_name(*record.key)
-        if f"{name}.npz" in there:
+        if f"{name}.npz" in names:
             with np.load(overlays / f"{name}.npz") as arrays:
                 found: dict[str, Any] = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
                 yield View(record, **{"mask": None, **found})
-        if f"{name}.png" in there:
+        if f"{name}.png" in names:
             images = {panel: _image(overlays / "panels" / f"{name}.{panel}.png") for panel in PANELS}
-            mask = _image(overlays / f"{name}.mask.png") if f"{name}.mask.png" in there else None
+            mask = _image(overlays / f"{name}.mask.png") if f"{name}.mask.png" in names else None
             yield View(record, mask=mask, **images)
 
 
 def strip(view: View) -> Tensor:
-    """Original, adversarial, adversarial with the mask, noised and purified image side by side."""
+    """Original, adversarial, adversarial with mask, noised and purified image side by side."""
     mask = torch.zeros_like(view.original[:1]) if view.mask is None else view.mask
     images = [view.original, view.adversarial, view.adversarial, view.noised, view.purified]
     return panels(torch.stack(images), mask, overlay=2)
 
 
 def pil(image: Tensor) -> Image.Image:
-    """Of an image (C, H, W) in [0, 1]: gray, color, or color with opacity."""
+    """Converts an image (C, H, W) in [0, 1] with 1, 3 or 4 channels to PIL."""
     return to_pil_image((255 * image).round().clamp(0, 255).byte())
 
 
@@ -90,7 +90,7 @@ def _encoded(image: Image.Image, **how: Any) -> bytes:  # noqa: ANN401
 
 
 def outcome(record: Record) -> str:
-    """A key of ``OUTCOMES``; a sample is wrong when clean if the vote gets its clean image wrong."""
+    """A key of ``OUTCOMES``. ``wrong`` means that the vote misclassifies the clean image."""
     right = sum(prediction == record.label for prediction in record.adversarial)
     if not outcomes(torch.tensor([record.clean]), torch.tensor([record.label]))[0, 2]:
         return "wrong"
@@ -98,7 +98,7 @@ def outcome(record: Record) -> str:
 
 
 def shown(view: View, classes: Sequence[str], features: Sequence[Sequence[Any]] = ()) -> Mapping[str, Any]:
-    """What a page shows of a sample: outcome, predictions in words, its images as addresses, or changes of its row."""
+    """The content of a gallery entry: outcome, predictions, and images as data addresses or changes of the row."""
     record, exact = view.record, max(view.original.shape[-2:]) <= _LARGEST
     rows = view.original.ndim == 1
 

@@ -1,4 +1,4 @@
-"""What reports say of rows of tables: detection and false alarms, kinds of attacks, what changed in which column."""
+"""Report content for table rows: detection, false alarms, kinds of attacks, and changed columns."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lit_purify.functional import statistics
 
 
 def by_kind(shares: Mapping[str, Tensor], label: Tensor, kinds: Sequence[str], runs: int) -> dict[str, Any]:
-    """What intrusion detection reads beside accuracy, clean and attacked.
+    """Detection and false alarm rates, and accuracies by kind.
 
     Args:
-        shares: By kind of runs, ``clean`` and ``robust``, the share of right runs of each sample, (B,).
-        label: (B,); class 0 is harmless.
+        shares: For ``clean`` and ``robust``, the share (B,) of correct runs of each sample.
+        label: (B,) true classes; class 0 is harmless.
         kinds: Finer class of each sample.
-        runs: N.
+        runs: N, runs of each sample.
 
     Returns:
-        ``detection``: share of attacks that are not taken for harmless (of two classes, those that are right);
-        ``false_alarms``: share of harmless samples that are; both as [value, low, high]. ``kinds``: by kind the number
-        of samples, and their average accuracies, clean and robust.
+        ``detection``: share of attacks that are not classified as harmless (with two classes, correctly).
+        ``false_alarms``: share of harmless samples that are classified as attacks. Both are [value, low, high].
+        ``kinds``: number of samples, clean and robust average accuracy, by kind.
     """
 
     def rate(values: Tensor) -> list[float]:
@@ -41,7 +41,7 @@ def by_kind(shares: Mapping[str, Tensor], label: Tensor, kinds: Sequence[str], r
 
 
 def detection_lines(results: Sequence[Mapping[str, Any]], width: int) -> list[str]:
-    """A table for the terminal, of one attack; nothing where classes are not told apart so."""
+    """The printed table for the results of one attack; empty for data without kinds."""
     if "detection" not in results[0]:
         return []
     lines = [
@@ -58,7 +58,7 @@ def detection_lines(results: Sequence[Mapping[str, Any]], width: int) -> list[st
 
 
 def columns(features: Sequence[Sequence[Any]]) -> dict[str, list[int]]:
-    """Positions of the features of each column: a group of categories is one column."""
+    """Positions of the features of each column; all categories of a column belong to it."""
     found: dict[str, list[int]] = {}
     for k, (name, *_) in enumerate(features):
         found.setdefault(name.partition("=")[0], []).append(k)
@@ -66,11 +66,11 @@ def columns(features: Sequence[Sequence[Any]]) -> dict[str, list[int]]:
 
 
 def changed(views: Iterable[View], features: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
-    """By defense, attack and column how often it changed, by how much on average, and how often it was noised strongly.
+    """For each defense, attack and column: share of changed rows, mean change, and share of strongly noised rows.
 
     Args:
-        views: Of rows.
-        features: Name, least and largest value of each feature.
+        views: Views of table rows.
+        features: Name, minimum and maximum of each feature.
     """
     groups: dict[tuple[str, str], list[View]] = {}
     for view in views:
@@ -91,7 +91,7 @@ def changed(views: Iterable[View], features: Sequence[Sequence[Any]]) -> list[di
 
 
 def changes(view: View, features: Sequence[Sequence[Any]]) -> str:
-    """What an attack made of a row, in the units of its columns, and what the classifier saw after purification."""
+    """The columns that an attack changed, in their units: before, after, and after purification."""
     words = []
     for column, places in columns(features).items():
         rows = [row[places] for row in (view.original, view.adversarial, view.purified)]

@@ -1,6 +1,6 @@
-"""From records to the figures of ``summary.json`` and the printed table.
+"""The summary of an evaluation, computed from its records, and the printed table.
 
-Defenses may be named ``FAMILY/POINT``, as ``uniform/100``: families are then compared at equal clean accuracy.
+Families of defenses, named ``FAMILY/POINT`` such as ``uniform/100``, are compared at equal clean accuracy.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ from lit_purify.report.diagnostics import diagnosed, diagnosis_lines
 from lit_purify.report.rows import by_kind, detection_lines
 
 _RESAMPLES = 2000
-"""Of the samples, for the intervals of frontiers."""
+"""Bootstrap resamples of the samples, for the intervals of frontiers."""
 RULES = ("average", "worst", "majority")
 KINDS = ("clean", "robust")
 _APPROXIMATE = ("constant_moment", "constant_projection", "identity_projection")
 _GRADIENTS = ("exact", "straight_through", "theirs", *_APPROXIMATE, "bpda", "surrogate", "none")
-"""The strongest first; ``theirs`` is that of an attack of another library."""
-
-
+"""Strongest first; ``theirs`` belongs to an attack of another library."""
 _POOR = 0.5
-"""Part of the noise from which on a denoiser is called poor."""
+"""Relative error above which a denoiser gets a warning."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,16 @@ class Summary:
     """Content of ``summary.json``: facts of an evaluation, and its results.
 
     Attributes:
-        undefended_clean_accuracy: Average without a defense, in [0, 1]; ``None`` if that was not evaluated.
-        results: One for each (defense, attack), then for each ensemble of attacks: what the evaluation states of it,
-            and ``clean`` and ``robust`` accuracies by rule as [value, low, high], in [0, 1]; with diagnostics those of
-            ``diagnosed`` too.
-        denoising: By defense the strongest level, and the error of the noise predicted there, see
+        undefended_clean_accuracy: Average clean accuracy without a defense, in [0, 1]; ``None`` if not evaluated.
+        results: One for each (defense, attack), then one for each ensemble of attacks. Each holds its settings, and its
+            ``clean`` and ``robust`` accuracies by rule as [value, low, high] in [0, 1]; see also ``diagnosed``.
+        denoising: By defense, the strongest level and the relative error of the predicted noise, see
             ``Evaluator.denoising``.
-        arithmetic: Precision of the networks, and on a GPU how they are called.
-        smaller_chunks: Number of records by the rows of a network call, if memory was too small for ``chunk``.
-        files: Hashes of the files that the records depend on.
-        features: Of rows of a table name, least and largest value of each feature.
-        frontier: By attack the comparison of families of defenses, see ``compared``; empty without families.
+        arithmetic: Precision of the networks, and how a GPU calls them.
+        smaller_chunks: Number of records by chunk, for chunks that were reduced because memory was too small.
+        files: sha256 of the files that the records depend on, by path.
+        features: For table rows, name, minimum and maximum of each feature.
+        frontier: By attack, the comparison of families of defenses, see ``compared``; empty without families.
     """
 
     dataset: str
@@ -88,13 +85,13 @@ class Summary:
                 _ = [statistics.Interval(*map(float, result[kind][rule])) for kind in KINDS for rule in RULES]
         except (OSError, ValueError, TypeError, KeyError) as error:
             reason = str(error).replace("Summary.__init__() ", "")
-            remedy = "give the eval.py command again"
+            remedy = "run the same eval.py command again"
             raise InputError(f"{path}: not a summary of this version ({reason}); {remedy}") from error
         return asdict(found)
 
 
 class Group(NamedTuple):
-    """Records of one (defense, attack) in the order of the samples; labels (B,), predictions (B, N)."""
+    """Records of one (defense, attack), sorted by sample, with labels (B,) and predictions (B, N)."""
 
     records: list[Record]
     label: Tensor
@@ -106,7 +103,7 @@ Pairs = Mapping[tuple[str, str], Group]
 
 
 def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], Group]:
-    """Records by (defense, attack)."""
+    """Groups records by (defense, attack)."""
     pairs: dict[tuple[str, str], list[Record]] = {}
     for record in sorted(records, key=lambda record: record.index):
         pairs.setdefault((record.defense, record.attack), []).append(record)
@@ -119,18 +116,18 @@ def by_pair(records: Iterable[Record]) -> dict[tuple[str, str], Group]:
 
 
 def attacks_of(result: Mapping[str, Any]) -> list[str]:
-    """The attacks behind a result: one, or those that an ensemble is made of."""
+    """Names of the attacks behind a result: one, or those of an ensemble."""
     return list(result.get("attacks", [result["attack"]]))
 
 
 def groups_of(pairs: Pairs, result: Mapping[str, Any], kind: str = "robust") -> list[Group]:
-    """The records behind a result, of each of its attacks; of the first for ``clean`` runs, the same under each."""
+    """The records behind a result, one group for each attack; for ``clean`` only the first, as all are equal."""
     groups = [pairs[result["defense"], attack] for attack in attacks_of(result)]
     return groups[:1] if kind == "clean" else groups
 
 
 def outcomes_of(pairs: Pairs, result: Mapping[str, Any], kind: str) -> Tensor:
-    """(B, 3) ``outcomes`` of a kind of runs, under the ensemble of its attacks."""
+    """``outcomes`` (B, 3) of the clean or robust runs, as the worst case over the attacks of a result."""
     return statistics.ensemble(
         torch.stack([statistics.outcomes(getattr(g, kind), g.label) for g in groups_of(pairs, result, kind)])
     )
@@ -142,16 +139,16 @@ def summarize(
     """The content of ``summary.json``.
 
     Args:
-        records: One for each (defense, attack, sample), the same samples for all pairs.
-        described: What each (defense, attack) states about itself; ``undefended`` is true if there is no defense.
-        facts: What holds for the whole evaluation, see ``Summary``; ``kinds``, by position, stay in the results.
-        baseline: The defense that paired differences are taken to.
+        records: One for each (defense, attack, sample), with the same samples for all pairs.
+        described: Settings of each (defense, attack), see ``Evaluator.describe``.
+        facts: Facts about the whole evaluation, see ``Evaluator.facts``.
+        baseline: The defense that the others are compared with.
     """
     pairs, kinds = by_pair(records), facts.get("kinds", {})
     facts = {name: value for name, value in facts.items() if name != "kinds"}
     described = [*described, *ensembles(described)]
     found = {(r["defense"], r["attack"], kind): outcomes_of(pairs, r, kind) for r in described for kind in KINDS}
-    # Of each threat model the attack that the others are compared to.
+    # The first attack of each threat model: the others are compared with it.
     firsts = {(result["norm"], result["eps"]): result["attack"] for result in reversed(described)}
     results = []
     for result in described:
@@ -201,10 +198,9 @@ def _differences(first: Tensor, second: Tensor) -> dict[str, list[float]]:
 
 
 def ensembles(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each defense the worst case over its attacks, a further result; one for each threat model with several.
+    """Describes the worst case over several attacks, for each defense and each threat model with several attacks.
 
-    Attacks of another norm or radius answer another question, and stay apart. An ensemble states what its attacks agree
-    on, and a list where they differ.
+    Attacks of different norms or radii are never combined. A setting on which the attacks differ becomes a list.
     """
     groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
     for result in described:
@@ -230,7 +226,7 @@ def ensembles(described: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def families(defenses: Iterable[str]) -> dict[str, list[str]]:
-    """Defenses by what stands before '/'; empty unless there are two families, one of them with two points."""
+    """Defenses by the name before '/'; empty without two families, one of them with two points."""
     found: dict[str, list[str]] = {}
     for name in dict.fromkeys(defenses):
         if "/" in name:
@@ -242,8 +238,8 @@ def compared(shares: Tensor, defenses: Sequence[str]) -> list[dict[str, Any]]:
     """How each two families differ under one attack.
 
     Args:
-        shares: (B, P, 2) for each sample and defense the share of right runs, clean and attacked. Average accuracies:
-            only these mix in proportion.
+        shares: (B, P, 2) shares of correct runs, clean and attacked, for each sample and defense. They are averages,
+            because only averages of mixtures are linear.
         defenses: Names of the P defenses.
     """
     means, draws = shares.mean(dim=0), resampled(shares, _RESAMPLES)
@@ -255,7 +251,7 @@ def compared(shares: Tensor, defenses: Sequence[str]) -> list[dict[str, Any]]:
     comparisons = []
     for (to, first), (family, second) in itertools.combinations(columns.items(), 2):
         found = between(first, second)
-        # No clean accuracy may be common: JSON has no such number.
+        # NaN if the families share no clean accuracy; JSON has no NaN.
         difference = None if math.isnan(found.value) else list(found)
         verdict = "above" if found.low > 0 else "below" if found.high < 0 else "not distinguishable"
         comparisons.append({"family": family, "to": to, "difference": difference, "verdict": verdict})
@@ -263,10 +259,10 @@ def compared(shares: Tensor, defenses: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
-    """What an attack is, in a line; its results may differ in the gradient that it took of each defense."""
+    """One line about an attack, with the gradients that its results used."""
     result = results[0]
     parts = [f"{result['attack']}: {result['norm']} <= {result['eps']:.4g}"]
-    # The attacks of an ensemble have lines of their own, and their steps do not add up to those of an attack.
+    # The attacks of an ensemble have their own lines.
     if "attacks" not in result:
         words = {"none": "no", "theirs": "their own"}
         kinds = dict.fromkeys(words.get(r["gradient"], r["gradient"]) for r in results)
@@ -278,7 +274,7 @@ def attack_line(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def denoising_lines(summary: Mapping[str, Any]) -> list[str]:
-    """How well the denoisers denoise the evaluated images; a warning about those that do not."""
+    """One line about how well the denoisers denoise the evaluated images, and a warning about poor ones."""
     errors = {(level, error) for level, error in summary["denoising"].values()}
     if not errors:
         return []
@@ -291,17 +287,17 @@ def denoising_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def percent(value: Sequence[float]) -> str:
-    """An interval as ``value [low, high]`` in percent."""
+    """A value with its interval in percent, as ``value [low, high]``."""
     return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * each for each in value))
 
 
 def signed(value: Sequence[float] | None) -> str:
-    """A difference as ``+value [low, high]`` in points; nothing if there is none."""
+    """A difference in points as ``+value [low, high]``; empty for ``None``."""
     return "" if value is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * each for each in value))
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """What ``eval.py`` prints: at most 100 columns for names of up to 14 letters."""
+    """The table that ``eval.py`` prints; at most 100 columns wide for names of up to 14 letters."""
     results = summary["results"]
     rows = [result["defense"] + (" *" if "repeated" in result else "") for result in results]
     width = max(10, *map(len, rows))
