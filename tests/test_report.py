@@ -228,7 +228,7 @@ def test_unfinished_folders_are_refused(tmp_path):
     path = finished_run(tmp_path / "run", attacks=ONE)
     content, lines = (path / "summary.json").read_text(), (path / "records.jsonl").read_text().splitlines()
     (path / "records.jsonl").write_text("\n".join(lines[:-1]) + "\n")
-    assert "59 records of the 60 in summary.json" in said(path)
+    assert "59 records instead of the 60 of summary.json" in said(path)
     result = json.loads(content)["results"][0]
     other = {**result["clean"], "worst": [0.5, 0.4]}
     for changes, words in (
