@@ -1,4 +1,4 @@
-"""What notebooks and scripts call: evaluate, check and use defenses in one process."""
+"""The Python API: evaluate, check and use defenses in one process."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ Images = Tensor | tuple[Tensor, Tensor] | Dataset[Any]
 
 
 class Result(FinishedRun):
-    """The result of an evaluation: its summary, records, identity and pictures; printing it prints the table."""
+    """The result of an evaluation: summary, records, identity and pictures. ``print`` shows the table."""
 
     def __str__(self) -> str:
         """The table that ``eval.py`` prints."""
         return table(self.summary)
 
     def _repr_html_(self) -> str:
-        """The table in a notebook."""
+        """The table as HTML, for notebooks."""
         from html import escape
 
         return f"<pre>{escape(str(self))}</pre>"
 
     def to_frame(self) -> Any:  # noqa: ANN401
-        """The results as a pandas data frame: a row for each (defense, attack).
+        """The results as a pandas data frame, one row for each (defense, attack).
 
         Raises:
             InputError: pandas is not installed.
@@ -66,7 +66,7 @@ class Result(FinishedRun):
         return pandas.read_csv(io.StringIO(self.to_csv()))
 
     def to_csv(self) -> str:
-        """The results as CSV: a row for each (defense, attack), accuracies with the ends of their intervals."""
+        """The results as CSV, one row for each (defense, attack); accuracies in [0, 1] with 95 % intervals."""
         stream = io.StringIO()
         rules = [(kind, rule) for kind in ("clean", "robust") for rule in ("average", "worst", "majority")]
         ends = ("", "_low", "_high")
@@ -79,7 +79,7 @@ class Result(FinishedRun):
         return stream.getvalue()
 
     def save_report(self, path: str | Path) -> None:
-        """Writes the report as one HTML file that opens without a network."""
+        """Writes the report as one HTML file that needs no network; missing folders are created."""
         Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(path).expanduser(), page(self))
 
@@ -105,37 +105,37 @@ def evaluate(
     precision: Precision = "float32",
     replay: bool = True,
 ) -> Result:
-    """Attacks every defense on the same samples, and reports what survives N runs with fresh noise.
+    """Attacks every defense on the same samples, and reports accuracies over N runs with fresh noise.
 
-    For the same settings the records are those of ``eval.py``, bit for bit. The evaluation runs where the classifier
-    is: move it to a GPU first. Networks are put into evaluation mode.
+    With the same settings, ``eval.py`` gives the same records, bit for bit. The evaluation runs on the classifier's
+    device. All networks are switched to evaluation mode.
 
     Args:
-        classifier: Any module from images (B, C, H, W) in [0, 1] to logits (B, classes), or a ``Classifier``, whose
-            attention a mask needs.
-        defenses: By name: purifiers; other classifiers; somebody else's defenses, modules from [0, 1] images to logits.
-        attacks: By name: attacks of this library, or ``ForeignAttack`` around an attack of another one.
+        classifier: Any module from images (B, C, H, W) in [0, 1] to logits (B, classes). Attention
+            masks need a ``Classifier``.
+        defenses: By name, purifiers, classifiers, or other modules from images (B, C, H, W) in [0, 1] to logits.
+        attacks: By name, attacks of this library, or ``ForeignAttack`` around an attack of another library.
         images: (N, C, H, W) floats in [0, 1]; a pair of images and labels; a dataset of (image, label) pairs; or a
             datamodule's split.
-        labels: (N,) integers; ``None`` where ``images`` holds them.
-        runs: N.
+        labels: (N,) integers; ``None`` if ``images`` includes them.
+        runs: N, runs of each image with fresh noise.
         seed: Seed of all noise.
-        chunk: Rows that networks are called with, always this many; part of a result's identity.
-        baseline: The defense that paired differences are taken to; ``None`` is the first.
-        folder: Run folder to write records, summary, pictures and report to; the same call goes on after an
-            interruption. ``None`` keeps everything in memory.
-        progress: Show a bar.
-        gradients: What attacks differentiate, by the attack's name; ``Exact()`` where none is given.
-        skip_lost: Do not attack samples again that an earlier attack left wrong in all runs.
+        chunk: Rows of each network call; part of a result's identity.
+        baseline: The defense that the others are compared with; ``None`` takes the first.
+        folder: Run folder for records, summary, pictures and report; after an interruption, the same call resumes.
+            ``None`` keeps everything in memory.
+        progress: Whether to show a progress bar.
+        gradients: The gradient that an attack follows, by the attack's name; the default is ``Exact()``.
+        skip_lost: Skip samples that an earlier attack of the same threat model broke in all runs.
         diagnostics: Say how much of each result is denoising and how much is dice: accuracy over fresh replicas, and
             under frozen noise.
-        batch_size: Samples that are evaluated together; changes no result.
-        gallery: Samples of which pictures are kept, the first of the evaluated ones.
-        precision: ``bf16`` lets the denoisers compute with 16 bits; for searches, since it changes results.
-        replay: Replay calls of networks on a GPU as CUDA graphs.
+        batch_size: Samples evaluated together; it changes no result.
+        gallery: Number of samples, from the first, whose pictures are kept.
+        precision: ``bf16`` lets the denoisers compute with 16 bits. It changes results: use it for searches.
+        replay: Replay network calls on a GPU as CUDA graphs.
 
     Raises:
-        InputError: Arguments do not fit each other, or the folder holds a run with other settings.
+        InputError: Arguments are invalid or do not match, or the folder holds a run with other settings.
     """
     own, data, device = _prepared(classifier, images, labels)
     named = _named(defenses, "defense"), _named(attacks, "attack")
@@ -155,15 +155,15 @@ def evaluate(
             check_records(records, evaluator)
             ledger.add(records)
             stream = stack.enter_context(home.open_part(0))
-        for found, seen in _evaluated(evaluator, data, ledger, gallery, batch_size, device, progress):
+        for new, pictured in _evaluated(evaluator, data, ledger, gallery, batch_size, device, progress):
             if home is None or stream is None:
-                records += found
-                views += seen
+                records += new
+                views += pictured
                 continue
-            for view in seen:
-                # Pictures before records: a sample whose record exists is not shown again.
+            for view in pictured:
+                # Pictures come before records: a recorded sample gets no pictures later.
                 pictures.write(view, home.overlays)
-            append_records(stream, found)
+            append_records(stream, new)
         if home is not None:
             finish(home, evaluator, data, "images", "test")
             return Result.read(home.path)
@@ -203,19 +203,19 @@ def gradcheck(
     seed: int = 0,
     further: Sequence[Check] = (),
 ) -> Findings:
-    """Checks that attacks differentiate what is defended, see ``checks.gradcheck.check_gradient``.
+    """Checks that attacks get the gradient of the defense, see ``checks.gradcheck.check_gradient``.
 
     Args:
         classifier: As in ``evaluate``.
         defenses: As in ``evaluate``; or one defense.
         images: As in ``evaluate``.
         labels: As in ``evaluate``.
-        samples: How many are checked, from the first.
+        samples: Number of samples to check, from the first.
         seed: Seed of all noise.
-        further: Checks of yours: functions of a defended classifier and ``Samples`` that return ``Measured``.
+        further: Your own checks: functions of a defended classifier and ``Samples`` that return ``Measured``.
 
     Returns:
-        Findings, a list; printing it prints a line for each, and the verdict.
+        A list of findings. ``print`` shows one line for each, and the verdict.
     """
     own, data, device = _prepared(classifier, images, labels)
     named = {name: defend(name, d, own).to(device) for name, d in _named(defenses, "defense").items()}
@@ -236,23 +236,26 @@ def audit(
     seed: int = 0,
     chunk: int = 64,
 ) -> Findings:
-    """Checks whether robust accuracy under an attack holds up against other attacks, see ``checks.audit``.
+    """Checks whether other attacks break more samples than this one, see ``checks.audit``.
 
     Args:
         classifier: As in ``evaluate``.
         defenses: As in ``evaluate``; or one defense.
-        attack: An attack of this library that follows a gradient; or a mapping with one such attack.
+        attack: An attack of this library that follows a gradient, or a mapping with one such attack.
         images: As in ``evaluate``.
         labels: As in ``evaluate``.
-        gradient: What the attack differentiates; ``None`` is ``Exact()``.
-        samples: How many are audited, from the first.
-        runs: N, with which each image is evaluated.
+        gradient: The gradient that the attack follows; ``None`` is ``Exact()``.
+        samples: Number of samples to audit, from the first.
+        runs: N, runs of each image with fresh noise.
         proposals: Steps of the black-box attack.
         seed: Seed of all noise.
-        chunk: Rows that networks are called with, at most.
+        chunk: Rows of each network call, at most.
 
     Returns:
-        Findings, a list; printing it prints a line for each, and the verdict.
+        A list of findings. ``print`` shows one line for each, and the verdict.
+
+    Raises:
+        InputError: The mapping holds several attacks, or the attack follows no gradient.
     """
     if isinstance(attack, Mapping):
         if len(attack) != 1:
@@ -273,21 +276,21 @@ def purify(
     run: int = 0,
     chunk: int = 64,
 ) -> Trace:
-    """Purifies images; the noise of an image is keyed by its position, the seed and the run.
+    """Purifies images. An image's noise is keyed by its position, the seed and the run.
 
     Args:
         purifier: A purifier.
         images: (N, C, H, W) floats in [0, 1].
-        classifier: Its attention makes the mask of a purifier that has one.
+        classifier: Needed if the purifier's mask follows the attention of a classifier.
         seed: Seed of the noise.
-        run: Another run draws other noise.
-        chunk: Rows that networks are called with.
+        run: Number of the run; each run has other noise.
+        chunk: Rows of each network call.
 
     Returns:
         Purified and noised images (N, C, H, W) in [0, 1], and the masks (N, 1, H, W).
 
     Raises:
-        InputError: The purifier has a mask, and no classifier is given.
+        InputError: The purifier needs a classifier, or the images do not match it.
     """
     check_unit_range(images)
     purifier.check_image(images[:1])
@@ -295,7 +298,7 @@ def purify(
         raise InputError("classifier: this purifier's mask is made from a classifier's attention: give one")
     index = torch.arange(len(images), device=images.device)
     noise = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION)
-    # Without a mask nobody calls the classifier.
+    # Without a mask the classifier is never called.
     taker = classifier or Classifier(nn.Identity(), images.shape[-1], 1, images.shape[1])
     return DefendedClassifier(purifier, taker).trace_in_chunks(images, noise, chunk)
 
@@ -303,7 +306,7 @@ def purify(
 def _prepared(
     classifier: nn.Module, images: Images, labels: Tensor | None
 ) -> tuple[Classifier, ImageDataset, torch.device]:
-    """The classifier, the evaluated samples, and where networks are."""
+    """The classifier, the evaluated samples, and the device of the networks."""
     device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
     if isinstance(images, ImageDataset):
         return as_classifier(classifier, images[0]["image"]), images, device
@@ -331,14 +334,14 @@ def _stacked(dataset: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401
 
 
 def as_classifier(module: nn.Module, image: Tensor) -> Classifier:
-    """A module as a classifier of images of one size, in evaluation mode; its classes are those of its output.
+    """Wraps a module as a classifier in evaluation mode, with as many classes as it has logits.
 
     Args:
-        module: From images (B, C, H, W) in [0, 1] to logits.
-        image: (C, H, W).
+        module: A module from images (B, C, H, W) in [0, 1] to logits.
+        image: (C, H, W), an image of the size that it takes.
 
     Raises:
-        InputError: It does not give logits (1, classes) of one image.
+        InputError: It does not return logits (1, classes) for one image.
     """
     module.eval()
     if isinstance(module, Classifier):
@@ -349,13 +352,15 @@ def as_classifier(module: nn.Module, image: Tensor) -> Classifier:
             logits = module(image[None].to(device))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"classifier: {name} does not take images of shape {tuple(image.shape)}: {reason}") from error
+        raise InputError(
+            f"classifier: {name} does not take images of shape {tuple(image.shape)} ({reason}): resize them"
+        ) from error
     logits = getattr(logits, "logits", logits)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"classifier: {name} gives {shape} for one image, not logits (1, 2 or more)")
+        raise InputError(f"classifier: {name} gives {shape} for one image, not logits (1, 2 or more): wrap the network")
     return Classifier(module, image.shape[-1], logits.shape[1], image.shape[0] if image.ndim == 3 else 0)
 
 
-def _named(given: Any, name: str) -> dict[str, Any]:  # noqa: ANN401
-    return dict(given) if isinstance(given, Mapping) else {name: given}
+def _named(value: Any, name: str) -> dict[str, Any]:  # noqa: ANN401
+    return dict(value) if isinstance(value, Mapping) else {name: value}

@@ -1,6 +1,6 @@
-"""Everything that needs private parts of Python, torch, Lightning or wandb, each with its reason.
+"""All uses of private parts of Python, torch, Lightning or wandb, each with its reason.
 
-``tests/test_private.py`` fails when one is no longer needed, or no longer works.
+``tests/test_private.py`` fails if one is no longer needed or no longer works.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 def settings_of(parser: ArgumentParser) -> dict[str, Any]:
-    """Types of a parser's settings by name, to find what a refused configuration means.
+    """Types of a parser's settings by name, for error messages.
 
-    Neither argparse nor jsonargparse lists the arguments of a parser in public.
+    Neither argparse nor jsonargparse lists a parser's arguments publicly.
     """
     actions = [action for action in parser._actions if not action.dest.endswith(".help")]
     return {action.dest: getattr(action, "_typehint", None) or action.type for action in actions}
@@ -48,25 +48,25 @@ def perceptual_network(network: Literal["alex", "vgg"], weights: Mapping[str, Te
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of many tensors in a few kernels. torch has operations on lists of tensors for its optimizers alone."""
+    """Copies many tensors with few kernels; torch offers operations on lists of tensors only to its optimizers."""
     return list(torch._foreach_mul(list(tensors), 1.0))
 
 
 def average_in_few_kernels(callback: WeightAveraging, kept: Callable[[int], float]) -> None:
-    """Lets the average of a training's weights be updated by a few kernels, without a wait for the device.
+    """Makes a weight average update with few kernels and without waiting for the device.
 
-    torch's AveragedModel asks the device for its counter at every step, and averages one weight after the other.
+    torch's AveragedModel reads its counter from the device at every step and averages one weight after the other.
 
     Args:
-        callback: After its setup.
-        kept: From the number of updates to the part of the average that stays.
+        callback: The callback, after its setup.
+        kept: Maps the number of updates to the decay.
     """
     average, counted = callback._average_model, list[int]()
     assert average is not None
 
     def update(model: nn.Module) -> None:
         if not counted:
-            # Once: from a checkpoint it may be anything.
+            # Read once: a checkpoint may set any value.
             counted.append(int(average.n_averaged))
         own, new = ([weight.detach() for weight in module.parameters()] for module in (average, model))
         torch._foreach_copy_(own, torch._foreach_lerp(new, own, kept(counted[0])) if counted[0] else new)
@@ -79,9 +79,9 @@ def average_in_few_kernels(callback: WeightAveraging, kept: Callable[[int], floa
 
 
 def leave(status: int) -> NoReturn:
-    """Ends as ``sys.exit`` does, without taking apart the interpreter under the threads of a process group.
+    """Exits like ``sys.exit``, but does not finalize the interpreter while threads of a process group run.
 
-    Destroying a group whose peer has died can hang, and not destroying it ends in a segmentation fault now and then.
+    Destroying a process group whose peer has died can hang. Not destroying it sometimes ends in a segmentation fault.
     """
     if dist.is_initialized():
         atexit._run_exitfuncs()
@@ -92,10 +92,10 @@ def leave(status: int) -> NoReturn:
 
 
 def renew_store(rank: int) -> None:
-    """After a restart by torchrun, makes the processes meet in a store of their own.
+    """After a restart by torchrun, gives the processes a new store.
 
-    torchrun's agent keeps its store over restarts, with the addresses of the processes that have died
-    (https://github.com/pytorch/pytorch/issues/135712). Rank zero serves another one on a free port.
+    torchrun's agent keeps its store over restarts, with the addresses of dead processes
+    (https://github.com/pytorch/pytorch/issues/135712). Rank 0 serves a new store on a free port.
     """
     attempt, shared = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), "TORCHELASTIC_USE_AGENT_STORE"
     if attempt == "0" or os.environ.get(shared) != "True":
@@ -109,31 +109,30 @@ def renew_store(rank: int) -> None:
 
 
 def stage_artifacts(folder: Path) -> None:
-    """Lets wandb stage tables and artifacts in the run's folder: HOME may be full or read-only.
+    """Makes wandb stage tables and artifacts in the run folder: HOME may be full or read-only.
 
-    No setting says where, only these variables.
+    wandb has environment variables for this, but no setting.
     """
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         os.environ.setdefault(name, str((folder / "wandb").resolve()))
 
 
 def mend_resumed(trainer: L.Trainer) -> None:
-    """Mends the progress of a training that goes on from a checkpoint (Lightning 2.6)."""
-    # Networks use this file as well, and need no Lightning.
+    """Corrects the progress counters of a resumed training (Lightning 2.6)."""
+    # Imported here, because networks use this file without Lightning.
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     loop = trainer.fit_loop
     if loop.restarted_on_epoch_end:
-        # The epoch would be run through and counted again where max_steps is set:
+        # With max_steps, the epoch would run and count again:
         # https://github.com/Lightning-AI/pytorch-lightning/issues/19617
         loop.epoch_progress.increment_completed()
         loop.epoch_loop.restarting = False
         loop.reset_restart_stage()
     elif loop.epoch_loop.restarted_on_train_batch_end and loop.epoch_loop.batch_progress.is_last_batch:
-        # Saved after the last batch of an epoch: the next one would not be counted as begun. Of the same kind.
+        # Saved after the last batch of an epoch: the next epoch would not count as started. The same bug.
         loop.reset_restart_stage()
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
-            # It counts batches by steps, and would save at once while gradients are accumulated, which no checkpoint
-            # holds: https://github.com/Lightning-AI/pytorch-lightning/issues/17903
+            # It counts batches as steps and would save while gradients accumulate, which no checkpoint stores: https://github.com/Lightning-AI/pytorch-lightning/issues/17903
             callback._last_global_step_saved = trainer.global_step

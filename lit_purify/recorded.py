@@ -1,4 +1,4 @@
-"""Objects that know what they were made from: the arguments of their constructor are a run's identity."""
+"""The identity of a run: objects record their constructor arguments, and files and weights are hashed."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lit_purify.errors import InputError
 
 T = TypeVar("T")
 SHA256 = " (sha256)"
-"""Ends the key of a hash in an identity."""
+"""Ending of the key of a hash in an identity."""
 
 
 class Recorded:
-    """Keeps the arguments of its constructor, that of the outermost class.
+    """Records the arguments of its constructor (of the most derived class).
 
     Attributes:
-        arguments: Arguments by name, defaults included.
-        irrelevant: Names of arguments that change no result: they are not part of an identity.
+        arguments: Arguments by name, with defaults.
+        irrelevant: Names of arguments that change no result; an identity leaves them out.
     """
 
     arguments: dict[str, Any]
     irrelevant: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
-        """Wraps the constructor; its signature stays visible."""
+        """Wraps the constructor and keeps its signature."""
         super().__init_subclass__(**kwargs)
         if "__init__" not in vars(cls):
             return
@@ -48,7 +48,7 @@ class Recorded:
 
 
 def recorded(make: Callable[..., T]) -> Callable[..., T]:
-    """Decorates a function that makes a network: what it makes was made from the arguments of the function."""
+    """Decorates a function that builds a network: the network records the arguments of the function."""
 
     @functools.wraps(make)
     def recording(*args: Any, **kwargs: Any) -> T:  # noqa: ANN401
@@ -64,14 +64,14 @@ def _bound(make: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError:
-        # The constructor says better what is wrong.
+        # The constructor itself raises the better message.
         return {}
     bound.apply_defaults()
     found: dict[str, Any] = {}
     for name, value in list(bound.arguments.items())[skip:]:
         found |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     hints = _hints(make)
-    # A file is a file by the type of its argument, also where a string names it.
+    # The type of an argument decides whether a string names a file.
     return {
         name: Path(value) if isinstance(value, str) and Path in _types(hints.get(name)) else value
         for name, value in found.items()
@@ -91,14 +91,17 @@ def _types(hint: Any) -> set[Any]:  # noqa: ANN401
 
 
 def identity(**values: Any) -> dict[str, Any]:  # noqa: ANN401
-    """What results depend on, flat, as JSON values: ``{"defenses.uniform": "UniformPurifier", ...}``.
+    """The settings that results depend on, as a flat mapping to JSON values.
 
-    Objects of this library are their class and the arguments that they were made from, files (arguments whose type is
-    ``Path``) the sha256 of their content, networks the sha256 of their weights, other objects their class. An object
-    that appears twice is named by the place where it appeared first.
+    An object of this library becomes its class and constructor arguments. A file (an argument of type ``Path``) becomes
+    the sha256 of its content, a network the sha256 of its weights, any other object its class. An object that appears
+    twice refers to its first place.
 
     Args:
-        values: By name, what to identify.
+        values: Objects and values to identify, by name.
+
+    Returns:
+        For example ``{"defenses.uniform": "lit_purify.defense.purifiers.UniformPurifier", ...}``.
     """
     found: dict[str, Any] = {}
     places: dict[int, str] = {}
@@ -112,7 +115,7 @@ def _identify(value: Any, key: str, found: dict[str, Any], places: dict[int, str
         found[key] = value
     elif isinstance(value, Path):
         found[key] = str(value)
-        # An address of the web has its hash in it; what comes from a hub is identified by the weights that it holds.
+        # A web address includes its hash; a network from a hub is identified by its weights.
         if value.exists():
             found[key + SHA256] = path_sha256(value)
     elif isinstance(value, Mapping):
@@ -141,7 +144,7 @@ def _identify_object(value: Any, key: str, found: dict[str, Any], places: dict[i
     inside = (inner for inner in arguments.values() if isinstance(inner, nn.Module))
     held = {id(tensor) for inner in inside for tensor in inner.state_dict(keep_vars=True).values()}
     if isinstance(value, nn.Module):
-        # Those of networks among the arguments are hashed there.
+        # Weights of networks among the arguments are hashed there.
         own = {name: t for name, t in value.state_dict(keep_vars=True).items() if id(t) not in held}
         if own:
             found[f"{key}.weights{SHA256}"] = tensors_sha256(own)
@@ -153,7 +156,7 @@ def _name(value: Any) -> str:  # noqa: ANN401
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of tensors: names, types, shapes and values."""
+    """sha256 of tensors: names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous()
@@ -163,10 +166,10 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def path_sha256(path: Path) -> str:
-    """Hash of a file, or of the names and hashes of the files in a folder.
+    """sha256 of a file, or of the names and hashes of all files in a folder.
 
     Raises:
-        InputError: It cannot be read.
+        InputError: The file cannot be read.
     """
     try:
         if path.is_dir():
@@ -176,4 +179,4 @@ def path_sha256(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error

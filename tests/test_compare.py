@@ -80,9 +80,9 @@ def test_a_defense_without_counterpart_is_compared_to_the_baseline(pair, tmp_pat
     [
         ({"samples": range(40, 50)}, "the runs share no sample"),
         ({"classifier.weights (sha256)": "2"}, "the classifier has other settings or another file"),
-        ({"data.root": "elsewhere"}, "the data have other settings"),
+        ({"data.root": "elsewhere"}, "the data has other settings"),
         # Images of a folder that has changed since.
-        ({"data.names (sha256)": "1"}, "the data have other settings"),
+        ({"data.names (sha256)": "1"}, "the data has other settings"),
         ({"summary": ('"split": "test"', '"split": "val"')}, "another split: val, not test"),
         ({"records": ('"label": 1', '"label": 2')}, "the same samples have other labels"),
         # The same file elsewhere, and another choice of samples.

@@ -44,10 +44,7 @@ class FinishedRun:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Reads a run folder.
-
-        Args:
-            path: The folder or its ``summary.json``.
+        """Reads a run folder, named by its path or that of its ``summary.json``.
 
         Raises:
             InputError: The folder holds no finished evaluation, or a file in it is missing or damaged.

@@ -42,16 +42,7 @@ def write_report(folder: RunFolder) -> None:
 def summary_of(
     evaluator: Evaluator, data: ImageDataset, name: str, split: str, records: list[Record], identity: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The summary of an evaluation.
-
-    Args:
-        evaluator: The evaluator.
-        data: The evaluated samples.
-        name: Name of the dataset.
-        split: Name of the split.
-        records: All records of the evaluation.
-        identity: The settings that records depend on.
-    """
+    """The summary of an evaluation; ``name`` and ``split`` are those of the data."""
     facts = evaluator.facts(data, name, split) | {"files": file_hashes(identity)}
     facts["smaller_chunks"] = dict(Counter(record.chunk for record in records if record.chunk is not None))
     return summarize(records, evaluator.describe(), facts, evaluator.baseline)
