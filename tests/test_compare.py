@@ -140,8 +140,8 @@ def test_compare_command(pair, tmp_path, capsys):
         (["{0}", "{0}/summary.json"], "a run is named twice: give each run once"),
         (["{0}", "{0}/overlays"], "no finished evaluation, summary.json is missing"),
         (["{0}", "{1}", "--output", "{0}/summary.json/page.html"], "choose another file with --output"),
-        (["{0}", "{1}", "--output", "{0}/records.jsonl"], "is there already, and no page of a comparison"),
-        (["{0}", "{1}", "--output", "{0}/report.html"], "is there already, and no page of a comparison"),
+        (["{0}", "{1}", "--output", "{0}/records.jsonl"], "exists and is not a comparison page"),
+        (["{0}", "{1}", "--output", "{0}/report.html"], "exists and is not a comparison page"),
     ],
 )
 def test_wrong_comparisons_are_refused(pair, capsys, argv, said):

@@ -119,7 +119,7 @@ def test_torchrun_recovers_by_itself(tmp_path):
     said = "".join(path.read_text() for path in sorted(tmp_path.glob("log.*")))
     assert launcher.exitcode == 0, said
     assert len(list(tmp_path.glob("log.*"))) == 3 * 2
-    assert said.count("goes on after") == 2
+    assert said.count("resumes after") == 2
     assert "Traceback" not in said
     assert result(run) == result(tmp_path / "alone")
 
@@ -131,7 +131,7 @@ def test_who_lost_another_process_ends_and_the_same_command_goes_on(tmp_path):
     assert launched.wait() == [-signal.SIGKILL, INTERRUPTED], launched.said
     assert "error: another process of this run ended" in launched.said
     assert "Traceback" not in launched.said
-    assert "goes on after" in finish(config, run)
+    assert "resumes after" in finish(config, run)
     assert len(result(run)[0]) == 30
 
 
@@ -188,7 +188,7 @@ def test_what_lives_on_of_a_killed_run_does_not_disturb_the_next(tmp_path):
     first.kill(ranks={0})
     before = recorded(run)
     second = launch(config, run, 2, [BATCH, "1"])
-    second.until(lambda: "goes on after" in second.said)
+    second.until(lambda: "resumes after" in second.said)
     first.kill(signal.SIGCONT, ranks={1})
     assert second.wait() == [0, 0], second.said
     assert first.wait()[1] not in (0, -signal.SIGKILL), "it has noticed"
@@ -304,7 +304,7 @@ def test_records_of_other_images_are_refused(config, whole, tmp_path):
     write_records(run / "records.jsonl", [replace(first, label=first.label + 1), *others])
     launched = launch(config, run)
     assert launched.wait() == [2]
-    assert f"sample {first.index} with label {first.label + 1}, which these images do not have" in launched.said
+    assert f"sample {first.index} with label {first.label + 1}, but the data has no such sample" in launched.said
     assert launched.said.count("\n") == 1
 
 

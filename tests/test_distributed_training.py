@@ -146,7 +146,7 @@ def test_within_an_epoch_batches_must_be_as_large_as_they_were(within, refused):
     trainer = SimpleNamespace(training=True, world_size=1)
     task = SimpleNamespace(trainer=trainer, _batch=lambda: (16, 2))
     progress = {"epoch_loop.batch_progress": {"is_last_batch": not within}}
-    with pytest.raises(InputError, match="trained with 32 samples a batch") if refused else nullcontext():
+    with pytest.raises(InputError, match="trained with 32 samples per batch") if refused else nullcontext():
         TrainingTask.on_load_checkpoint(task, {"batch": (32, 1), "loops": {"fit_loop": progress}})
 
 
@@ -217,7 +217,7 @@ def test_a_signal_ends_a_training_after_its_step_and_the_same_command_goes_on(
         alone(config, Path("run"), *flags)
     assert stopped.value.code == INTERRUPTED
     last = Path("run") / "checkpoints" / "last.ckpt"
-    assert f"stopped after step {batch // 2 + 1}: go on with ckpt_path: {last}" in capsys.readouterr().err
+    assert f"stopped after step {batch // 2 + 1}: resume with ckpt_path: {last}" in capsys.readouterr().err
     monkeypatch.setattr(DenoiserTask, "training_step", step)
     resumed = alone(config, Path("run"), *flags)
     assert [path.name for path in last.parent.glob("last*")] == ["last.ckpt"]

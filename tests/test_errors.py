@@ -184,11 +184,11 @@ def images_from(root, **options):
         (f"{ATTACK}.steps", 5.5, "attacks: PGD.steps: expected int; got 5.5"),
         ("seed", -1, "seed = -1 is outside"),
         ("attacks", None, "no attacks given: name a configuration with --config"),
-        (f"{UNIFORM}.level", None, "defenses: level is missing"),
+        (f"{UNIFORM}.level", None, "defenses: level is missing: add it"),
         ("data", None, "no data given: name a configuration with --config"),
         (UNIFORM, 5, "defenses: a class is needed: give its class_path"),
         ("data", "Digitz", "data: there is no class Digitz; did you mean Digits?"),
-        (f"{UNIFORM}.class_path", "PGD", "defenses: PGD is of another kind than is needed here"),
+        (f"{UNIFORM}.class_path", "PGD", "defenses: PGD is of another kind than this place needs"),
         (
             f"{UNIFORM}.class_path",
             "lit_purify.defense.Uniform",
@@ -198,13 +198,13 @@ def images_from(root, **options):
         (
             "defenses",
             {100: "NoPurifier"},
-            "config.yaml: defenses: YAML reads a name there as 100 (int): write it in quotes",
+            "config.yaml: defenses: YAML reads a name here as 100 (int): put it in quotes",
         ),
-        ("baseline", False, "baseline: expected str or null; got False: write it in quotes if it is a text"),
+        ("baseline", False, "baseline: expected str or null; got False: put it in quotes if it is text"),
         ("baseline", "best", "baseline = 'best' is not among the defenses none, uniform"),
         ("trainer.accelerator", "abacus", "invalid accelerator name"),
         ("precision", "fp8", "precision"),
-        ("trainer.strategy", "ddp_spawn", "trainer.strategy = ddp_spawn: take ddp"),
+        ("trainer.strategy", "ddp_spawn", "trainer.strategy = ddp_spawn: use ddp"),
     ],
 )
 def test_configuration(refused_evaluation, key, value, said):
@@ -223,14 +223,14 @@ def test_configuration(refused_evaluation, key, value, said):
         (["--attacks.pdg.steps", "5"], "--attacks.pdg.steps: there is no class that takes it: check name and value"),
         (["stray"], "unexpected argument stray; eval.py takes one of test, frontier"),
         (["tset"], "unexpected argument tset; did you mean test?"),
-        (["--trainer.accelerator", "gpu"], "trainer.accelerator = gpu: there is none that torch can use"),
+        (["--trainer.accelerator", "gpu"], "trainer.accelerator = gpu: torch finds no such device"),
         (["--classifier", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (
             ["--trainer.logger.mode", "onlin"],
             "--trainer.logger.mode: there is no class that takes it: check name and value",
         ),
         (["--runs"], "--runs: expected one argument"),
-        (["--model.init_args.runs", "2"], "there is no setting model; its settings stand at the top level"),
+        (["--model.init_args.runs", "2"], "there is no setting model; move its settings to the top level"),
     ],
 )
 def test_flags(refused_evaluation, flags, said):
@@ -246,9 +246,9 @@ def test_several_loggers_are_no_error(evaluate, run):
     ("content", "said"),
     [
         (None, "no such configuration; name another with --config"),
-        (b"classifier:\n  class_path: [unclosed\ndata: x\n", "not valid YAML: line 3: "),
+        (b"classifier:\n  class_path: [unclosed\ndata: x\n", "not valid YAML, correct it: line 3: "),
         (b"- 1\n- 2\n", "holds no settings"),
-        (bytes(range(256)), "not a text file of YAML"),
+        (bytes(range(256)), "not a YAML text file"),
     ],
 )
 def test_configuration_file(refused, tmp_path, content, said):
@@ -261,7 +261,9 @@ def test_configuration_file(refused, tmp_path, content, said):
 
 def test_training_without_a_configuration(refused):
     for words in ([], ["fti"]):
-        assert "say what to do, one of fit, validate, export: fit --config FILE trains" in refused(cli.train, *words)
+        assert "the command is missing, use one of fit, validate, export: fit --config FILE trains" in refused(
+            cli.train, *words
+        )
     assert "no model given: name a configuration with --config" in refused(cli.train, "fit")
 
 
@@ -320,7 +322,7 @@ def test_images_of_several_sizes(refused_evaluation, tmp_path, batch_size):
         ({"model.classifier.depth": 9}, "depth = 9 is not 6 n + 2"),
         ({"trainer.val_check_interval": 5000}, "`val_check_interval` (5000) must be less than or equal"),
         ({"trainer.strategy": "foo"}, "invalid strategy name"),
-        ({"trainer.precision": "bf16-true"}, "trainer.precision = bf16-true: take 32-true, bf16-mixed"),
+        ({"trainer.precision": "bf16-true"}, "trainer.precision = bf16-true: use 32-true, bf16-mixed"),
     ],
 )
 def test_training(refused_training, changes, said):
@@ -332,7 +334,7 @@ def test_checkpoint_to_resume_from(refused_training, tmp_path):
     assert refused_training(None, "--ckpt_path", path) == f"{path}: no such checkpoint; check ckpt_path"
     for content in (b"text", pickle.dumps({"state_dict": Code(tmp_path / "trap")})):
         path.write_bytes(content)
-        assert refused_training(None, "--ckpt_path", path).startswith(f"{path}: refused, it is not a checkpoint")
+        assert refused_training(None, "--ckpt_path", path).startswith(f"{path}: not a checkpoint that train.py saved")
     assert not (tmp_path / "trap").exists()
 
 
@@ -385,8 +387,8 @@ def test_no_space_left_for_records(refused_evaluation, evaluate, monkeypatch, ru
         patched.setattr("lit_purify.callbacks.run_writer.append_records", full)
         said = refused_evaluation(written=True)
     assert said == (
-        f"{run / 'records.jsonl'}: no space left on device; what is recorded stays: make room and give the same "
-        "command again"
+        f"{run / 'records.jsonl'}: no space left on device; free some space and run the same command again; "
+        "existing records stay"
     )
     assert len(evaluate()) == 8
 

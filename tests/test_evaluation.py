@@ -128,7 +128,7 @@ def test_resuming_completes_and_changes_nothing(config, finished, tmp_path, caps
     for path in (run / "summary.json", run / "report.html", run / "overlays" / "paper.pgd.000001.png"):
         path.unlink()
     evaluate(["--config", str(config), "--run", str(run), "--data.batch_size", "3"])
-    assert "goes on after 16 records" in capsys.readouterr().out
+    assert "resumes after 16 records" in capsys.readouterr().out
     assert records(run) == records(finished)
     assert results(run) == results(finished)
     assert {path.name for path in run.rglob("*")} == {path.name for path in finished.rglob("*")}
@@ -144,7 +144,7 @@ def test_other_settings_are_refused_in_a_used_folder(config, finished, capsys):
     assert "; 2 more)" in said
     assert "attacks.pgd: lit_purify.attacks.pgd.PGD there, lit_purify.attacks.fgsm.FGSM here" in said
     evaluate([*arguments, "--dry_run"])
-    assert "its records do not count\nDigits (test)" in (said := capsys.readouterr().out)
+    assert "its records are ignored\nDigits (test)" in (said := capsys.readouterr().out)
     assert "36 records, 0 of them exist already" in said
     assert (finished / "records.jsonl").read_bytes() == before
 

@@ -505,8 +505,8 @@ def test_a_network_that_cannot_be_saved_is_refused_before_it_is_trained(refused,
     ("words", "said"),
     [
         (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint; check ckpt_path"),
-        (["--ckpt_path", "damaged.ckpt"], "damaged.ckpt: refused, it is not a checkpoint"),
-        (["--ckpt_path", "other.ckpt"], "ckpt_path: the checkpoint is of another network than the one configured"),
+        (["--ckpt_path", "damaged.ckpt"], "damaged.ckpt: not a checkpoint that train.py saved"),
+        (["--ckpt_path", "other.ckpt"], "ckpt_path: the checkpoint belongs to another network than the configured one"),
         (["--output", "model.pt"], "model.pt: networks are written as safetensors"),
     ],
 )

@@ -322,7 +322,7 @@ def test_the_commands(images, tmp_path, capsys, monkeypatch):
     command = ["--input", str(images), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
         evaluate(["predict", *command])
-    assert "predict: name a configuration, whose networks and size are used: --config FILE" in capsys.readouterr().err
+    assert "predict: name a configuration with the networks to use: --config FILE" in capsys.readouterr().err
     command += ["--config", "configs/eval/digits.yaml", "--chunk", "16"]
     evaluate(["predict", *command])
     assert len(rows(tmp_path / "out/predictions.csv")) == 4

@@ -147,7 +147,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         evaluate(["purify", "--dry_run"])
-    assert "--dry_run goes with test, frontier and audit, not with purify" in capsys.readouterr().err
+    assert "--dry_run works with test, frontier and audit, not with purify" in capsys.readouterr().err
 
 
 def test_several_processes_check_once(tmp_path):

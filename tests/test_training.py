@@ -52,7 +52,8 @@ def test_how_much_there_was_to_do_is_said(config, tmp_path, capsys):
     train([*command, "last"])
     said = capsys.readouterr()
     assert (
-        f"{tmp_path / 'checkpoints' / 'last.ckpt'}: does not exist yet, the training begins from the start" in said.err
+        f"{tmp_path / 'checkpoints' / 'last.ckpt'}: does not exist yet: the training starts from the beginning"
+        in said.err
     )
     assert "nothing left" not in said.out
     train([*command, str(tmp_path / "checkpoints" / "epoch=0.ckpt")])
@@ -91,7 +92,7 @@ def test_a_training_that_takes_days_on_a_cpu_says_so_before_it_starts(config, tm
     monkeypatch.setattr(training, "seconds_a_sample", lambda network: 20_000.0)
     train(["fit", "--config", str(config), "--run", str(tmp_path / "run"), "--trainer.max_steps=2"])
     said = capsys.readouterr().err
-    assert re.search(r"warning: on this CPU the training takes about \d+ days: take a GPU", said)
+    assert re.search(r"warning: on this CPU the training takes about \d+ days: use a GPU", said)
     monkeypatch.undo()
     network = UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -212,7 +213,7 @@ def test_a_second_training_does_not_overwrite_the_first(config, tmp_path, capsys
     with pytest.raises(SystemExit) as stopped:
         train(["fit", "--config", str(config), "--run", str(tmp_path / "run")])
     assert stopped.value.code == 2
-    assert "holds a training already: go on with --ckpt_path" in capsys.readouterr().err
+    assert "holds a training already: resume it with --ckpt_path" in capsys.readouterr().err
     assert last.read_bytes() == b"weeks of work"
 
 

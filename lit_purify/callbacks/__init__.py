@@ -1,4 +1,4 @@
-"""What is written and shown while a task runs; every callback reads only what the task hands out."""
+"""Callbacks that write files, show progress and log to W&B while a task runs."""
 
 from lit_purify.callbacks.progress import Progress
 from lit_purify.callbacks.run_writer import RunWriter

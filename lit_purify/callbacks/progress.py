@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line now and then in a log."""
+"""Progress: a bar on a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lit_purify.evaluation.estimate import duration, gibibytes, peak_memory, wor
 from lit_purify.evaluation.own_images import Purification
 
 _FIRST, _SELDOM, _OFTEN = 20.0, 600.0, 0.2
-"""Seconds until a log gets its first line, and between two lines of a log and two texts of a bar at most."""
+"""Seconds until a log's first line, between two lines of a log, and between two texts of a bar."""
 
 
 class Progress(Callback, EvaluationListener):
-    """Shows accuracy or loss, time left and peak memory; of several processes, rank zero speaks for all.
+    """Shows accuracy or loss, time left and peak memory on rank 0, extrapolated to all ranks.
 
-    A training counts steps, a purification images, an evaluation the cost of its samples in network calls, as defenses
-    differ in cost. Without a terminal a line is printed for every tenth, and every ten minutes.
+    A training counts steps and a purification counts images. An evaluation counts network calls, because defenses
+    differ in cost. Without a terminal it prints a line for every 10 % and every ten minutes.
     """
 
     bar: tqdm | None = None
@@ -31,7 +31,7 @@ class Progress(Callback, EvaluationListener):
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Begins, when what is recorded already is known."""
+        """Starts the bar of an evaluation; existing records are known by then."""
         if batch_idx == 0 and isinstance(pl_module, RobustnessTask):
             evaluator, done = pl_module.evaluator, pl_module.ledger.done
             self.cost = {(d["defense"], d["attack"]): work(d, evaluator.runs) for d in evaluator.describe()}
@@ -42,7 +42,7 @@ class Progress(Callback, EvaluationListener):
     def on_evaluated(
         self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
     ) -> None:
-        """Counts records."""
+        """Advances the bar by new records."""
         if self.bar is not None:
             pair = records[0].defense, records[0].attack
             done = self.done + len(records) * self.cost[pair] * trainer.world_size
@@ -51,24 +51,24 @@ class Progress(Callback, EvaluationListener):
     def on_predict_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Begins."""
+        """Starts the bar of a purification."""
         if batch_idx == 0 and isinstance(pl_module, Purification):
             self._begin(trainer, "purifying", len(pl_module.jobs))
 
     def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:  # noqa: ANN401
-        """Counts images."""
+        """Advances the bar by purified images."""
         if self.bar is not None:
             self._show(trainer, self.done + outputs * trainer.world_size, str)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begins, or goes on."""
+        """Starts the bar of a training, at its current step."""
         self._begin(trainer, "training", int(trainer.estimated_stepping_batches), trainer.global_step)
         if self.bar is not None and 0 < self.first < self.total:
-            print(f"goes on after step {self.first}", file=sys.stderr)
+            print(f"resumes after step {self.first}", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:  # noqa: ANN401
-        """Counts steps."""
-        # Several batches make a step where gradients are accumulated.
+        """Advances the bar by a step."""
+        # With accumulated gradients, several batches share a step.
         if self.bar is not None and trainer.global_step > self.done:
             step, loss = trainer.global_step, trainer.callback_metrics.get("train/loss")
             about = f"step {step} of {self.total}, "
@@ -79,7 +79,7 @@ class Progress(Callback, EvaluationListener):
         self._close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Closes the bar, so that an error message gets a line of its own."""
+        """Closes the bar, so that an error message starts on a new line."""
         self._close()
 
     def _begin(self, trainer: L.Trainer, verb: str, total: int, first: int = 0) -> None:
@@ -92,7 +92,7 @@ class Progress(Callback, EvaluationListener):
             self.due = self.started + (_FIRST if self.bar.disable else 0.0)
 
     def _show(self, trainer: L.Trainer, done: int, text: Callable[[], str]) -> None:
-        """Asks for the text only when it is shown: on a GPU a loss has to be waited for."""
+        """Updates the bar; calls ``text`` only to show it, because reading a loss waits for the GPU."""
         assert self.bar is not None
         before, self.done, now = self.done, min(self.total, done), monotonic()
         tenth = 10 * self.done // self.total > 10 * before // self.total

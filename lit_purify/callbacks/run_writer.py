@@ -1,4 +1,4 @@
-"""What an evaluation writes into its run's folder, and how it takes up an interrupted one."""
+"""Writes the run folder of an evaluation, and resumes an interrupted one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ from lit_purify.report.summary import RULES, table
 
 
 class RunWriter(Callback, EvaluationListener):
-    """Keeps ``records.jsonl``: one line a record, written through at once: a killed run loses one batch at most.
+    """Writes records to ``records.jsonl`` after each batch, so that a killed run loses at most one batch.
 
-    The pictures of the first samples go to ``overlays/``. When every sample is there, records become ``summary.json``,
-    ``report.html`` and the printed table.
-
-    Rank zero appends to it, every other process to ``records.rankR.jsonl``, which is merged at the end or on resuming.
+    The pictures of the gallery go to ``overlays/``. At the end it writes ``summary.json`` and ``report.html``, and
+    prints the table. Other ranks than 0 write ``records.rankR.jsonl``, which rank 0 merges.
     """
 
     stream: BinaryIO | None = None
@@ -35,13 +33,13 @@ class RunWriter(Callback, EvaluationListener):
 
     @uncollected()
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merges what the last run left, and tells task and data what is done."""
+        """Merges existing records, and passes them to the task and the data."""
         assert isinstance(pl_module, RobustnessTask)
         if trainer.received_sigterm:
-            # Before Stopping heeded it; Lightning notes it and goes on, in a test.
+            # It came before Stopping's handler was set; Lightning would continue a test.
             raise KeyboardInterrupt
         folder = RunFolder(Path(trainer.default_root_dir))
-        # Rank zero reads for all: another node may not see yet what it has merged.
+        # Rank 0 reads for all: other nodes may not see the merged file yet.
         records = trainer.strategy.broadcast(folder.collect(write=True) if trainer.is_global_zero else [])
         data = trainer.datamodule  # type: ignore[attr-defined]
         evaluated = data.evaluated
@@ -49,38 +47,38 @@ class RunWriter(Callback, EvaluationListener):
         for record in records:
             if labels.get(record.index) != record.label:
                 raise InputError(
-                    f"{folder.path} holds a record of sample {record.index} with label {record.label}, which these "
-                    "images do not have: choose another run folder"
+                    f"{folder.path} holds a record of sample {record.index} with label {record.label}, but the data "
+                    "has no such sample: choose another run folder"
                 )
         pl_module.resume(records, count=trainer.is_global_zero)
         pairs = Counter(record.index for record in records)
         data.finished = [index for index, found in pairs.items() if found == len(pl_module.evaluator.pairs)]
         self.stream = folder.open_part(trainer.global_rank)
         if records and trainer.is_global_zero:
-            print(f"{folder.path}: goes on after {len(records)} records")
+            print(f"{folder.path}: resumes after {len(records)} records")
 
     def on_evaluated(
         self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
     ) -> None:
-        """One write a batch, flushed to the disk."""
+        """Writes pictures and records, and flushes them to the disk."""
         assert self.stream is not None
         for view in views:
-            # Pictures before records: a sample whose record exists is not shown again.
+            # Pictures come before records: a recorded sample gets no pictures later.
             pictures.write(view, RunFolder(Path(trainer.default_root_dir)).overlays)
         path = self.stream.name
         try:
             append_records(self.stream, records)
         except OSError as error:
             raise InputError(
-                f"{path}: {str(error.strerror).lower()}; what is recorded stays: make room and give the same command "
-                "again"
+                f"{path}: {str(error.strerror).lower()}: free some space and run the same command again; "
+                "existing records stay"
             ) from error
         if os.fstat(self.stream.fileno()).st_nlink == 0:
-            raise InputError(f"{path}: removed while it was written; give the same command again, unless it runs again")
+            raise InputError(f"{path}: was deleted by another run: wait for that run, or run the same command again")
 
     @uncollected()
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Rank zero writes, once all processes are done."""
+        """Writes summary and report on rank 0, after all ranks are done."""
         trainer.strategy.barrier("report")
         if not trainer.is_global_zero or not isinstance(pl_module, RobustnessTask):
             return
@@ -96,17 +94,17 @@ class RunWriter(Callback, EvaluationListener):
         self.text = f"{table(summary)}\nReport: {folder.report}"
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Closes the file, and prints the table after whatever the loggers print."""
+        """Closes the file and prints the table, after the loggers' output."""
         self._close()
         if self.text:
             print(self.text)
             self.text = ""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Says how to go on."""
+        """Closes the file, and prints how to resume after an interruption."""
         self._close()
         if trainer.is_global_zero and isinstance(exception, KeyboardInterrupt):
-            print(f"\n{trainer.default_root_dir}: stopped; the same command goes on from here", file=sys.stderr)
+            print(f"\n{trainer.default_root_dir}: stopped; the same command resumes from here", file=sys.stderr)
 
     def _close(self) -> None:
         if self.stream is not None:

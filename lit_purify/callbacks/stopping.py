@@ -1,4 +1,4 @@
-"""Ending a run in good order when a scheduler says so."""
+"""Ends a run cleanly on a signal from a scheduler or user."""
 
 from __future__ import annotations
 
@@ -13,50 +13,50 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_SAVING = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once, without\n"
+_SAVING = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once, without one\n"
 
 
 class Stopping(Callback):
-    """On SIGTERM or SIGUSR1 (preemption, the end of the time granted) to any process, all of them end.
+    """Ends all processes if any of them gets SIGTERM or SIGUSR1 (preemption, time limit).
 
-    An evaluation, or a purification of images, ends at once: all that is done is on the disk. A training finishes its
-    step, saves ``checkpoints/last.ckpt``, and ends; from there it takes the very steps that it would have taken. It
-    does so upon Ctrl-C as well; a second one ends it at once.
+    An evaluation or a purification ends at once; finished results are on the disk. A training finishes its step, saves
+    ``checkpoints/last.ckpt`` and ends; it resumes with the same steps as an uninterrupted training. Ctrl-C does the
+    same, and a second Ctrl-C ends the training at once.
 
-    Lightning's own handlers talk to the other processes, and save, wherever the signal finds them. In a training to
-    be put after all callbacks that change weights.
+    Lightning's own handlers communicate and save at any point of a step. In a training, put this after all callbacks
+    that change weights.
     """
 
     stopped = False
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Ends at once."""
+        """Sets handlers that end the run at once."""
         for signum in _SIGNALS:
             signal.signal(signum, _end)
 
     on_predict_start = on_test_start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Waits for the end of a step."""
+        """Sets handlers that end the training after its current step."""
         self.step = trainer.global_step
         for signum in (*_SIGNALS, signal.SIGINT):
             signal.signal(signum, self._note)
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-                # The run's own: it would write the next one beside one that it does not know.
+                # Otherwise it would write a second file beside an existing last.ckpt.
                 last = Path(callback.dirpath) / "last.ckpt"
                 callback.last_model_path = str(last) if last.is_file() else callback.last_model_path
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """There is no step any more to wait for."""
+        """Restores Ctrl-C: no step is left to wait for."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """All processes agree to stop after the same step."""
+        """Stops all processes after the same step."""
         if trainer.global_step == self.step:
-            # Gradients are being accumulated, which checkpoints do not hold.
+            # Checkpoints do not store accumulated gradients.
             return
         self.step = trainer.global_step
         if not trainer.strategy.reduce_boolean_decision(self.stopped, all=False):
@@ -64,20 +64,20 @@ class Stopping(Callback):
         path = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            print(f"stopped after step {trainer.global_step}: go on with ckpt_path: {path}", file=sys.stderr)
+            print(f"stopped after step {trainer.global_step}: resume with ckpt_path: {path}", file=sys.stderr)
         raise KeyboardInterrupt
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.stopped = True
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            # Not print, which may be what was interrupted.
+            # Not print: the signal may have interrupted a print.
             os.write(2, _SAVING)
 
 
 def _end(signum: int, frame: FrameType | None) -> NoReturn:
-    # A second signal, from a launcher that sees another process end, must not disturb the ending.
+    # A launcher may send a second signal when another process ends: ignore it.
     for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-    # As Ctrl-C, upon which Lightning ends the processes that it has started as well.
+    # Like Ctrl-C: Lightning then also ends the processes that it started.
     raise KeyboardInterrupt

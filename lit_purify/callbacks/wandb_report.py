@@ -1,4 +1,4 @@
-"""What an evaluation shows in Weights & Biases, with a WandbRun as a logger."""
+"""Logs an evaluation to Weights & Biases, with a WandbRun as the logger."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _KIND = ("samples", "clean", "robust")
 
 
 class WandbReport(Callback, EvaluationListener):
-    """Logs accuracies, masks that can be toggled, a table of samples and costs, on rank zero; names: docs/wandb.md."""
+    """Logs accuracies, mask layers, a table of samples and costs on rank 0; docs/wandb.md lists the names."""
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Logs what is evaluated."""
+        """Logs settings and facts, and declares the running metrics."""
         logger = wandb_run(trainer)
         if logger is None or not isinstance(pl_module, RobustnessTask):
             return
@@ -47,7 +47,7 @@ class WandbReport(Callback, EvaluationListener):
     def on_evaluated(
         self, trainer: L.Trainer, task: RobustnessTask, records: Sequence[Record], views: Sequence[View]
     ) -> None:
-        """Running accuracies of one pair, over the samples of rank zero."""
+        """Logs running accuracies of one (defense, attack) over the samples of rank 0."""
         logger = wandb_run(trainer)
         if logger is None:
             return
@@ -57,7 +57,7 @@ class WandbReport(Callback, EvaluationListener):
         logger.log_metrics({**running, "cost/peak_memory_gib": peak_memory(task.device) / 2**30})
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reads what all processes have written into the run's folder."""
+        """Logs figures and pictures from the run folder, which holds the results of all ranks."""
         logger, folder = wandb_run(trainer), RunFolder(Path(trainer.default_root_dir))
         if logger is None:
             return
@@ -70,12 +70,12 @@ class WandbReport(Callback, EvaluationListener):
 
 
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Costs, a table of all results, and the clean against the robust accuracy of every defense."""
+    """Costs, the table of results, and a plot of clean against robust accuracy."""
     logged: dict[str, Any] = {}
     rows, points, looks, fresh, kinds = [], [], [], [], []
     for result in summary["results"]:
         pair, nfe = {name: result[name] for name in ("defense", "attack")}, result["nfe_defense"]
-        # Seconds of all processes: the speed of one.
+        # Seconds are summed over processes, so this is the speed of one process.
         speed, place = summary["samples"] / max(1e-9, result["seconds"]), "cost/" + "/".join(pair.values())
         logged |= {f"{place}/nfe": result["nfe_attack"], f"{place}/images_per_second": speed}
         logged[f"cost/{result['defense']}/nfe"] = nfe
@@ -107,10 +107,10 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pictures(views: Sequence[View], classes: Sequence[str], features: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """Adversarial images with their mask as a layer, and a table of samples; of rows, which columns changed."""
+    """Adversarial images with mask layers and a table of samples; for table rows, the changed columns."""
     masks, rows = [], []
     if features and views:
-        samples = [{**_said(view, classes), "changes": changes(view, features)} for view in views]
+        samples = [{**_sample_row(view, classes), "changes": changes(view, features)} for view in views]
         return {"samples": _table(samples), "columns": _table(changed(views, features))}
     for view in views:
         record, masked = view.record, None
@@ -121,12 +121,12 @@ def _pictures(views: Sequence[View], classes: Sequence[str], features: Sequence[
             masked = wandb.Image(pil(enlarged(view.adversarial)), caption=caption, masks=strong)
             masks.append(masked)
         images = {name: wandb.Image(pil(enlarged(getattr(view, name)))) for name in PANELS}
-        rows.append({**_said(view, classes), **images, "mask": masked})
+        rows.append({**_sample_row(view, classes), **images, "mask": masked})
     return ({"masks": masks} if masks else {}) | ({"samples": _table(rows)} if rows else {})
 
 
-def _said(view: View, classes: Sequence[str]) -> dict[str, Any]:
-    """What a table of samples says of each."""
+def _sample_row(view: View, classes: Sequence[str]) -> dict[str, Any]:
+    """The cells of one sample in the table of samples."""
     record = view.record
     row = {name: getattr(record, name) for name in ("defense", "attack", "index", "linf", "l2")}
     for name, predictions in (("clean", record.clean), ("attacked", record.adversarial)):

@@ -1,4 +1,4 @@
-"""The run of Weights & Biases that belongs to a run's folder."""
+"""The Weights & Biases run of a run folder."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from lit_purify.recorded import SHA256
 
 
 class WandbRun(WandbLogger):
-    """Logs to one W&B run for each run folder: an interrupted run goes on in it.
+    """Logs to one W&B run per run folder; an interrupted run resumes in the same W&B run.
 
-    A server never ends an evaluation. If it cannot be reached or refuses the key, the run is logged offline. Uploads
-    that take longer than ``patience`` seconds after the end stay in the folder, and the command that uploads them is
-    printed.
+    Server problems never stop an evaluation. If the server is unreachable or refuses the key, the run is logged
+    offline. If uploads take longer than ``patience`` seconds after the end, the rest stays in the folder, and a line
+    shows the command to upload it.
 
     Args:
-        project: The W&B project; in a sweep it is the sweep's.
+        project: The W&B project; a sweep uses its own.
         mode: ``offline`` needs no account, ``online`` uploads while it runs, ``disabled`` does nothing.
-        entity: User or team; ``None`` is the account's default.
-        name: Of the run; ``None`` is the name of the run's folder.
-        group: Of runs that belong together.
-        tags: To find the run by.
-        id: Of the W&B run; ``None`` makes one, and keeps it in ``wandb/run_id`` in the folder.
-        patience: Seconds that uploads may take after the end.
-        save_dir: The run's folder.
+        entity: User or team; ``None`` uses the account's default.
+        name: Name of the W&B run; ``None`` uses the name of the run folder.
+        group: Group of related runs.
+        tags: Tags of the run, 1 to 64 characters each.
+        id: Id of the W&B run; ``None`` makes one and stores it in ``wandb/run_id`` in the folder.
+        patience: Maximum time for uploads after the end, in seconds.
+        save_dir: The run folder.
 
     Attributes:
-        run: The W&B run, once it has begun; on rank zero alone.
+        run: The W&B run on rank 0, after its start.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class WandbRun(WandbLogger):
         save_dir: str = ".",
     ) -> None:
         if patience <= 0:
-            raise InputError(f"patience = {patience} must be positive (seconds)")
+            raise InputError(f"patience = {patience}: use a number of seconds above 0")
         if long := [tag for tag in tags if not 0 < len(tag) <= 64]:
-            raise InputError(f"tags: W&B takes 1 to 64 characters, not {long[0]!r}")
+            raise InputError(f"tags: W&B takes 1 to 64 characters, not {long[0]!r}: rename it")
         self.folder, self.patience = Path(save_dir), patience
         try:
             self.settings = wandb.Settings(
@@ -72,7 +72,9 @@ class WandbRun(WandbLogger):
                 silent=True,
             )
         except (ValueError, wandb.Error) as error:
-            raise InputError(f"trainer.logger: W&B refuses these settings: {' '.join(str(error).split())}") from error
+            raise InputError(
+                f"trainer.logger: W&B refuses these settings, change them: {' '.join(str(error).split())}"
+            ) from error
         super().__init__(
             project=project, save_dir=save_dir, entity=entity, group=group, tags=[*tags], settings=self.settings
         )
@@ -81,21 +83,21 @@ class WandbRun(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:  # noqa: ANN401
-        """The W&B run; on other ranks than zero an object that does nothing."""
+        """The W&B run; on other ranks than 0, a dummy object."""
         if self.run is not None:
             return self.run
         if self.settings.mode != "disabled":
             self.folder.mkdir(parents=True, exist_ok=True)
             stage_artifacts(self.folder)
-            # A sweep gives the id, and takes no other.
+            # In a sweep, the sweep sets the id.
             self.settings.run_id = self.settings.run_id or wandb.setup().settings.run_id or self._kept_id()
         try:
             self.run = super().experiment
         except (wandb.Error, TimeoutError) as error:
             if self.settings.mode != "online":
                 raise
-            _say(f"{wandb.setup().settings.base_url}: {error}; the run is logged offline")
-            # The client that failed may hold the id.
+            _warn(f"{wandb.setup().settings.base_url}: {error}; the run is logged offline")
+            # The failed client may still hold the id.
             wandb.teardown()
             self.settings.mode = "offline"
             self.run = super().experiment
@@ -104,18 +106,18 @@ class WandbRun(WandbLogger):
         return self.run
 
     def log_media(self, values: Mapping[str, Any]) -> None:
-        """Logs tables and pictures. The client asks the server about each table, and fails without an answer."""
+        """Logs tables and pictures; prints a line if W&B fails, which needs the server for tables."""
         try:
             self.experiment.log(dict(values))
-        # The client raises what its connection, or the disk, raises.
+        # The client raises many kinds of connection and disk errors.
         except Exception as error:
             names = ", ".join(key for key in values if "/" not in key)
-            _say(f"{names} not logged ({error}); the run's folder holds the same figures")
+            _warn(f"{names} not logged ({error}); the run's folder holds the same figures")
 
     def finalize(self, status: str) -> None:
-        """Ends the W&B run, and says how to upload the rest."""
+        """Ends the W&B run, and prints how to upload the rest."""
         super().finalize(status)
-        # Other ranks have none.
+        # None on other ranks.
         run, self.run = self.run, None
         if run is None:
             return
@@ -124,9 +126,9 @@ class WandbRun(WandbLogger):
         except TimeoutError:
             part, resume = Path(run.dir).parent, "WANDB_RESUME=allow " * run.resumed
             reason = f"the uploads were not done {self.patience:g} s after the end"
-            _say(f"{reason}; upload what is missing with: {resume}wandb sync --include-online {part}")
+            _warn(f"{reason}; upload what is missing with: {resume}wandb sync --include-online {part}")
         if self.settings.mode == "offline":
-            # An interrupted run has left several parts: with the variable the second does not overwrite the first.
+            # An interrupted run has several parts; without the variable, the second part overwrites the first.
             print(f"W&B: offline run, upload it with: WANDB_RESUME=allow wandb sync {self.folder / 'wandb'}")
 
     def _kept_id(self) -> str:
@@ -138,19 +140,19 @@ class WandbRun(WandbLogger):
 
 
 def wandb_run(trainer: L.Trainer) -> WandbRun | None:
-    """The run on rank zero, if there is one."""
+    """The trainer's WandbRun on rank 0, if there is one."""
     if not trainer.is_global_zero:
         return None
     return next((logger for logger in trainer.loggers if isinstance(logger, WandbRun)), None)
 
 
 def log_settings(logger: WandbRun, folder: RunFolder, facts: Mapping[str, Any]) -> None:
-    """Makes the run's settings, the hashes that its records depend on, and facts the config of the W&B run."""
+    """Logs settings, hashes of the identity and facts as the config of the W&B run."""
     settings = yaml.safe_load(folder.config.read_text())
     identity = json.loads(folder.identity.read_text()) if folder.identity.exists() else {}
     hashes = {key: value for key, value in identity.items() if key.endswith(SHA256)}
     logger.experiment.config.update({**settings, "sha256": hashes, **facts}, allow_val_change=True)
 
 
-def _say(text: str) -> None:
+def _warn(text: str) -> None:
     print("W&B: " + " ".join(text.split()), file=sys.stderr)

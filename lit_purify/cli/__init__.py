@@ -1,8 +1,8 @@
-"""The command line: the only place that reads arguments and the environment."""
+"""The command lines; only this folder reads arguments and the environment."""
 
 import os
 
-# Before torch is imported: a lost connection is reported in one line, not in C++ stacks as well.
+# Must be set before torch is imported: hides C++ stacks after a lost connection.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from lit_purify.cli.evaluation import evaluate

@@ -1,4 +1,4 @@
-"""What both command lines share: one line for what is wrong, the process's rank, a quiet start."""
+"""Shared by both command lines: errors in one line, the rank, fewer warnings."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from lit_purify.evaluation.folder import RunFolder
 from lit_purify.private import leave
 
 _LAUNCHER = 7.0
-"""Seconds that a launcher may take to notice that a process has died."""
+"""Seconds until a launcher notices a dead process."""
 
 
 _REMARKS = (
     "does not have many workers|deprecat|isinstance.*treespec|Checkpoint directory|using a `DistributedSampler`",
     "args parameter is intended|smaller than the logging interval",
-    # Of it the loader knows: see data/base.py.
+    # The loaders resume themselves: see data/base.py.
     "your dataloader is not resumable",
-    # Of few samples a process may get none.
+    # With few samples, a process may get none.
     "was called before the ``update`` method",
-    # Metrics are summed over processes already.
+    # Metrics are already summed over processes.
     "sync_dist=True",
 )
-"""What libraries warn of and no user can act on."""
+"""Warnings of libraries that users cannot act on."""
 
 
 @dataclass
 class State:
-    """How far a command is.
+    """Progress of a command, for error messages.
 
     Attributes:
-        folder: The run's folder, once it is known.
-        running: Whether processes have data of their own, so that each says what is wrong.
+        folder: The run folder, once it is known.
+        running: Whether processes have different data, so that each prints its own error.
     """
 
     folder: RunFolder | None = None
@@ -52,23 +52,23 @@ class State:
 
 @contextmanager
 def guarded() -> Iterator[State]:
-    """Ends with one line and exit status 2 upon what a user can mend, and releases the run's folder."""
+    """Turns errors that users can fix into one line and exit status 2, and releases the run folder."""
     quiet()
     state = State()
     try:
         yield state
     except SystemExit as stopped:
-        # Lightning's for an interrupted run is that of a traceback.
+        # Lightning exits with status 1 after an interruption.
         if isinstance(stopped.__context__, KeyboardInterrupt):
             leave(INTERRUPTED)
         raise
     except Exception as error:
         message = explanation(error, state.folder)
         if message is None:
-            # Not the user's to mend: the traceback says more.
+            # Not an input error: show the traceback.
             raise
         if lost_connection(error):
-            # Launchers look every five seconds: they end this process, and name the one that died.
+            # Launchers check every five seconds. They name the dead process and end this one.
             time.sleep(_LAUNCHER)
             fail(message, every_rank=True, status=INTERRUPTED)
         fail(message, every_rank=state.running)
@@ -78,7 +78,7 @@ def guarded() -> Iterator[State]:
 
 
 def fail(message: str, every_rank: bool = False, status: int = 2) -> NoReturn:
-    """Ends with one line, and exit status 2 for wrong input."""
+    """Prints an error in one line and exits; the default status 2 means wrong input."""
     own = rank()
     if own == 0 or every_rank:
         print(f"{Path(sys.argv[0]).name}: error: {message}" + (f" [rank {own}]" if own else ""), file=sys.stderr)
@@ -86,26 +86,26 @@ def fail(message: str, every_rank: bool = False, status: int = 2) -> NoReturn:
 
 
 def rank() -> int:
-    """Of this process, before torch.distributed knows it."""
+    """Rank of this process, also before torch.distributed is initialized."""
     return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def quiet() -> None:
-    """Keeps remarks that no user can act on off the screen, and of several processes all but the first one's."""
+    """Hides warnings that users cannot act on; of several processes, only rank 0 prints notices."""
     errors.SPEAKING = rank() == 0
     os.environ.setdefault("WANDB_SILENT", "true")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # Names of files need not be text of the terminal's encoding.
+            # The terminal's encoding may not cover all file names.
             stream.reconfigure(errors="backslashreplace")
     for name in ("pytorch.utilities.rank_zero", "pytorch.trainer.connectors.checkpoint_connector", "fabric.utilities"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=f".*({'|'.join(_REMARKS)})")
 
 
-def helped(given: list[str], program: str) -> list[str]:
-    """The arguments; when they ask for help, a page that fits a screen is all there is."""
-    if "-h" in given or "--help" in given:
+def helped(arguments: list[str], program: str) -> list[str]:
+    """The arguments, with ``--help_all`` as jsonargparse's ``--help``; prints a short page and exits for ``--help``."""
+    if "-h" in arguments or "--help" in arguments:
         print(Path(__file__).with_name(f"{program}.txt").read_text(), end="")
         sys.exit(0)
-    return ["--help" if word == "--help_all" else word for word in given]
+    return ["--help" if word == "--help_all" else word for word in arguments]

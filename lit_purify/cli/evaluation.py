@@ -1,4 +1,4 @@
-"""The command line of ``eval.py``: a shell around what notebooks call."""
+"""The command line of ``eval.py``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _say = partial(print, flush=True)
 
 
 class Evaluation:
-    """What a configuration describes: networks, defenses, attacks and data, made and checked."""
+    """The objects of a configuration: networks, defenses, attacks and data."""
 
     def __init__(self, made: Namespace, config: str, folder: RunFolder) -> None:
         self.config, self.folder, self.gallery, self.data = config, folder, made.gallery, made.data
@@ -54,21 +54,21 @@ class Evaluation:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the records depend on."""
+        """The settings that records depend on."""
         return self.evaluator.identity() | self.data.identity()
 
     def prepare(self) -> None:
-        """Fetches and reads the data; refuses what does not fit."""
+        """Fetches and reads the data; raises an ``InputError`` if data, networks and attacks do not match."""
         self.data.prepare_data()
         self.evaluator.check(self.data.evaluated)
 
     def trainer(self, *callbacks: L.Callback, **changes: Any) -> L.Trainer:  # noqa: ANN401
-        """A trainer for the evaluation."""
+        """A trainer for the evaluation, with additional callbacks and changed settings."""
         return reading.make_trainer(
             self.given | changes,
             callbacks=[*callbacks, *(self.given.get("callbacks") or [])],
             default_root_dir=str(self.folder.path),
-            # An attack differentiates, which Lightning's inference mode forbids.
+            # Attacks need gradients, which inference mode forbids.
             inference_mode=False,
             use_distributed_sampler=False,
             enable_checkpointing=False,
@@ -77,11 +77,11 @@ class Evaluation:
         )
 
     def moved(self) -> torch.device:
-        """Moves the networks to where a command of one process runs."""
+        """Moves the networks to the device of a single-process command, and returns it."""
         chosen = str(self.given.get("accelerator", "auto"))
         cuda = chosen in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if chosen in ("gpu", "cuda") and not cuda:
-            raise InputError(f"trainer.accelerator = {chosen}: torch finds none; take cpu, or leave it out")
+            raise InputError(f"trainer.accelerator = {chosen}: torch finds no GPU; use cpu, or leave it out")
         device = torch.device("cuda" if cuda else "cpu")
         self.evaluator.to(device)
         return device
@@ -94,7 +94,7 @@ def _defense(name: str, make: Any, denoiser: Any) -> Any:  # noqa: ANN401
         raise InputError(f"defenses.{name}: {error}") from error
     except AttributeError as error:
         if denoiser is None:
-            raise InputError(f"defenses.{name}: a purifier needs a denoiser: set one, by its path or class") from error
+            raise InputError(f"defenses.{name}: a purifier needs a denoiser: name its path or class") from error
         raise
 
 
@@ -102,7 +102,7 @@ def _test(evaluation: Evaluation) -> None:
     """Attacks every defense, and writes records, summary and report."""
     trainer = evaluation.trainer(Stopping(), Progress(), RunWriter(), WandbReport())
     if trainer.is_global_zero:
-        # The data may have to be fetched; the other processes look in their setup.
+        # Rank 0 fetches the data first; the other ranks check it in setup.
         evaluation.prepare()
         evaluation.folder.claim(evaluation.identity, evaluation.config, write=True)
     task = RobustnessTask(evaluation.evaluator, evaluation.gallery)
@@ -110,13 +110,13 @@ def _test(evaluation: Evaluation) -> None:
 
 
 def _estimate(evaluation: Evaluation) -> None:
-    """Measures what the evaluation will cost, and writes nothing."""
+    """Prints the expected cost of the evaluation; writes nothing."""
     evaluation.prepare()
     evaluation.moved()
     folder, data, evaluator = evaluation.folder, evaluation.data, evaluation.evaluator
     done = {record.key for record in folder.collect(write=False)}
     if done and (found := folder.differences(evaluation.identity)):
-        print(f"{folder.path} holds a run with other settings ({found}): its records do not count")
+        print(f"{folder.path} holds a run with other settings ({found}): its records are ignored")
         done = set()
     print(f"{data.name} ({data.evaluate_on}), {len(data.evaluated)} samples, {evaluator.runs} runs each")
     processes = evaluation.trainer(logger=False).world_size
@@ -134,7 +134,7 @@ def _followed(evaluator: Evaluator) -> tuple[str, Attack]:
 
 
 def _estimate_audit(evaluation: Evaluation, options: Namespace) -> None:
-    """Counts what the audit will ask, times a chunk of it, and writes nothing."""
+    """Prints the expected cost of the audit: its queries, times the measured time of a chunk; writes nothing."""
     evaluation.prepare()
     device, evaluator, data = evaluation.moved(), evaluation.evaluator, evaluation.data.evaluated
     name, attack = _followed(evaluator)
@@ -155,10 +155,10 @@ def _estimate_audit(evaluation: Evaluation, options: Namespace) -> None:
 
 
 def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
-    """Checks the defenses, and writes ``gradcheck.json`` or ``audit.json``; returns whether they passed."""
+    """Runs gradcheck or audit, writes its JSON file, and returns whether all checks passed."""
     evaluation.prepare()
     evaluator, folder, data = evaluation.evaluator, evaluation.folder, evaluation.data
-    # The verdict is about the records beside it: with records of other settings the folder is refused.
+    # The verdict must belong to the records in the folder.
     folder.claim(evaluation.identity, None, write=False)
     device, seed = evaluation.moved(), evaluator.seed
     count = min(options.samples, len(data.evaluated))
@@ -176,7 +176,7 @@ def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
         about = json.dumps([comparable(evaluation.identity), name, *counts, evaluator.chunk], sort_keys=True)
         memory = Memory(folder.path / "audit.partial.jsonl", hashlib.sha256(about.encode()).hexdigest())
         if memory.known:
-            _say(f"{memory.path}: goes on after {len(memory.known)} comparisons")
+            _say(f"{memory.path}: resumes after {len(memory.known)} comparisons")
         found = audit_attack(views, attack, data.evaluated, *counts, seed, evaluator.chunk, device, _say, memory)
         found.facts = {"attack": name, **found.facts}
         memory.path.unlink()
@@ -196,7 +196,7 @@ def _write_verdict(evaluation: Evaluation, command: str, found: Findings) -> Non
 
 
 def _purify(evaluation: Evaluation, command: str, options: Namespace) -> bool:
-    """Takes people's own images through a defense; returns whether all could be read."""
+    """Purifies or classifies your own images; returns whether all files could be read."""
     trainer = evaluation.trainer(Stopping(), Progress(), logger=False)
     given = {name: options[name] for name in ("output", "defense", "overlays")}
     given |= {"classify": command == "predict", "config": evaluation.config}
@@ -204,10 +204,10 @@ def _purify(evaluation: Evaluation, command: str, options: Namespace) -> bool:
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
-    """``eval.py``: attacks defenses and reports what survives; no arguments evaluate the embedded digits.
+    """Runs ``eval.py``; without arguments it evaluates the embedded digits.
 
     Args:
-        argv: A command, of those that ``--help`` explains, and flags; ``None`` takes those of the process.
+        argv: Command and flags, see ``--help``; ``None`` uses the arguments of the process.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     given = helped(given, "eval")
@@ -217,9 +217,9 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     command = given.pop(0) if given and given[0] in COMMANDS else "test"
     dry = "--dry_run" in given
     if dry and command not in ("test", "frontier", "audit"):
-        fail(f"--dry_run goes with test, frontier and audit, not with {command}: leave it out")
+        fail(f"--dry_run works with test, frontier and audit, not with {command}: leave it out")
     if (dry or command in ("gradcheck", "audit")) and rank() != 0:
-        # These run once: the first process speaks for all.
+        # These commands run on rank 0 only.
         return None
     with guarded() as state:
         _run(command, dry, [word for word in given if word != "--dry_run"], state)
@@ -228,7 +228,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 def _run(command: str, dry: bool, given: list[str], state: State) -> None:
     if not any(word.partition("=")[0] in ("--help", "--config") for word in given):
         if command in ("purify", "predict"):
-            raise InputError(f"{command}: name a configuration, whose networks and size are used: --config FILE")
+            raise InputError(f"{command}: name a configuration with the networks to use: --config FILE")
         given = ["--config", _CONFIGS.get(command, _CONFIG), *given]
     parser = reading.evaluation_parser()
     own = _add_options(parser, command)
@@ -238,8 +238,10 @@ def _run(command: str, dry: bool, given: list[str], state: State) -> None:
     reading.place_loggers(settings, folder.path)
     evaluation = Evaluation(reading.instantiated(parser, settings), config, folder)
     if command == "frontier" and evaluation.data.evaluate_on == "test":
-        notice("warning: the best of many points on the test split says little about them: choose on val")
-    # Before the run all processes fail alike, and one of them says so. Later each has data of its own.
+        notice(
+            "warning: the best of many points on the test split is optimistic: choose on val (--data.evaluate_on val)"
+        )
+    # Until here all ranks fail alike, and rank 0 prints the error. From here on their data differs.
     state.running = good = True
     if dry and command == "audit":
         _estimate_audit(evaluation, settings)
@@ -256,17 +258,17 @@ def _run(command: str, dry: bool, given: list[str], state: State) -> None:
 
 
 def _compare(given: Sequence[str]) -> None:
-    """Prints how evaluations differ from the first of them, and writes a page that shows it."""
+    """Prints how finished evaluations differ from the first one, and writes the comparison page."""
     parser = reading.Parser("eval.py compare", description="Finished evaluations side by side.", allow_abbrev=False)
     parser.flags = given
-    parser.add_argument("runs", nargs="*", type=Path, help="Run folders; the first is compared to.")
-    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="The page.")
+    parser.add_argument("runs", nargs="*", type=Path, help="Run folders; the first is the baseline.")
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), help="The HTML page to write.")
     settings = parser.parse_args(given)
     comparison, output = Comparison(settings.runs), settings.output
     try:
         if output.is_file() and GENERATOR not in output.read_text(errors="replace")[:1000]:
             remedy = "choose another file with --output"
-            raise InputError(f"{output}: is there already, and no page of a comparison; {remedy}")
+            raise InputError(f"{output}: exists and is not a comparison page; {remedy}")
         write_whole(output, comparison.page())
     except OSError as error:
         raise InputError(f"{output}: {str(error.strerror).lower()}; choose another file with --output") from error
@@ -274,18 +276,18 @@ def _compare(given: Sequence[str]) -> None:
 
 
 def _add_options(parser: reading.Parser, command: str) -> list[str]:
-    """What belongs to one command; returns the names."""
+    """Adds the options of a command; returns their names."""
     before = settings_of(parser)
     add: Callable[..., Any] = parser.add_argument
     if command in ("gradcheck", "audit"):
         count = {"gradcheck": 4, "audit": 32}[command]
-        add("--samples", type=int, default=count, help="How many of the evaluated samples, from the first.")
+        add("--samples", type=int, default=count, help="Number of evaluated samples, from the first.")
     if command == "audit":
         add("--audit_runs", type=int, default=8, help="Runs of each image.")
         add("--proposals", type=int, default=100, help="Steps of the black-box attack.")
     if command in ("purify", "predict"):
         add("--input", type=Path, required=True, help="A folder of images at any depth, or one image.")
-        add("--output", type=Path, required=True, help="The folder to write, or to go on in.")
+        add("--output", type=Path, required=True, help="The folder to write, or to complete.")
         add("--defense", type=str | None, default=None, help="Name of the defense (default: the first with a mask).")
-        add("--overlays", type=bool, default=True, help="Write NAME.mask.png and NAME.overlay.png too.")
+        add("--overlays", type=bool, default=True, help="Also write NAME.mask.png and NAME.overlay.png.")
     return [name for name in settings_of(parser) if name not in before]

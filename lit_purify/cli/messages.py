@@ -1,4 +1,4 @@
-"""Errors as one line that says what to mend."""
+"""Turns errors into one line that names the remedy."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ _MEANINGS = (
     (
         RuntimeError,
         r"^Error\(s\) in loading state_dict",
-        "ckpt_path: the checkpoint is of another network than the one configured",
+        "ckpt_path: the checkpoint belongs to another network than the configured one: use its own configuration",
     ),
     (
         RuntimeError,
         r"DataLoader worker \(pid|shared memory|unable to (write to file|mmap)",
-        "a process that reads images ended: memory or shared memory (/dev/shm) was used up; lower data.num_workers (0 "
-        "reads in the main process), or give the machine more (of a container: docker run --shm-size=8g)",
+        "a dataloader worker died: memory or shared memory (/dev/shm) is full; lower data.num_workers (0 reads in the "
+        "main process), or add memory (for a container: docker run --shm-size=8g)",
     ),
     (
         ValueError,
         "^Expected more than 1 value per channel when training",
-        "batch normalization needs more than one value a channel: raise data.batch_size, or the size of the images",
+        "batch normalization needs more than one value per channel: raise data.batch_size or data.size",
     ),
 )
-"""What errors of torch mean here: their type, a pattern, the line."""
+"""Errors of torch as type, pattern and message."""
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another process is gone or does not answer."""
+    """Whether a collective failed because another process died or does not answer."""
     return isinstance(error, RuntimeError) and re.search(_LOST, str(error), re.IGNORECASE) is not None
 
 
 def explanation(error: Exception, folder: RunFolder | None) -> str | None:
-    """One line about what a user can mend, ``None`` about anything else."""
+    """One line about an error that a user can fix; ``None`` for any other error."""
     if isinstance(error, (InputError, MisconfigurationException)):
         if m := re.match(r"No supported (\w+) backend found", str(error)):
-            return f"trainer.accelerator = {m[1]}: there is none that torch can use; take cpu, or leave it out"
+            return f"trainer.accelerator = {m[1]}: torch finds no such device; use cpu, or leave it out"
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # A worker process of a loader adds its traceback, with the message at its end.
+        # An error of a dataloader worker ends with its message, after a traceback.
         return re.sub(r"^[\w.]+Error: ", "", lines[-1]) if "Original Traceback" in str(error) else " ".join(lines)
     place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     if isinstance(error, (TypeError, ValueError)) and place.is_relative_to(Path(L.__file__).parent):
-        # Lightning refuses a combination of settings.
+        # Lightning rejects a combination of settings.
         return " ".join(str(error).split())
     for kind, found, meaning in _MEANINGS:
         if isinstance(error, kind) and re.search(found, str(error)):
@@ -73,14 +73,14 @@ def explanation(error: Exception, folder: RunFolder | None) -> str | None:
     if lost_connection(error):
         return (
             "another process of this run ended, or did not answer in time (30 minutes; --trainer.strategy DDPStrategy "
-            "--trainer.strategy.timeout HH:MM:SS): the launcher names it; the same command goes on from here"
+            "--trainer.strategy.timeout HH:MM:SS): see the launcher's output; the same command resumes from here"
         )
     if not isinstance(error, OSError):
         return None
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     if folder is None or (error.filename is None and not full and error.errno != errno.EFBIG):
         return " ".join(str(error).split())
-    # A write into an open file does not name it: it is one of the run's own.
+    # An error while writing an open file has no file name; the file is in the run folder.
     path, run = Path(error.filename or folder.path), folder.path.absolute()
     own = path.absolute().is_relative_to(run) or run.is_relative_to(path.absolute())
     reason = "no space left" if full else str(error.strerror).lower()
@@ -88,58 +88,58 @@ def explanation(error: Exception, folder: RunFolder | None) -> str | None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raises an ``InputError`` where a training cannot go on from a file."""
+    """Raises an ``InputError`` if a training cannot resume from this file."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint; check ckpt_path")
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    # The unpickler fails in many ways on what is not a checkpoint.
+    # The unpickler raises many kinds of errors for other files.
     except Exception as error:
-        raise InputError(f"{path}: refused, it is not a checkpoint that train.py saved (.ckpt)") from error
+        raise InputError(f"{path}: not a checkpoint that train.py saved; use a .ckpt file from a run folder") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Content of a configuration, or an ``InputError`` that names the file, which the parser's messages do not."""
+    """Reads a configuration, or raises an ``InputError`` that names the file; the parser's errors do not."""
     if not path.is_file():
         raise InputError(f"{path}: no such configuration; name another with --config")
     try:
         found = yaml.safe_load(path.read_text())
     except yaml.MarkedYAMLError as error:
         where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-        raise InputError(f"{path}: not valid YAML: {where}{error.problem}") from error
+        raise InputError(f"{path}: not valid YAML, correct it: {where}{error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a text file of YAML: is it a configuration?") from error
+        raise InputError(f"{path}: not a YAML text file: name a configuration") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path}: holds no settings (key: value lines): is it a configuration?")
+        raise InputError(f"{path}: holds no settings (key: value lines): name a configuration")
     check_names(found, str(path))
     return found
 
 
 def check_names(node: Any, place: str) -> None:  # noqa: ANN401
-    """Raises an ``InputError`` where YAML reads a name as a number or boolean."""
+    """Raises an ``InputError`` if YAML reads a name as a number or boolean."""
     for key, value in node.items() if isinstance(node, dict) else ():
         if not isinstance(key, str):
-            raise InputError(f"{place}: YAML reads a name there as {key!r} ({type(key).__name__}): write it in quotes")
+            raise InputError(f"{place}: YAML reads a name here as {key!r} ({type(key).__name__}): put it in quotes")
         check_names(value, f"{place}: {key}")
 
 
 _CERTAIN = "must include a class_path"
-"""If this is said, it is the reason, whatever other types say."""
+"""If a message holds this text, it is the reason, whatever the other types report."""
 COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "predict")
-"""Of ``eval.py``."""
+"""Commands of ``eval.py``."""
 
 
 def essence(message: str, settings: Collection[str], flags: Sequence[str]) -> str:
-    """A message of the parser in one line.
+    """Shortens an error message of jsonargparse to one line.
 
-    It nests by indentation: keys, their classes, and for a place that takes several types what each of them says.
+    The message is indented: keys, their classes, and the errors of all types that a place accepts.
 
     Args:
         message: The message.
         settings: Names of all settings.
-        flags: The words of the command line.
+        flags: Arguments of the command line.
     """
-    # Of a class that is made later, the message names the class behind the reason.
+    # For classes that are built later, the message puts the class after the reason.
     later = r"expects a function or a callable class: (.*?)\. Got value: Namespace\(class_path=('[\w.]+')[^\n]*"
     lines = re.sub(later, r"class_path \2: \1", message, flags=re.DOTALL).splitlines()
     if m := re.search(r"unrecognized arguments: (--)?([^\s=]+)|Group '(\w+)' .*'(\w+)'|^Option '([\w.]+)'", message):
@@ -147,11 +147,11 @@ def essence(message: str, settings: Collection[str], flags: Sequence[str]) -> st
         if m[2] and not m[1]:
             usage = f"eval.py takes one of {', '.join(COMMANDS)} or none, and settings as --NAME VALUE"
             return f"unexpected argument {name}; {_near(name, COMMANDS, usage)}"
-        # Of attacks.pgd.steps, attacks is a setting.
+        # For attacks.pgd.steps, only attacks is a setting.
         name = name if _near(name, settings) else name.partition(".")[0]
-        moved = "its settings stand at the top level of the file now" if name == "model" else "--help_all lists all"
+        moved = "move its settings to the top level of the file" if name == "model" else "--help_all lists all"
         return f"there is no setting {name}; {_near(name, settings, moved)}"
-    # The deepest line: above it stand other types that the place would take.
+    # The deepest line; lines above it belong to other types that the place accepts.
     found = [
         (_CERTAIN in line, _depth(line), -rank, -k, m[1])
         for k, line in enumerate(lines)
@@ -181,7 +181,7 @@ def _place(lines: Sequence[str], k: int) -> tuple[str, str]:
 
 
 class _Found(NamedTuple):
-    """The line of a parser's message that says most: where it stands, the class there, a word of it, what follows."""
+    """The decisive line of a parser's message: its place and class, its decisive word, the lines after it."""
 
     place: str
     made: str
@@ -192,7 +192,7 @@ class _Found(NamedTuple):
 
 def _missing(found: _Found) -> str:
     if found.place:
-        return f"{found.place}: {found.word} is missing"
+        return f"{found.place}: {found.word} is missing: add it"
     flags = ", ".join(f"--{name}" for name in found.word.split(", "))
     return f"no {found.word} given: name a configuration with --config, or give {flags}"
 
@@ -201,7 +201,7 @@ def _classless(found: _Found) -> str:
     flags = [word.partition("=")[0] for word in found.flags if word.startswith(f"--{found.place}.")]
     if flags:
         return (
-            f"{', '.join(flags)}: there is no class that takes it: check name and value, or give its class_path first "
+            f"{', '.join(flags)}: no class accepts it: check name and value, or give its class_path first "
             f"(a later --config replaces all {found.place} of an earlier one)"
         )
     return f"{found.place}: a class is needed: give its class_path, and its arguments beside it"
@@ -221,7 +221,7 @@ def _option(found: _Found) -> str:
 def _class(found: _Found) -> str:
     known = [made.__name__ for made in _below(Recorded)]
     if found.word in known:
-        return f"{found.place}: {found.word} is of another kind than is needed here"
+        return f"{found.place}: {found.word} is of another kind than this place needs: use another class"
     near = _near(found.word, known, "classes of others need their full path")
     return f"{found.place}: there is no class {found.word}; {near}"
 
@@ -240,9 +240,7 @@ def _type(found: _Found) -> str:
     values = re.findall(r"(?:Got|Given) value: (.+)", "\n".join(found.below))
     expected = " or ".join((kind or literal).replace("NoneType", "null") for kind, literal in kinds)
     quotes = "str" in expected and values[0].isalnum()
-    return (
-        f"{found.place}: expected {expected}; got {values[0]}{': write it in quotes if it is a text' if quotes else ''}"
-    )
+    return f"{found.place}: expected {expected}; got {values[0]}{': put it in quotes if it is text' if quotes else ''}"
 
 
 _REASONS: Mapping[str, Callable[[_Found], str]] = {

@@ -32,28 +32,28 @@ from lit_purify.shipped import shipped
 _CLASS = {"class_path", "init_args", "dict_kwargs"}
 _LOADERS = {"denoiser": "lit_purify.models.load_denoiser", "classifier": "lit_purify.models.load_classifier"}
 _TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "logger", "deterministic", "benchmark")
-"""Arguments of the trainer that mean something in an evaluation."""
+"""Arguments of the trainer that apply to an evaluation."""
 _PRECISIONS = ("32", "32-true", "bf16-mixed", "16-mixed")
 _FORKED = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 
 class Parser(ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that reports errors in one line."""
 
     flags: Sequence[str] = ()
-    """The words of the command line."""
+    """Arguments of the command line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Ends with that line."""
+        """Prints the error in one line and exits."""
         if not self.exit_on_error:
-            # This one parses a nested class. It raises: the outer parsers add where in the configuration the class
-            # stands, or go on with another type that the place accepts.
+            # This parser handles a nested class. It raises, so that outer parsers can add the place or try another
+            # type.
             super().error(message, ex)
         fail(essence(message, settings_of(self), self.flags))
 
 
 def read(given: Sequence[str], parser: Parser) -> Namespace:
-    """The settings of the files and flags of a command line; ends with one line where something is wrong."""
+    """Reads the settings from configuration files and flags; exits with one line if they are wrong."""
     flags = parser.flags = arguments(given)
     for word, following in zip(flags, [*flags[1:], ""], strict=False):
         name, _, value = word.partition("=")
@@ -68,58 +68,58 @@ def read(given: Sequence[str], parser: Parser) -> Namespace:
     trainer = settings.trainer
     if trainer.get("precision") is not None and str(trainer.precision) not in _PRECISIONS:
         # Noise, levels and masks are drawn and computed in 32 bits.
-        raise InputError(f"trainer.precision = {trainer.precision}: take 32-true, bf16-mixed or 16-mixed")
+        raise InputError(f"trainer.precision = {trainer.precision}: use 32-true, bf16-mixed or 16-mixed")
     if isinstance(trainer.strategy, str) and trainer.strategy.startswith(_FORKED):
-        raise InputError(f"trainer.strategy = {trainer.strategy}: take ddp, or start the processes with torchrun")
+        raise InputError(f"trainer.strategy = {trainer.strategy}: use ddp, or start the processes with torchrun")
     return settings
 
 
 def make_parser(program: str, description: str) -> Parser:
-    """A parser that reads configurations."""
+    """A parser with ``--config`` and ``--run``."""
     jsonargparse.set_loader("lit_purify", load, (yaml.YAMLError,))
     parser = Parser(prog=program, parser_mode="lit_purify", description=description, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file; flags after it replace its settings.")
+    parser.add_argument("--config", action="config", help="YAML file; later flags override its settings.")
     parser.add_argument("--run", type=Path | None, default=None, help="Run folder (default: runs/NAME_OF_CONFIG).")
     return parser
 
 
 def evaluation_parser() -> Parser:
-    """The parser of all commands that evaluate."""
+    """The parser of all commands of ``eval.py`` but compare."""
     parser = make_parser("eval.py", "Settings of an evaluation.")
     add: Callable[..., Any] = parser.add_argument
     defense: Any = Callable[[Denoiser], Purifier] | Classifier | None
     gradients = dict[str, Gradient] | None
     add("--classifier", type=Classifier, required=True, help="The classifier: a path, or a class.")
     add("--denoiser", type=Denoiser | None, default=None, help="The denoiser of all purifiers: a path, or a class.")
-    add("--defenses", type=dict[str, defense], required=True, help="By name; a path is a classifier, null drops one.")
+    add("--defenses", type=dict[str, defense], required=True, help="By name; a path is a classifier, null removes one.")
     add("--attacks", type=dict[str, Attack | None], required=True, help="Attacks by name.")
-    add("--gradients", type=gradients, default=None, help="What attacks differentiate, by attack (default: Exact).")
+    add("--gradients", type=gradients, default=None, help="Gradients that attacks follow, by attack (default: Exact).")
     add("--baseline", type=str | None, default=None, help="Defense to compare to (default: the first).")
     add("--runs", type=int, default=8, help="N, runs of each sample with fresh noise.")
     add("--chunk", type=int, default=64, help="Rows of a network call; part of a result's identity.")
     add("--seed", type=int, default=0, help="Seed of all noise.")
-    add("--skip_lost", type=bool, default=False, help="Leave out what an earlier attack took entirely.")
+    add("--skip_lost", type=bool, default=False, help="Skip samples that an earlier attack broke in all runs.")
     add("--precision", type=Precision, default="float32", help="bf16 rounds the denoiser: for searches on a GPU.")
     add("--replay", type=bool, default=True, help="Replay network calls on a GPU as CUDA graphs.")
     add("--diagnostics", type=bool, default=False, help="Accuracy over fresh replicas, and under frozen noise.")
-    add("--checks", type=list[Check], default=[], help="Checks of yours for gradcheck: import paths.")
-    add("--gallery", type=int, default=12, help="Samples whose pictures are shown.")
+    add("--checks", type=list[Check], default=[], help="Your own checks for gradcheck: import paths.")
+    add("--gallery", type=int, default=12, help="Number of samples with pictures.")
     add("--data", type=ImageDataModule, required=True, help="The evaluated images.")
     others = set(inspect.signature(L.Trainer).parameters) - set(_TRAINER)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=others)
-    add("--trainer.callbacks", type=list[L.Callback] | None, default=None, help="Callbacks of yours.")
+    add("--trainer.callbacks", type=list[L.Callback] | None, default=None, help="Your own callbacks.")
     parser.set_defaults({"trainer.logger": {"class_path": f"{callbacks.__name__}.WandbRun"}})
     return parser
 
 
 def load(text: str) -> Any:  # noqa: ANN401
-    """YAML, with ``{class_path: C, a: 1}`` for ``{class_path: C, init_args: {a: 1}}``, and paths for networks."""
+    """Reads YAML with ``{class_path: C, a: 1}`` for ``{class_path: C, init_args: {a: 1}}`` and paths for networks."""
     found = yaml.safe_load(text)
     return simplified(found) if isinstance(found, dict) else found
 
 
 def simplified(node: Any, key: str = "", parent: str = "") -> Any:  # noqa: ANN401
-    """The long form of a tree of settings."""
+    """Expands the short form of settings to the long form of jsonargparse."""
     if isinstance(node, list):
         return [simplified(item, key, parent) for item in node]
     if isinstance(node, dict):
@@ -139,7 +139,7 @@ def simplified(node: Any, key: str = "", parent: str = "") -> Any:  # noqa: ANN4
 
 
 def arguments(given: Sequence[str]) -> list[str]:
-    """The flags, with paths of networks written as a configuration would."""
+    """The flags, with paths of networks in the long form."""
     found: list[str] = []
     for word, following in zip(["", *given], [*given, ""], strict=True):
         flag, equals, value = following.partition("=")
@@ -151,7 +151,7 @@ def arguments(given: Sequence[str]) -> list[str]:
 
 
 def _written(flag: str, value: str) -> str:
-    """The value of a flag; a path of a network as its loader."""
+    """The value of a flag; the path of a network becomes its loader."""
     if not flag.startswith("--"):
         return value
     *_, parent, key = ["", *flag.removeprefix("--").split(".")]
@@ -162,13 +162,13 @@ def _written(flag: str, value: str) -> str:
 
 
 def instantiated(parser: Parser, settings: Namespace) -> Namespace:
-    """The settings with their classes made. Constructors see nothing but settings: what they raise is about these."""
+    """Builds the objects of the settings. Constructors get only settings, so their errors are input errors."""
     try:
         return parser.instantiate(settings)
     except Exception as error:
         cause: BaseException = error
         while str(cause).startswith("Does not validate against") and cause.__cause__ is not None:
-            # jsonargparse takes it for a value of the wrong type.
+            # jsonargparse reports it as a value of the wrong type.
             cause = cause.__cause__
         if isinstance(cause, (InputError, MisconfigurationException, OSError)):
             raise cause from error
@@ -178,25 +178,25 @@ def instantiated(parser: Parser, settings: Namespace) -> Namespace:
 
 
 def run_folder(settings: Namespace, command: str) -> Path:
-    """The folder of a run: the one that was named, or one with the configuration's name."""
+    """The run folder: the named one, or else one with the name of the configuration."""
     if settings.run is not None:
         return Path(settings.run)
     if sweep := os.environ.get("WANDB_SWEEP_ID"):
-        # Every combination of a sweep is a run of its own.
+        # Each combination of a sweep has its own run folder.
         return Path("runs", f"sweep-{sweep}", os.environ["WANDB_RUN_ID"])
     sources = settings.get("config") or []
     return Path("runs") / (Path(str(sources[-1])).stem if sources else command)
 
 
 def dump(parser: ArgumentParser, settings: Namespace, *left_out: str) -> str:
-    """The settings with all defaults, as YAML that ``--config`` reads."""
+    """All settings, with defaults, as YAML for ``--config``."""
     stated = yaml.safe_load(parser.dump(settings, format="yaml", skip_validation=True))
     kept = {key: value for key, value in stated.items() if key not in ("config", "run", *left_out)}
     return yaml.safe_dump(kept, sort_keys=False)
 
 
 def place_loggers(settings: Namespace, folder: Path) -> None:
-    """Points loggers to the run's folder."""
+    """Sets the folder of loggers to the run folder."""
     loggers = settings.trainer.logger
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         if isinstance(logger, Namespace) and logger.init_args.get("save_dir") in (None, "."):
@@ -204,11 +204,10 @@ def place_loggers(settings: Namespace, folder: Path) -> None:
 
 
 def make_trainer(given: Mapping[str, Any], **own: Any) -> L.Trainer:  # noqa: ANN401
-    """A trainer of the processes that a launcher has started, or that it starts itself.
+    """Makes a trainer, with the processes of a launcher or with its own.
 
     Raises:
-        InputError: A launcher has started another number of processes, each of which would take itself for the only
-            one; or the port on which processes would meet is taken.
+        InputError: A launcher started another number of processes, or the port is in use.
     """
     renew_store(rank())
     trainer = L.Trainer(**{**given, **_launched(given), **own})
@@ -224,18 +223,18 @@ def make_trainer(given: Mapping[str, Any], **own: Any) -> L.Trainer:  # noqa: AN
 
 
 def _check_port(port: str) -> None:
-    """Raises an ``InputError`` when another program has the port: processes started here would wait there for long."""
+    """Raises an ``InputError`` if another program uses the port: the processes would wait for a long time."""
     try:
         with socket.create_server(("", int(port))):
             pass
     except (OSError, OverflowError, ValueError) as error:
         raise InputError(
-            f"MASTER_PORT = {port}: the port cannot be used; unset it, or take another ({error})"
+            f"MASTER_PORT = {port}: the port cannot be used; unset it, or use another ({error})"
         ) from error
 
 
 def _launched(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Devices and strategy of processes that torchrun has started, where the settings leave them open."""
+    """Devices and strategy for processes of torchrun, if the settings leave them open."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {}
     local, devices = int(os.environ["LOCAL_WORLD_SIZE"]), given.get("devices", "auto")

@@ -40,7 +40,7 @@ from lit_purify.training.export import export_network
 
 _COMMANDS = ("fit", "validate", "export")
 _WARM, _MEASURED = 2, 5
-"""Batches of a dry run: those that do not count, and those that do."""
+"""Batches of a dry run: warm-up and measured."""
 _ROWS, _DAY = 2, 86400.0
 
 
@@ -48,34 +48,34 @@ def training_parser() -> Parser:
     """The parser of ``train.py``."""
     parser = make_parser("train.py", "Settings of a training.")
     add: Callable[..., Any] = parser.add_argument
-    add("--model", type=TrainingTask, required=True, help="What is trained, and how.")
-    add("--data", type=ImageDataModule | None, default=None, help="The images.")
+    add("--model", type=TrainingTask, required=True, help="The training task: network and settings.")
+    add("--data", type=ImageDataModule | None, default=None, help="The training and validation images.")
     add("--seed_everything", type=int, default=0, help="Seed of weights, noise and shuffling.")
-    add("--average", type=float, default=0.999, help="Decay of the average of the weights; 0 keeps none.")
-    add("--ckpt_path", type=Path | None, default=None, help="Go on from this checkpoint; 'last' is the run's own.")
+    add("--average", type=float, default=0.999, help="Decay of the weight average; 0 for none.")
+    add("--ckpt_path", type=Path | None, default=None, help="Checkpoint to resume from; 'last' is the run's own.")
     add("--output", type=Path | None, default=None, help="The network's file (default: RUN/model.safetensors).")
     add("--half", type=bool, default=False, help="Store 16-bit floats: half the size.")
     own = {"default_root_dir", "use_distributed_sampler", "callbacks"}
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip=own)
-    add("--trainer.callbacks", type=list[L.Callback] | None, default=None, help="Callbacks of yours.")
+    add("--trainer.callbacks", type=list[L.Callback] | None, default=None, help="Your own callbacks.")
     parser.set_defaults({"trainer.logger": {"class_path": f"{WandbRun.__module__}.WandbRun"}})
     parser.set_defaults({"trainer.enable_progress_bar": False})
     return parser
 
 
 def _check(settings: Namespace, command: str, folder: RunFolder) -> None:
-    """Refuses what Lightning would refuse late, or not at all."""
+    """Raises an ``InputError`` for settings that Lightning would reject late or never."""
     if not 0 <= settings.seed_everything < 2**32:
-        raise InputError(f"seed_everything = {settings.seed_everything} is outside 0 .. 2**32 - 1")
+        raise InputError(f"seed_everything = {settings.seed_everything}: use a seed in 0 .. 2**32 - 1")
     last, given = folder.path / "checkpoints" / "last.ckpt", settings.ckpt_path
     if command == "fit" and given is None and last.is_file():
         raise InputError(
-            f"{folder.path} holds a training already: go on with --ckpt_path last, or choose another folder with --run"
+            f"{folder.path} holds a training already: resume it with --ckpt_path last, or name another one with --run"
         )
     if given is not None and str(given) == "last":
         settings.ckpt_path = last if last.is_file() else None
         if settings.ckpt_path is None and rank() == 0:
-            print(f"{last}: does not exist yet, the training begins from the start", file=sys.stderr)
+            print(f"{last}: does not exist yet: the training starts from the beginning", file=sys.stderr)
     if settings.ckpt_path is not None:
         check_checkpoint(Path(settings.ckpt_path))
 
@@ -83,7 +83,7 @@ def _check(settings: Namespace, command: str, folder: RunFolder) -> None:
 def _trainer(made: Namespace, folder: RunFolder, own: Sequence[L.Callback] = ()) -> L.Trainer:
     given = vars(made.trainer)
     callbacks = given.pop("callbacks", None) or []
-    # A callback of the user replaces the default one of its kind.
+    # The user's callback replaces the default one of the same kind.
     kinds = (WeightAveraging, Export, ModelCheckpoint)
     taken = [kind for kind in kinds if any(isinstance(callback, kind) for callback in callbacks)]
     if given.get("enable_checkpointing") is not False:
@@ -92,7 +92,7 @@ def _trainer(made: Namespace, folder: RunFolder, own: Sequence[L.Callback] = ())
     callbacks = [*own, *callbacks, Progress(), Stopping(), WandbTraining()]
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-            # As Lightning keeps it.
+            # In Lightning's own form.
             callback.dirpath = os.path.realpath(folder.path / "checkpoints")
     plugins = given.pop("plugins", None) or []
     plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -109,7 +109,7 @@ def _fit(made: Namespace, config: str, state: State) -> None:
     assert folder is not None
 
     def start(trainer: L.Trainer, task: L.LightningModule) -> None:
-        # What Lightning refuses leaves nothing behind.
+        # Written only now: settings that Lightning rejects leave no files.
         nonlocal first
         if trainer.is_global_zero:
             folder.lock()
@@ -121,12 +121,12 @@ def _fit(made: Namespace, config: str, state: State) -> None:
     own += [Averaging(made.average)] if made.average else []
     trainer = _trainer(made, folder, [*own, Export(made.output, made.half)])
     if trainer.is_global_zero:
-        # Before loggers begin.
+        # Before loggers start.
         made.data.prepare_data()
         made.model.check(made.data)
     trainer.fit(made.model, datamodule=made.data, ckpt_path=made.ckpt_path)
     if first in (-1, trainer.global_step) and trainer.is_global_zero:
-        print("nothing left to do: the training has had all its steps (trainer.max_steps, trainer.max_epochs)")
+        print("nothing left to do: the training has finished all steps (raise trainer.max_steps or trainer.max_epochs)")
 
 
 def _warn_of_days(trainer: L.Trainer, made: Namespace) -> None:
@@ -136,26 +136,26 @@ def _warn_of_days(trainer: L.Trainer, made: Namespace) -> None:
         days = steps * samples * seconds_a_sample(made.model.network) / _DAY
         if days > 1:
             slow = f"on this CPU the training takes about {days:.0f} days"
-            notice(f"warning: {slow}: take a GPU, a smaller network or fewer steps")
+            notice(f"warning: {slow}: use a GPU, a smaller network or fewer steps")
 
 
 def seconds_a_sample(network: Classifier | Denoiser) -> float:
-    """Seconds of a forward and a backward pass, by the second of two passes of two samples; changes no weight."""
+    """Seconds of a forward and backward pass per sample, timed on the second of two passes; changes no weight."""
     x = torch.zeros(_ROWS, *sample_shape(network.channels, network.size))
-    given = (x, torch.ones(_ROWS)) if isinstance(network, Denoiser) else (x,)
+    inputs = (x, torch.ones(_ROWS)) if isinstance(network, Denoiser) else (x,)
     training, started = network.training, 0.0
     network.eval()
     for _ in range(2):
         started = perf_counter()
         with torch.enable_grad():
-            # Unlike backward(), this is not seen by what averages gradients over processes.
-            torch.autograd.grad(network(*given).sum(), list(network.parameters()), allow_unused=True)
+            # Unlike backward(), this does not trigger the averaging of gradients over processes.
+            torch.autograd.grad(network(*inputs).sum(), list(network.parameters()), allow_unused=True)
     network.train(training)
     return (perf_counter() - started) / _ROWS
 
 
 def _measure(made: Namespace, folder: RunFolder) -> None:
-    """Takes a few steps, writes nothing, and says what the whole training will cost."""
+    """Prints the expected cost of the training, measured over a few steps; writes nothing."""
     times: list[float] = []
 
     def tick(trainer: L.Trainer, *_: object) -> None:
@@ -169,7 +169,7 @@ def _measure(made: Namespace, folder: RunFolder) -> None:
     clock = LambdaCallback(on_train_start=tick, on_train_batch_end=tick)
     trainer = _trainer(made, folder, [clock, *([Averaging(made.average)] if made.average else [])])
     trainer.fit(made.model, datamodule=made.data)
-    # A training may have fewer batches.
+    # The training may have fewer batches.
     warm = min(_WARM, len(times) - 2)
     seconds = (times[-1] - times[warm]) / (len(times) - 1 - warm) * trainer.accumulate_grad_batches
     device, steps = trainer.strategy.root_device, int(trainer.estimated_stepping_batches)
@@ -181,14 +181,14 @@ def _measure(made: Namespace, folder: RunFolder) -> None:
 
 
 def train(argv: Sequence[str] | None = None) -> None:
-    """``train.py fit --config ...``: trains a denoiser or a classifier; ``train.py export ...`` writes its network."""
+    """Runs ``train.py``: trains a denoiser or a classifier, or writes its network; see ``--help``."""
     given = helped(list(sys.argv[1:] if argv is None else argv), "train")
     with guarded() as state:
         if not given or given[0] not in _COMMANDS:
-            raise InputError(f"say what to do, one of {', '.join(_COMMANDS)}: fit --config FILE trains")
+            raise InputError(f"the command is missing, use one of {', '.join(_COMMANDS)}: fit --config FILE trains")
         command, dry = given.pop(0), "--dry_run" in given
         if dry and command != "fit":
-            raise InputError(f"--dry_run goes with fit, not with {command}: leave it out")
+            raise InputError(f"--dry_run works with fit, not with {command}: leave it out")
         given = [word for word in given if word != "--dry_run"]
         parser = training_parser()
         settings = read(given, parser)
@@ -198,7 +198,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         place_loggers(settings, folder.path)
         L.seed_everything(settings.seed_everything, workers=True, verbose=False)
         if command == "export" or dry:
-            # The loggers and callbacks of the run are not for that.
+            # Export needs neither loggers nor callbacks.
             settings.trainer.callbacks, settings.trainer.logger = None, False
         made = instantiated(parser, settings)
         if command == "export":

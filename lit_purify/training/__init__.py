@@ -1,4 +1,4 @@
-"""Training the denoiser and the classifier, and writing what was trained."""
+"""Training of denoisers and classifiers, and export of the trained networks."""
 
 from lit_purify.training.checkpoints import Averaging
 from lit_purify.training.classifier import ClassifierTask

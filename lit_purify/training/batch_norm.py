@@ -1,4 +1,4 @@
-"""Batch normalization over the batches of all processes, on any device (torch's own refuses CPUs)."""
+"""Batch normalization over the batches of all processes, also on CPUs, which torch's own refuses."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class SynchronizedBatchNorm(TorchFunctionMode):
-    """While it is active, every batch normalization in training mode sees the images of all processes.
+    """While active, every batch normalization in training mode uses the images of all processes.
 
-    Whatever a module does around it (timm adds an activation), its ``batch_norm`` is replaced; names of weights stay.
+    It replaces the function ``batch_norm``, so modules (timm's add an activation) and names of weights stay the same.
     """
 
     def __torch_function__(
@@ -38,7 +38,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """As torch's; in a training, mean and variance are those of all processes together."""
+    """Like torch's ``batch_norm``, but in training mode with mean and variance over all processes."""
     if not training:
         return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     x = input.float()

@@ -1,4 +1,4 @@
-"""What a training keeps: checkpoints that are whole or not there, and the average of its weights."""
+"""Atomic checkpoints, and the average of the weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lit_purify.errors import InputError, notice
 from lit_purify.private import average_in_few_kernels
 
 _LAG, _FEW = 0.2, 10
-"""Part of a training from which on an average that reaches back so far lags, and steps that make a training."""
+"""An average lags if its window exceeds this part of the training; shorter trainings get no warning."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes beside the file and then takes its place, so that a killed training leaves the checkpoint before.
+    """Writes checkpoints atomically: a killed training keeps the previous checkpoint.
 
-    Lightning's own writes into the system's temporary folder, and copies from there.
+    Lightning's own class writes into the system's temporary folder and copies from there.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:  # noqa: ANN401
-        """Flushed to the disk before it counts."""
+        """Writes a temporary file, flushes it to the disk, and renames it."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -42,32 +42,32 @@ class WholeCheckpoints(TorchCheckpointIO):
 class Averaging(WeightAveraging):
     """Exponential moving average of the weights, updated at every step.
 
-    After n updates the decay is ``min(decay, (1 + n) / (10 + n))``: the average of a short training is not its start.
+    After n updates the decay is ``min(decay, (1 + n) / (10 + n))``, so the average soon forgets the initial weights.
 
     Args:
-        decay: In (0, 1).
+        decay: Final decay, in (0, 1).
     """
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0.0 < decay < 1.0:
-            raise InputError(f"average = {decay} is outside (0, 1), and not 0 (none)")
+            raise InputError(f"average = {decay}: use a decay within (0, 1), or 0 for no average")
 
         super().__init__(use_buffers=False)
         self.decay = decay
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Makes the average where the task will be trained: one on the CPU would be waited for at every step."""
+        """Creates the average on the training's device: on the CPU, every step would wait for it."""
         pl_module.to(trainer.strategy.root_device)
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             average_in_few_kernels(self, self._kept)
 
     def _kept(self, updates: int) -> float:
-        """The decay after so many updates, as a 32-bit number."""
+        """The decay after this many updates, rounded to 32 bits."""
         return float(torch.tensor((1 + updates) / (10 + updates), dtype=torch.float32).clamp(max=self.decay))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the average, and says where it still lags behind the weights."""
+        """Copies the average into the network, and warns if it lags behind the weights."""
         super().on_train_end(trainer, pl_module)
         steps = trainer.global_step
         window = 1.0 / (1.0 - self._kept(steps))

@@ -1,4 +1,4 @@
-"""Training a classifier, plainly or adversarially."""
+"""Standard or adversarial training of a classifier."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _AUGMENT = 0
 
 
 class ClassifierTask(TrainingTask):
-    """Cross entropy; with an attack, on adversarial images (Madry et al., ICLR 2018): the baseline for purification.
+    """Trains with cross entropy; with an attack, adversarially (Madry et al., ICLR 2018), as baseline for purification.
 
     Args:
-        classifier: What is trained.
-        attack: Makes the training images adversarial; ``None`` trains on clean ones.
-        label_smoothing: Of the cross entropy.
+        classifier: The classifier to train.
+        attack: The attack on training images; ``None`` trains on clean images.
+        label_smoothing: Label smoothing of the cross entropy, in [0, 1).
         learning_rate: Peak learning rate of AdamW.
-        weight_decay: Of AdamW.
+        weight_decay: Weight decay of AdamW.
         warmup: Steps of linear warm-up.
-        shift_pixels: Augmentation: move images by up to so many pixels.
+        shift_pixels: Augmentation: shift images by up to this many pixels.
         mirror: Augmentation: mirror half of the images.
-        seed: Of the attack's random start and of augmentation.
+        seed: Seed of the attack's random start and of augmentation.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class ClassifierTask(TrainingTask):
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup, shift_pixels, mirror, seed)
         if not 0.0 <= label_smoothing < 1.0:
-            raise InputError(f"label_smoothing = {label_smoothing} is outside [0, 1)")
+            raise InputError(f"label_smoothing = {label_smoothing} is outside [0, 1): use e.g. 0.1")
         self.classifier, self.attack, self.label_smoothing = classifier, attack, label_smoothing
 
     @property
     def network(self) -> Classifier:
-        """The classifier."""
+        """The classifier to train."""
         return self.classifier
 
     def loss(self, batch: Batch, noise: KeyedNoise) -> Tensor:
@@ -61,7 +61,7 @@ class ClassifierTask(TrainingTask):
         return cross_entropy(self.classifier(image), batch["label"], label_smoothing=self.label_smoothing)
 
     def _attacked(self, attack: Attack, image: Tensor, label: Tensor, noise: Noise) -> Tensor:
-        """Adversarial images against the network as it evaluates, with its batch statistics left alone."""
+        """Adversarial images for the network in evaluation mode, so batch statistics stay unchanged."""
         training = self.classifier.training
         self.classifier.eval()
         try:
@@ -70,15 +70,15 @@ class ClassifierTask(TrainingTask):
             self.classifier.train(training)
 
     def check(self, data: ImageDataModule) -> None:
-        """Sizes and classes."""
+        """Raises an ``InputError`` if sizes or classes of classifier and data differ."""
         self.classifier.check_image(data.cached_split("train")[0]["image"][None])
         self.classifier.check_classes(data.classes)
         if self.attack is not None:
-            # What rows of a table can be made of others is known with the data.
+            # For table rows, the data defines which perturbations are feasible.
             self.attack.prepare((), data.domain)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Clean accuracy, and accuracy under the training attack when there is one."""
+        """Measures clean accuracy, and accuracy under the training attack if there is one."""
         images = {"clean": batch["image"]}
         if self.attack is not None:
             noise = KeyedNoise(self.seed, batch["index"], torch.zeros_like(batch["index"]), EVALUATION)
@@ -87,8 +87,8 @@ class ClassifierTask(TrainingTask):
             self.measure(f"{name}_accuracy", (self.classifier(image).argmax(dim=1) == batch["label"]).float())
 
     def on_fit_end(self) -> None:
-        """Says how good it is."""
+        """Prints the accuracies of the last validation."""
         found = {name: self.trainer.callback_metrics.get(f"val/{name}_accuracy") for name in ("clean", "robust")}
-        said = ", ".join(f"{name} {100 * float(value):.1f} %" for name, value in found.items() if value is not None)
-        if said and self.trainer.is_global_zero:
-            print(f"Accuracy at the last validation: {said}")
+        text = ", ".join(f"{name} {100 * float(value):.1f} %" for name, value in found.items() if value is not None)
+        if text and self.trainer.is_global_zero:
+            print(f"Accuracy at the last validation: {text}")

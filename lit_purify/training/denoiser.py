@@ -1,4 +1,4 @@
-"""Training a denoiser for variable-intensity noise."""
+"""Training of a denoiser for variable-intensity noise."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ _SHAPE_COUNT = 3
 
 
 class DenoiserTask(TrainingTask):
-    """Predicts the noise, mean squared error, at levels drawn uniformly from 1 .. ``max_level``.
+    """Trains a denoiser to predict the noise (mean squared error) at levels drawn uniformly from 1 .. ``max_level``.
 
-    Each image gets one level everywhere, or two: one inside and one outside a mask, either of them the stronger. The
-    mask is the classifier's attention or a random shape; of rows of a table, a random part of the fields.
+    Each image gets one level everywhere, or two independent levels: one inside and one outside a mask. The mask follows
+    the classifier's attention or is a random shape; for table rows, a random subset of the fields.
 
-    Validation draws the same noise in every epoch, and logs ``val/mse_<place>_t<level>``, their mean ``val/loss``,
-    ``val/psnr_t<level>`` of images denoised in one step, and for each purifier the accuracy of the classifier on
-    purified images, ``val/purified_accuracy/<name>``, and the likeness of these to the clean ones,
-    ``val/psnr/<name>``. PSNR is in dB, averaged over images.
+    Validation draws the same noise in every epoch. It logs ``val/mse_<place>_t<level>``, their mean ``val/loss``, and
+    ``val/psnr_t<level>`` of images denoised in one step. For each purifier it logs the classifier's accuracy on
+    purified images, ``val/purified_accuracy/<name>``, and their PSNR to the clean images, ``val/psnr/<name>``. PSNR is
+    in dB, averaged over images.
 
     Args:
-        denoiser: What is trained.
-        classifier: Whose attention gives masks; not trained, not saved. ``None``: no such masks.
-        mask: Rule for the classifier's masks.
+        denoiser: The denoiser to train.
+        classifier: Classifier for attention masks and validation; it is neither trained nor saved. ``None`` uses none.
+        mask: Rule for the attention masks.
         constant: Share of images with one level everywhere.
-        attention: Share with two levels by the classifier's attention.
-        shapes: Share with two levels by random shapes.
+        attention: Share with two levels by an attention mask.
+        shapes: Share with two levels by random shapes. The three shares add to 1.
         max_level: Strongest level trained, in noising steps.
-        val_levels: Levels whose validation error is logged: everywhere, and inside (with half of it outside) and
-            outside (with half of it inside) a mask.
+        val_levels: Levels of the validation errors: everywhere, inside a mask (half the level outside), and outside it
+            (half the level inside).
         learning_rate: Peak learning rate of AdamW.
-        weight_decay: Of AdamW.
+        weight_decay: Weight decay of AdamW.
         warmup: Steps of linear warm-up.
-        shift_pixels: Augmentation: move images by up to so many pixels.
+        shift_pixels: Augmentation: shift images by up to this many pixels.
         mirror: Augmentation: mirror half of the images.
-        seed: Of noise, levels and augmentation.
-        purifiers: Purifiers by name, made with the denoiser, to validate with.
-        gradient_checkpointing: Keep few activations of the denoiser and recompute the others in the backward pass: less
-            memory, about a third more time.
+        seed: Seed of noise, levels and augmentation.
+        purifiers: Purifiers for validation, by name; they are built with the denoiser.
+        gradient_checkpointing: Recompute most activations of the denoiser in the backward pass: less memory, about a
+            third more time.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class DenoiserTask(TrainingTask):
             raise InputError(f"attention = {attention} needs a classifier and a mask: give both, or set attention to 0")
         if not val_levels:
             raise InputError("val_levels is empty: give at least one level")
-        # What it was trained on before is no limit now.
+        # Drop the limit of an earlier training.
         denoiser.schedule = denoiser.schedule.trained_to(None)
         for level in (max_level, *val_levels):
             denoiser.schedule.check("max_level" if level == max_level else "val_levels", level, low=1)
@@ -95,18 +95,18 @@ class DenoiserTask(TrainingTask):
         self.mask, self.val_levels = mask, tuple(val_levels)
         denoiser.gradient_checkpointing = gradient_checkpointing
         self._replayed = Replayed(denoiser, learns=True)
-        # In a tuple: the weight average and the checkpoints are about the denoiser alone.
+        # In a tuple, so that weight average and checkpoints do not include it.
         self._classifier: tuple[Classifier, ...] = ()
         if classifier is not None:
             self._classifier = (classifier.eval().requires_grad_(False),)
         self._replays = Replays(*self._classifier)
-        # In a plain dictionary for the same reason.
+        # A plain dictionary, for the same reason.
         self.purifiers: dict[str, Purifier] = {}
         for name, make in (purifiers or {}).items():
             if classifier is None:
                 raise InputError("purifiers need a classifier: give one, or leave the purifiers out")
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-                raise InputError(f"purifiers: the name {name!r} may hold letters, digits, '-' and '_' only")
+                raise InputError(f"purifiers: the name {name!r} may hold only letters, digits, '-' and '_': rename it")
             self.purifiers[name] = make(denoiser)
 
     @property
@@ -115,42 +115,42 @@ class DenoiserTask(TrainingTask):
         return self.denoiser
 
     def setup(self, stage: str) -> None:
-        """Brings the classifier along; the task itself is moved only after this."""
+        """Moves the classifier to the device; Lightning moves the task later."""
         super().setup(stage)
         for classifier in self._classifier:
             classifier.to(self.trainer.strategy.root_device)
 
     def loss(self, batch: Batch, noise: KeyedNoise) -> Tensor:
-        """Error in the predicted noise, averaged over pixels and images."""
+        """Mean squared error of the predicted noise over pixels and images."""
         image = self.augmented(batch["image"], noise, _AUGMENT)
         u = to_diffusion(image)
         eps = noise.normal(_NOISE, u)
         levels = self.draw_levels(image, noise)
-        # In mixed precision the prediction has 16 bits; its error is computed with 32.
+        # In mixed precision the prediction has 16 bits, but its error is computed with 32.
         x = noised(u, self.denoiser.schedule.at(levels.dense), eps)
-        # Recorded calls cannot recompute, and do not tell other processes of each gradient as it comes.
+        # Recorded calls can neither recompute activations nor overlap the exchange of gradients.
         raw = self.denoiser.gradient_checkpointing or not self.denoiser.recordable or torch.distributed.is_initialized()
         predicted = (self.denoiser if raw else self._replayed)(x, levels).to(eps.dtype)
         return (predicted - eps).square().mean()
 
     def draw_levels(self, image: Tensor, noise: Noise) -> LevelMap:
-        """Level maps of a batch of images in [0, 1]."""
+        """Draws a level map for each image of a batch in [0, 1]."""
         draws = noise.uniform(_LEVELS, image.new_empty(len(image), 3))
         inside, outside = (1 + (draws[:, k] * self.max_level).long() for k in (0, 1))
         mask = self._shapes(image, noise)
         if self.attention > 0:
             attends = (draws[:, 2] >= self.constant) & (draws[:, 2] < self.constant + self.attention)
             if image.is_cuda:
-                # To count them the host would wait for the GPU, which costs more than the other images.
+                # Counting them would make the host wait for the GPU, which costs more than the extra images.
                 mask = torch.where(each(attends, mask), self._attention(image, noise), mask)
             elif len(rows := attends.nonzero().flatten()):
-                # One level everywhere needs no mask: the classifier is called with the other images only.
+                # The classifier is called only for images that need its mask.
                 mask = mask.index_copy(0, rows, self._attention(image[rows], noise.rows(rows)))
         outside = torch.where(draws[:, 2] < self.constant, inside, outside)
         return two_level(mask, inside, outside)
 
     def _shapes(self, image: Tensor, noise: Noise) -> Tensor:
-        """Random masks: of images (B, 1, H, W), of rows (B, F)."""
+        """Random masks: (B, 1, H, W) for images, (B, F) for rows."""
         if image.ndim == 2:
             draws = noise.uniform(_SHAPES, image.new_empty(len(image), image.shape[1] + 1))
             return random_fields(image, draws, self.denoiser.onehot)
@@ -163,11 +163,11 @@ class DenoiserTask(TrainingTask):
             return self.mask(self._classifier[0], image, noise)
 
     def _full_precision(self) -> torch.autocast:
-        """As evaluations compute, also when the training is in mixed precision."""
+        """Switches mixed precision off, because evaluations compute with 32 bits."""
         return torch.autocast(self.device.type, enabled=False)
 
     def check(self, data: ImageDataModule) -> None:
-        """Sizes and classes."""
+        """Raises an ``InputError`` if sizes or classes of networks and data differ."""
         image = data.cached_split("train")[0]["image"][None]
         self.denoiser.check_image(image)
         for classifier in self._classifier:
@@ -176,10 +176,10 @@ class DenoiserTask(TrainingTask):
                 classifier.check_classes(data.classes)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Trace]:
-        """Errors by level and quality of what is purified, with noise that is the same in every epoch.
+        """Measures denoising errors and purifiers, with the same noise in every epoch.
 
         Returns:
-            For each purifier what it made of the images.
+            The trace of each purifier.
         """
         (index, image), traces = (batch["index"], batch["image"]), {}
         noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
@@ -195,7 +195,7 @@ class DenoiserTask(TrainingTask):
         return traces
 
     def _measure_errors(self, image: Tensor, noise: Noise) -> None:
-        """The errors at each of the levels."""
+        """Measures the errors at each validation level."""
         u = to_diffusion(image)
         eps = noise.normal(_NOISE, u)
         if self._classifier and self.mask is not None:
@@ -221,10 +221,10 @@ class DenoiserTask(TrainingTask):
 
 
 def psnr(image: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image (B,), 10 log10(1 / mse) in dB; at most 100, also for equal images.
+    """Peak signal-to-noise ratio of each image (B,), 10 log10(1 / mse) in dB, capped at 100.
 
     Args:
         image: (B, C, H, W) in [0, 1].
-        reference: Same shape.
+        reference: (B, C, H, W) in [0, 1].
     """
     return -10.0 * (image - reference).square().flatten(1).mean(dim=1).clamp(min=1e-10).log10()

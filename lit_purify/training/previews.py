@@ -1,4 +1,4 @@
-"""Pictures of how purification comes along in a training."""
+"""Pictures of purified images during a training."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _GAP = 4
 
 
 class Previews(Callback):
-    """After each validation writes ``previews/step-000123.png`` into the run's folder, and shows it in W&B.
+    """Writes ``previews/step-000123.png`` into the run folder after each validation, and logs it to W&B.
 
-    A row is a sample. Left to right, for each purifier: the clean image, the mask over it, noised, purified.
+    Each row is a sample. Left to right, for each purifier: clean image, clean image with mask, noised, purified.
 
     Args:
-        samples: How many, the first that rank zero validates on.
+        samples: Number of samples, the first ones of rank 0.
     """
 
     def __init__(self, samples: int = 8) -> None:
@@ -40,11 +40,9 @@ class Previews(Callback):
         self.rows: list[Tensor] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses a task that purifies nothing."""
+        """Raises an ``InputError`` for a task without purifiers."""
         if stage == "fit" and not (isinstance(pl_module, DenoiserTask) and pl_module.purifiers):
-            raise InputError(
-                "Previews shows what purifiers do, the model has none: give it some, or leave Previews out"
-            )
+            raise InputError("Previews: the model has no purifiers to show: add model.purifiers, or remove Previews")
 
     def on_validation_batch_end(  # type: ignore[override]
         self,
@@ -55,7 +53,7 @@ class Previews(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keeps a row for each of the first samples, see ``DenoiserTask.validation_step``."""
+        """Keeps the panels of the first samples, see ``DenoiserTask.validation_step``."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and trainer.is_global_zero:
             for k, image in enumerate(batch["image"][: self.samples - len(self.rows)]):
                 self.rows.append(torch.cat([_panels(image, trace, k) for trace in outputs.values()], dim=-1))
@@ -72,12 +70,12 @@ class Previews(Callback):
         write_whole(path, stream.getvalue())
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                # At the step where Lightning has just logged the metrics of this validation.
+                # The step of this validation's metrics.
                 logger.log_image("previews", [str(path)], step=max(0, trainer.global_step - 1))
 
 
 def _panels(image: Tensor, trace: Trace, k: int) -> Tensor:
-    """What a purifier made of the k-th image (C, H, W) of a batch, four panels with a gap behind and below."""
+    """Four panels of a purifier for the k-th image of a batch, with a gap to the right and below."""
     mask = torch.zeros_like(image[:1]) if trace.mask is None else trace.mask[k]
     shown = panels(torch.stack([image, image, trace.noised[k], trace.purified[k]]), mask, overlay=1, gap=_GAP)
     return torch.nn.functional.pad(shown, (0, _GAP, 0, _GAP), value=1.0)

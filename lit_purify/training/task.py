@@ -1,4 +1,4 @@
-"""What both trainings share: the optimizer, keyed randomness, the network that is exported."""
+"""Base class of both trainings: optimizer, keyed randomness, checks of resumed trainings."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from lit_purify.training.batch_norm import SynchronizedBatchNorm
 class TrainingTask(L.LightningModule, ABC):
     """AdamW with warm-up and cosine decay; randomness keyed by (seed, sample, epoch).
 
-    So processes see different noise because they see different samples, the split of a batch over processes changes
-    nothing, and a resumed training takes the very steps it would have taken.
+    So the split of a batch over processes changes no noise, and a resumed training takes the same steps as an
+    uninterrupted one.
 
     Args:
         learning_rate: Peak learning rate.
-        weight_decay: Of AdamW.
+        weight_decay: Weight decay of AdamW.
         warmup: Steps of linear warm-up.
-        shift_pixels: Augmentation: move images by up to so many pixels.
+        shift_pixels: Augmentation: shift images by up to this many pixels.
         mirror: Augmentation: mirror half of the images.
-        seed: Of noise and augmentation.
+        seed: Seed of noise and augmentation.
 
     Attributes:
-        facts: What an exported file states about the training.
+        facts: Facts about the training for the exported file.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class TrainingTask(L.LightningModule, ABC):
     ) -> None:
         super().__init__()
         if not 0.0 < learning_rate < 1.0:
-            raise InputError(f"learning_rate = {learning_rate} is outside (0, 1)")
+            raise InputError(f"learning_rate = {learning_rate} is outside (0, 1): use e.g. 1e-3")
         for name, value in (("weight_decay", weight_decay), ("shift_pixels", shift_pixels)):
             if value < 0:
-                raise InputError(f"{name} = {value} must not be negative")
+                raise InputError(f"{name} = {value}: use 0 or more")
         if not 0 <= seed < 2**32:
-            raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
+            raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1: use a seed within it")
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.shift_pixels, self.mirror, self.seed = shift_pixels, mirror, seed
         self.facts: dict[str, Any] = {}
@@ -59,12 +59,12 @@ class TrainingTask(L.LightningModule, ABC):
     @property
     @abstractmethod
     def network(self) -> Classifier | Denoiser:
-        """What is trained and exported."""
+        """The network to train and export."""
 
     def setup(self, stage: str) -> None:
-        """Checks; a network that was read from a file is in evaluation mode, in which Lightning would leave it."""
+        """Checks the data, and switches the network to training mode: loaded networks are in evaluation mode."""
         self.check(self.trainer.datamodule)  # type: ignore[attr-defined]
-        # Channels last: convolutions are faster so, on tensor cores and on CPUs.
+        # Convolutions are faster with channels last, on tensor cores and on CPUs.
         self.network.train().to(memory_format=torch.channels_last)
         normalizes = any(
             isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) for m in self.network.modules()
@@ -73,41 +73,41 @@ class TrainingTask(L.LightningModule, ABC):
 
     @abstractmethod
     def check(self, data: ImageDataModule) -> None:
-        """Raises an ``InputError`` when networks and data do not fit."""
+        """Raises an ``InputError`` if networks and data do not match."""
 
     @abstractmethod
     def loss(self, batch: Batch, noise: KeyedNoise) -> Tensor:
         """The loss of a training batch, averaged over its images."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss; over several processes, batch normalization sees the images of all."""
+        """The loss of a batch; batch normalization uses the images of all processes."""
         with SynchronizedBatchNorm() if self.synchronizes else nullcontext():
             loss = self.loss(batch, self.keyed(batch))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def measure(self, name: str, values: Tensor, weights: Tensor | float = 1.0) -> None:
-        """Takes values into the (weighted) mean that this validation logs as ``val/<name>``."""
+        """Adds values to the weighted mean that the validation logs as ``val/<name>``."""
         if name not in self.means:
             self.means[name] = MeanMetric().to(self.device)
         self.means[name].update(values, weights)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the means over all processes."""
+        """Logs the means of this validation over all processes."""
         means = {f"val/{name}": mean.compute() for name, mean in self.means.items()}
         losses = [mean for name, mean in means.items() if name.startswith("val/mse_")]
         self.log_dict(means | ({"val/loss": torch.stack(losses).mean()} if losses else {}))
         self.means.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps how many samples made a batch of all processes, and how many such batches a step."""
+        """Stores the samples per batch over all processes, and the batches per step."""
         checkpoint["batch"] = self._batch()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Other processes may go on, with as many samples a step: else neither steps nor learning rates would fit.
+        """Checks that a step has as many samples as before; the number of processes may differ.
 
         Raises:
-            InputError: The checkpoint was trained with another number of samples.
+            InputError: The checkpoint was trained with another number of samples per step.
         """
         if not self.trainer.training:
             return
@@ -116,8 +116,8 @@ class TrainingTask(L.LightningModule, ABC):
         if samples * batches != before * batches_before or (within and samples != before):
             ranks = self.trainer.world_size
             raise InputError(
-                f"ckpt_path: trained with {before} samples a batch over all processes and {batches_before} batches a "
-                f"step, now it is {samples} and {batches}: set data.batch_size to {before / ranks:g} for "
+                f"ckpt_path: trained with {before} samples per batch over all processes and {batches_before} batches "
+                f"per step, now {samples} and {batches}: set data.batch_size to {before / ranks:g} for "
                 f"{ranks} processes" + ("" if within else ", or trainer.accumulate_grad_batches to make up for it")
             )
 
@@ -126,21 +126,21 @@ class TrainingTask(L.LightningModule, ABC):
         return self.trainer.world_size * size, self.trainer.accumulate_grad_batches
 
     def on_train_start(self) -> None:
-        """A resumed training takes the steps that it would have taken."""
+        """Corrects Lightning's counters of a resumed training."""
         mend_resumed(self.trainer)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seeds what is not keyed (dropout): each process its own stream, each batch anew, as when resumed."""
-        # Several batches make a step where gradients are accumulated.
+        """Seeds dropout for each process and batch, so that a resumed training repeats it."""
+        # With accumulated gradients, several batches share a step.
         stream = (self.seed * 65_537 + self.global_rank) * 1_000_003 + self.global_step
         torch.manual_seed((stream * 1_000_033 + batch_idx) % 2**63)
 
     def keyed(self, batch: Batch) -> KeyedNoise:
-        """Noise of a training batch: another one in every epoch."""
+        """Noise of a training batch; each epoch has other noise."""
         return KeyedNoise(self.seed, batch["index"], torch.zeros_like(batch["index"]), TRAINING + self.current_epoch)
 
     def augmented(self, image: Tensor, noise: KeyedNoise, step: int) -> Tensor:
-        """Shifted and mirrored images."""
+        """Randomly shifted and mirrored images (B, C, H, W)."""
         draws = noise.uniform(step, image.new_empty(len(image), 3))
         image = shift(image, draws[:, :2], self.shift_pixels)
         return flip(image, draws[:, 2:]) if self.mirror else image
@@ -151,7 +151,7 @@ class TrainingTask(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Lightning refuses to clip for a fused optimizer, which may unscale gradients; only float16 scales them."""
+        """Clips gradients also for a fused optimizer, which Lightning refuses in case it unscales float16 gradients."""
         if optimizer.defaults.get("fused") and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), gradient_clip_val)
         else:
@@ -160,7 +160,7 @@ class TrainingTask(L.LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW; linear warm-up, then a cosine to 0 at the last step."""
         weights = list(self.network.parameters())
-        # One kernel for all weights on a GPU; elsewhere its rounding differs.
+        # One kernel for all weights, only on GPUs: on CPUs its rounding differs.
         fused = weights[0].is_cuda or None
         optimizer = torch.optim.AdamW(weights, self.learning_rate, weight_decay=self.weight_decay, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)

@@ -65,7 +65,7 @@ def interrupt(draw, config, run, duration, kind):
     if kind == "term":
         launched.kill(signal.SIGTERM)
         launched.wait()
-        assert "Traceback" not in launched.said.split("stopped; the same command goes on")[0], launched.said
+        assert "Traceback" not in launched.said.split("stopped; the same command resumes")[0], launched.said
     elif kind == "one":
         launched.kill(ranks={draw.randrange(world)})
     elif kind == "all":
@@ -121,7 +121,7 @@ def campaign(folder, rounds, seed, worlds=(1, 2, 3, 4)):
             lost = [key for key, seconds in before.items() if not after[key] <= seconds]
             assert not lost, f"recorded and made anew: {lost}"
             # Or after more, written meanwhile by what lives on of a run.
-            found = re.search(r"goes on after (\d+) records", said)
+            found = re.search(r"resumes after (\d+) records", said)
             assert not before or (found and int(found[1]) >= len(before)), said
         except AssertionError as error:
             failures.append(f"round {number}: {', '.join(story)}: {error}")
