@@ -178,7 +178,7 @@ def test_a_frame_has_a_row_for_each_result(result):
         ({"classifier": Theirs(classes=2), "labels": LABELS % 2}, "the dlr loss needs 3 classes"),
         ({"defenses": {"a": 3}}, "a is a int: give a purifier, or a module that gives logits"),
         ({"defenses": {}}, "defenses is empty"),
-        ({"attacks": {"pgd": 3}}, "attacks: pgd is a int: give an attack"),
+        ({"attacks": {"pgd": 3}}, "attacks: pgd is a int: use an attack"),
         ({"baseline": "b"}, "baseline = 'b' is not among the defenses"),
         ({"runs": 0}, "runs = 0: use at least 1"),
         ({"gradients": {"b": lp.BPDA()}}, "gradients: 'b' is not among the attacks"),

@@ -61,4 +61,4 @@ def test_a_configuration_of_the_first_version_is_refused_in_one_line(task, tmp_p
     assert exit_.value.code == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert f"{old}: written for version 0.1: move what is under model.init_args to the top level" in line
+    assert "there is no setting model; move its settings to the top level of the file" in line

@@ -220,14 +220,14 @@ def test_configuration(refused_evaluation, key, value, said):
         (["--data.batch", "4"], "data: Digits has no option batch; did you mean batch_size?"),
         ([f"--{UNIFORM}.levl", "5"], "defenses: UniformPurifier has no option levl; did you mean level?"),
         (["--atacks.pgd.steps", "5"], "there is no setting atacks; did you mean attacks?"),
-        (["--attacks.pdg.steps", "5"], "--attacks.pdg.steps: there is no class that takes it: check name and value"),
+        (["--attacks.pdg.steps", "5"], "--attacks.pdg.steps: no class accepts it: check name and value"),
         (["stray"], "unexpected argument stray; eval.py takes one of test, frontier"),
         (["tset"], "unexpected argument tset; did you mean test?"),
         (["--trainer.accelerator", "gpu"], "trainer.accelerator = gpu: torch finds no such device"),
         (["--classifier", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
         (
             ["--trainer.logger.mode", "onlin"],
-            "--trainer.logger.mode: there is no class that takes it: check name and value",
+            "--trainer.logger.mode: no class accepts it: check name and value",
         ),
         (["--runs"], "--runs: expected one argument"),
         (["--model.init_args.runs", "2"], "there is no setting model; move its settings to the top level"),
@@ -387,7 +387,7 @@ def test_no_space_left_for_records(refused_evaluation, evaluate, monkeypatch, ru
         patched.setattr("lit_purify.callbacks.run_writer.append_records", full)
         said = refused_evaluation(written=True)
     assert said == (
-        f"{run / 'records.jsonl'}: no space left on device; free some space and run the same command again; "
+        f"{run / 'records.jsonl'}: no space left on device: free some space and run the same command again; "
         "existing records stay"
     )
     assert len(evaluate()) == 8
