@@ -29,7 +29,7 @@ from lit_purify.data import Digits  # noqa: E402
 from lit_purify.defense import (  # noqa: E402
     DefendedClassifier,
     HeterogeneousPurifier,
-    Inverse,
+    InvertedMask,
     MinMaxThreshold,
     NoPurifier,
     Purifier,
@@ -137,7 +137,7 @@ def masks(classifier: Any, image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
         "SoftmaxThreshold\ntau 0.03": SoftmaxThreshold(0.03),
         "MinMaxThreshold\ntau 0.5": MinMaxThreshold(0.5),
         "TopFraction\n0.3": RULE,
-        "Inverse\nof TopFraction": Inverse(RULE),
+        "InvertedMask\nof TopFraction": InvertedMask(RULE),
         "RandomArea\nof TopFraction": RandomArea(RULE),
     }
     figure, grid = plt.subplots(len(image), len(rules), figsize=(1.5 * len(rules), 1.5 * len(image) + 0.35))

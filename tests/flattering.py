@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lit_purify.attacks import PGD, Attack, Queries
-from lit_purify.defense import Attacked, DefendedClassifier, Gradient, Mask, NoPurifier, Trace
+from lit_purify.defense import AttackView, DefendedClassifier, Gradient, Mask, NoPurifier, Trace
 from lit_purify.functional.chunks import AttackedFunction
 from lit_purify.functional.noise import ATTACK
 from lit_purify.functional.schedule import Schedule
@@ -261,13 +261,13 @@ class OtherLevels(Gradient):
     def attacked(self, defended):
         purifier = type(defended.purifier)(defended.purifier.denoiser, 20, 1)
         model = DefendedClassifier(purifier, defended.classifier)
-        return Attacked(defended, model.attacked(), "exact", "none", purifier.nfe, purifier.levels)
+        return AttackView(defended, model.attacked(), "exact", "none", purifier.nfe, purifier.levels)
 
 
 def view(defended, shown, gradient):
     """The defense, shown another image than is attacked."""
     function = AttackedFunction(lambda image, noise: defended(shown(image), noise))
-    return Attacked(defended, function, gradient, "none", defended.purifier.nfe, defended.purifier.levels)
+    return AttackView(defended, function, gradient, "none", defended.purifier.nfe, defended.purifier.levels)
 
 
 class HalfView(Gradient):

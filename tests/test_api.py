@@ -176,7 +176,7 @@ def test_a_frame_has_a_row_for_each_result(result):
         ({"classifier": Theirs(mode="tuple")}, "Theirs gives tuple for one image"),
         ({"classifier": Theirs(classes=1), "labels": 0 * LABELS}, r"Theirs gives \(1, 1\) for one image, not logits"),
         ({"classifier": Theirs(classes=2), "labels": LABELS % 2}, "the dlr loss needs 3 classes"),
-        ({"defenses": {"a": 3}}, "a is a int: give a purifier, or a module that gives logits"),
+        ({"defenses": {"a": 3}}, "a is a int: use a purifier or a module that returns logits"),
         ({"defenses": {}}, "defenses is empty"),
         ({"attacks": {"pgd": 3}}, "attacks: pgd is a int: use an attack"),
         ({"baseline": "b"}, "baseline = 'b' is not among the defenses"),

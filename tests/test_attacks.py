@@ -28,9 +28,9 @@ from lit_purify.attacks.square import _window
 from lit_purify.defense import (
     DefendedClassifier,
     Exact,
+    FullMask,
     HeterogeneousPurifier,
     MinMaxThreshold,
-    Ones,
     RandomArea,
     TopFraction,
     UniformPurifier,
@@ -375,7 +375,7 @@ def test_the_mask_is_moved_off_the_image(norm, eps, unet, classifier, images):
 
 
 def test_without_a_mask_to_move_nothing_is_shifted(unet, classifier, images):
-    for purifier in (UniformPurifier(unet, 200, 2), HeterogeneousPurifier(unet, Ones(), 200, 100, 2)):
+    for purifier in (UniformPurifier(unet, 200, 2), HeterogeneousPurifier(unet, FullMask(), 200, 100, 2)):
         model, settings = DefendedClassifier(purifier, classifier), ("linf", 0.1, 2, 0.06)
         attacks = (PGD(*settings, eot=2, shift_steps=shift_steps) for shift_steps in (0, 20))
         found = [attack(model, images, torch.arange(6), keyed(6)) for attack in attacks]

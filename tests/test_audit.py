@@ -19,7 +19,7 @@ from lit_purify.checks.findings import Memory, holm, least_samples, sign_flip
 from lit_purify.cli import evaluate
 from lit_purify.defense import (
     BPDA,
-    Attacked,
+    AttackView,
     DefendedClassifier,
     Exact,
     Gradient,
@@ -250,7 +250,7 @@ def test_a_stated_surrogate_is_no_failure_where_the_exact_gradient_is_no_stronge
 def test_a_view_that_walks_other_levels_to_the_same_logits_is_another_model():
     class Boasting(Gradient):
         def attacked(self, defended):
-            return Attacked(defended, defended.attacked(), "exact", "none", 1, [100])
+            return AttackView(defended, defended.attacked(), "exact", "none", 1, [100])
 
     assert failed(audited(zoo.defense(), pgd(), Boasting(), count=8)) == {"same_model"}
 

@@ -328,8 +328,8 @@ def rows(denoiser):
         (lambda d: LikelihoodPurifier(d, 100, 1001, 5), "high = 1001"),
         (lambda d: LikelihoodPurifier(d, 100, 150, -1), "steps = -1"),
         (lambda d: LikelihoodPurifier(d, 100, 150, 5, radius=-1.0), "radius = -1"),
-        (lambda d: FreqPurePurifier(rows(d), [100], [4], 2.0), "FreqPurePurifier purifies pictures, not rows"),
-        (lambda d: LoRIDPurifier(rows(d), 36, 6, 1, FULL), "LoRIDPurifier purifies pictures, not rows"),
+        (lambda d: FreqPurePurifier(rows(d), [100], [4], 2.0), "FreqPurePurifier purifies images, not table rows"),
+        (lambda d: LoRIDPurifier(rows(d), 36, 6, 1, FULL), "LoRIDPurifier purifies images, not table rows"),
         (lambda d: GuidedPurifier(d, 1001, 6, 1, 0.1), "level = 1001"),
     ],
 )

@@ -7,18 +7,18 @@ import torch
 from conftest import GaussianDenoiser, randomized
 
 from lit_purify.defense import (
+    AverageMask,
     DefendedClassifier,
     Exact,
+    ExternalAttention,
+    FullMask,
     HeterogeneousPurifier,
-    Inverse,
-    Ones,
-    OtherAttention,
-    Proportional,
+    InvertedMask,
+    QuantizedSaliency,
     RandomArea,
-    Rolled,
+    ShiftedMask,
     TopFraction,
     VariableIntensityPurifier,
-    Votes,
 )
 from lit_purify.errors import InputError
 from lit_purify.functional import mask as F
@@ -26,8 +26,8 @@ from lit_purify.functional.diffusion import noised, step_back, to_diffusion, to_
 from lit_purify.functional.noise import KeyedNoise
 from lit_purify.models import ResNetClassifier
 
-NESTED = Votes([TopFraction(0.1), TopFraction(0.3), TopFraction(0.6)])
-RULES = {"votes": NESTED, "proportional": Proportional(5), "inverse": Inverse(NESTED)}
+NESTED = AverageMask([TopFraction(0.1), TopFraction(0.3), TopFraction(0.6)])
+RULES = {"votes": NESTED, "proportional": QuantizedSaliency(5), "inverse": InvertedMask(NESTED)}
 
 
 def keyed(count):
@@ -47,7 +47,7 @@ def test_grades_are_the_stated_ones_for_each_sample_alone(name, classifier, imag
 
 def test_maps_follow_the_attention(classifier, images):
     score = F.minmax_normalize(F.saliency(classifier.features(images), (8, 8))).amax(dim=1, keepdim=True)
-    proportional, votes = Proportional(5)(classifier, images, keyed(6)), NESTED(classifier, images, keyed(6))
+    proportional, votes = QuantizedSaliency(5)(classifier, images, keyed(6)), NESTED(classifier, images, keyed(6))
     assert (proportional - score).abs().max() <= 0.5 / 5 + 1e-6
     # The top 10 % have all three votes, the next 20 % two ...
     assert [(votes * 3).round().eq(k).sum().item() // 6 for k in (3, 2, 1)] == [6, 13, 19]
@@ -58,11 +58,19 @@ def test_maps_follow_the_attention(classifier, images):
 def test_what_a_rule_depends_on_is_what_its_parts_depend_on(classifier):
     """A mask that is drawn anew in every run must not be kept; one with a gradient anywhere has one."""
     followed, drawn = TopFraction(0.3), RandomArea(TopFraction(0.3))
-    assert [Votes(rules).of_image for rules in ([followed, Ones()], [followed, drawn], [drawn])] == [True, False, False]
-    assert [move(of).of_image for move in (Rolled, Inverse) for of in (followed, drawn)] == [True, False] * 2
-    assert [Votes(rules).relaxable for rules in ([followed, Ones()], [Ones()], [drawn])] == [True, False, False]
-    for rule in (followed, drawn, Ones()):
-        other = OtherAttention(rule, classifier)
+    assert [AverageMask(rules).of_image for rules in ([followed, FullMask()], [followed, drawn], [drawn])] == [
+        True,
+        False,
+        False,
+    ]
+    assert [move(of).of_image for move in (ShiftedMask, InvertedMask) for of in (followed, drawn)] == [True, False] * 2
+    assert [AverageMask(rules).relaxable for rules in ([followed, FullMask()], [FullMask()], [drawn])] == [
+        True,
+        False,
+        False,
+    ]
+    for rule in (followed, drawn, FullMask()):
+        other = ExternalAttention(rule, classifier)
         assert (other.of_image, other.relaxable) == (rule.of_image, rule.relaxable)
 
 
@@ -118,7 +126,7 @@ def test_a_relaxed_mask_tells_the_denoiser_the_nearest_grade(classifier, images)
 
 def test_attention_of_another_network(classifier, images):
     other = randomized(ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4), seed=1)
-    rule = OtherAttention(TopFraction(0.3), other.requires_grad_(True))
+    rule = ExternalAttention(TopFraction(0.3), other.requires_grad_(True))
     mask = rule(classifier, images, keyed(6))
     assert torch.equal(mask, TopFraction(0.3)(other, images, keyed(6)))
     assert not torch.equal(mask, TopFraction(0.3)(classifier, images, keyed(6)))
@@ -134,12 +142,12 @@ def test_attention_of_another_network(classifier, images):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda d, c: Votes([]), "0 grades"),
-        (lambda d, c: Votes([NESTED]), "several grades cannot vote"),
-        (lambda d, c: Proportional(64), "use 1 to 63"),
+        (lambda d, c: AverageMask([]), "0 grades"),
+        (lambda d, c: AverageMask([NESTED]), "several grades cannot be averaged"),
+        (lambda d, c: QuantizedSaliency(64), "use 1 to 63"),
         (lambda d, c: HeterogeneousPurifier(d, NESTED, 200, 100, 4), "use VariableIntensityPurifier"),
         (
-            lambda d, c: OtherAttention(TopFraction(0.3), c)(c, torch.rand(1, 3, 8, 8), keyed(1)),
+            lambda d, c: ExternalAttention(TopFraction(0.3), c)(c, torch.rand(1, 3, 8, 8), keyed(1)),
             "channels|shape",
         ),
     ],

@@ -17,23 +17,23 @@ from lit_purify.defense import (
     BPDA,
     DefendedClassifier,
     Exact,
+    FullMask,
     GradualPurifier,
     HeterogeneousPurifier,
-    Inverse,
+    InvertedMask,
     Mask,
     MinMaxThreshold,
     NoPurifier,
-    Ones,
-    OtherPurifier,
     RandomArea,
-    Rolled,
+    ShiftedMask,
     SoftmaxThreshold,
     Surrogate,
+    SurrogatePurifier,
     TopFraction,
     UniformPurifier,
     VariableIntensityPurifier,
 )
-from lit_purify.defense.masks import Relaxed
+from lit_purify.defense.masks import RelaxedMask
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, Ledger
 from lit_purify.functional import mask as F
@@ -44,8 +44,8 @@ RULES = [
     MinMaxThreshold(0.4),
     SoftmaxThreshold(0.02),
     TopFraction(0.3),
-    Inverse(MinMaxThreshold(0.4)),
-    Rolled(MinMaxThreshold(0.4)),
+    InvertedMask(MinMaxThreshold(0.4)),
+    ShiftedMask(MinMaxThreshold(0.4)),
 ]
 
 
@@ -124,11 +124,11 @@ def test_gradient_on_gaussian_data_follows_the_closed_form(name, recompute, gray
         purifier = UniformPurifier(denoiser, 300, 5, name, recompute)
         inside = outside = walked(ddim_slope if name == "ddim" else ddpm_slope, grid(300, 0, 5))
     elif name == "variable":
-        purifier = VariableIntensityPurifier(denoiser, Ones(), 300, 90, 4, recompute)
+        purifier = VariableIntensityPurifier(denoiser, FullMask(), 300, 90, 4, recompute)
         inside, outside = (walked(ddim_slope, grid(t, 0, 4)) for t in (300, 90))
     else:
         kind = {"paper": "single", "release": "release"}[name]
-        purifier = HeterogeneousPurifier(denoiser, Ones(), 300, 150, 4, kind, 20, recompute=recompute)
+        purifier = HeterogeneousPurifier(denoiser, FullMask(), 300, 150, 4, kind, 20, recompute=recompute)
         below = ddim_slope(150, 75) * ddim_slope(75, 0)
         if name == "paper":
             at_low = mended(150, 20) * below
@@ -177,7 +177,7 @@ def test_mask_gradient_agrees_with_finite_differences_of_the_relaxed_mask(rule, 
     weight = torch.randn(gray.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     views = {}
     for kind in ("straight_through", "soft"):
-        mask = Relaxed(rule, kind == "soft", 0.1)
+        mask = RelaxedMask(rule, kind == "soft", 0.1)
         views[kind] = mask(classifier64, gray, keyed(2))
         found = gradient(lambda image, mask=mask: weight * mask(classifier64, image, keyed(2)), gray)
         assert float(found.abs().sum()) > 0
@@ -271,7 +271,7 @@ def test_another_purifier_may_stand_in_for_the_defense(unet, classifier, images)
     defended = DefendedClassifier(GradualPurifier(unet, [30, 50], [3, 5], "ddpm"), classifier)
     other = UniformPurifier(unet, 50, 1)
     for given in (other, lambda denoiser: UniformPurifier(denoiser, 50, 1)):
-        view = OtherPurifier(given).attacked(defended)
+        view = SurrogatePurifier(given).attacked(defended)
         assert (view.gradient, view.nfe, view.levels, view.defended) == ("surrogate", 1, [50], defended)
         found = view.function(images, keyed(6))
         assert torch.equal(found, DefendedClassifier(other, classifier)(images, keyed(6)))
@@ -305,14 +305,14 @@ def test_a_surrogate_that_starts_elsewhere_is_warned_of(unet, classifier):
     defenses, attacks = {"round": Rounding(unet, 250, 10)}, {"pgd": PGD("linf", 0.1, 1, 0.1)}
     evaluator = Evaluator(classifier, defenses, attacks, {"pgd": Surrogate(3)})
     assert evaluator.describe()[0]["attack_levels"] == [231, 154, 77]
-    assert evaluator.remarks() == ["pgd on round: the surrogate of 3 steps noises to [231], the defense to [250]"]
+    assert evaluator.remarks() == ["pgd on round: the surrogate with 3 steps noises to [231], the defense to [250]"]
 
 
 def test_results_name_what_was_differentiated(unet, classifier):
     defenses = {
         "none": NoPurifier(),
         "paper": HeterogeneousPurifier(unet, TopFraction(0.3), 400, 200, 4),
-        "random": VariableIntensityPurifier(unet, RandomArea(Ones()), 400, 200, 4),
+        "random": VariableIntensityPurifier(unet, RandomArea(FullMask()), 400, 200, 4),
     }
     pgd = PGD("linf", 0.1, 1, 0.1)
     gradients = {

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from lit_purify.attacks import FGSM, PGD
 from lit_purify.defense import (
     NoPurifier,
-    OtherPurifier,
     ResizedPurifier,
+    SurrogatePurifier,
     TopFraction,
     UniformPurifier,
     VariableIntensityPurifier,
@@ -218,7 +218,7 @@ def test_an_evaluation_in_16_bits(unet, classifier, images):
     """Of a denoiser that its defenses, and what attacks differentiate, share; the one that was given stays."""
     plain = UniformPurifier(unet, 100, 2)
     defenses = {"uniform": plain, "resized": ResizedPurifier(unet, UniformPurifier(unet, 100, 2))}
-    given = classifier, defenses, {"pgd": PGD("linf", 0.1, 1, 0.1)}, {"pgd": OtherPurifier(plain)}
+    given = classifier, defenses, {"pgd": PGD("linf", 0.1, 1, 0.1)}, {"pgd": SurrogatePurifier(plain)}
     whole, low = (Evaluator(*given, precision=precision) for precision in ("float32", "bf16"))
     networks = {id(m) for m in low.modules() if isinstance(m, UNet)}
     networks.add(id(low.gradients["pgd"].purifier.denoiser))

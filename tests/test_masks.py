@@ -5,16 +5,16 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from lit_purify.defense import (
-    Inverse,
+    EmptyMask,
+    FullMask,
+    InvertedMask,
     Mask,
     MinMaxThreshold,
-    Ones,
     RandomArea,
-    Renormalized,
-    Rolled,
+    RenormalizedInput,
+    ShiftedMask,
     SoftmaxThreshold,
     TopFraction,
-    Zeros,
 )
 from lit_purify.errors import InputError, notice
 from lit_purify.functional import mask as F
@@ -49,10 +49,10 @@ def test_normalizations():
 @pytest.mark.parametrize("build", ["build", "relaxed"])
 def test_renormalized_shows_the_classifier_another_image(build, classifier, images):
     rule, width = MinMaxThreshold(0.5), [0.1] * (build == "relaxed")
-    found = getattr(Renormalized(rule, [0.7], [0.1]), build)(classifier, images, noise(6), *width)
+    found = getattr(RenormalizedInput(rule, [0.7], [0.1]), build)(classifier, images, noise(6), *width)
     assert torch.equal(found, getattr(rule, build)(classifier, (images - 0.7) / 0.1, noise(6), *width))
     with pytest.raises(InputError, match="std"):
-        Renormalized(rule, [0.7], [0.0])
+        RenormalizedInput(rule, [0.7], [0.0])
 
 
 def test_union_of_blocks():
@@ -81,10 +81,10 @@ def test_top_fraction_has_the_exact_area_even_with_ties():
         SoftmaxThreshold(0.02),
         MinMaxThreshold(0.5),
         TopFraction(0.25),
-        Ones(),
-        Zeros(),
-        Inverse(TopFraction(0.25)),
-        Rolled(TopFraction(0.25)),
+        FullMask(),
+        EmptyMask(),
+        InvertedMask(TopFraction(0.25)),
+        ShiftedMask(TopFraction(0.25)),
     ],
 )
 def test_rules_give_binary_masks_for_each_sample_alone(rule, classifier, images):
@@ -99,12 +99,12 @@ def test_mask_follows_the_classifiers_features(classifier, images):
     expected = F.top_fraction(F.minmax_normalize(F.saliency(classifier.features(images), (8, 8))), 0.25)
     mask = TopFraction(0.25)(classifier, images, noise(len(images)))
     assert torch.equal(mask, expected)
-    assert torch.equal(Inverse(TopFraction(0.25))(classifier, images, noise(len(images))), 1 - expected)
+    assert torch.equal(InvertedMask(TopFraction(0.25))(classifier, images, noise(len(images))), 1 - expected)
 
 
 def test_rolled_by_half_the_image(classifier, images):
     base = TopFraction(0.25)(classifier, images, noise(len(images)))[:, 0]
-    mask = Rolled(TopFraction(0.25))(classifier, images, noise(len(images)))[:, 0]
+    mask = ShiftedMask(TopFraction(0.25))(classifier, images, noise(len(images)))[:, 0]
     assert torch.equal(mask[:, :4, :4], base[:, 4:, 4:])
     assert torch.equal(mask[:, 4:, :4], base[:, :4, 4:])
     assert torch.equal(mask.sum(dim=(1, 2)), base.sum(dim=(1, 2)))
@@ -126,7 +126,7 @@ def test_random_area(classifier, images):
     "rule", [lambda: MinMaxThreshold(1.0), lambda: SoftmaxThreshold(0.0), lambda: TopFraction(1.5)]
 )
 def test_thresholds_out_of_range(rule):
-    with pytest.raises(InputError, match=r"outside \(0, 1\)"):
+    with pytest.raises(InputError, match=r"above 0 and below 1"):
         rule()
 
 

@@ -11,13 +11,13 @@ from lit_purify.data.base import ImageDataset
 from lit_purify.defense import (
     DefendedClassifier,
     FreqPurePurifier,
+    FullMask,
     GradualPurifier,
     GuidedPurifier,
     HeterogeneousPurifier,
     LikelihoodPurifier,
     LoRIDPurifier,
     NoPurifier,
-    Ones,
     ResizedPurifier,
     TopFraction,
     UniformPurifier,
@@ -82,7 +82,7 @@ def test_calls_are_the_stated_ones(name, classifier, images):
 
 
 def test_heterogeneous_with_a_constant_mask_is_uniform(unet, images, fixed):
-    paper, ones = HeterogeneousPurifier(unet, Ones(), 400, 200, 4, "none"), torch.ones_like(images)
+    paper, ones = HeterogeneousPurifier(unet, FullMask(), 400, 200, 4, "none"), torch.ones_like(images)
     assert torch.equal(paper(images, fixed, ones), UniformPurifier(unet, 400, 4)(images, fixed))
     assert torch.equal(paper(images, fixed, 0 * ones), UniformPurifier(unet, 200, 2)(images, fixed))
 
@@ -255,7 +255,7 @@ def test_another_classifier_is_attacked_as_itself(unet, classifier, images):
     wrong = randomized(ResNetClassifier(depth=8, size=8, num_classes=9, channels=1, width=4))
     with pytest.raises(InputError, match=r"defenses\.other: the data has 10 classes .* classifier has 9"):
         Evaluator(classifier, {"other": wrong}, {"pgd": pgd}).check(data)
-    with pytest.raises(InputError, match="x is a function: give a purifier, or a module"):
+    with pytest.raises(InputError, match="x is a function: use a purifier or a module"):
         defend("x", lambda image: image, classifier)
 
 
@@ -290,8 +290,8 @@ def test_resized_purifies_at_the_size_of_the_denoiser(classifier, images):
     assert {t.shape[-1] for t in denoiser.calls} == {16}
     assert torch.equal(denoiser.calls[0][:, :, ::2, ::2] == 2, trace.mask > 0.5)
     assert trace.purified.shape == trace.noised.shape == images.shape
-    other = purifier.with_mask(Ones()).without_recomputation().with_steps(2)
-    assert other.mask.__class__ is Ones
+    other = purifier.with_mask(FullMask()).without_recomputation().with_steps(2)
+    assert other.mask.__class__ is FullMask
     assert (other.nfe, other.purifier.recompute, purifier.nfe) == (2, False, 1)
     with pytest.raises(InputError, match=r"\(1, 16, 16\), the data has \(3, 16, 16\)"):
         purifier.check_image(images.expand(-1, 3, -1, -1))

@@ -11,10 +11,10 @@ from lit_purify.attacks import APGD, FGSM, PGD, Transfer
 from lit_purify.defense import (
     DefendedClassifier,
     Exact,
-    Inverse,
+    FullMask,
+    InvertedMask,
     MinMaxThreshold,
     NoPurifier,
-    Ones,
     RandomArea,
     SoftmaxThreshold,
     TopFraction,
@@ -94,10 +94,10 @@ MASKS = {
     "top": TopFraction(0.3),
     "minmax": MinMaxThreshold(0.5),
     "softmax": SoftmaxThreshold(0.01),
-    "inverse": Inverse(TopFraction(0.3)),
-    "ones": Ones(),
+    "inverse": InvertedMask(TopFraction(0.3)),
+    "ones": FullMask(),
     "random": RandomArea(TopFraction(0.3)),
-    "inverse of random": Inverse(RandomArea(TopFraction(0.3))),
+    "inverse of random": InvertedMask(RandomArea(TopFraction(0.3))),
 }
 
 

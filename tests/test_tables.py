@@ -271,8 +271,8 @@ def test_control_masks_of_rows(images):
     row, classifier = torch.rand(3, 6), Classifier(Straight(WEIGHTS), 6, 2, 0)
     rule = lp.FirstLayer(lp.TopFraction(0.5))
     assert lp.RandomArea(rule)(classifier, row, keyed(3)).sum(dim=1).tolist() == [3] * 3
-    assert lp.Ones()(classifier, row, keyed(3)).equal(torch.ones(3, 6))
-    rolled, mask = (each(classifier, row, keyed(3)) for each in (lp.Rolled(rule), rule))
+    assert lp.FullMask()(classifier, row, keyed(3)).equal(torch.ones(3, 6))
+    rolled, mask = (each(classifier, row, keyed(3)) for each in (lp.ShiftedMask(rule), rule))
     assert torch.equal(rolled, mask.roll(3, dims=1))
 
 
@@ -303,7 +303,7 @@ def data(folder):
 def test_a_constant_mask_is_uniform_noise_on_rows(denoiser, network):
     row, noise = torch.rand(4, 7, generator=torch.Generator().manual_seed(3)), keyed(4)
     uniform = lp.UniformPurifier(denoiser, level=60, steps=2)
-    variable = lp.VariableIntensityPurifier(denoiser, lp.Ones(), high=60, low=1, steps=2)
+    variable = lp.VariableIntensityPurifier(denoiser, lp.FullMask(), high=60, low=1, steps=2)
     assert torch.allclose(uniform(row, noise), variable(row, noise, torch.ones(4, 7)), atol=1e-6)
 
 

@@ -9,28 +9,28 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_purify.defense import (
+    AverageMask,
     DefendedClassifier,
-    Inverse,
+    InvertedMask,
     MinMaxThreshold,
-    Proportional,
+    QuantizedSaliency,
     RandomArea,
-    Renormalized,
-    Rolled,
+    RenormalizedInput,
+    ShiftedMask,
     SoftmaxThreshold,
     TopFraction,
     VariableIntensityPurifier,
-    Votes,
 )
 from lit_purify.functional.noise import KeyedNoise
 from lit_purify.models import MatchedSchedule
 
 RULES = {
     "top": TopFraction(0.3),
-    "inverse": Inverse(MinMaxThreshold(0.5)),
+    "inverse": InvertedMask(MinMaxThreshold(0.5)),
     "random": RandomArea(TopFraction(0.3)),
-    "votes": Votes([TopFraction(0.1), Rolled(TopFraction(0.3))]),
-    "proportional": Proportional(4),
-    "renormalized": Renormalized(SoftmaxThreshold(0.01), [0.7], [0.1]),
+    "votes": AverageMask([TopFraction(0.1), ShiftedMask(TopFraction(0.3))]),
+    "proportional": QuantizedSaliency(4),
+    "renormalized": RenormalizedInput(SoftmaxThreshold(0.01), [0.7], [0.1]),
 }
 
 

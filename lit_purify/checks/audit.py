@@ -14,7 +14,16 @@ from lit_purify.checks.audited import AVERAGE, LEVEL, MAJORITY, RULES, TOLERANCE
 from lit_purify.checks.findings import Comparison, Findings, least_samples
 from lit_purify.checks.gradcheck import first_samples, relative
 from lit_purify.data.base import ImageDataset
-from lit_purify.defense import BPDA, Attacked, BareClassifier, DefendedClassifier, Exact, Ones, RandomArea, Zeros
+from lit_purify.defense import (
+    BPDA,
+    AttackView,
+    BareClassifier,
+    DefendedClassifier,
+    EmptyMask,
+    Exact,
+    FullMask,
+    RandomArea,
+)
 from lit_purify.defense.gradients import MaskGradient
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction
@@ -99,7 +108,7 @@ def ablations(audit: Audited) -> Iterator[Fact]:
     purifier, rule = audit.defended.purifier, audit.defended.purifier.mask
     if rule is None:
         return
-    for name, other in {"ones": Ones(), "zeros": Zeros(), "random": RandomArea(rule)}.items():
+    for name, other in {"ones": FullMask(), "zeros": EmptyMask(), "random": RandomArea(rule)}.items():
         model = DefendedClassifier(purifier.with_mask(other), audit.defended.classifier)
         adversarial = audit.attacked_by(audit.attack, model)
         left, clean = (audit.outcomes(shown, model)[:, AVERAGE] for shown in (adversarial, audit.image))
@@ -231,7 +240,7 @@ CHECKS: list[Callable[[Audited], Iterator[Fact | Comparison]]] = [
 
 
 def audit_attack(
-    views: Mapping[str, Attacked],
+    views: Mapping[str, AttackView],
     attack: Attack,
     data: ImageDataset,
     samples: int = 32,

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_purify.attacks import Attack, NotApplicableError, Queries
 from lit_purify.checks.findings import Comparison, Finding, Verdict, holm, sign_flip
 from lit_purify.checks.gradcheck import Samples, check_gradient
-from lit_purify.defense import Attacked, DefendedClassifier
+from lit_purify.defense import AttackView, DefendedClassifier
 from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, logits_in_chunks
 from lit_purify.functional.images import each
 from lit_purify.functional.losses import margin_loss
@@ -26,7 +26,7 @@ LEVEL, TOLERANCE = 0.05, 0.05
 AVERAGE, WORST, MAJORITY = range(3)
 RULES = ("average accuracy", "worst-of-N accuracy", "accuracy of the vote")
 
-Model = Attacked | DefendedClassifier | AttackedFunction
+Model = AttackView | DefendedClassifier | AttackedFunction
 Fact = tuple[str, float, float | None, Verdict | bool, str]
 """Check, figure, limit, verdict (or whether it passed) and reason of a ``Finding``."""
 
@@ -72,7 +72,7 @@ class Audited:
     """
 
     name: str
-    view: Attacked
+    view: AttackView
     attack: Attack
     image: Tensor
     label: Tensor

@@ -1,18 +1,18 @@
-"""Purifiers, the masks that steer them, and the classifier behind them."""
+"""Purifiers, mask rules, and the classifier behind a purifier."""
 
 from lit_purify.defense.around import OneHotPurifier, ResizedPurifier
 from lit_purify.defense.defended import DefendedClassifier, ForeignDefense, defend
 from lit_purify.defense.freqpure import FreqPurePurifier
-from lit_purify.defense.graded import OtherAttention, Proportional, Votes
+from lit_purify.defense.graded import AverageMask, ExternalAttention, QuantizedSaliency
 from lit_purify.defense.gradients import (
     BPDA,
     Approximate,
-    Attacked,
+    AttackView,
     BareClassifier,
     Exact,
     Gradient,
-    OtherPurifier,
     Surrogate,
+    SurrogatePurifier,
 )
 from lit_purify.defense.guided import GuidedPurifier
 from lit_purify.defense.heterogeneous import HeterogeneousPurifier, VariableIntensityPurifier
@@ -20,16 +20,16 @@ from lit_purify.defense.inputs import FirstLayer, GradientTimesInput
 from lit_purify.defense.likelihood import LikelihoodPurifier
 from lit_purify.defense.lorid import LoRIDPurifier
 from lit_purify.defense.masks import (
-    Inverse,
+    EmptyMask,
+    FullMask,
+    InvertedMask,
     Mask,
     MinMaxThreshold,
-    Ones,
     RandomArea,
-    Renormalized,
-    Rolled,
+    RenormalizedInput,
+    ShiftedMask,
     SoftmaxThreshold,
     TopFraction,
-    Zeros,
 )
 from lit_purify.defense.purifiers import (
     GradualPurifier,
@@ -42,41 +42,41 @@ from lit_purify.defense.purifiers import (
 __all__ = [
     "BPDA",
     "Approximate",
-    "Attacked",
+    "AttackView",
+    "AverageMask",
     "BareClassifier",
     "DefendedClassifier",
+    "EmptyMask",
     "Exact",
+    "ExternalAttention",
     "FirstLayer",
     "ForeignDefense",
     "FreqPurePurifier",
+    "FullMask",
     "Gradient",
     "GradientTimesInput",
     "GradualPurifier",
     "GuidedPurifier",
     "HeterogeneousPurifier",
-    "Inverse",
+    "InvertedMask",
     "LikelihoodPurifier",
     "LoRIDPurifier",
     "Mask",
     "MinMaxThreshold",
     "NoPurifier",
     "OneHotPurifier",
-    "Ones",
-    "OtherAttention",
-    "OtherPurifier",
-    "Proportional",
     "Purifier",
+    "QuantizedSaliency",
     "RandomArea",
-    "Renormalized",
+    "RenormalizedInput",
     "ResizedPurifier",
-    "Rolled",
+    "ShiftedMask",
     "SoftmaxThreshold",
     "Surrogate",
+    "SurrogatePurifier",
     "TopFraction",
     "Trace",
     "UniformPurifier",
     "VariableIntensityPurifier",
-    "Votes",
-    "Zeros",
     "defend",
 ]

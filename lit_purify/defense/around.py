@@ -1,4 +1,4 @@
-"""Purifiers around another one: at another size, or with categories for an outcome."""
+"""Purifiers around another one: at another image size, or with one-hot outputs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Self
 
 from torch import Tensor
 from torch.nn.functional import interpolate
+from typing_extensions import override
 
 from lit_purify.defense.masks import Mask
 from lit_purify.defense.purifiers import Approximation, Purifier, Trace
@@ -16,12 +17,12 @@ from lit_purify.functional.rows import one_hot
 from lit_purify.models import Denoiser
 
 
-class Around(Purifier):
-    """Another purifier, with something before it or after it.
+class PurifierWrapper(Purifier):
+    """Another purifier with changed inputs or outputs.
 
     Args:
         denoiser: Predicts noise.
-        purifier: A purifier, or a function that makes one from the denoiser.
+        purifier: A purifier, or a function that builds one from the denoiser.
         recompute: See ``Purifier``.
     """
 
@@ -31,77 +32,77 @@ class Around(Purifier):
         self.purifier = inner if recompute else inner.without_recomputation()
         self.mask = self.purifier.mask
 
+    @override
     def with_steps(self, steps: int) -> Self:
-        """See ``Purifier``."""
         return self._with(purifier=self.purifier.with_steps(steps))
 
+    @override
     def approximated(self, how: Approximation) -> Self:
-        """See ``Purifier``."""
         return self._with(purifier=self.purifier.approximated(how))
 
+    @override
     def without_recomputation(self) -> Self:
-        """See ``Purifier``."""
         return self._with(purifier=self.purifier.without_recomputation())
 
+    @override
     def with_mask(self, mask: Mask) -> Self:
-        """See ``Purifier``."""
         return self._with(purifier=self.purifier.with_mask(mask), mask=mask)
 
     @property
+    @override
     def levels(self) -> list[int]:
-        """Of the other purifier."""
         return self.purifier.levels
 
     @property
+    @override
     def start(self) -> list[int]:
-        """Of the other purifier."""
         return self.purifier.start
 
     @property
+    @override
     def nfe(self) -> int:
-        """Of the other purifier."""
         return self.purifier.nfe
 
 
-class ResizedPurifier(Around):
-    """Another purifier at the denoiser's size: images are brought to it, and the result back to theirs (bilinear).
+class ResizedPurifier(PurifierWrapper):
+    """Another purifier at the denoiser's size: images are resized to it and back (bilinear).
 
-    So classifiers of 224x224 pixels are defended by diffusion networks of 256x256, as in DiffPure and what followed.
-    What is attacked is the small image. A mask is made from it as well, where the classifier has its own size, and
-    enlarged by repeating pixels. Arguments are those of ``Around``.
+    Classifiers of 224x224 pixels are thus defended by diffusion networks of 256x256, as in DiffPure. The attack
+    perturbs the small image. The mask is computed on the small image too, at the classifier's size, and enlarged by
+    repeating pixels. Arguments are those of ``PurifierWrapper``.
     """
 
+    @override
     def trace(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Trace:
-        """That of the other purifier, in the size of the image."""
         large = None if mask is None else interpolate(mask, size=self.denoiser.size)
         trace = self.purifier.trace(_bilinear(image, self.denoiser.size), noise, large)
         purified, noised = (_bilinear(x, image.shape[-1]) for x in (trace.purified, trace.noised))
         return Trace(purified, noised, mask)
 
     def check_image(self, image: Tensor) -> None:
-        """See ``Purifier``; any size will do."""
+        """Raises an ``InputError`` if the resized images do not fit the purifier; any size is allowed."""
         self.purifier.check_image(_bilinear(image, self.denoiser.size))
 
 
-class OneHotPurifier(Around):
-    """Another purifier for rows of tables, after which every one-hot group has one category, that of its largest value.
+class OneHotPurifier(PurifierWrapper):
+    """Another purifier for table rows, followed by an argmax in every one-hot group.
 
-    The step is piecewise constant; attacks differentiate it as if it were the identity (straight-through), and results
-    say so. Which features are groups is what the denoiser says. Arguments are those of ``Around``.
+    Attacks differentiate the argmax as if it were the identity (straight-through), and results state this. The denoiser
+    defines the groups. Arguments are those of ``PurifierWrapper``.
     """
 
     straight_through = True
 
+    @override
     def trace(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Trace:
-        """That of the other purifier, projected."""
         trace = self.purifier.trace(image, noise, mask)
         return Trace(one_hot(trace.purified, self.denoiser.onehot), trace.noised, mask)
 
+    @override
     def check_image(self, image: Tensor) -> None:
-        """See ``Purifier``."""
         self.purifier.check_image(image)
         if not self.denoiser.onehot:
-            raise InputError("OneHotPurifier: the denoiser states no one-hot groups: give it onehot, or leave this out")
+            raise InputError("OneHotPurifier: the denoiser has no one-hot groups: set its onehot, or leave it out")
 
 
 def _bilinear(image: Tensor, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A classifier behind a purifier: the function that is attacked and defended."""
+"""A classifier behind a purifier."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lit_purify.defense.purifiers import NoPurifier, Purifier, Trace
 from lit_purify.errors import InputError
@@ -18,14 +19,14 @@ from lit_purify.recorded import Recorded
 
 
 class DefendedClassifier(Recorded, nn.Module):
-    """logits = classifier(purify(image)): a fixed function of image and noise.
+    """A classifier behind a purifier, logits = classifier(purify(image)): a fixed function of image and noise.
 
-    It stays in evaluation mode, whatever ``train()`` is called from outside: some attack libraries set the mode that
-    they found, and batch normalization would learn from the attack.
+    It stays in evaluation mode even if ``train()`` is called, because some attack libraries change the mode and batch
+    normalization would then learn from the attack.
 
     Args:
         purifier: Applied first.
-        classifier: Applied to what comes out; its attention makes the mask of a purifier that has one.
+        classifier: Applied to the purified image; its attention gives the mask of purifiers with a mask.
     """
 
     def __init__(self, purifier: Purifier, classifier: Classifier) -> None:
@@ -38,36 +39,36 @@ class DefendedClassifier(Recorded, nn.Module):
         return super().train(False)
 
     def forward(self, image: Tensor, noise: Noise | None = None, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, classes) of images (B, C, H, W) in [0, 1].
+        """Returns logits (B, classes).
 
         Args:
-            image: The images.
-            noise: Randomness of the rows; ``None`` draws a fresh key from torch's global generator, so that an attack
-                library that knows nothing of keys sees an ordinary randomized network.
-            mask: The mask of these images (B, 1, H, W), where it is known already.
+            image: (B, C, H, W) in [0, 1].
+            noise: Randomness of the rows. ``None`` draws a key from torch's global generator, so that other attack
+                libraries see an ordinary randomized network.
+            mask: Mask of these images (B, 1, H, W) if it is known already.
         """
         if noise is None:
-            # Somebody's call. Libraries may step a little outside; images of another scale are far outside.
+            # A call from outside: libraries may leave [0, 1] slightly, and images of another scale leave it far.
             check_unit_range(image, slack=0.1)
             noise = fresh_noise(image, EVALUATION)
         return self.classifier(self.purified(image, noise, mask))
 
     def purified(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Tensor:
-        """The image (B, C, H, W) that the classifier is shown; arguments as in ``forward``."""
+        """Returns the purified image (B, C, H, W); arguments as in ``forward``."""
         return self.purifier(image, noise, self.masked(image, noise) if mask is None else mask)
 
     def masked(self, image: Tensor, noise: Noise) -> Tensor | None:
-        """The mask of the purifier's rule, (B, 1, H, W); ``None`` without one."""
+        """Returns the mask of the purifier's rule, (B, 1, H, W), or ``None`` without a rule."""
         rule = self.purifier.mask
         return None if rule is None else rule(self.classifier, image, noise)
 
     def trace(self, image: Tensor, noise: Noise) -> Trace:
-        """What becomes of images on the way to the classifier."""
+        """Returns the purified image and its intermediate results."""
         return self.purifier.trace(image, noise, self.masked(image, noise))
 
     @torch.no_grad()
     def trace_in_chunks(self, image: Tensor, noise: Noise, size: int) -> Trace:
-        """As ``trace``, without a gradient, in chunks of ``size`` rows."""
+        """Returns ``trace`` without a gradient, computed in chunks of ``size`` rows."""
         traces = []
         for rows, real in chunks(len(image), size, image.device):
             trace = self.trace(image[rows], noise.rows(rows))
@@ -84,18 +85,18 @@ class DefendedClassifier(Recorded, nn.Module):
 
     @property
     def undefended(self) -> bool:
-        """Whether this is a classifier alone."""
+        """Whether there is no purifier."""
         return type(self.purifier) is NoPurifier
 
     def attacked(self, temperature: float = 0.1) -> AttackedFunction:
-        """The function that an attack sees.
+        """Returns the function that an attack sees.
 
         Args:
             temperature: Width of the relaxed mask's sigmoids, see ``Mask.relaxed``.
         """
         rule, classifier = self.purifier.mask, self.classifier
         if type(self).forward is not DefendedClassifier.forward:
-            # A class with a function of its own may have other parts, or none.
+            # A subclass with its own forward function may have other parts.
             return AttackedFunction(self, deterministic=self.deterministic)
         head = AttackedFunction(lambda purified, noise: classifier(purified), self.purified)
         if rule is None:
@@ -111,23 +112,23 @@ class DefendedClassifier(Recorded, nn.Module):
 
 
 class ForeignDefense(DefendedClassifier):
-    """Somebody else's defense: any module from [0, 1] images to logits, which may draw random numbers.
+    """Another defense: any module from [0, 1] images to logits, which may be random.
 
-    Its random numbers come from torch's global generator, which is seeded by the key of the first row before each
-    call, and restored: so a call can be repeated. What a random module puts out for a sample then depends on the rows
-    beside it, and so do its records on batch size and chunk.
+    Its random numbers come from torch's global generator, which each call seeds by the key of the first row and then
+    restores, so that calls can be repeated. The output of a random module for a sample depends on the other rows of the
+    batch. Its records therefore depend on batch size and chunk size.
 
     Args:
         module: The defense.
-        classifier: The module as a classifier, for its size and classes.
+        classifier: The module as a ``Classifier``, which gives size and classes.
     """
 
     def __init__(self, module: nn.Module, classifier: Classifier) -> None:
         super().__init__(NoPurifier(), classifier)
         self.title = type(module).__name__
 
+    @override
     def forward(self, image: Tensor, noise: Noise | None = None, mask: Tensor | None = None) -> Tensor:
-        """See ``DefendedClassifier``."""
         if noise is None:
             return self.classifier(image)
         first = torch.zeros(1, dtype=torch.long, device=image.device)
@@ -138,26 +139,26 @@ class ForeignDefense(DefendedClassifier):
 
     @property
     def deterministic(self) -> bool:
-        """Unknown."""
+        """Whether noise changes nothing; unknown here, hence ``False``."""
         return False
 
     @property
+    @override
     def undefended(self) -> bool:
-        """It is a defense."""
         return False
 
 
 def defend(name: str, defense: Purifier | nn.Module, classifier: Classifier) -> DefendedClassifier:
-    """A defense as it is evaluated: a purifier before ``classifier``, another classifier, or a module of any kind.
+    """Wraps a defense for evaluation: a purifier before ``classifier``, another classifier, or any module.
 
     Args:
-        name: What error messages call it.
-        defense: A ``Purifier``; a ``DefendedClassifier``; a ``Classifier``, such as one trained adversarially; or a
+        name: Name of the defense in error messages.
+        defense: A ``Purifier``; a ``DefendedClassifier``; a ``Classifier``, such as an adversarially trained one; or a
             module from images (B, C, H, W) in [0, 1] to logits.
-        classifier: The classifier that purifiers defend.
+        classifier: The classifier behind purifiers.
 
     Raises:
-        InputError: It is none of these.
+        InputError: ``defense`` is none of these.
     """
     if isinstance(defense, DefendedClassifier):
         return defense
@@ -168,4 +169,4 @@ def defend(name: str, defense: Purifier | nn.Module, classifier: Classifier) -> 
     if isinstance(defense, nn.Module):
         of = classifier
         return ForeignDefense(defense, Classifier(defense, of.size, of.num_classes, of.channels))
-    raise InputError(f"defenses: {name} is a {type(defense).__name__}: give a purifier, or a module that gives logits")
+    raise InputError(f"defenses: {name} is a {type(defense).__name__}: use a purifier or a module that returns logits")

@@ -1,4 +1,4 @@
-"""Masks of several grades of noise, and masks from other networks."""
+"""Masks with several grades of noise, and masks from other networks."""
 
 from __future__ import annotations
 
@@ -6,43 +6,44 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lit_purify.defense.masks import Mask, SaliencyMask, Wrapped
+from lit_purify.defense.masks import Mask, MaskWrapper, SaliencyMask
 from lit_purify.errors import InputError
 from lit_purify.functional.levels import MAX_DISTINCT
 from lit_purify.functional.noise import Noise
 from lit_purify.models import Classifier
 
 
-class Votes(Mask):
-    """How many of several rules choose a pixel: (B, 1, H, W) in {0, 1/L, .., 1}.
+class AverageMask(Mask):
+    """The average of several rules' masks, (B, 1, H, W) in {0, 1/L, .., 1}.
 
-    Nested rules (the top 10, 20, 40 % of the pixels) give a map that follows the ranks of the attention; rules with
-    ``OtherAttention`` one on which several networks agree.
+    Nested rules (the top 10, 20 and 40 % of the pixels) give a mask that follows the ranks of the attention. Rules with
+    ``ExternalAttention`` give a mask on which several networks agree.
 
     Args:
-        rules: L of them, each with one grade.
+        rules: L rules with one grade each.
     """
 
     def __init__(self, rules: Sequence[Mask]) -> None:
         _check_grades(len(rules))
         if any(rule.grades != 1 for rule in rules):
-            raise InputError("rules: a rule of several grades cannot vote; list its parts instead")
+            raise InputError("rules: a rule with several grades cannot be averaged: list its parts instead")
         self.rules, self.grades = list(rules), len(rules)
         self.relaxable = any(rule.relaxable for rule in rules)
         self.of_image = all(rule.of_image for rule in rules)
 
+    @override
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """See ``Mask``."""
         return _mean([rule.build(classifier, image, noise) for rule in self.rules])
 
+    @override
     def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
-        """See ``Mask``."""
         return _mean([rule.relaxed(classifier, image, noise, temperature) for rule in self.rules])
 
 
-class Proportional(SaliencyMask):
-    """The saliency itself: max_m G_m, each G_m scaled to [0, 1], rounded to {0, 1/L, .., 1}; relaxed, not rounded.
+class QuantizedSaliency(SaliencyMask):
+    """The saliency max_m G_m, each G_m scaled to [0, 1], rounded to {0, 1/L, .., 1}; the relaxed mask is not rounded.
 
     Args:
         grades: L.
@@ -53,14 +54,14 @@ class Proportional(SaliencyMask):
         _check_grades(grades)
         self.grades, self.power = grades, power
 
+    @override
     def cut(self, maps: Tensor, temperature: float | None) -> Tensor:
-        """See ``SaliencyMask``."""
         highest = maps.amax(dim=1, keepdim=True)
         return (highest * self.grades).round() / self.grades if temperature is None else highest
 
 
-class OtherAttention(Wrapped):
-    """A rule that looks at the attention of another classifier than the defended one.
+class ExternalAttention(MaskWrapper):
+    """A rule that uses the attention of another classifier than the defended one.
 
     Args:
         of: The rule.
@@ -71,16 +72,16 @@ class OtherAttention(Wrapped):
         super().__init__(of)
         self.network = network.requires_grad_(False)
 
+    @override
     def build(self, classifier: Classifier, image: Tensor, noise: Noise) -> Tensor:
-        """See ``Mask``."""
         return super().build(self._at(image), image, noise)
 
+    @override
     def relaxed(self, classifier: Classifier, image: Tensor, noise: Noise, temperature: float) -> Tensor:
-        """See ``Mask``."""
         return super().relaxed(self._at(image), image, noise, temperature)
 
     def _at(self, image: Tensor) -> Classifier:
-        """A rule is no module: nobody else moves its network."""
+        """Moves the network to the image's device, since a rule is no module and ``.to()`` does not reach it."""
         self.network.check_image(image)
         return self.network.to(image.device, image.dtype)
 
@@ -91,4 +92,4 @@ def _mean(masks: Sequence[Tensor]) -> Tensor:
 
 def _check_grades(number: int) -> None:
     if not 1 <= number < MAX_DISTINCT:
-        raise InputError(f"{number} grades of noise: use 1 to {MAX_DISTINCT - 1}")
+        raise InputError(f"a mask with {number} grades: use 1 to {MAX_DISTINCT - 1}")

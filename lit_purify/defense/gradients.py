@@ -1,4 +1,4 @@
-"""What an attack differentiates: a view of the defense, named in every result."""
+"""Gradients: which view of the defense an attack differentiates; every result names it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lit_purify.defense.defended import DefendedClassifier
-from lit_purify.defense.masks import Relaxed
+from lit_purify.defense.masks import RelaxedMask
 from lit_purify.defense.purifiers import Approximation, Purifier
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction
@@ -23,20 +24,20 @@ MaskGradient = Literal["frozen", "straight_through", "soft"]
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """What an attack is handed in place of the defense, and what is reported of it.
+class AttackView:
+    """A view of the defense for an attack, and its description in results.
 
     Attributes:
         defended: The defense.
-        function: What the attack sees.
+        function: The function that the attack sees.
         gradient: ``exact``: the defense itself, through all its steps. ``surrogate``: another function, cheaper or
-            smoother. An ``Approximation``: the defense itself, with another gradient through a part of it. ``bpda``:
-            the defense itself, with the identity for the gradient of the purifier; ``straight_through``: for that of a
-            step that is constant almost everywhere.
-        mask_gradient: What becomes of the mask's gradient; ``none`` where there is no mask, or no gradient reaches it.
-        nfe: Calls of the denoiser in one evaluation of ``function``.
-        levels: Levels that it walks, in noising steps after rounding.
-        remark: What to warn of.
+            smoother. An ``Approximation``: the defense itself, with an approximate gradient of one part. ``bpda``: the
+            defense itself, with the identity as the purifier's gradient. ``straight_through``: the same for a step that
+            is piecewise constant.
+        mask_gradient: Treatment of the mask's gradient; ``none`` if there is no mask or no gradient reaches it.
+        nfe: Denoiser calls in one evaluation of ``function``.
+        levels: Levels of ``function``, in noising steps after rounding.
+        remark: A warning for the report, or ``None``.
     """
 
     defended: DefendedClassifier
@@ -48,16 +49,16 @@ class Attacked:
     remark: str | None = None
 
     def attacked(self) -> AttackedFunction:
-        """See ``function``."""
+        """Returns ``function``."""
         return self.function
 
 
 class Gradient(Recorded, ABC):
-    """From a defense to what an attack on it is handed."""
+    """Chooses the view of a defense that an attack differentiates."""
 
     @abstractmethod
-    def attacked(self, defended: DefendedClassifier) -> Attacked:
-        """The view of a defense, of the same networks.
+    def attacked(self, defended: DefendedClassifier) -> AttackView:
+        """Returns a view of the defense with the same networks.
 
         Raises:
             InputError: The defense has no such view.
@@ -68,10 +69,10 @@ class Exact(Gradient):
     """The defense itself, differentiated through every step.
 
     Args:
-        mask: What becomes of the mask's gradient. ``frozen``: the mask is a constant; this is the exact gradient almost
-            everywhere, blind to what moving the mask would gain. ``straight_through``: the same outputs bit for bit,
-            and added to the gradient that of a relaxed mask (sigmoids for thresholds), through the classifier's
-            features. ``soft``: the relaxed mask in the forward pass too, which is another function: a surrogate.
+        mask: Treatment of the mask's gradient. ``frozen``: the mask is a constant. This is the exact gradient almost
+            everywhere, but it ignores what moving the mask would gain. ``straight_through``: equal outputs bit for bit,
+            with the gradient of a relaxed mask (sigmoids for thresholds) through the classifier's features. ``soft``:
+            the relaxed mask in the forward pass too, hence a surrogate.
         temperature: Width of the sigmoids, see ``Mask.relaxed``.
     """
 
@@ -82,17 +83,17 @@ class Exact(Gradient):
             raise InputError(f"temperature = {temperature}: use a number above 0")
         self.mask, self.temperature = mask, temperature
 
-    def attacked(self, defended: DefendedClassifier) -> Attacked:
-        """See ``Gradient``."""
+    @override
+    def attacked(self, defended: DefendedClassifier) -> AttackView:
         purifier, rule = defended.purifier, defended.purifier.mask
         exact: Literal["exact", "straight_through"] = "straight_through" if purifier.straight_through else "exact"
         if rule is None or not rule.relaxable or self.mask == "frozen":
             kind: Literal["none", "frozen"] = "none" if rule is None else "frozen"
-            return Attacked(defended, defended.attacked(), exact, kind, purifier.nfe, purifier.levels)
+            return AttackView(defended, defended.attacked(), exact, kind, purifier.nfe, purifier.levels)
         soft = self.mask == "soft"
-        view = purifier.with_mask(Relaxed(rule, soft, self.temperature))
+        view = purifier.with_mask(RelaxedMask(rule, soft, self.temperature))
         relaxed = DefendedClassifier(view, defended.classifier).attacked()
-        return Attacked(
+        return AttackView(
             defended,
             replace(relaxed, relaxed=defended.attacked(self.temperature).relaxed),
             "surrogate" if soft else exact,
@@ -105,10 +106,10 @@ class Exact(Gradient):
 class Surrogate(Gradient):
     """The same purifier with fewer steps (Lee & Kim, "Robust evaluation of diffusion-based purification", ICCV 2023).
 
-    Cheaper, and as a rule the weaker attack: what survives it need not survive the exact gradient.
+    It is cheaper and usually the weaker attack. Robustness against it does not imply robustness to the exact gradient.
 
     Args:
-        steps: Of the surrogate.
+        steps: Number of steps of the surrogate.
         mask: See ``Exact``.
         temperature: See ``Exact``.
     """
@@ -116,23 +117,23 @@ class Surrogate(Gradient):
     def __init__(self, steps: int, mask: MaskGradient = "frozen", temperature: float = 0.1) -> None:
         self.steps, self.exact = steps, Exact(mask, temperature)
 
-    def attacked(self, defended: DefendedClassifier) -> Attacked:
-        """See ``Gradient``."""
+    @override
+    def attacked(self, defended: DefendedClassifier) -> AttackView:
         ours = defended.purifier
         theirs = ours.with_steps(self.steps)
         view = self.exact.attacked(DefendedClassifier(theirs, defended.classifier))
         remark = None
         if theirs.start != ours.start:
-            # Rounding to another grid can change what is attacked.
-            remark = f"the surrogate of {self.steps} steps noises to {theirs.start}, the defense to {ours.start}"
+            # Rounding to another grid can change the starting level.
+            remark = f"the surrogate with {self.steps} steps noises to {theirs.start}, the defense to {ours.start}"
         return replace(view, defended=defended, gradient="surrogate", remark=remark)
 
 
-class OtherPurifier(Gradient):
-    """Another purifier of the same networks, cheaper as a rule, in place of the defense.
+class SurrogatePurifier(Gradient):
+    """Another purifier with the same networks, usually cheaper, as a surrogate of the defense.
 
     Args:
-        purifier: What is attacked: a purifier, or a function that makes one from the denoiser.
+        purifier: The attacked purifier, or a function that builds one from the denoiser.
         mask: See ``Exact``.
         temperature: See ``Exact``.
     """
@@ -145,8 +146,8 @@ class OtherPurifier(Gradient):
     ) -> None:
         self.purifier, self.exact = purifier, Exact(mask, temperature)
 
-    def attacked(self, defended: DefendedClassifier) -> Attacked:
-        """See ``Gradient``."""
+    @override
+    def attacked(self, defended: DefendedClassifier) -> AttackView:
         theirs = self.purifier
         if not isinstance(theirs, Purifier):
             theirs = theirs(defended.purifier.denoiser)
@@ -155,11 +156,11 @@ class OtherPurifier(Gradient):
 
 
 class Approximate(Gradient):
-    """The defense itself, with a simpler gradient through a part of its purifier; results are named after it.
+    """The defense itself, with an approximate gradient of one part of its purifier; results name the approximation.
 
     Args:
-        how: One that the purifier offers: ``constant_projection`` or ``identity_projection`` (``LoRIDPurifier``),
-            ``constant_moment`` (``LikelihoodPurifier``).
+        how: An approximation that the purifier offers: ``constant_projection`` or ``identity_projection``
+            (``LoRIDPurifier``), ``constant_moment`` (``LikelihoodPurifier``).
         mask: See ``Exact``.
         temperature: See ``Exact``.
     """
@@ -167,27 +168,27 @@ class Approximate(Gradient):
     def __init__(self, how: Approximation, mask: MaskGradient = "frozen", temperature: float = 0.1) -> None:
         self.how, self.exact = how, Exact(mask, temperature)
 
-    def attacked(self, defended: DefendedClassifier) -> Attacked:
-        """See ``Gradient``."""
+    @override
+    def attacked(self, defended: DefendedClassifier) -> AttackView:
         theirs = defended.purifier.approximated(self.how)
         view = self.exact.attacked(DefendedClassifier(theirs, defended.classifier))
         return replace(view, defended=defended, gradient=self.how if view.gradient == "exact" else view.gradient)
 
 
 class BPDA(Gradient):
-    """Forward the defense itself, backward the identity through its purifier (Athalye et al., ICML 2018, section 4.1).
+    """The defense itself, with the identity as its purifier's gradient (Athalye et al., ICML 2018, section 4.1).
 
-    Needs the memory of one classifier, whatever the purifier does.
+    The memory is that of one classifier, for any purifier.
 
     Args:
-        steps: Of the purifier in the forward pass; ``None`` for the defense itself.
+        steps: Steps of the purifier in the forward pass; ``None`` keeps the defense's.
     """
 
     def __init__(self, steps: int | None = None) -> None:
         self.steps = steps
 
-    def attacked(self, defended: DefendedClassifier) -> Attacked:
-        """See ``Gradient``."""
+    @override
+    def attacked(self, defended: DefendedClassifier) -> AttackView:
         purifier = defended.purifier if self.steps is None else defended.purifier.with_steps(self.steps)
 
         forward = DefendedClassifier(purifier, defended.classifier)
@@ -195,17 +196,17 @@ class BPDA(Gradient):
         def purified(image: Tensor, noise: Noise, mask: Tensor | None) -> Tensor:
             with torch.no_grad():
                 found = forward.purified(image, noise, mask)
-            # What is added is 0, with a gradient.
+            # The added term is 0 and carries the gradient.
             return found + (image - image.detach())
 
         function = replace(forward.attacked(), purified=purified)
-        return Attacked(defended, function, "bpda", "none", purifier.nfe, purifier.levels)
+        return AttackView(defended, function, "bpda", "none", purifier.nfe, purifier.levels)
 
 
 class BareClassifier(Gradient):
-    """The classifier without its purifier: what attacks are handed whose ``target`` is the classifier."""
+    """The classifier without its purifier: the view for attacks whose ``target`` is the classifier."""
 
-    def attacked(self, defended: DefendedClassifier) -> Attacked:
-        """See ``Gradient``."""
+    @override
+    def attacked(self, defended: DefendedClassifier) -> AttackView:
         bare = AttackedFunction(lambda image, noise: defended.classifier(image))
-        return Attacked(defended, bare, "surrogate", "none", 0, [])
+        return AttackView(defended, bare, "surrogate", "none", 0, [])

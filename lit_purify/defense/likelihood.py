@@ -1,4 +1,4 @@
-"""Purification by gradient steps that make the image more likely."""
+"""Likelihood maximization: purification by gradient steps on the denoising error."""
 
 from __future__ import annotations
 
@@ -8,38 +8,40 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
-from lit_purify.defense.purifiers import Approximation, Purifier, Trace, not_negative
+from lit_purify.defense.purifiers import Approximation, Purifier, Trace, nonnegative
 from lit_purify.errors import InputError
 from lit_purify.functional.diffusion import noised, to_diffusion, to_image
 from lit_purify.functional.noise import Noise
 from lit_purify.models import Denoiser, differentiable_twice
 
 State = tuple[Tensor, Tensor, Tensor]
-"""Image, first and second moment of Adam: (B, C, H, W) in diffusion space each."""
+"""Image, first and second moment of Adam, each (B, C, H, W) in diffusion space."""
 _BETAS, _TINY = (0.9, 0.999), 1e-8
 
 
 class LikelihoodPurifier(Purifier):
     """Likelihood maximization (Chen et al., "Robust classification via a single diffusion model", ICML 2024).
 
-    Steps of Adam on the image x, from u, lower the denoising error |D(x_t) - x|^2 = (1 - abar_t) / abar_t |n - eps(x_t,
-    t)|^2 with x_t = sqrt(abar_t) x + sqrt(1 - abar_t) n; each step draws its own n and, for each image, a t from
-    ``low`` .. ``high``. After each step x is brought back into an L2 ball around u. Every step is one call of the
-    denoiser and one backward pass through it.
+    Adam minimizes the denoising error |D(x_t) - x|^2 = (1 - abar_t) / abar_t |n - eps(x_t, t)|^2 over the image x,
+    starting from the input u, with x_t = sqrt(abar_t) x + sqrt(1 - abar_t) n. Each step draws its own n and, per image,
+    its own t from ``low`` .. ``high``, and then projects x on an L2 ball around u. A step costs one forward and one
+    backward pass of the denoiser.
 
-    The exact gradient differentiates the steps, for which the denoiser is differentiated twice; with ``recompute``
-    memory does not grow with the activations of the steps. Adam's first step is nearly the sign of the gradient, whose
-    derivative is nearly 0 everywhere: the exact gradient is right, and may be a poor guide. ``Approximate`` with
-    ``constant_moment`` holds Adam's second moment constant, as DiffHammer's evaluation does.
+    The exact gradient differentiates through the steps, so the denoiser is differentiated twice; with ``recompute`` the
+    steps keep no activations. Adam's first step is nearly the sign of the gradient and has a derivative near 0, so the
+    exact gradient can be a poor guide. ``Approximate`` with ``constant_moment`` holds Adam's second moment constant, as
+    DiffHammer's evaluation does.
 
     Args:
         denoiser: Predicts noise.
         low: The weakest level drawn, in noising steps.
-        high: The strongest. DiffHammer draws sigma from 0.4 to 0.6, which is about 117 .. 170 of the linear schedule.
-        steps: Of Adam; 0 leaves the image as it is.
-        rate: Adam's learning rate, in diffusion space (twice that of [0, 1]).
-        radius: How far a pixel may go, as a root mean square over the image in [0, 1]; ``None`` is any distance.
+        high: The strongest level drawn. DiffHammer draws sigma from 0.4 to 0.6, about 117 .. 170 of the linear
+            schedule.
+        steps: Steps of Adam; 0 returns the image unchanged.
+        rate: Adam's learning rate, in diffusion space (twice the scale of [0, 1]).
+        radius: Largest root-mean-square change of a pixel in [0, 1]; ``None`` is unlimited.
         recompute: See ``Purifier``.
     """
 
@@ -59,12 +61,12 @@ class LikelihoodPurifier(Purifier):
         self.low, self.high = denoiser.schedule.check("low", low, low=1), denoiser.schedule.check("high", high, low=1)
         if low > high:
             raise InputError(f"low = {low} is above high = {high}: swap them")
-        self.steps, self.rate = int(not_negative("steps", steps)), not_negative("rate", rate)
-        self.radius = None if radius is None else not_negative("radius", radius)
-        self.through: Approximation | None = None
+        self.steps, self.rate = int(nonnegative("steps", steps)), nonnegative("rate", rate)
+        self.radius = None if radius is None else nonnegative("radius", radius)
+        self.approximation: Approximation | None = None
 
     def trace(self, image: Tensor, noise: Noise, mask: Tensor | None = None) -> Trace:
-        """Takes the steps; what is shown as noised is what the first one denoises."""
+        """Takes the steps. The trace's noised image is the input of the first denoiser call."""
         u = to_diffusion(image)
         state: State = (u, torch.zeros_like(u), torch.zeros_like(u))
         start = self.drawn(0, u, noise)[0] if self.steps else u
@@ -80,34 +82,34 @@ class LikelihoodPurifier(Purifier):
         return Trace(to_image(state[0]), to_image(start))
 
     def drawn(self, k: int, x: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of step k: images noised, the noise, the levels (B,) and their abar (B, 1, ..)."""
+        """Returns the noised images of step k, the noise, the levels (B,) and their abar (B, 1, ..)."""
         share = noise.uniform(2 * k, x.new_empty(len(x), 1)).flatten()
         t = self.low + (share.double() * (self.high - self.low + 1)).long()
         n, abar = noise.normal(2 * k + 1, x), self.denoiser.schedule.at(t).reshape(-1, *(1 for _ in x.shape[1:]))
         return noised(x, abar, n), n, t, abar
 
     def step(self, k: int, u: Tensor, state: Sequence[Tensor], noise: Noise) -> State:
-        """Step k of Adam, from the image ``u`` in diffusion space and what the step before has left."""
+        """Takes step k of Adam from the state of the previous step; ``u`` is the input in diffusion space."""
         x, first, second = state
         again = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad(), differentiable_twice():
             leaf = x if again else x.detach().requires_grad_()
             at, n, t, abar = self.drawn(k, leaf, noise)
             error = ((1.0 - abar) / abar).to(x.dtype) * (n - self.denoiser(at, t)).square()
-            # Also where it is not needed: the operations of a gradient that can be differentiated round differently.
+            # Always with create_graph: differentiable gradients use operations that round differently.
             (slope,) = torch.autograd.grad(error.sum(), leaf, create_graph=True)
         slope = slope if again else slope.detach()
         first = _BETAS[0] * first + (1.0 - _BETAS[0]) * slope
         second = _BETAS[1] * second + (1.0 - _BETAS[1]) * slope.square()
         mean, square = first / (1.0 - _BETAS[0] ** (k + 1)), second / (1.0 - _BETAS[1] ** (k + 1))
-        if self.through is not None:
+        if self.approximation is not None:
             square = square.detach()
-        # The root of 0 has no derivative: where nothing pulls at a pixel it stays.
+        # The root has no derivative at 0: a pixel with gradient 0 stays unchanged.
         root = torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
         return self.near(x - self.rate * mean / (root + _TINY), u), first, second
 
     def near(self, x: Tensor, u: Tensor) -> Tensor:
-        """The nearest point of the ball around ``u``."""
+        """Projects ``x`` on the ball around ``u``."""
         if self.radius is None:
             return x
         # Diffusion space has twice the scale of [0, 1].
@@ -116,29 +118,29 @@ class LikelihoodPurifier(Purifier):
         outside = square > most**2
         return torch.where(outside, u + away * most / torch.where(outside, square, 1.0).sqrt(), x)
 
+    @override
     def approximated(self, how: Approximation) -> Self:
-        """See ``Purifier``."""
         super().approximated(how)
-        return self._with(through=how)
+        return self._with(approximation=how)
 
     @property
     def levels(self) -> list[int]:
-        """Of each step the strongest that may be drawn."""
+        """The strongest level that each step can draw."""
         return [self.high] * self.steps
 
     @property
     def start(self) -> list[int]:
-        """The strongest and the weakest level that may be drawn."""
+        """The strongest and the weakest level that can be drawn."""
         return [self.high, self.low]
 
     @property
     def nfe(self) -> int:
-        """One call a step; each also has a backward pass, which costs about two more."""
+        """Denoiser calls, one per step; each also has a backward pass, which costs about two more."""
         return self.steps
 
 
 class _Recomputed(torch.autograd.Function):
-    """A function of tensors that takes gradients inside: torch's own checkpoint cannot hold it."""
+    """A checkpointed function that takes gradients inside, which torch's own checkpoint does not support."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., State], *tensors: Tensor) -> State:  # noqa: ANN401

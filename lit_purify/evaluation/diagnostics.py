@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_purify.attacks import Attack
 from lit_purify.attacks.base import single_draw
 from lit_purify.data.base import Batch
-from lit_purify.defense import Attacked
+from lit_purify.defense import AttackView
 from lit_purify.evaluation.records import Record
 from lit_purify.functional.chunks import average, logits_in_chunks
 from lit_purify.functional.noise import EVALUATION, FrozenNoise, KeyedNoise
@@ -23,7 +23,7 @@ REPLICAS = (1, 10, 30, 50, 100)
 
 def diagnose(
     records: Sequence[Record],
-    view: Attacked,
+    view: AttackView,
     attack: Attack,
     batch: Batch,
     adversarial: Tensor,

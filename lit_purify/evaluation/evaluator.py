@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lit_purify.attacks import Attack
 from lit_purify.data.base import Batch, ImageDataset
 from lit_purify.data.subset import subset_sha256
-from lit_purify.defense import Attacked, BareClassifier, Exact, Gradient, Purifier, defend
+from lit_purify.defense import AttackView, BareClassifier, Exact, Gradient, Purifier, defend
 from lit_purify.errors import InputError
 from lit_purify.evaluation.diagnostics import cost, diagnose
 from lit_purify.evaluation.ledger import Ledger, View
@@ -373,7 +373,7 @@ class Evaluator(nn.Module):
                 return replace(lost, attack=attack, lost_to=lost.lost_to or earlier, seconds=0.0)
         return None
 
-    def _views(self) -> dict[tuple[str, str], Attacked]:
+    def _views(self) -> dict[tuple[str, str], AttackView]:
         """The attacked function of every (defense, attack)."""
         for name in self.gradients:
             if name not in self.attacks:

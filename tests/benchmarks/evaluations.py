@@ -13,7 +13,7 @@ from lit_purify.data import Digits, First, ImageFolder, RandomChoice
 from lit_purify.defense import (
     GradualPurifier,
     HeterogeneousPurifier,
-    OtherPurifier,
+    SurrogatePurifier,
     TopFraction,
     UniformPurifier,
     VariableIntensityPurifier,
@@ -45,7 +45,7 @@ def records(kind, device, data, attacked, names, steps=20, runs=10, chunk=1024):
     attack = PGD("linf", eps, steps, step, 4, "margin")
     with arithmetic("float32" if attacked == "float32" else "tf32"):
         for name in names:
-            gradients = {"pgd": OtherPurifier(purifiers(low)[name])} if low is not None else None
+            gradients = {"pgd": SurrogatePurifier(purifiers(low)[name])} if low is not None else None
             result = evaluate(
                 classifier, {name: purifiers(denoiser)[name]}, {"pgd": attack}, *data, runs=runs, chunk=chunk,
                 batch_size=256, gradients=gradients, progress=False, gallery=0,
