@@ -166,7 +166,7 @@ def test_a_frame_has_a_row_for_each_result(result):
     [
         ({"labels": None}, "labels are missing"),
         ({"labels": LABELS + 5}, "label 10 of sample 5 is outside 0 .. 9"),
-        ({"labels": LABELS[:3]}, r"labels have shape \(3,\), 6 images need \(6,\)"),
+        ({"labels": LABELS[:3]}, r"labels have shape \(3,\): give one for each of the 6 images"),
         ({"labels": LABELS / 2}, "labels are torch.float32: give integers"),
         ({"images": 255 * torch.ones(6, 1, 8, 8)}, r"images must be in \[0, 1\], found 255 .. 255"),
         ({"images": torch.zeros(6, 8, 8, dtype=torch.uint8)}, "give floats"),

@@ -90,9 +90,7 @@ def test_stronger_versions_change_what_they_say_and_nothing_else(name):
     assert attack.scalable <= given.keys() | {"loss"}
     for key, value in {**given, "loss": "dlr" if name != "targeted" else "margin"}.items():
         if key not in attack.scalable:
-            with pytest.raises(
-                NotApplicableError, match=f"^{type(attack).__name__} states no version with other {key}$"
-            ):
+            with pytest.raises(NotApplicableError, match=f"^{type(attack).__name__} has no version with other {key}$"):
                 attack.stronger(**{key: value})
             continue
         other = attack.stronger(**{key: value})
@@ -134,7 +132,7 @@ def test_an_attack_takes_modules_functions_and_defenses(unet, classifier, images
         (lambda x: (x * 255).byte(), "type torch.uint8: give floats"),
         (lambda x: x[0], "give floats"),
         (lambda x: x * torch.nan, "found nan"),
-        (lambda x: x[:5], r"labels have shape \(6,\), 5 images need \(5,\)"),
+        (lambda x: x[:5], r"labels have shape \(6,\): give one for each of the 5 images"),
     ],
 )
 def test_images_of_another_range_are_refused(change, message, classifier, images):
@@ -439,7 +437,7 @@ def few_classes(x, noise):
         (lambda: Square("linf", 0.1, p=0.0), "p = 0.0 is a fraction"),
         (lambda: CarliniWagnerL2(0.5, c=0.0), "c = 0.0"),
         (lambda: DiffHammer("linf", 0.1, 5, sharpness=0.0), "sharpness = 0.0"),
-        (lambda: Restarts(CarliniWagnerL2(0.5)), "CarliniWagnerL2 states no version with other loss: use PGD"),
+        (lambda: Restarts(CarliniWagnerL2(0.5)), "CarliniWagnerL2 has no version with other loss: use PGD"),
         (lambda: Restarts(PGD("linf", 0.1, 1, 0.1), []), "losses is empty"),
         (lambda: Restarts(PGD("linf", 0.1, 1, 0.1), ["hinge"]), "loss = 'hinge': use one of"),
         (lambda: Restarts(PGD("linf", 0.1, 1, 0.1), until=2.0), "until = 2.0 is a share"),
@@ -524,17 +522,17 @@ def test_saved_images_that_cannot_be_used(tmp_path):
     (tmp_path / "text.txt").write_text("images")
     refuses("use a folder of PNGs", "text.txt")
     (tmp_path / "broken.npz").write_text("images")
-    refuses("cannot be read as one array", "broken.npz")
+    refuses("cannot be read as an array", "broken.npz")
     np.savez(tmp_path / "two.npz", a=original, b=original)
     refuses("holds something else than one array", "two.npz")
     refuses("holds torch.uint8", "bytes.npy", torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
     refuses("sample 0 has shape .*1, 5, 5.*its original .*1, 4, 4", "size.npy", torch.zeros(2, 1, 5, 5))
     refuses("holds 1 images, none for sample 1", "few.npy", original[:1])
-    refuses("holds 2 images, 3 samples are evaluated", "two.npy", original, prepare=[0, 1, 2])
+    refuses("holds 2 images for 3 evaluated samples", "two.npy", original, prepare=[0, 1, 2])
     refuses("sample 1 has values in 1.2 .. 1.2", "range.npy", torch.cat([original[:1], original[:1] + 0.7]))
     refuses("sample 1 is 0.2 from its original", "far.npy", torch.cat([original[:1], original[:1] + 0.2]))
     save(tmp_path / "gray", original[:1].expand(6, 1, 4, 4))
-    refuses("no image of sample 0; name it 000000.png", "gray")
+    refuses("no image of sample 0: add 000000.png", "gray")
     (tmp_path / "gray" / "0.png").write_text("not an image")
     refuses("cannot be read as a PNG", "gray")
 

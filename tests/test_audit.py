@@ -156,7 +156,7 @@ def test_where_an_attack_states_no_stronger_version_the_check_is_not_applicable(
         "loss_margin",
         "loss_dlr",
     }
-    assert absent["more_steps"] == "Lazy states no version with other steps"
+    assert absent["more_steps"] == "Lazy has no version with other steps"
     assert str(rows["more_steps"]).startswith("n/a ")
     assert {"vote", "worst"} & failed(rows)
     assert vars(lazy) == before

@@ -1,4 +1,4 @@
-"""Attacks: they see a function from (image, noise) to logits, and the label."""
+"""Attacks on a function from (image, noise) to logits, given the label."""
 
 from lit_purify.attacks.apgd import APGD
 from lit_purify.attacks.base import Attack, NotApplicableError, Queries

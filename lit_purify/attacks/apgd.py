@@ -1,4 +1,4 @@
-"""Auto-PGD: projected gradient descent that chooses its step sizes, with expectation over transformation."""
+"""Auto-PGD: projected gradient descent with automatic step sizes and expectation over transformation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws, rowwise
 from lit_purify.errors import InputError
@@ -17,32 +18,32 @@ from lit_purify.functional.noise import START_STEP, Noise
 from lit_purify.functional.threat import Norm, l2_norm, linf_norm, steepest
 
 _RHO, _MOMENTUM = 0.75, 0.75
-"""Part of the steps between two checkpoints in which the loss has to rise, and share of the gradient in a step."""
+"""Fraction of the steps between checkpoints in which the loss must increase; weight of the gradient in a step."""
 
 
 class APGD(Attack):
     """APGD (Croce & Hein, ICML 2020, arXiv 2003.01690, algorithm 1) on the loss averaged over ``eot`` draws of noise.
 
-    The step begins at 2 ``eps``. At checkpoints it is halved for the samples whose loss rose in too few steps since the
-    checkpoint before, or whose best loss stands still, and these go on from their best point. AutoAttack's attacks are
-    ``loss="ce"``, ``loss="dlr"`` and ``loss="dlr", targets=9``; with ``eot=20`` the first two are its version for
-    randomized models. Like AutoAttack's it begins on the border of the ball.
+    The step size begins at 2 ``eps``. At checkpoints it is halved for samples whose loss increased in too few steps
+    since the previous checkpoint, or whose best loss did not improve; these continue from their best point.
+    AutoAttack's attacks are ``loss="ce"``, ``loss="dlr"`` and ``loss="dlr", targets=9``; with ``eot=20`` the first two
+    are its version for randomized models. As in AutoAttack, the start is on the border of the ball.
 
-    For a randomized model every step uses fresh draws, and "best" is about losses averaged over them.
+    For a randomized model every step uses new draws, and "best" compares losses averaged over them.
 
     Args:
         norm: ``linf`` or ``l2``.
         eps: Radius, in pixels of [0, 1]; a number or a fraction such as ``8/255``.
         steps: Steps of each start.
-        eot: Draws that each step averages over.
+        eot: Noise draws averaged in each step.
         loss: ``ce``, ``margin`` or ``dlr``, as in ``PGD``.
-        targets: ``0`` raises the loss; n runs once towards each of the n wrong classes that the model finds likeliest
-            for the image (``dlr`` alone has a targeted form).
-        restarts: How often to start, for each target.
-        select: What is returned. ``best``: of all iterates of all starts and of the image itself, the one with the
-            highest averaged margin. For a deterministic model this is a misclassified point whenever one was met, as in
-            AutoAttack. For a randomized one, the highest of many noisy averages is partly luck. ``last``: the last
-            iterate; of several starts, the one with the highest averaged margin.
+        targets: ``0`` is untargeted; n runs once towards each of the n wrong classes that are most likely for the image
+            (only ``dlr`` has a targeted form).
+        restarts: Number of starts, for each target.
+        select: The returned image. ``best``: the iterate of all starts, or the image itself, with the highest averaged
+            margin. A deterministic model then returns any misclassified iterate, as in AutoAttack; for a randomized
+            model the highest noisy average is partly luck. ``last``: the last iterate; of several starts, the one with
+            the highest averaged margin.
     """
 
     scalable = frozenset({"steps", "eot", "restarts", "loss", "eps"})
@@ -62,34 +63,34 @@ class APGD(Attack):
         super().__init__(norm, eps)
         check_counts(steps=steps, eot=eot, restarts=restarts)
         if targets < 0:
-            raise InputError(f"targets = {targets}: use 0 for none, or how many classes to try")
+            raise InputError(f"targets = {targets}: use 0 for an untargeted attack, or a number of classes")
         if targets and loss != "dlr":
-            raise InputError(f"targets = {targets} needs loss: dlr, {loss} has no targeted form")
+            raise InputError(f"targets = {targets} with loss = {loss}: only dlr has a targeted form; use loss: dlr")
         self.steps, self.eot, self.targets, self.restarts, self.select = steps, eot, targets, restarts, select
         self.loss = loss
 
     def stronger(self, **changes: Any) -> APGD:  # noqa: ANN401
-        """See ``Attack``; another loss is raised without targets."""
+        """Returns a stronger version, see ``Attack``; another loss is untargeted."""
         other = super().stronger(**changes)
         assert isinstance(other, APGD)
         other.targets = 0 if "loss" in changes else self.targets
         return other
 
     @property
+    @override
     def title(self) -> str:
-        """What reports call it."""
         targets = f" towards {self.targets} classes in turn" if self.targets else ""
         restarts = f", {self.restarts} restarts" if self.restarts > 1 else ""
         return f"APGD on the {self.loss} loss{targets} from the border of the ball, {self.select} iterate{restarts}"
 
     @property
+    @override
     def queries(self) -> Queries:
-        """What it costs."""
         backward = max(1, self.targets) * self.restarts * (self.steps + 1) * self.eot
         return Queries(self.eot + backward, backward)
 
+    @override
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """See ``Attack``."""
         clean = logits_in_chunks(model, image, noise, draws(0, self.eot), chunk)
         best = Best(image, mean_margin(clean, label) if self.select == "best" else None)
         first = self.eot
@@ -103,7 +104,7 @@ class APGD(Attack):
         return best.image
 
     def _goals(self, clean: Tensor, label: Tensor) -> list[Tensor]:
-        """What the loss is given in each run: the label, or label and target (B, 2)."""
+        """Returns the loss argument of each run: labels (B,), or labels and targets (B, 2)."""
         needed = max(self.targets + 1, 4) if self.targets else 3 if self.loss == "dlr" else 2
         if clean.shape[2] < needed:
             what = f"the {self.loss} loss" + (f" with targets = {self.targets}" if self.targets else "")
@@ -124,14 +125,14 @@ class APGD(Attack):
         first: int,
         begin: Tensor,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The iterates and their averaged margins from a start; ``first`` is the number of its first draw."""
+        """Yields the iterates of a start and their averaged margins; ``first`` numbers its first draw."""
         raised = targeted_dlr_loss if self.targets else named_loss(self.loss)
 
         def judge(point: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             runs = draws(first + k * self.eot, self.eot)
             shown, back = self.shown(point, image)
-            seen = draws_in_chunks(model, raised, shown, goal, noise, runs, chunk)
-            return shown, average(seen.loss), back(average(seen.gradient)), mean_margin(seen.logits, label)
+            drawn = draws_in_chunks(model, raised, shown, goal, noise, runs, chunk)
+            return shown, average(drawn.loss), back(average(drawn.gradient)), mean_margin(drawn.logits, label)
 
         point = previous = begin
         shown, loss, gradient, margin = judge(point, 0)
@@ -159,7 +160,7 @@ class APGD(Attack):
                 interval = max(interval - shorter, least)
 
     def _start(self, image: Tensor, noise: Noise, start: int = 0) -> Tensor:
-        """Where a start begins: at a random point on the border of the ball, moved into [0, 1]."""
+        """Returns a random point on the border of the ball, clipped to [0, 1]."""
         if self.norm == "linf":
             direction = 2.0 * noise.uniform(START_STEP, image) - 1.0
             size = linf_norm(direction)

@@ -1,4 +1,4 @@
-"""What every attack has in common: its threat model, which is checked on exit, and what it costs."""
+"""Base class of attacks: the threat model, which is checked on exit, and the query cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lit_purify.recorded import Recorded
 
 
 class Queries(NamedTuple):
-    """Evaluations of the attacked model for one sample: forward passes, and how many of them are differentiated."""
+    """Model evaluations for one sample: forward passes, and how many of them are differentiated."""
 
     forward: int
     backward: int
@@ -33,38 +33,38 @@ class Queries(NamedTuple):
 
 
 class NotApplicableError(ValueError):
-    """An attack has no such version; the message says why."""
+    """The attack has no such version; the message gives the reason."""
 
 
 @runtime_checkable
 class Attackable(Protocol):
-    """A model that knows how attacks see it, such as a ``DefendedClassifier``."""
+    """A model that defines its attacked function, such as a ``DefendedClassifier``."""
 
     def attacked(self) -> AttackedFunction:
-        """The function that attacks differentiate."""
+        """Returns the function that attacks differentiate."""
         ...
 
 
 class Attack(Recorded, ABC):
-    """Looks for an image in the threat model that the model gets wrong.
+    """Searches the threat model for an image that the model misclassifies.
 
     Args:
         norm: ``linf`` or ``l2``.
         eps: Radius of the ball around the image, in pixels of [0, 1]; a number or a fraction such as ``8/255``.
 
     Attributes:
-        steps: Points that each start tries one after the other.
-        eot: Draws of noise that each of them is judged by.
-        restarts: How often it starts.
-        step_size: Length of a step in pixels of [0, 1], where it has one.
-        loss: Name of the loss that it raises, where it has a choice.
-        aggregate: What the draws of a sample count, see ``PGD``.
-        gradient: ``exact``, ``none``, ``surrogate`` where another model than the attacked one is differentiated, or
-            ``theirs``: the attack of another library.
-        target: What the attack is handed: the ``defense``, or the bare ``classifier`` behind it.
-        stopping: When it ends, in words for the report.
+        steps: Iterations of each start.
+        eot: Noise draws in each iteration.
+        restarts: Number of starts.
+        step_size: Length of a step in pixels of [0, 1], if any.
+        loss: Name of the maximized loss, if there is a choice.
+        aggregate: Weights of the draws of a sample, see ``PGD``.
+        gradient: ``exact``, ``none``, ``surrogate`` (another model is differentiated), or ``theirs`` (an attack of
+            another library).
+        target: The attacked model: the ``defense``, or the bare ``classifier`` behind it.
+        stopping: Stopping rule, in words for the report.
         scalable: Attributes that ``stronger`` may change.
-        domain: What rows of a table it is held to; ``None`` for images, or where nothing binds it.
+        domain: Constraints on table rows; ``None`` for images, or without constraints.
     """
 
     steps: int
@@ -94,18 +94,18 @@ class Attack(Recorded, ABC):
         noise: Noise | None = None,
         chunk: int = 64,
     ) -> Tensor:
-        """Adversarial images, (B, C, H, W) in [0, 1], or rows (B, F) that somebody could send, detached.
+        """Returns adversarial images, (B, C, H, W) in [0, 1], or valid table rows (B, F), detached.
 
-        Of a row of a table that no repair brings into the threat model the row itself is returned.
+        A row without a valid adversarial row in the threat model is returned unchanged.
 
         Args:
-            model: What is attacked: a defended classifier, any ``nn.Module`` or function from [0, 1] images to logits,
-                or an ``AttackedFunction``.
+            model: A defended classifier, any ``nn.Module`` or function from [0, 1] images to logits, or an
+                ``AttackedFunction``.
             image: (B, C, H, W), or rows (B, F), in [0, 1].
             label: (B,) int64.
-            noise: Randomness of the same rows, apart from that of the evaluation; ``None`` draws a fresh seed from
-                torch's global generator.
-            chunk: Rows that the model is called with, always this many.
+            noise: Randomness of the same rows, independent of the evaluation's; ``None`` draws a seed from torch's
+                global generator.
+            chunk: Rows in each call of the model.
 
         Raises:
             InputError: The images are not in [0, 1], or labels are not (B,).
@@ -113,7 +113,7 @@ class Attack(Recorded, ABC):
         """
         check_unit_range(image)
         if label.shape != image.shape[:1]:
-            raise InputError(f"labels have shape {tuple(label.shape)}, {len(image)} images need ({len(image)},)")
+            raise InputError(f"labels have shape {tuple(label.shape)}: give one for each of the {len(image)} images")
         noise = noise or fresh_noise(image, ATTACK)
         adversarial = self.perturb(attackable(model), image, label, noise, chunk).detach()
         if self.domain is not None:
@@ -137,37 +137,37 @@ class Attack(Recorded, ABC):
         return violations(adversarial, image, self.norm, self.radius(image))
 
     def radius(self, image: Tensor) -> float:
-        """What the norm may be for images of this size: ``eps``."""
+        """Returns the largest allowed norm for images of this size: ``eps``."""
         return self.eps
 
     @property
     def title(self) -> str:
-        """What reports call it."""
+        """Name and settings for reports."""
         return type(self).__name__
 
     @property
     def raised(self) -> list[str]:
-        """Names of the losses that it raises, where it has a choice."""
+        """Names of the maximized losses, if there is a choice."""
         return [] if self.loss is None else [self.loss]
 
     @property
     @abstractmethod
     def queries(self) -> Queries:
-        """What it costs."""
+        """Query cost for one sample."""
 
     def stronger(self, **changes: Any) -> Attack:  # noqa: ANN401
-        """This attack with more steps, draws or restarts, or with another loss or radius; for the audit.
+        """Returns this attack with more steps, draws or restarts, or another loss or radius; for the audit.
 
         Args:
-            changes: Of ``scalable`` the new values: ``steps``, ``eot``, ``restarts``, ``loss``, ``aggregate``; ``eps``
-                also scales the length of a step.
+            changes: New values of attributes in ``scalable``: ``steps``, ``eot``, ``restarts``, ``loss``,
+                ``aggregate``, ``eps`` (which also scales the step size).
 
         Raises:
             NotApplicableError: The attack has no such version.
         """
         missing = [name for name in changes if name not in self.scalable]
         if missing:
-            raise NotApplicableError(f"{type(self).__name__} states no version with other {' or '.join(missing)}")
+            raise NotApplicableError(f"{type(self).__name__} has no version with other {' or '.join(missing)}")
         other = copy.copy(self)
         if "eps" in changes and self.step_size is not None:
             changes["step_size"] = self.step_size * changes["eps"] / self.eps
@@ -175,21 +175,21 @@ class Attack(Recorded, ABC):
         return other
 
     def prepare(self, positions: Sequence[int], domain: Domain | None = None) -> None:
-        """Learns before an evaluation which samples are evaluated.
+        """Prepares for an evaluation.
 
         Args:
-            positions: Their positions in the evaluated split, in order: the ``index`` of the noise that they come with.
-            domain: What rows of a table can be made of them.
+            positions: Positions of the samples in the evaluated split, in order, as in the ``index`` of their noise.
+            domain: Constraints on table rows.
         """
         self.domain = domain if domain is not None and domain.constrained else None
 
     def inside(self, point: Tensor, image: Tensor) -> Tensor:
-        """A point of the threat model near a point."""
+        """Projects a point on the threat model."""
         near = project(point, image, self.norm, self.eps)
         return near if self.domain is None else self.domain.project(near, image)
 
     def shown(self, point: Tensor, image: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """What the model sees for a point: for a row of a table its repair. And what takes a gradient back to it."""
+        """Returns the model's input for a point (for table rows, its repair), and the backward pass of the repair."""
         if self.domain is None:
             return point, lambda gradient: gradient
         with torch.enable_grad():
@@ -199,11 +199,11 @@ class Attack(Recorded, ABC):
 
     @abstractmethod
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """As ``__call__``, which checks arguments and result."""
+        """Computes adversarial images; ``__call__`` checks arguments and result."""
 
 
 def attackable(model: AttackedFunction | Attackable | nn.Module | Callable[..., Tensor]) -> AttackedFunction:
-    """The function that an attack on a model sees.
+    """Returns the attacked function of a model.
 
     Functions of two required arguments take (image, noise); other functions and modules take images.
     """
@@ -219,7 +219,7 @@ def attackable(model: AttackedFunction | Attackable | nn.Module | Callable[..., 
 
 
 def single_draw(attack: Attack) -> Attack:
-    """The same attack with one draw of noise a step, where it has such a version."""
+    """Returns the attack with one noise draw per step, or the attack itself if it has no such version."""
     try:
         return attack.stronger(eot=1)
     except NotApplicableError:
@@ -237,10 +237,10 @@ def at_cost(attack: Attack, queries: Queries) -> Attack:
 
 
 class Best:
-    """For each sample, the candidate with the highest score so far; the first of equals.
+    """The candidate with the highest score for each sample; ties keep the first.
 
     Args:
-        image: (B, C, H, W), which stands until a candidate scores above ``score``.
+        image: (B, C, H, W), kept until a candidate scores above ``score``.
         score: (B,); ``None`` is below every score.
     """
 
@@ -249,24 +249,24 @@ class Best:
         self.score = torch.full((len(image),), -torch.inf, device=image.device) if score is None else score
 
     def offer(self, candidate: Tensor, score: Tensor) -> None:
-        """Takes what is better."""
+        """Replaces the images of samples whose score improves."""
         better = score > self.score
         self.image = rowwise(better, candidate, self.image)
         self.score = torch.where(better, score, self.score)
 
 
 def rowwise(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
-    """The samples (B, ...) of one tensor where a condition (B,) holds, those of another elsewhere."""
+    """Selects samples (B, ...) by a condition (B,)."""
     return torch.where(each(condition, other), chosen, other)
 
 
 def draws(first: int, count: int) -> list[int]:
-    """Numbers of ``count`` runs of noise, so that no two evaluations of an attack share a draw."""
+    """Returns ``count`` run numbers, so that no two evaluations of an attack share a draw."""
     return list(range(first, first + count))
 
 
 def check_counts(**counts: int) -> None:
-    """Raises an ``InputError`` when a number of steps, draws or restarts is below 1."""
+    """Raises an ``InputError`` if a count is below 1."""
     for name, value in counts.items():
         if value < 1:
             raise InputError(f"{name} = {value}: use at least 1")

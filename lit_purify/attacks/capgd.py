@@ -1,4 +1,4 @@
-"""Constrained auto-PGD: an attack on rows of tables that only makes rows which somebody could send."""
+"""Constrained auto-PGD: an attack on table rows that respects the constraints of the table."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lit_purify.attacks.apgd import APGD
 from lit_purify.errors import InputError
@@ -15,25 +16,25 @@ from lit_purify.functional.noise import Noise
 from lit_purify.functional.threat import Norm, project
 
 _MARGIN = 0.95
-"""Part of the radius for the iterates: the repair may need the rest."""
+"""Fraction of the radius used by the iterates; the repair may need the rest."""
 
 
 class CAPGD(APGD):
     """CAPGD (Simonetto et al., NeurIPS 2024) on the loss averaged over ``eot`` draws of noise.
 
-    APGD on the features that can change, on the loss less a penalty for broken relations. It starts once at the row,
-    then at random points. Every point is repaired before the model sees it, and the gradient is taken through the
-    repair: what is judged is what is shown to the defense. (The original repairs equations alone on the way, and the
-    rest at the end.) What can change, and how, is said by the data; where nothing is said it is APGD with these starts.
+    APGD on the changeable features, on the loss minus a penalty for violated relations. It starts once at the row, then
+    at random points. Every point is repaired before the model sees it, and the gradient includes the repair, so that
+    the attack judges exactly what the defense receives. (The original repairs only equations during the attack and the
+    rest at the end.) The data defines the constraints; without constraints this is APGD with these starts.
 
     Args:
         norm: ``linf`` or ``l2``, of features that are scaled to [0, 1].
         eps: Radius.
         steps: Steps of each start.
-        eot: Draws that each step averages over.
+        eot: Noise draws averaged in each step.
         loss: ``ce``, ``margin`` or ``dlr``, as in ``PGD``.
-        restarts: How often to start.
-        select: What is returned, see ``APGD``.
+        restarts: Number of starts.
+        select: The returned row, see ``APGD``.
         penalty: Weight of the penalty.
     """
 
@@ -50,22 +51,22 @@ class CAPGD(APGD):
     ) -> None:
         super().__init__(norm, eps, steps, eot, loss, 0, restarts, select)
         if penalty < 0.0:
-            raise InputError(f"penalty = {penalty} must not be negative")
+            raise InputError(f"penalty = {penalty} is negative: use 0 or more")
         self.penalty = penalty
 
     @property
+    @override
     def title(self) -> str:
-        """What reports call it."""
         return f"CAPGD on the {self.loss} loss, {self.restarts} starts, the first at the row, {self.select} iterate"
 
+    @override
     def inside(self, point: Tensor, image: Tensor) -> Tensor:
-        """See ``Attack``."""
         if self.domain is None:
             return super().inside(point, image)
         return self.domain.project(project(point, image, self.norm, _MARGIN * self.eps), image)
 
     def shown(self, point: Tensor, image: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """See ``Attack``; less the gradient of the penalty."""
+        """Returns the input and backward pass of ``Attack.shown``, minus the gradient of the penalty."""
         repaired, back = super().shown(point, image)
         if self.domain is None or not self.domain.relations or not self.penalty:
             return repaired, back

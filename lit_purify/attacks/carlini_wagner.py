@@ -1,9 +1,10 @@
-"""The attack of Carlini and Wagner: the smallest perturbation that is misclassified."""
+"""The attack of Carlini and Wagner: the smallest misclassified perturbation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws, rowwise
 from lit_purify.errors import InputError
@@ -19,22 +20,22 @@ _DECAY, _SQUARED_DECAY, _TINY = 0.9, 0.999, 1e-8
 class CarliniWagnerL2(Attack):
     """Untargeted L2 attack of Carlini & Wagner, "Towards evaluating the robustness of neural networks" (S&P 2017).
 
-    Adam lowers |delta|^2 + c max(confidence - margin, 0), with the margin averaged over ``eot`` draws. The constant c
-    is searched for each sample: ten times as much until a search succeeds, then halfway between success and failure.
-    Images stay in [0, 1] by clipping after each step, one of the three ways of the paper (section V.B).
+    Adam minimizes |delta|^2 + c max(confidence - margin, 0), with the margin averaged over ``eot`` draws. The constant
+    c is searched for each sample: multiplied by ten until a search succeeds, then bisected between failure and success.
+    Images are clipped to [0, 1] after each step, one of the paper's three ways (section V.B).
 
-    Of the iterates whose averaged margin exceeds the confidence, the nearest counts; where there is none, the iterate
-    with the highest margin. Either is then moved onto the ball of radius ``eps`` if it lies outside. A nearest point
-    lies on the border of its class: against a randomized model give a confidence.
+    The result is the nearest iterate whose averaged margin exceeds the confidence or, without one, the iterate with the
+    highest margin. It is projected on the ball of radius ``eps``. A nearest point lies on the border of its class, so a
+    randomized model needs a confidence above 0.
 
     Args:
         eps: L2 radius, in pixels of [0, 1].
         steps: Steps of each search.
-        searches: Values of c that are tried one after the other.
-        step_size: Of Adam, in pixels of [0, 1].
+        searches: Number of values of c.
+        step_size: Adam's learning rate, in pixels of [0, 1].
         c: The first constant.
-        confidence: Averaged margin to reach, in units of logits.
-        eot: Draws that each step averages over.
+        confidence: Required averaged margin, in units of logits.
+        eot: Noise draws averaged in each step.
     """
 
     scalable = frozenset({"steps", "eot", "eps"})
@@ -58,18 +59,18 @@ class CarliniWagnerL2(Attack):
         self.step_size, self.c, self.confidence = pixels("step_size", step_size), c, confidence
 
     @property
+    @override
     def title(self) -> str:
-        """What reports call it."""
         return f"Carlini-Wagner L2, {self.searches} searches, confidence {self.confidence:g}, nearest success"
 
     @property
+    @override
     def queries(self) -> Queries:
-        """What it costs."""
         backward = self.searches * self.steps * self.eot
         return Queries(backward + self.searches * self.eot, backward)
 
+    @override
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """See ``Attack``."""
         nearest, highest = Best(image), Best(image)
         c = torch.full((len(image),), self.c, device=image.device)
         low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)

@@ -1,4 +1,4 @@
-"""Attacks of other libraries: torchattacks, foolbox, ART, the official AutoAttack, a script of one's own."""
+"""Attacks of other libraries (torchattacks, foolbox, ART, the official AutoAttack) and your own functions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lit_purify.attacks.base import Attack, Queries
 from lit_purify.errors import InputError
@@ -21,17 +22,17 @@ from lit_purify.functional.threat import Norm, violations
 class ForeignAttack(Attack):
     """Runs a function ``(model, images, labels) -> adversarial images`` on the defense.
 
-    The function is handed an ``nn.Module`` from images (B, C, H, W) in [0, 1] to logits (B, classes), differentiable,
-    in evaluation mode, with fresh keyed noise at every call. The global random states of torch, numpy and Python are
-    seeded by the samples' keys, so that the same batch gives the same images. The result may depend on which samples
-    share a batch, as most libraries draw for a whole batch.
+    The function receives a differentiable ``nn.Module`` in evaluation mode, from images (B, C, H, W) in [0, 1] to
+    logits (B, classes), with new keyed noise at every call. The global random states of torch, numpy and Python are
+    seeded by the samples' keys, so that equal batches give equal images. The result may depend on the composition of
+    the batch, because most libraries draw random numbers for a whole batch.
 
     Args:
         function: The attack, for example
             ``lambda model, x, y: torchattacks.PGD(model, eps=8 / 255)(x, y)``.
-        norm: ``linf`` or ``l2``: every result is checked against it.
+        norm: ``linf`` or ``l2``; every result is checked.
         eps: Radius, in pixels of [0, 1]; a number or a fraction such as ``8/255``.
-        name: What reports call it; ``None`` is the function's name.
+        name: Name in reports; ``None`` uses the function's name.
 
     Raises:
         InputError: On use, the function returns images of another shape or outside the threat model.
@@ -52,47 +53,47 @@ class ForeignAttack(Attack):
         self.function, self.name = function, name or getattr(function, "__name__", type(function).__name__)
 
     @property
+    @override
     def title(self) -> str:
-        """What reports call it."""
         return f"{self.name} (another library)"
 
     @property
     def queries(self) -> Queries:
-        """Not counted."""
+        """Query cost; unknown, hence 0."""
         return Queries(0, 0)
 
+    @override
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """See ``Attack``."""
         rows = min(len(image), chunk)
         key = int(noise.uniform(START_STEP, image.flatten(1)[:, 0].double()).sum() * 2**20) % 2**32
         with _seeded(key), torch.enable_grad():
             found = self.function(_Module(model, noise, rows, image.device), image.clone(), label.clone())
         if not isinstance(found, (Tensor, np.ndarray)):
-            raise InputError(f"{self.name} returned a {type(found).__name__}, not images: return a tensor (B, C, H, W)")
+            raise InputError(f"{self.name} returned a {type(found).__name__}: return images as a tensor (B, C, H, W)")
         adversarial = torch.as_tensor(found).detach().to(image)
         if adversarial.shape != image.shape:
-            raise InputError(f"{self.name} returned {tuple(adversarial.shape)} for images {tuple(image.shape)}")
+            raise InputError(f"{self.name} returned {tuple(adversarial.shape)}: return {tuple(image.shape)}, as given")
         bad = violations(adversarial, image, self.norm, self.eps).nonzero().flatten().tolist()
         if bad:
             raise InputError(
                 f"{self.name} left the threat model ({self.norm} <= {self.eps:.4g}, pixels in [0, 1]) in rows {bad}: "
-                "give it the same norm and eps"
+                "give the other library the same norm and eps"
             )
         return adversarial
 
 
 class _Module(nn.Module):
-    """The attacked function as a network that draws fresh noise at every call."""
+    """The attacked function as a network with new noise at every call."""
 
     def __init__(self, model: AttackedFunction, noise: Noise, rows: int, device: torch.device) -> None:
         super().__init__()
         self.model, self.noise, self.rows, self.draw = model, noise, rows, 0
-        # Libraries ask a parameter for the device.
+        # Some libraries read the device from a parameter.
         self.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, classes)."""
+        """Returns logits (B, classes)."""
         logits = []
         for part in torch.split(image, self.rows):
             which = torch.arange(len(part), device=part.device)
@@ -103,7 +104,7 @@ class _Module(nn.Module):
 
 @contextmanager
 def _seeded(key: int) -> Iterator[None]:
-    """Seeds the global random states, and restores them."""
+    """Seeds the global random states and restores them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):

@@ -1,4 +1,4 @@
-"""Starting an attack again, on another loss, for the samples that survived."""
+"""Restarts of an attack, on several losses, for the samples that survive."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lit_purify.attacks.base import Attack, Best, NotApplicableError, Queries, check_counts, draws
 from lit_purify.errors import InputError
@@ -18,22 +19,21 @@ from lit_purify.functional.noise import Noise
 from lit_purify.functional.rows import Domain
 
 _APART = 2**24
-"""Between the draws of two starts: more than an attack takes."""
+"""Distance between the run numbers of two starts, above the number of draws of an attack."""
 
 
 class Restarts(Attack):
-    """Another attack, started once for each of several losses; only samples that survive are started again.
+    """Another attack, started once for each of several losses; only surviving samples are started again.
 
-    After each start the image is judged by fresh draws of the attack's own. A sample survives where at most a share
-    ``until`` of them is wrong. Of all starts the image with the most wrong draws counts, of equals the one with the
-    highest averaged margin. AutoAttack and DiffHammer restart in this way.
+    After each start, new draws judge the image. A sample survives if at most a fraction ``until`` of them is wrong. The
+    result is the image with the most wrong draws of all starts, with ties decided by the averaged margin. AutoAttack
+    and DiffHammer restart in this way.
 
     Args:
-        attack: What is started: ``PGD``, ``APGD``, ``DiffHammer`` or another attack that states versions with another
-            loss.
-        losses: The loss of each start: ``margin``, ``ce`` or ``dlr``. A loss may be named several times.
+        attack: ``PGD``, ``APGD``, ``DiffHammer`` or another attack that offers other losses.
+        losses: The loss of each start: ``margin``, ``ce`` or ``dlr``; a loss may occur several times.
         judged: Draws that judge the result of a start.
-        until: Share of wrong draws, in [0, 1], above which a sample is not started again.
+        until: Fraction of wrong draws, in [0, 1], above which a sample is not started again.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Restarts(Attack):
         super().__init__(attack.norm, attack.eps)
         check_counts(judged=judged)
         if not losses:
-            raise InputError("losses is empty: name a loss for each start")
+            raise InputError("losses is empty: give a loss for each start")
         if not 0.0 <= until <= 1.0:
-            raise InputError(f"until = {until} is a share of the draws: use a number in [0, 1]")
+            raise InputError(f"until = {until}: use a fraction of the draws in [0, 1]")
         self.attack, self.losses, self.judged, self.until = attack, list(losses), judged, until
         self.steps, self.eot, self.step_size = attack.steps, attack.eot, attack.step_size
         self.restarts = len(losses) * attack.restarts
@@ -60,10 +60,10 @@ class Restarts(Attack):
         self._starts()
 
     def stronger(self, **changes: Any) -> Restarts:  # noqa: ANN401
-        """See ``Attack``: other steps and draws are those of each start, more ``restarts`` are more starts of each."""
+        """Returns a stronger version, see ``Attack``; ``restarts`` is the total, the rest applies to each start."""
         missing = [name for name in changes if name not in self.scalable]
         if missing:
-            raise NotApplicableError(f"{type(self).__name__} states no version with other {' or '.join(missing)}")
+            raise NotApplicableError(f"{type(self).__name__} has no version with other {' or '.join(missing)}")
         if "restarts" in changes:
             changes["restarts"] = -(-changes["restarts"] // len(self.losses))
         other = copy.copy(self)
@@ -79,33 +79,33 @@ class Restarts(Attack):
             raise InputError(f"attack: {error}: use PGD, APGD or DiffHammer") from error
 
     @property
+    @override
     def title(self) -> str:
-        """What reports call it."""
         return f"{self.attack.title}; started on the losses {', '.join(self.losses)} while a sample survives"
 
     @property
+    @override
     def raised(self) -> list[str]:
-        """Those of all starts."""
         return list(self.losses)
 
     @property
     def queries(self) -> Queries:
-        """What it costs where a sample survives all starts."""
+        """Query cost for a sample that survives all starts."""
         each = [start.queries for start in self._starts()]
         forward, backward = (sum(counts) for counts in zip(*each, strict=True))
         return Queries(forward + self.judged * len(each), backward)
 
+    @override
     def radius(self, image: Tensor) -> float:
-        """That of the attack."""
         return self.attack.radius(image)
 
+    @override
     def prepare(self, positions: Sequence[int], domain: Domain | None = None) -> None:
-        """See ``Attack``."""
         super().prepare(positions, domain)
         self.attack.prepare(positions, domain)
 
+    @override
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """See ``Attack``."""
         best, left = Best(image), torch.arange(len(image), device=image.device)
         for k, attack in enumerate(self._starts()):
             if not len(left):
@@ -124,7 +124,7 @@ class Restarts(Attack):
 
 @dataclass(frozen=True)
 class _Apart:
-    """Noise whose runs are numbered from another one on."""
+    """Noise with an offset of the run numbers."""
 
     noise: Noise
     first: int

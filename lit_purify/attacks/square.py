@@ -1,4 +1,4 @@
-"""Square attack: random search, without gradients."""
+"""Square attack: random search without gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws
 from lit_purify.errors import InputError
@@ -23,20 +24,19 @@ _TINY = 1e-12
 class Square(Attack):
     """Square attack (Andriushchenko et al., ECCV 2020, arXiv 1912.00049) on the margin averaged over ``eot`` draws.
 
-    A proposal changes one square at a random place, of its own for each sample, and stays when the averaged margin
-    rises. The square's area is a fraction of the image that begins at ``p`` and is halved on a schedule, scaled to
-    ``steps``. It runs all its steps, whether or not a sample is broken on the way. Of rows it changes as many
-    features anywhere (Linf alone).
+    A proposal changes one random square per sample and is kept if the averaged margin increases. The square's area is a
+    fraction of the image that begins at ``p`` and is halved on a schedule, scaled to ``steps``. All steps are taken,
+    even if a sample is already misclassified. For table rows (Linf only) a proposal changes as many random features.
 
     Args:
         norm: ``linf`` or ``l2``.
         eps: Radius, in pixels of [0, 1]; a number or a fraction such as ``8/255``.
-        steps: Proposals after the start, a pattern on the whole image (AutoAttack: 5000).
-        eot: Draws that each proposal is judged by.
+        steps: Proposals after the initial pattern on the whole image (AutoAttack: 5000).
+        eot: Noise draws that judge each proposal.
         p: Fraction of the image that the first squares change.
-        paired: Compare proposal and standing point on the same fresh draws, at twice the cost. ``False`` compares with
-            the average that the standing point once had: for a randomized model that is partly luck and soon lets
-            nothing pass; for a deterministic one it makes no difference.
+        paired: Compare proposal and current point on the same new draws, at twice the cost. ``False`` compares with the
+            current point's earlier average. For a randomized model this average is partly luck and soon blocks all
+            proposals; for a deterministic one it makes no difference.
     """
 
     gradient = "none"
@@ -54,23 +54,23 @@ class Square(Attack):
         super().__init__(norm, eps)
         check_counts(steps=steps, eot=eot)
         if not 0.0 < p <= 1.0:
-            raise InputError(f"p = {p} is a fraction of the image: use a number above 0, at most 1")
+            raise InputError(f"p = {p}: use a fraction of the image, above 0 and at most 1")
         self.steps, self.eot, self.p, self.paired = steps, eot, p, paired
 
     @property
+    @override
     def title(self) -> str:
-        """What reports call it."""
         return f"Square attack on the margin loss, p = {self.p:g}{'' if self.paired else ', unpaired draws'}"
 
     @property
+    @override
     def queries(self) -> Queries:
-        """What it costs."""
         return Queries((1 + self.steps * (2 if self.paired else 1)) * self.eot, 0)
 
+    @override
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """See ``Attack``."""
         if image.ndim == 2 and self.norm != "linf":
-            raise InputError("Square: rows of tables have no squares: use norm: linf, which changes single features")
+            raise InputError("norm: Square cannot attack table rows in l2: use norm: linf")
         linf = (self._stripes, self._propose_linf) if image.ndim == 4 else (self._signs, self._propose_features)
         start, propose = linf if self.norm == "linf" else (self._tiles, self._propose_l2)
 
@@ -88,34 +88,34 @@ class Square(Attack):
         return best.image
 
     def _area(self, k: int, image: Tensor) -> float:
-        """Pixels that the square should have after k proposals."""
+        """Returns the number of pixels of the square after k proposals."""
         halvings = sum(int(k / self.steps * 10000) > step for step in _HALVINGS)
         return self.p / 2**halvings * places(image)[0].numel()
 
     def _stripes(self, image: Tensor, noise: Noise) -> Tensor:
-        """Vertical stripes one pixel wide, each channel of each at + eps or - eps."""
+        """Returns vertical stripes one pixel wide, with each channel at + eps or - eps."""
         return (image + self.eps * _sign(noise.uniform(START_STEP, image[:, :, :1]))).clamp(0.0, 1.0)
 
-    def _propose_linf(self, standing: Tensor, image: Tensor, noise: Noise, area: float) -> Tensor:
-        """A square in which each channel is at + eps or - eps."""
+    def _propose_linf(self, current: Tensor, image: Tensor, noise: Noise, area: float) -> Tensor:
+        """Proposes a square in which each channel is at + eps or - eps."""
         height, width = image.shape[2:]
         side = min(max(round(math.sqrt(area)), 1), height, width)
         uniform = noise.uniform(START_STEP, _room(image, 2 + image.shape[1]))
         _, _, inside = _window(uniform[:, :2], side, image)
         change = torch.where(inside, 2.0 * self.eps * _sign(uniform[:, 2:, None, None]), 0.0)
-        return project(standing + change, image, "linf", self.eps)
+        return project(current + change, image, "linf", self.eps)
 
     def _signs(self, image: Tensor, noise: Noise) -> Tensor:
-        """Each feature of rows (B, F) at + eps or - eps."""
+        """Returns rows (B, F) with each feature at + eps or - eps."""
         return self.inside(image + self.eps * _sign(noise.uniform(START_STEP, image)), image)
 
-    def _propose_features(self, standing: Tensor, image: Tensor, noise: Noise, area: float) -> Tensor:
-        """Features drawn at random, ``area`` of them on average, each at + eps or - eps."""
+    def _propose_features(self, current: Tensor, image: Tensor, noise: Noise, area: float) -> Tensor:
+        """Proposes + eps or - eps for random features, ``area`` of them on average."""
         chosen = noise.uniform(START_STEP - 1, image) * image.shape[1] < max(area, 1.0)
-        return torch.where(chosen, self._signs(image, noise), standing)
+        return torch.where(chosen, self._signs(image, noise), current)
 
     def _tiles(self, image: Tensor, noise: Noise) -> Tensor:
-        """Tiles of two pyramids each, on a grid of five by five (more on the smallest images)."""
+        """Returns tiles of two pyramids each, on a grid of five by five (more on very small images)."""
         batch, channels, height, width = image.shape
         side = max(min(height, width) // 5, 1)
         rows, columns = height // side, width // side
@@ -129,8 +129,8 @@ class Square(Attack):
         delta[:, :, top : top + rows * side, left : left + columns * side] = tiles
         return self._onto_the_sphere(image, delta)
 
-    def _propose_l2(self, standing: Tensor, image: Tensor, noise: Noise, area: float) -> Tensor:
-        """The perturbation of a second window, and what is left of eps, goes into pyramids in a first (algorithm 3)."""
+    def _propose_l2(self, current: Tensor, image: Tensor, noise: Noise, area: float) -> Tensor:
+        """Moves the perturbation of a second window, and the unused eps, to pyramids in a first (algorithm 3)."""
         channels, height, width = image.shape[1:]
         side = max(round(math.sqrt(area)), 3)
         side = min(side + 1 - side % 2, height, width)
@@ -141,7 +141,7 @@ class Square(Attack):
         row, column = down.clamp(0, side - 1)[:, :, None], right.clamp(0, side - 1)[:, None, :]
         turned = uniform[:, 4, None, None] < 0.5
         shape = torch.where(turned, pyramids.T[row, column], pyramids[row, column])[:, None]
-        delta = standing - image
+        delta = current - image
         unused = (self.eps**2 - l2_norm(delta).square()).clamp(min=0.0).reshape(-1, 1, 1, 1)
         available = (_channel_norm(delta * (first | second)).square() + unused / channels).sqrt()
         old = delta * first
@@ -154,25 +154,25 @@ class Square(Attack):
 
 
 def _sign(uniform: Tensor) -> Tensor:
-    """-1 or 1, from uniform numbers in [0, 1)."""
+    """Maps uniform numbers in [0, 1) to -1 or 1."""
     return torch.where(uniform < 0.5, -1.0, 1.0).to(uniform.dtype)
 
 
 def _room(image: Tensor, count: int) -> Tensor:
-    """A tensor (B, count), for its shape."""
+    """Returns an uninitialized tensor (B, count)."""
     return image.new_empty(len(image), count)
 
 
 def _window(uniform: Tensor, side: int, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A square of each sample at a uniform place.
+    """Returns a random square for each sample.
 
     Args:
         uniform: Two numbers in [0, 1) for each sample, (B, 2).
-        side: Its height and width.
+        side: Height and width of the square.
         image: (B, C, H, W).
 
     Returns:
-        Each row's and column's distance from the square's first, (B, H) and (B, W), and what is inside, (B, 1, H, W).
+        Distance of each row and column from the square's first, (B, H) and (B, W), and its pixels, (B, 1, H, W).
     """
     height, width = image.shape[2:]
     down = torch.arange(height, device=image.device) - (uniform[:, :1] * (height - side + 1)).long()
@@ -182,14 +182,14 @@ def _window(uniform: Tensor, side: int, image: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _pyramids(side: int) -> Tensor:
-    """Two pyramids of equal norm and opposite sign side by side, of norm 1 together, (side, side)."""
+    """Returns two adjacent pyramids of opposite sign and equal norm, (side, side) with norm 1."""
     half = side // 2
     whole = torch.cat([_pyramid(half, side), -_pyramid(side - half, side)])
     return whole / l2_norm(whole[None])
 
 
 def _pyramid(height: int, width: int) -> Tensor:
-    """Steps that fall off from the center, of norm 1: in ring m, the sum of 1 / k^2 over k > m."""
+    """Returns a pyramid of norm 1: ring m has the value sum of 1 / k^2 over k > m."""
     rings = max(height, width) // 2 + 1
     down = (torch.arange(height) - height // 2).abs()
     right = (torch.arange(width) - width // 2).abs()
@@ -199,5 +199,5 @@ def _pyramid(height: int, width: int) -> Tensor:
 
 
 def _channel_norm(delta: Tensor) -> Tensor:
-    """Euclidean norm of each channel of each sample, (B, C, 1, 1)."""
+    """Returns the Euclidean norm of each channel of each sample, (B, C, 1, 1)."""
     return l2_norm(delta.flatten(0, 1)).reshape(*delta.shape[:2], 1, 1)

@@ -1,10 +1,11 @@
-"""Attacks on the bare classifier, shown to the defense."""
+"""Transfer attacks: computed on the bare classifier, evaluated on the defense."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from torch import Tensor
+from typing_extensions import override
 
 from lit_purify.attacks.base import Attack, Queries
 from lit_purify.functional.chunks import AttackedFunction
@@ -15,11 +16,11 @@ from lit_purify.functional.rows import Domain
 class Transfer(Attack):
     """Another attack, run on the bare classifier (Papernot et al., arXiv 1605.07277).
 
-    A defense that stands against attacks on itself and falls to this one hides its gradient. It must be handed the
-    classifier, as ``target`` says.
+    A defense that resists attacks on itself but not this one hides its gradient (gradient masking). The attack must
+    receive the classifier, see ``target``.
 
     Args:
-        attack: What is run.
+        attack: The attack to run.
     """
 
     target = "classifier"
@@ -30,29 +31,29 @@ class Transfer(Attack):
         self.gradient = "surrogate" if attack.gradient == "exact" else attack.gradient
 
     @property
+    @override
     def title(self) -> str:
-        """What reports call it."""
         return f"{self.attack.title}; on the bare classifier"
 
     @property
+    @override
     def raised(self) -> list[str]:
-        """Those of the attack."""
         return self.attack.raised
 
     @property
     def queries(self) -> Queries:
-        """Of the classifier."""
+        """Query cost, in evaluations of the classifier."""
         return self.attack.queries
 
+    @override
     def radius(self, image: Tensor) -> float:
-        """That of the attack."""
         return self.attack.radius(image)
 
+    @override
     def prepare(self, positions: Sequence[int], domain: Domain | None = None) -> None:
-        """See ``Attack``."""
         super().prepare(positions, domain)
         self.attack.prepare(positions, domain)
 
+    @override
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """See ``Attack``."""
         return self.attack.perturb(model, image, label, noise, chunk)
