@@ -246,7 +246,7 @@ def test_timm_transformer_features():
     assert {tuple(f.shape) for f in features} == {(2, network.embed_dim, 2, 2)}
     tokens = network.forward_features(wrapped.normalize(image))[:, network.num_prefix_tokens :]
     assert torch.allclose(network.norm(features[-1].flatten(2).transpose(1, 2)), tokens, atol=1e-5)
-    with pytest.raises(InputError, match=r"blocks.0 does not put out a tensor \(B, C, h, w\)"):
+    with pytest.raises(InputError, match=r"blocks.0 returns .* a mask needs a tensor \(B, C, h, w\)"):
         TimmClassifier("test_vit", size=160, blocks=["blocks.0"]).features(pictures(1, size=160))
 
 
@@ -521,9 +521,9 @@ def test_networks_that_no_configuration_rebuilds_are_not_saved(tmp_path):
 
 def test_the_wrong_kind_is_refused(tmp_path, denoiser_file):
     save_network(resnet(), tmp_path / "classifier.safetensors")
-    with pytest.raises(InputError, match="holds a UNet, where a classifier is needed"):
+    with pytest.raises(InputError, match="holds a UNet, but a classifier is needed"):
         load_classifier(denoiser_file)
-    with pytest.raises(InputError, match="holds a ResNetClassifier, where a denoiser is needed"):
+    with pytest.raises(InputError, match="holds a ResNetClassifier, but a denoiser is needed"):
         load_denoiser(tmp_path / "classifier.safetensors")
 
 
@@ -538,7 +538,7 @@ def rewritten(path, old, new):
     ("damage", "message"),
     [
         (lambda p: p.unlink(), "no such file"),
-        (lambda p: (p.unlink(), p.mkdir()), "is a folder; load_diffusers reads those of diffusers"),
+        (lambda p: (p.unlink(), p.mkdir()), "is a folder; load_diffusers reads folders of diffusers"),
         (lambda p: p.write_bytes(p.read_bytes()[:-9]), "not a safetensors file"),
         (lambda p: torch.save({}, p), "not a safetensors file"),
         (lambda p: save_file({"a": torch.ones(1)}, p), "carries no configuration"),

@@ -339,5 +339,5 @@ def test_score_sde_in_discrete_time():
 def test_damaged_weights_are_refused():
     state = draw(score_sde, 16, width=32, multipliers=(1, 2), blocks=1, attention=(8,))
     state["all_modules.0.weight"][0, 0] = torch.nan
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match="is NaN or infinite"):
         readers.load_score_sde(state, 16)

@@ -275,7 +275,9 @@ def test_weights_of_a_configuration(refused_evaluation, weights):
     said = refused_evaluation({"denoiser": "runs/mine/model.safetensors"})
     assert said.startswith("runs/mine/model.safetensors: no such file; check the path, train it (configs/train)")
     path = weights / "denoiser.safetensors"
-    assert refused_evaluation({"classifier": str(path)}) == f"{path}: holds a UNet, where a classifier is needed"
+    assert refused_evaluation({"classifier": str(path)}) == (
+        f"{path}: holds a UNet, but a classifier is needed: give another file"
+    )
 
 
 class Code:

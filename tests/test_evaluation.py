@@ -239,7 +239,7 @@ def test_outputs_that_are_no_logits_are_refused_before_anything_is_computed(flag
     network = {"class_path": "test_evaluation.Odd", "kind": "tuple"}
     other = json.dumps({"class_path": "Classifier", "network": network, "size": 8, "num_classes": 10, "channels": 1})
     arguments = [*tiny({"none": "NoPurifier"}), "--classifier", other]
-    assert "puts out tuple for 1 images" in refused([*arguments, *flags], capsys)
+    assert "returns tuple for 1 images" in refused([*arguments, *flags], capsys)
     assert not tiny.run.exists()
     evaluate([*arguments, "--classifier.network.kind=object"])
 

@@ -210,7 +210,7 @@ def test_accelerated_networks(unet):
     for network, precision in ((unet, "fp8"), (classifier, "bf16")):
         with pytest.raises(InputError, match="use float32, or bf16 for a denoiser"):
             accelerated(network, precision)
-    with pytest.raises(InputError, match="Curved knows float32 alone"):
+    with pytest.raises(InputError, match="Curved supports float32 only"):
         accelerated(Curved(), "bf16")
 
 

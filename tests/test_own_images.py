@@ -290,7 +290,7 @@ def mask_of_another(folder):
         (None, {"output": "images/notes.txt"}, "notes.txt: is a file"),
         (None, {"defense": "papr"}, "defense papr: no such defense; use one of uniform, paper"),
         (None, {"defenses": ["none"]}, "none of none purifies"),
-        (None, {"outputs": 1, "classify": True}, r"puts out \(1, 1\) .* where logits \(1, \d+\) are needed"),
+        (None, {"outputs": 1, "classify": True}, r"returns \(1, 1\) .* but logits \(1, \d+\) are needed"),
     ],
 )
 def test_refused_before_anything_is_written(run, classifier, images, tmp_path, monkeypatch, change, options, said):

@@ -1,4 +1,4 @@
-"""Networks: the denoiser and the classifier, and the files that hold them."""
+"""Networks: denoisers and classifiers, and their checkpoint files."""
 
 from lit_purify.models.accelerated import Precision, Replayed, Replays, accelerated, arithmetic, replayed, rounded
 from lit_purify.models.classifier import Classifier, TimmClassifier

@@ -1,4 +1,4 @@
-"""Networks on a GPU: calls recorded as CUDA graphs, and weights of 16 bits."""
+"""Networks on a GPU: calls replayed as CUDA graphs, and 16-bit weights."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _MOST_KINDS, _MOST_ALIVE = 8, 8
 
 
 def accelerated(network: Network, precision: Precision = "float32") -> Network:
-    """A frozen copy of a network whose calls on a GPU are replayed as CUDA graphs.
+    """Returns a frozen copy of a network whose calls on a GPU are replayed as CUDA graphs.
 
-    For scripts that call purifiers themselves: evaluations and audits replay the calls of any network (``Replays``). A
-    call and its gradient in the image are recorded once for every shape (in about a second), and cost one launch each
-    from then on. On other devices the calls are the ordinary ones.
+    Use it in scripts that call purifiers directly; evaluations and audits replay all networks anyway (``Replays``). A
+    call and its gradient in the image are recorded once for every shape (about a second) and then cost one launch each.
+    On other devices the calls are ordinary.
 
     Args:
         network: A denoiser or a classifier.
-        precision: ``bf16``, of a denoiser: see ``rounded``. ``float32`` leaves the weights as they are.
+        precision: ``bf16`` (denoisers only, see ``rounded``) or ``float32``, which keeps the weights unchanged.
 
     Raises:
-        InputError: ``precision`` has no such value, or the network does not compute in it.
+        InputError: ``precision`` is invalid or not supported by the network.
     """
     if precision not in ("float32", "bf16") or (precision == "bf16" and not isinstance(network, Denoiser)):
         raise InputError(f"precision = {precision!r}: use float32, or bf16 for a denoiser")
@@ -51,15 +51,15 @@ def accelerated(network: Network, precision: Precision = "float32") -> Network:
 def rounded(module: nn.Module) -> None:
     """Makes the denoisers inside a module compute in bf16.
 
-    Weights are rounded once; products and activations have 16 bits, statistics of normalizations, images and predicted
-    noise 32.
+    Weights are rounded once. Products and activations have 16 bits; normalization statistics, images and predicted
+    noise have 32.
 
     Raises:
         InputError: A denoiser is not a network of this library.
     """
     for denoiser in [m for m in module.modules() if isinstance(m, Denoiser)]:
         if not denoiser.recordable and not any(isinstance(m, Denoiser) for m in list(denoiser.modules())[1:]):
-            raise InputError(f"precision = 'bf16': {type(denoiser).__name__} knows float32 alone")
+            raise InputError(f"precision = 'bf16': {type(denoiser).__name__} supports float32 only, use that")
         if denoiser.recordable and not denoiser.origin.endswith(", bf16"):
             for layer in denoiser.modules():
                 if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -68,7 +68,7 @@ def rounded(module: nn.Module) -> None:
 
 
 def arithmetic(device: torch.device, precision: Precision, replay: bool) -> str:
-    """The precision in which an evaluation computes, and on a GPU how networks are called; for reports."""
+    """Describes the precision of an evaluation and, on a GPU, how networks are called, for reports."""
     said = "float32" if precision == "float32" else f"{precision} denoisers, float32 classifiers"
     if device.type == "cuda":
         wide = "TF32" if torch.backends.cudnn.allow_tf32 else "float32"
@@ -78,11 +78,10 @@ def arithmetic(device: torch.device, precision: Precision, replay: bool) -> str:
 
 
 class Replays:
-    """While it is entered, calls of networks on a GPU are replayed (``Replayed``); then they are as they were.
+    """Replays calls of networks on a GPU (``Replayed``) inside a ``with`` block and restores them afterwards.
 
     Args:
-        modules: The networks inside them whose class says that they are ``recordable``. Their weights must not change
-            between two times that it is entered.
+        modules: Their ``recordable`` networks are replayed. Weights must not change between two ``with`` blocks.
     """
 
     def __init__(self, *modules: nn.Module) -> None:
@@ -98,17 +97,17 @@ class Replays:
             vars(network).pop("forward", None)
 
     def forget(self) -> bool:
-        """Frees what was recorded; returns whether anything was."""
+        """Frees all recorded graphs and returns whether there were any."""
         for call in self._calls.values():
             call.graphs.clear()
         return any(call.used for call in self._calls.values())
 
 
 def replayed(function: Callable[..., Tensor], network: nn.Module, *arguments: Any) -> Tensor:  # noqa: ANN401
-    """``function(network, *arguments)``: replayed, too, where the calls of the network are.
+    """Calls ``function(network, *arguments)``, replayed if the network's calls are.
 
     Args:
-        function: From tensors to one tensor; it uses nothing else that may change, and does not wait for the device.
+        function: Maps tensors to one tensor; it must not depend on other changing state nor synchronize the device.
         network: A network that it calls.
         arguments: Tensors.
     """
@@ -117,18 +116,18 @@ def replayed(function: Callable[..., Tensor], network: nn.Module, *arguments: An
 
 
 class Replayed:
-    """A network whose calls on a GPU are recorded as CUDA graphs, with their gradients; elsewhere they are ordinary.
+    """A network whose calls and gradients on a GPU are replayed as CUDA graphs; elsewhere calls are ordinary.
 
-    There is a graph, or more, for each of the latest eight sets of shapes, types and modes. A gradient needs the
-    activations of its call: while it is outstanding, the next call gets a graph of its own, up to eight of them and as
-    long as memory is free; after that the oldest activations make room, and are recomputed for their gradient. Results
-    are copies, so that later calls do not change them. A network that cannot be recorded is called as ever.
+    Graphs are kept for the latest eight combinations of shapes, types and modes. A gradient needs the activations of
+    its call. While it is pending, the next call gets another graph, up to eight and as long as memory is free; after
+    that the oldest activations are overwritten and recomputed for their gradient. Results are copies, so later calls do
+    not change them. A network that cannot be recorded is called as usual.
 
     Args:
-        network: From tensors and tuples of tensors to one tensor; its calls must not wait for the device. It is not
-            kept alive.
-        learns: Record the gradients of those weights, too, that require one at the first call. Weights that do not
-            learn are recorded channels last.
+        network: Maps tensors and tuples of tensors to one tensor without synchronizing the device. It is referenced
+            weakly.
+        learns: Also record the gradients of weights that require one at the first call. Other weights are recorded
+            channels last.
     """
 
     def __init__(self, network: nn.Module, learns: bool = False) -> None:
@@ -141,24 +140,24 @@ class Replayed:
 
     @property
     def used(self) -> bool:
-        """Whether anything was recorded, or tried to be."""
+        """Whether recording was attempted."""
         return self._learned is not None
 
     def __call__(self, *arguments: Any, **named: Any) -> Tensor:  # noqa: ANN401
-        """The network's output; with named arguments it is called as ever."""
+        """Returns the network's output; calls with named arguments are not replayed."""
         network = self._network()
         assert network is not None
         function: Callable[..., Tensor] = type(network).forward
         return function(network, *arguments, **named) if named else self.replay(function, *arguments)
 
     def replay(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:  # noqa: ANN401
-        """``function(network, *arguments)``."""
+        """Returns ``function(network, *arguments)``."""
         network = self._network()
         assert network is not None
         tensors: list[Tensor] = []
         for argument in arguments:
             tensors += argument if isinstance(argument, tuple) else [argument]
-        # Levels of pixels, (B, 1, H, W), are sorted first, for which the host waits.
+        # Pixel levels, (B, 1, H, W), must be sorted first, which synchronizes the device.
         sorts = len(arguments) > 1 and isinstance(arguments[1], Tensor) and arguments[1].ndim == 4
         if sorts or self._refused or not recordable(tensors[0]):
             return function(network, *arguments)
@@ -189,7 +188,7 @@ class Replayed:
             def flat(*inputs: Tensor) -> Tensor:
                 left = iter(inputs)
                 return function(
-                    # Not kept alive.
+                    # A weak reference, so that the graph does not keep the network alive.
                     self._network(),
                     *(type(a)(*(next(left) for _ in a)) if isinstance(a, tuple) else next(left) for a in arguments),
                 )
@@ -208,7 +207,7 @@ class Replayed:
                 ):
                     graph = _Graph(flat, tensors, needs, learned)
             except RuntimeError as error:
-                # Out of memory, smaller calls are to find free what these hold.
+                # When memory runs out, freeing these graphs leaves room for smaller calls.
                 self.graphs.clear()
                 if out_of_memory(error):
                     raise
@@ -224,13 +223,13 @@ class Replayed:
         return out
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replayed:
-        """The copy of a network records its own calls."""
+        """Copies the network; the copy records its own calls."""
         return Replayed(copy.deepcopy(self._network(), memo), self._learns)  # type: ignore[arg-type]
 
 
 @contextmanager
 def _swapped(weights: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Meanwhile weights have other data."""
+    """Replaces the data of weights temporarily."""
     own = [weight.data for weight, _ in weights]
     for weight, other in weights:
         weight.data = other
@@ -247,7 +246,7 @@ def recordable(tensor: Tensor) -> bool:
 
 
 class _Graph:
-    """A recorded call, ``ahead``, and if anything needs a gradient, ``back``."""
+    """A recorded call (``ahead``) and, if a gradient is needed, its backward pass (``back``)."""
 
     def __init__(
         self,
@@ -265,10 +264,10 @@ class _Graph:
         before = torch.cuda.mem_get_info()[0]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
-        # A checkpoint that this call is part of is not to take these activations for its own.
+        # A surrounding checkpoint must not save these activations.
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             with torch.cuda.stream(stream):
-                # Kernels are built and workspaces taken before anything is recorded.
+                # Build kernels and allocate workspaces before recording.
                 for _ in range(2):
                     out = function(*self.inputs)
                     if self.wanted:
@@ -276,7 +275,7 @@ class _Graph:
                 del out
             torch.cuda.current_stream().wait_stream(stream)
             self.ahead, self.back, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-            # Other threads, such as one that pins the memory of batches, may go on meanwhile.
+            # Other threads, such as one that pins batches, may continue.
             with torch.cuda.graph(self.ahead, pool=pool, capture_error_mode="thread_local"):
                 out = function(*self.inputs)
             if self.wanted:
@@ -287,15 +286,15 @@ class _Graph:
 
     @property
     def awaited(self) -> bool:
-        """Whether the gradient of the latest call may still be asked for."""
+        """Whether the gradient of the latest call may still be requested."""
         return bool(self.wanted) and self.call is not None and self.call() is not None
 
     def fits_again(self) -> bool:
-        """Whether there is memory for another such graph, and half as much again for the rest."""
+        """Whether there is memory for another graph of this size, plus half as much."""
         return torch.cuda.mem_get_info(self.out.device)[0] > 1.5 * self.bytes
 
     def replay(self, tensors: tuple[Tensor, ...], call: _Call) -> None:
-        """Calls the function."""
+        """Runs the function."""
         with torch.no_grad():
             for mine, given in zip(self.inputs, tensors, strict=True):
                 mine.copy_(given)
@@ -308,7 +307,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 class _Call:
-    """One call; it lives as long as its gradient may be asked for."""
+    """A call; it lives as long as its gradient may be requested."""
 
 
 class _Replay(torch.autograd.Function):
@@ -325,7 +324,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         graph: _Graph = ctx.graph
         if graph.call is None or graph.call() is not ctx.call:
-            # Another call has taken the place of this one's activations.
+            # Another call has overwritten the activations of this one.
             graph.replay(ctx.saved_tensors, ctx.call)
         graph.slope.copy_(slope)
         graph.back.replay()

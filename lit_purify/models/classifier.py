@@ -1,4 +1,4 @@
-"""A classifier from [0, 1] images to logits, with its normalization inside and its activations at hand."""
+"""Classifiers from [0, 1] images to logits, with normalization and attention features."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ _COARSE = "has fewer than 4x4 cells"
 
 
 class Classifier(Recorded, nn.Module):
-    """Wraps any network, in evaluation mode: images in [0, 1] go in, logits come out.
+    """Wraps any network in evaluation mode, from images in [0, 1] to logits.
 
     Args:
-        network: From normalized images (B, C, size, size) to logits (B, num_classes).
-        size: Height and width of the images it takes; number of features of rows.
+        network: Maps normalized images (B, C, size, size) to logits (B, num_classes).
+        size: Height and width of the images, or number of features of rows.
         num_classes: Number of classes.
-        channels: Channels of the images; 0 for rows (B, size) of tables.
-        mean: Subtracted from each channel of a [0, 1] image, or each feature of a row (one value, or one for each).
-        std: What each channel is divided by.
-        blocks: Names of the modules of ``network`` whose outputs (B, C_m, h_m, w_m) make the attention mask; may be
-            empty when the network has timm's ``forward_intermediates``: then its stages are taken, those with cells of
-            more than 4 pixels only where they have at least 4x4.
-        checkpoint: File with the network's state_dict; ``None`` leaves the network as it is.
-        which: Which weights of a checkpoint with a network and its average: ``average`` or ``last``.
-        layout: Order of axes in the output of blocks whose shape does not show it (C_m = h_m = w_m): (B, C, h, w) is
-            ``channels_first``.
+        channels: Channels of the images; 0 for table rows (B, size).
+        mean: Subtracted from each channel of a [0, 1] image or each feature of a row (one value, or one for each).
+        std: Divisor of each channel or feature.
+        blocks: Names of modules of ``network`` whose outputs (B, C_m, h_m, w_m) give the attention mask. May be empty
+            if the network has timm's ``forward_intermediates``: its stages are used then, without those of fewer than
+            4x4 cells of more than 4 pixels.
+        checkpoint: File with the network's state_dict; ``None`` leaves the network unchanged.
+        which: Weights to read from a checkpoint with a network and its average: ``average`` or ``last``.
+        layout: Axis order of block outputs whose shape does not show it (C_m = h_m = w_m): ``channels_first`` is (B,
+            C, h, w).
 
     Attributes:
-        origin: The file that its weights come from.
-        recordable: Whether each call of given shapes makes the same operations: a GPU can then replay them. Nobody
-            knows that of somebody's module.
+        origin: The file of the weights.
+        recordable: Whether all calls of equal shapes run the same operations, so that a GPU can replay them; unknown
+            and hence false for other modules.
     """
 
     recordable: ClassVar[bool] = False
@@ -70,8 +70,8 @@ class Classifier(Recorded, nn.Module):
                 raise InputError(f"{name} has {len(values)} values: give one, or one for each of {each}")
         if not all(0.0 <= value <= 1.0 for value in mean) or not all(value > 0.0 for value in std):
             raise InputError(
-                f"mean = {list(mean)}, std = {list(std)}: pixels lie in [0, 1], so must mean, and std is above 0; "
-                "divide values meant for 0 .. 255 by 255"
+                f"mean = {list(mean)}, std = {list(std)}: mean must be in [0, 1] as the pixels are, and std above 0; "
+                "divide values for 0 .. 255 by 255"
             )
         modules = dict(network.named_modules())
         unknown = [block for block in blocks if block not in modules]
@@ -82,7 +82,7 @@ class Classifier(Recorded, nn.Module):
         self.blocks, self.layout = list(blocks), layout
         self.origin = "not loaded from a file" if checkpoint is None else Path(checkpoint).name.partition("#")[0]
         across = (1, -1, 1, 1) if channels else (1, -1)
-        # Not part of the state_dict: they are configuration, and foreign weights do not hold them.
+        # Not part of the state_dict: they are configuration, and other libraries' files lack them.
         self.register_buffer("mean", torch.tensor(list(mean)).reshape(across), persistent=False)
         self.register_buffer("std", torch.tensor(list(std)).reshape(across), persistent=False)
         self.settle(size=size, mean=list(mean), std=list(std))
@@ -91,29 +91,29 @@ class Classifier(Recorded, nn.Module):
         self.eval()
 
     def settle(self, **values: Any) -> None:  # noqa: ANN401
-        """States arguments that were left to the model or to the file, so that it can be built without the file."""
+        """Records arguments that came from the model or the file, so that the file is not needed to build it again."""
         self.arguments |= {name: value for name, value in values.items() if name in self.arguments}
 
     @property
     def title(self) -> str:
-        """What reports call it."""
+        """Name and origin for reports."""
         return f"{type(self.network).__name__}, {self.origin}"
 
     def normalize(self, image: Tensor) -> Tensor:
-        """[0, 1] images to what the network was trained on."""
+        """Normalizes [0, 1] images for the network."""
         return (image - self.mean) / self.std
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, C, H, W) in [0, 1]."""
+        """Returns logits (B, num_classes) of images (B, C, H, W) in [0, 1]."""
         found = self.network(self.normalize(image))
-        # An object with logits is what networks of the package transformers put out.
+        # Networks of the package transformers return an object with logits.
         return getattr(found, "logits", found)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Activations (B, C_m, h_m, w_m) of the blocks on images (B, C, H, W) in [0, 1].
+        """Returns activations (B, C_m, h_m, w_m) of the blocks for images (B, C, H, W) in [0, 1].
 
         Raises:
-            InputError: There are no blocks, or one of them is not called or puts out another shape.
+            InputError: There are no blocks, or a block is not called or returns another shape.
         """
         if image.ndim != 4:
             raise InputError("mask: rows have no attention maps: use GradientTimesInput or FirstLayer")
@@ -122,7 +122,7 @@ class Classifier(Recorded, nn.Module):
             intermediates = getattr(self.network, "forward_intermediates", None)
             if intermediates is None:
                 raise InputError(
-                    "an attention mask needs blocks of the classifier: name some, as in Classifier(network, ..., "
+                    "an attention mask needs blocks of the classifier: name them, for example Classifier(network, ..., "
                     "blocks=['layer1', 'layer2'])"
                 )
             stages = list(intermediates(normalized, intermediates_only=True, output_fmt="NCHW"))
@@ -134,10 +134,10 @@ class Classifier(Recorded, nn.Module):
                 if not isinstance(output, Tensor) or output.ndim != 4:
                     shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                     raise InputError(
-                        f"blocks: {name} does not put out a tensor (B, C, h, w), which a mask needs, but {shape}; name "
-                        "other blocks, or, of transformers in timm, none"
+                        f"blocks: {name} returns {shape}, but a mask needs a tensor (B, C, h, w): name others, "
+                        "or none for transformers in timm"
                     )
-                # A later module may work in place.
+                # A later module may modify the output in place.
                 found[name] = output.clone()
 
             return hook
@@ -151,15 +151,16 @@ class Classifier(Recorded, nn.Module):
                 handle.remove()
         unused = [name for name in self.blocks if name not in found]
         if unused:
-            raise InputError(f"blocks: the network does not call its module {unused[0]!r}")
+            raise InputError(f"blocks: the network does not call its module {unused[0]!r}: name other blocks")
         layouts = {name: _layout(feature, self.layout, modules[name]) for name, feature in found.items()}
-        # A network mostly has one layout: blocks that show it speak for the others.
+        # Networks usually have one layout, so blocks that show it determine the others.
         shown = set(layouts.values()) - {None}
         for name, feature in found.items():
             layout = layouts[name] or (next(iter(shown)) if len(shown) == 1 else None)
             if layout is None:
                 raise InputError(
-                    f"blocks: {name} puts out {tuple(feature.shape)}: give layout, channels_first or channels_last"
+                    f"blocks: the axes of {name}, {tuple(feature.shape)}, are ambiguous: set layout to channels_first or "
+                    "channels_last"
                 )
             if layout == "channels_last":
                 found[name] = feature.movedim(-1, 1)
@@ -168,7 +169,7 @@ class Classifier(Recorded, nn.Module):
         return [found[name] for name in self.blocks]
 
     def check_classes(self, classes: Sequence[str]) -> None:
-        """Raises an ``InputError`` when a dataset has another number of classes: its labels would mean other things."""
+        """Raises an ``InputError`` if a dataset has another number of classes than the classifier."""
         if len(classes) != self.num_classes:
             some = ", ".join(classes[:3]) + (" ..." if len(classes) > 3 else "")
             raise InputError(
@@ -177,37 +178,37 @@ class Classifier(Recorded, nn.Module):
             )
 
     def check_image(self, image: Tensor) -> None:
-        """Raises an ``InputError`` when an image batch does not fit this network."""
+        """Raises an ``InputError`` if images do not fit this network."""
         check_shape("classifier", image, self.shape)
 
     def check_output(self, image: Tensor) -> None:
-        """One forward pass; raises an ``InputError`` unless it gives float logits (B, num_classes) with a gradient."""
+        """Raises an ``InputError`` unless a forward pass gives float logits (B, num_classes) with a gradient."""
         with torch.enable_grad():
             found = self(image.detach().requires_grad_())
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         if shape != (len(image), self.num_classes):
             raise InputError(
-                f"the classifier puts out {shape} for {len(image)} images, where logits ({len(image)}, "
+                f"the classifier returns {shape} for {len(image)} images, but logits ({len(image)}, "
                 f"{self.num_classes}) are needed: set num_classes, or wrap the network"
             )
         if not found.is_floating_point() or not found.requires_grad:
-            raise InputError("the classifier's logits have no gradient: no attack can use it; does it run in no_grad?")
+            raise InputError("the classifier's logits have no gradient, which attacks need: does it run in no_grad?")
 
 
 class TimmClassifier(Classifier):
     """Any classifier of timm, by name.
 
     Args:
-        name: Model name, e.g. ``mobilenetv2_100``; ``timm.list_models()`` has them all.
+        name: Model name, e.g. ``mobilenetv2_100``; ``timm.list_models()`` lists them.
         num_classes: Number of classes.
-        size: Height and width of the images; ``None`` takes the model's own. A vision transformer at another size needs
-            ``options: {img_size: ...}`` as well.
+        size: Height and width of the images; ``None`` uses the model's own. A vision transformer at another size also
+            needs ``options: {img_size: ...}``.
         channels: Channels of the images.
-        mean: Subtracted from each channel; ``None`` takes the model's own.
-        std: What each channel is divided by; ``None`` takes the model's own.
-        blocks: Modules whose outputs make the attention mask; empty takes ``forward_intermediates``.
+        mean: Subtracted from each channel; ``None`` uses the model's own.
+        std: Divisor of each channel; ``None`` uses the model's own.
+        blocks: Modules whose outputs give the attention mask; empty uses ``forward_intermediates``.
         checkpoint: File with a state_dict.
-        pretrained: Download timm's weights (needs a network); not together with ``checkpoint``.
+        pretrained: Download timm's weights; not together with ``checkpoint``.
         options: Further arguments of the model, e.g. ``{pad_type: same}``.
         which: See ``Classifier``.
         layout: See ``Classifier``.
@@ -234,7 +235,7 @@ class TimmClassifier(Classifier):
             near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
             raise InputError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
         if pretrained and checkpoint is not None:
-            raise InputError("pretrained and checkpoint are both given: choose one")
+            raise InputError("pretrained and checkpoint are both set: choose one")
         options = options or {}
         try:
             network: Any = timm.create_model(name, pretrained, num_classes=num_classes, in_chans=channels, **options)
@@ -250,12 +251,12 @@ class TimmClassifier(Classifier):
 
 
 def imagenet_synsets() -> list[str]:
-    """WordNet ids of the 1,000 ImageNet classes, in the order of their labels."""
+    """Returns the WordNet ids of the 1,000 ImageNet classes, in label order."""
     return list(ImageNetInfo("imagenet-1k").label_names())  # type: ignore[no-untyped-call]
 
 
 def _layout(feature: Tensor, given: Layout | None, block: nn.Module) -> Layout | None:
-    """Order of axes in a block's output (B, ...) as its shape shows it, else as given, else as its layers show it."""
+    """Axis order of a block's output (B, ...): from its shape, else as given, else from its layers."""
     first, second, third = feature.shape[1:]
     if first != second or second != third:
         return "channels_first" if second == third else "channels_last" if first == second else given
@@ -266,7 +267,7 @@ def _layout(feature: Tensor, given: Layout | None, block: nn.Module) -> Layout |
 
 
 def _fine(stages: list[Tensor], image: Tensor, title: str) -> list[Tensor]:
-    """The stages that say where in the image something is; where none does, the finest."""
+    """Returns the stages with enough cells to locate attention or, if there is none, the finest."""
     fine = [stage for stage in stages if not _is_coarse(stage, image)]
     if not fine:
         finest = max(min(stage.shape[-2:]) for stage in stages)
@@ -278,5 +279,5 @@ def _fine(stages: list[Tensor], image: Tensor, title: str) -> list[Tensor]:
 
 
 def _is_coarse(feature: Tensor, image: Tensor) -> bool:
-    """Whether a block has fewer than 4x4 cells, of more than 4 pixels."""
+    """Whether a block has fewer than 4x4 cells of more than 4 pixels."""
     return min(feature.shape[-2:]) < min(4, min(image.shape[-2:]) // 4)

@@ -1,4 +1,4 @@
-"""The contract of every denoiser."""
+"""The base class of denoisers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Denoiser(Recorded, nn.Module, ABC):
     """Predicts the noise in a noised image: ``eps = denoiser(x_t, t)``.
 
     Attributes:
-        channels: Channels of the images; 0 for rows of tables.
-        size: Height and width of the images; number of features of the rows.
-        schedule: The noise schedule it was trained with; ``t`` counts its noising steps.
-        origin: The file that its weights come from.
+        channels: Channels of the images; 0 for table rows.
+        size: Height and width of the images, or number of features of the rows.
+        schedule: The noise schedule of the training; ``t`` counts its noising steps.
+        origin: The file of its weights.
         onehot: Widths of the one-hot groups of rows, see ``functional.rows.fields``.
-        validation: Mean squared error of the predicted noise on validation images; ``None`` if no file states it.
-        gradient_checkpointing: Whether it keeps few activations for a backward pass and recomputes the others.
-        recordable: Whether each call of given shapes makes the same operations: a GPU can then replay them.
+        validation: Mean squared error of the predicted noise on validation images; ``None`` if unknown.
+        gradient_checkpointing: Whether it recomputes activations in the backward pass to save memory.
+        recordable: Whether all calls of equal shapes run the same operations, so that a GPU can replay them.
     """
 
     channels: int
@@ -39,21 +39,21 @@ class Denoiser(Recorded, nn.Module, ABC):
 
     @property
     def title(self) -> str:
-        """What reports call it."""
+        """Name, size and origin for reports."""
         count = sum(p.numel() for p in self.parameters())
         error = "" if self.validation is None else f", validation error {self.validation:.3f}"
         return f"{type(self).__name__}, {count / 1e6:.2f} M parameters, {self.origin}{error}"
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor | LevelMap) -> Tensor:
-        """Predicted noise, same shape as ``x``.
+        """Predicts the noise in ``x``, with the shape of ``x``.
 
         Args:
             x: (B, C, H, W), or rows (B, F), in diffusion space, [-1, 1] when clean.
-            t: Level of each image (B,), in noising steps 1 .. T, fractions allowed; or those of its pixels, of which
-                ``t.dense`` is (B, 1, H, W), or (B, F).
+            t: Level of each image (B,), in noising steps 1 .. T, fractions allowed; or a level map, whose ``t.dense``
+                is (B, 1, H, W) or (B, F).
         """
 
     def check_image(self, image: Tensor) -> None:
-        """Raises an ``InputError`` when an image batch does not fit this network."""
+        """Raises an ``InputError`` if images do not fit this network."""
         check_shape("denoiser", image, sample_shape(self.channels, self.size))

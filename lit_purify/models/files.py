@@ -1,4 +1,4 @@
-"""Our own checkpoints: a safetensors file that carries the class and the configuration of its network."""
+"""Checkpoints of this library: safetensors files with the class and configuration of the network."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Network = TypeVar("Network", Classifier, Denoiser)
 
 
 def header(network: Classifier | Denoiser, info: dict[str, Any]) -> str:
-    """JSON of the class and the arguments that build a network.
+    """Returns the class and arguments of a network as JSON.
 
     Raises:
-        InputError: ``network`` is built from other objects, as a bare ``Classifier`` around any module.
+        InputError: ``network`` is built from other objects, such as a ``Classifier`` around any module.
     """
     kind = type(network)
-    # The weights of files are in this one.
+    # The weights of these files are in this one.
     arguments = {k: v for k, v in network.arguments.items() if not isinstance(v, Path) and k != "pretrained"}
     content = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments, "info": info}
     try:
@@ -43,18 +43,18 @@ def header(network: Classifier | Denoiser, info: dict[str, Any]) -> str:
 def save_network(
     network: Classifier | Denoiser, path: Path, info: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Writes ``network`` with the arguments that build it, atomically.
+    """Writes a network with its class and arguments, atomically.
 
     Args:
         network: A denoiser or classifier that is built from plain values.
         path: A ``.safetensors`` file.
-        info: What else to remember (recipe, commit, figures), JSON values; ``max_level`` of a denoiser is the strongest
-            level that it was trained on, and stronger ones are refused.
-        dtype: How floats are stored; they are read as float32.
+        info: Further JSON values to store (recipe, commit, figures). ``max_level`` of a denoiser is the strongest level
+            of its training; stronger levels are refused.
+        dtype: Storage type of floats; they are loaded as float32.
 
     Raises:
-        InputError: ``network`` is built from other objects, as a bare ``Classifier`` around any module, or has weights
-            that are NaN or infinite.
+        InputError: ``network`` is built from other objects, such as a ``Classifier`` around any module, or its weights
+            are NaN or infinite.
     """
     metadata = {_KEY: header(network, info or {})}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def save_network(
             "diverge?"
         )
     try:
-        # Written by Python: a full disk is then an OSError as everywhere.
+        # Written by Python, so that a full disk raises an OSError.
         partial.write_bytes(save(state, metadata=metadata))
         partial.replace(path)
     except OSError:
@@ -80,7 +80,7 @@ def save_network(
 
 
 def saved_step(path: Path) -> int | None:
-    """The training step of a file of ``save_network``; ``None`` where there is no such file, or it does not say."""
+    """Returns the training step of a file of ``save_network``; ``None`` without such a file or without a step."""
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
@@ -92,19 +92,19 @@ def saved_step(path: Path) -> int | None:
 
 @recorded
 def load_denoiser(path: Path) -> Denoiser:
-    """A denoiser from a file that ``train.py`` wrote; see ``load_classifier``."""
+    """Loads a denoiser from a file of ``train.py``; see ``load_classifier``."""
     return _load(locate(path), Denoiser)  # type: ignore[type-abstract]
 
 
 @recorded
 def load_classifier(path: Path) -> Classifier:
-    """A classifier from a ``.safetensors`` file that ``train.py`` wrote.
+    """Loads a classifier from a ``.safetensors`` file of ``train.py``.
 
     Args:
         path: The file, ``https://...#sha256=...`` or ``hf://organization/name/file``.
 
     Raises:
-        InputError: The file is missing, damaged, not of ``save_network``, or holds something else.
+        InputError: The file is missing or damaged, not of ``save_network``, or not a classifier.
     """
     return _load(locate(path), Classifier)
 
@@ -127,14 +127,14 @@ def _load(path: Path, kind: type[Network]) -> Network:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"{path}: is of class {header['class_path']}, which is not installed") from error
+        raise InputError(f"{path}: its class {header['class_path']} is not installed: install its package") from error
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise InputError(f"{path}: holds a {name}, where a {wanted} is needed")
+        raise InputError(f"{path}: holds a {name}, but a {wanted} is needed: give another file")
     try:
         with torch.random.fork_rng(devices=[]):
             network = found(**header["init_args"])
     except TypeError as error:
-        raise InputError(f"{path}: was written by another version of {name} ({error})") from error
+        raise InputError(f"{path}: was written by another version of {name} ({error}): export it again") from error
     load_into(network.network if isinstance(network, Classifier) else network, state, str(path))
     if isinstance(network, Denoiser):
         info = header.get("info", {})

@@ -1,8 +1,8 @@
-"""Group normalization, level modulation and SiLU in one channels-last pass, and other sums that would each be one.
+"""Fused channels-last operations: group normalization with level modulation and SiLU, sums, and resampling.
 
-For GPUs on which Triton runs: on the current one, so that here that of the tensors is made so; in backward passes
-PyTorch does this. PyTorch's own group normalization copies channels-last input to contiguous memory and
-back, and each of bias, modulation, SiLU and cast is another pass over memory. Statistics and sums are float32.
+They run on GPUs with Triton. PyTorch's group normalization copies channels-last input to contiguous memory and back,
+and bias, modulation, SiLU and cast are further passes over memory. Statistics and sums are float32. Triton launches on
+the current device, which is therefore set to that of the tensors (in backward passes PyTorch does this).
 """
 
 # ruff: noqa: ANN401
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from lit_purify.models import kernels
 
 MOST_LEVELS = 2
-"""More distinct levels an image are left to PyTorch."""
+"""Images with more distinct levels use PyTorch's operations."""
 
 _TILE = 8192
 _SMALL_TILE = 2048
@@ -31,7 +31,7 @@ _WARPS = 8
 
 
 def _split(x: Tensor, second: Tensor | None, groups: int, tile: int) -> dict[str, int]:
-    """How an input is cut into programs."""
+    """Returns the partition of an input into programs."""
     rows, pixels = x.shape[0], x.shape[2] * x.shape[3]
     more = 0 if second is None else second.shape[1]
     channels = x.shape[1] + more
@@ -57,8 +57,8 @@ def _split(x: Tensor, second: Tensor | None, groups: int, tile: int) -> dict[str
 
 
 def _launch(kernel: Any, x: Tensor, *given: Tensor | None, **flags: Any) -> None:
-    """Calls a kernel in one stage where a program has a whole image, else in two."""
-    # What a flag switches off is never read.
+    """Launches a kernel: one stage if a program has a whole image, otherwise two."""
+    # Kernels do not read tensors whose flag is off.
     tensors = [x if tensor is None else tensor for tensor in given]
     for stage in (2,) if flags["S"] == 1 else (0, 1):
         kernel[(len(x), flags["S"])](x, *tensors, **flags, STAGE=stage)
@@ -192,7 +192,7 @@ def group_norm(
     spread: Tensor | None = None,
     second: Tensor | None = None,
 ) -> Tensor:
-    """act(GroupNorm(x + pre) * (1 + scale) + shift), channels last, of the type of ``x``.
+    """Computes act(GroupNorm(x + pre) * (1 + scale) + shift), channels last, in the type of ``x``.
 
     Args:
         x: (B, C, h, w), bfloat16, float16 or float32.
@@ -200,12 +200,11 @@ def group_norm(
         weight: (C,).
         bias: (C,).
         eps: Added to variances.
-        act: Whether SiLU follows.
-        pre: Bias (C,) of the convolution before.
-        levels: Scale and shift side by side for each of L levels, (B, L, 2 C), L at most ``MOST_LEVELS``. Without
-            ``spread`` L is 1.
-        spread: Where each level holds, (B, L, h, w).
-        second: The last channels of the input, where they are another tensor; ``C`` counts them.
+        act: Whether to apply SiLU.
+        pre: Bias (C,) of the preceding convolution.
+        levels: Scale and shift for each of L levels, (B, L, 2 C), L at most ``MOST_LEVELS``. Without ``spread`` L is 1.
+        spread: Weights of the levels, (B, L, h, w).
+        second: The last channels of the input as a separate tensor; ``C`` includes them.
     """
     with torch.cuda.device_of(x):
         out: Tensor = _Normalized.apply(x, weight, bias, pre, levels, spread, second, groups, eps, act)
@@ -213,21 +212,21 @@ def group_norm(
 
 
 def add(x: Tensor | None, h: Tensor, bias: Tensor, factor: float = 1.0) -> Tensor:
-    """(x + h + bias) * factor, channels last, of the type of ``h``; ``x`` may be left out, ``bias`` is (C,)."""
+    """Computes (x + h + bias) * factor, channels last, in the type of ``h``; ``x`` is optional, ``bias`` is (C,)."""
     with torch.cuda.device_of(h):
         out: Tensor = _Sum.apply(x, h, bias, factor)
     return out
 
 
 def halved(x: Tensor) -> Tensor:
-    """The mean of 2x2 pixels, channels last."""
+    """Averages 2x2 pixels, channels last."""
     with torch.cuda.device_of(x):
         out: Tensor = _Resampled.apply(x, 0.25, True)
     return out
 
 
 def doubled(x: Tensor) -> Tensor:
-    """Each pixel four times, channels last."""
+    """Repeats each pixel four times, channels last."""
     with torch.cuda.device_of(x):
         out: Tensor = _Resampled.apply(x, 1.0, False)
     return out

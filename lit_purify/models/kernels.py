@@ -2,7 +2,7 @@
 
 # ruff: noqa: ANN001, ANN201, ANN202, N803, N806
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, import-untyped"
-# No deferred annotations here: Triton looks at those of its kernels.
+# No deferred annotations: Triton reads the annotations of its kernels.
 
 import triton
 import triton.language as tl
@@ -16,13 +16,13 @@ def _grouped(values, BG: tl.constexpr, GP: tl.constexpr):
 
 @triton.jit
 def _spread(values, BG: tl.constexpr, GP: tl.constexpr):
-    """The value of its group for every channel: (BG,) to (BG * GP,)."""
+    """Copies the value of each group to its channels: (BG,) to (BG * GP,)."""
     return tl.reshape(tl.broadcast_to(values[:, None], (BG, GP)), (BG * GP,))
 
 
 @triton.jit
 def _load(x, second, pixel, channel, there, C: tl.constexpr, C2: tl.constexpr):
-    """A tile of an input whose last C2 channels are a tensor of their own."""
+    """Loads a tile of an input whose last C2 channels are a separate tensor."""
     own = there & (channel < C - C2)[None, :]
     value = tl.load(x + pixel[:, None] * (C - C2) + channel[None, :], mask=own, other=0.0).to(tl.float32)
     if C2 > 0:
@@ -44,7 +44,7 @@ def _store(x, second, pixel, channel, there, value, C: tl.constexpr, C2: tl.cons
 
 @triton.jit
 def _gathered(partial, S, groups, BG: tl.constexpr):
-    """Sums of two quantities over the S programs of an image."""
+    """Sums two quantities over the S programs of an image."""
     one = tl.zeros((BG,), tl.float32)
     other = tl.zeros((BG,), tl.float32)
     for at in range(0, S, 16):
@@ -62,7 +62,7 @@ def _modulation(
     MAPPED: tl.constexpr,
 ):
 # fmt: on
-    """1 + scale and shift at a tile; without a map (1, channels), and with it (pixels, channels)."""
+    """Returns 1 + scale and shift of a tile: (1, channels) without a map, (pixels, channels) with one."""
     scale = tl.full((1, channel.shape[0]), 1.0, tl.float32)
     shift = tl.zeros((1, channel.shape[0]), tl.float32)
     for k in tl.static_range(L):
@@ -85,7 +85,7 @@ def forward(
     STAGE: tl.constexpr,
 ):
 # fmt: on
-    """Stage 0 sums a chunk of pixels, stage 1 normalizes one, stage 2 does both; program (row, chunk)."""
+    """Normalizes an image; program (row, chunk). Stage 0 sums a chunk of pixels, 1 normalizes one, 2 does both."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     W: tl.constexpr = C // G
     lane = tl.arange(0, BG * GP)
@@ -95,7 +95,7 @@ def forward(
     second += row * P * C2
     first, last = part * chunk, tl.minimum(part * chunk + chunk, P)
     added = tl.load(pre + channel, mask=valid, other=0.0).to(tl.float32)[None, :] if PRE else 0.0
-    # Squares are summed around a value of the group, so that no digits are lost where the mean is large.
+    # Squares are summed relative to a value of the group, which avoids cancellation for large means.
     groups = tl.arange(0, BG)
     start = groups * W
     pivot = tl.load(x + start, mask=(groups < G) & (start < C - C2), other=0.0).to(tl.float32)
@@ -156,7 +156,7 @@ def _slopes(
     C2: tl.constexpr, SILU: tl.constexpr,
 ):
 # fmt: on
-    """At a tile: what is normalized, that after weight and bias, and the gradient after modulation."""
+    """Returns, for a tile, the normalized input, that after weight and bias, and the gradient after modulation."""
     hat = (_load(x, second, pixel, channel, there, C, C2) + added - center) * rstd
     normal = hat * gain + offset
     slope = tl.load(dy + pixel[:, None] * C + channel[None, :], mask=there, other=0.0).to(tl.float32)
@@ -176,7 +176,7 @@ def backward(
     PARAMETERS: tl.constexpr, STAGE: tl.constexpr,
 ):
 # fmt: on
-    """Stages as in ``forward``. With PARAMETERS also sums for bias, weight, shift and scale, and those of the map."""
+    """Runs stages as in ``forward``. With PARAMETERS also sums for bias, weight, shift, scale and the map."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     W: tl.constexpr = C // G
     BC: tl.constexpr = BG * GP
@@ -281,7 +281,7 @@ def backward(
 
 @triton.jit
 def add(x, h, bias, y, count, factor, C: tl.constexpr, ALONE: tl.constexpr, BLOCK: tl.constexpr):
-    """(x + h + bias) * factor, or without x."""
+    """Computes (x + h + bias) * factor, or without x."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = place < count
     value = tl.load(h + place, mask=there).to(tl.float32) + tl.load(bias + place % C, mask=there).to(tl.float32)
@@ -304,11 +304,11 @@ def columns(x, out, count, chunk, C: tl.constexpr, BC: tl.constexpr, BP: tl.cons
 
 @triton.jit
 def resample(large, small, count, factor, width, C: tl.constexpr, HALVE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums of 2x2 pixels times a factor, or each pixel times it four times; ``width`` is that of the small image."""
+    """Scaled sums of 2x2 pixels, or each scaled pixel four times; ``width`` is that of the small image."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = place < count
     pixel = place // C
-    # Rows of all images are counted on, so those of the large ones are twice as many.
+    # Rows are numbered across all images; the large images have twice as many.
     corner = (pixel // width * 4 * width + pixel % width * 2) * C + place % C
     if HALVE:
         value = tl.load(large + corner, mask=there).to(tl.float32)

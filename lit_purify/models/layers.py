@@ -1,4 +1,4 @@
-"""The parts of diffusion UNets, in the variants of the public networks."""
+"""Layers of diffusion UNets, in the variants of the public networks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Resampling = Literal["conv", "conv_end", "residual", "residual_conv", "fir"]
 
 @dataclass(frozen=True)
 class Style:
-    """What residual blocks and attention of one network have in common; see ``UNet`` for the meaning."""
+    """Settings shared by the residual blocks and attention layers of a network; see ``UNet`` for their meaning."""
 
     embedding: int
     dropout: float
@@ -44,27 +44,27 @@ class Style:
     head_width: int | None
 
     def norm(self, width: int) -> nn.GroupNorm:
-        """Group normalization of ``width`` channels."""
+        """Returns a group normalization of ``width`` channels."""
         if self.groups is None:
             return nn.GroupNorm(math.gcd(32, max(1, width // 4)), width, eps=self.norm_eps)
         return nn.GroupNorm(min(self.groups, width // self.group_width), width, eps=self.norm_eps)
 
     @property
     def factor(self) -> float:
-        """Of a branch and its shortcut; rescaled, the sum keeps the variance (Song et al., ICLR 2021)."""
+        """Factor of a branch plus shortcut; with ``rescale`` the sum keeps the variance (Song et al., ICLR 2021)."""
         return math.sqrt(0.5) if self.rescale else 1.0
 
     def joined(self, x: Tensor, h: Tensor) -> Tensor:
-        """A branch and its shortcut."""
+        """Adds a branch and its shortcut."""
         return (x + h) * self.factor if self.rescale else x + h
 
 
 class Conditioning:
-    """Embedded levels and where they hold, pooled to each resolution on demand.
+    """Embedded levels and their weights over the pixels, pooled to each resolution on demand.
 
-    The embedding enters a block by a linear layer, and pooling commutes with it: so the layer runs on the L distinct
-    levels of an image, and its outputs are spread by the pooled weights. With one level (constant map or scalar t)
-    nothing is spread, and the network is the ordinary one.
+    A linear layer inserts the embedding into a block, and pooling commutes with it. The layer therefore runs on the L
+    distinct levels of an image, and the pooled weights spread its outputs. With one level (constant map or scalar t)
+    nothing is spread, and the network is an ordinary UNet.
     """
 
     def __init__(self, embedding: Tensor, weights: Tensor | None) -> None:
@@ -72,9 +72,9 @@ class Conditioning:
         self._pooled = {} if weights is None else {weights.shape[-1]: weights.to(embedding.dtype)}
 
     def project(self, layer: nn.Linear, width: int) -> tuple[Tensor, Tensor | None]:
-        """``layer`` of the embeddings (B, L, N), and where each holds at a resolution, (B, L, h, width).
+        """Returns ``layer`` of the embeddings, (B, L, N), and the weights at a resolution, (B, L, h, width).
 
-        The latter is ``None`` for one level, and L is then 1.
+        For one level the weights are ``None`` and L is 1.
         """
         projected = layer(self.embedding)
         if not self._pooled:
@@ -86,10 +86,10 @@ class Conditioning:
 
 
 def spread(projected: Tensor, weights: Tensor | None) -> Tensor:
-    """What ``Conditioning.project`` returns, over the pixels: (B, N, 1, 1) for one level, (B, N, h, w) for a map."""
+    """Spreads the result of ``Conditioning.project``: (B, N, 1, 1) for one level, (B, N, h, w) for a map."""
     if weights is None:
         return rearrange(projected[:, 0], "b n -> b n 1 1")
-    # A matrix product whose rows are pixels leaves channels last, as the activations have them.
+    # A matrix product with pixels as rows gives channels last, the layout of the activations.
     flat = torch.bmm(rearrange(weights.to(projected.dtype), "b l h w -> b (h w) l"), projected)
     return rearrange(flat, "b (h w) n -> b n h w", w=weights.shape[-1])
 
@@ -99,7 +99,7 @@ _twice = False
 
 @contextlib.contextmanager
 def differentiable_twice() -> Iterator[None]:
-    """Within it networks are made of operations that can be differentiated twice: no kernels, no recorded graphs."""
+    """Makes networks use twice differentiable operations only: no fused kernels, no recorded graphs."""
     global _twice
     before, _twice = _twice, True
     try:
@@ -110,12 +110,12 @@ def differentiable_twice() -> Iterator[None]:
 
 
 def once() -> bool:
-    """Whether a gradient is not differentiated again: see ``differentiable_twice``."""
+    """Whether gradients need no second derivative, see ``differentiable_twice``."""
     return not _twice
 
 
 def kernels(x: Tensor) -> ModuleType | None:
-    """The channels-last kernels, where the tensor is on a GPU that can run them and no compiler does better."""
+    """Returns the channels-last kernels if a GPU can run them on this tensor and no compiler is active."""
     return (
         _kernels() if once() and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() else None
     )
@@ -131,7 +131,7 @@ def _kernels() -> ModuleType | None:
 
 
 def normalized(norm: nn.GroupNorm, x: Tensor, act: bool, **fused: Tensor | None) -> Tensor:
-    """Group normalization, and SiLU if ``act``; ``fused`` is for the kernels alone."""
+    """Applies group normalization, and SiLU if ``act``; ``fused`` are further arguments of the kernel."""
     found = kernels(x)
     if found is not None:
         out: Tensor = found.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, act, **fused)
@@ -140,12 +140,12 @@ def normalized(norm: nn.GroupNorm, x: Tensor, act: bool, **fused: Tensor | None)
 
 
 def unbiased(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution without its bias."""
+    """Applies a convolution without its bias."""
     return conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution; cuDNN leaves the bias to a pass of its own, which a kernel does faster."""
+    """Applies a convolution; a kernel adds the bias faster than cuDNN's separate pass."""
     found = kernels(x)
     if found is None:
         return layer(x)
@@ -154,7 +154,7 @@ def convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def pointwise(weight: Tensor, bias: Tensor | None, x: Tensor, second: Tensor | None = None) -> Tensor:
-    """A 1x1 convolution of channels-last input as a matrix product; ``second`` holds the last channels."""
+    """Applies a 1x1 convolution to channels-last input as a matrix product; ``second`` has the last channels."""
     flat, rows = weight.flatten(1), x.permute(0, 2, 3, 1)
     if second is None:
         return linear(rows, flat, bias).permute(0, 3, 1, 2)
@@ -165,10 +165,10 @@ def pointwise(weight: Tensor, bias: Tensor | None, x: Tensor, second: Tensor | N
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm, SiLU, convolution twice; the level acts between the two.
+    """GroupNorm, SiLU and convolution, twice; the level embedding enters between the two.
 
-    ``scale_shift`` styles scale and shift the second normalization (Dhariwal & Nichol 2021), others add to its input
-    (Ho et al. 2020). A ``resample`` block halves or doubles the resolution of both branches (BigGAN).
+    With ``scale_shift`` it scales and shifts the second normalization (Dhariwal & Nichol 2021), otherwise it is added
+    to its input (Ho et al. 2020). A ``resample`` block halves or doubles the resolution of both branches (BigGAN).
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Conv2d(width_in, width_out, 1) if has_skip else nn.Identity()
 
     def forward(self, x: Tensor, conditioning: Conditioning, skip: Tensor | None = None) -> Tensor:
-        """(B, width_in, h, w) to (B, width_out, h, w), or half or double h and w; ``skip`` holds the last channels."""
+        """Maps (B, width_in, h, w) to (B, width_out, h, w), h and w halved or doubled; ``skip``: the last channels."""
         fused = kernels(x)
         if fused is not None:
             return self._fused(fused, x, conditioning, skip)
@@ -208,7 +208,7 @@ class ResidualBlock(nn.Module):
         return (halved if self.resample == "halve" else doubled)(x, self.style.resampling == "fir")
 
     def _fused(self, fused: ModuleType, x: Tensor, conditioning: Conditioning, skip: Tensor | None) -> Tensor:
-        """The same with biases, modulation and sums inside of kernels, and no copy of the joined channels."""
+        """Computes ``forward`` with biases, modulation and sums inside kernels, without concatenating ``skip``."""
         h = normalized(self.norm1, x, act=True, second=skip)
         if self.resample is not None:
             h, x = (self._resampled(branch) for branch in (h, x))
@@ -234,7 +234,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, with a residual; channels of ``qkv`` are ordered (q k v), (head), (channel)."""
+    """Residual self-attention over the pixels; channels of ``qkv`` are ordered (q k v), (head), (channel)."""
 
     def __init__(self, width: int, style: Style) -> None:
         super().__init__()
@@ -245,14 +245,14 @@ class Attention(nn.Module):
         self.out = zeroed(nn.Conv2d(width, width, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) to the same."""
+        """Maps (B, width, h, w) to the same shape."""
         fused, normal = kernels(x), normalized(self.norm, x, act=False)
         if fused is None:
             split = "b (three n c) h w -> three b n (h w) c"
             q, k, v = rearrange(self.qkv(normal), split, three=3, n=self.heads)
             mixed = scaled_dot_product_attention(q, k, v)
             return self.style.joined(x, self.out(rearrange(mixed, "b n (h w) c -> b (n c) h w", h=x.shape[-2])))
-        # Taken apart in the order of memory: the gradients of the three are then put together in one pass.
+        # Splitting in memory order lets one pass assemble the three gradients.
         qkv = pointwise(self.qkv.weight, self.qkv.bias, normal).permute(0, 2, 3, 1)
         parts = rearrange(qkv, "b h w (three n c) -> b (h w) three n c", three=3, n=self.heads).unbind(dim=2)
         q, k, v = (part.transpose(1, 2) for part in parts)
@@ -263,42 +263,42 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """A convolution with stride 2; padded on both sides, or at the end alone, as TensorFlow's "same" does."""
+    """A convolution with stride 2, padded on both sides or, as TensorFlow's "same", only at the end."""
 
     def __init__(self, width: int, at_end: bool) -> None:
         super().__init__(width, width, 3, stride=2, padding=0 if at_end else 1)
         self.at_end = at_end
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, 2 h, 2 w) to (B, width, h, w)."""
+        """Maps (B, width, 2 h, 2 w) to (B, width, h, w)."""
         return super().forward(pad(x, (0, 1, 0, 1)) if self.at_end else x)
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbor doubling and a convolution."""
+    """Nearest-neighbor upsampling by 2 and a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) to (B, width, 2 h, 2 w)."""
+        """Maps (B, width, h, w) to (B, width, 2 h, 2 w)."""
         return convolved(self.conv, doubled(x, smooth=False))
 
 
 class SmoothedDownsample(nn.Conv2d):
-    """Smoothing and a convolution with stride 2: what NCSN++ brings its input down with."""
+    """Smoothing and a convolution with stride 2: the input pyramid of NCSN++."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width_in, 2 h, 2 w) to (B, width_out, h, w)."""
+        """Maps (B, width_in, 2 h, 2 w) to (B, width_out, h, w)."""
         return super().forward(conv2d(x, _binomial(x), padding=2, groups=x.shape[1]))
 
 
 def halved(x: Tensor, smooth: bool) -> Tensor:
-    """Half the resolution, by the mean of 2x2 pixels or through the binomial filter (1, 3, 3, 1)."""
+    """Halves the resolution by the mean of 2x2 pixels or by the binomial filter (1, 3, 3, 1)."""
     if smooth:
         return conv2d(x, _binomial(x), stride=2, padding=1, groups=x.shape[1])
     fused = kernels(x)
@@ -306,7 +306,7 @@ def halved(x: Tensor, smooth: bool) -> Tensor:
 
 
 def doubled(x: Tensor, smooth: bool) -> Tensor:
-    """Twice the resolution, by the nearest pixel or through the binomial filter (1, 3, 3, 1)."""
+    """Doubles the resolution by nearest neighbor or by the binomial filter (1, 3, 3, 1)."""
     if smooth:
         return conv_transpose2d(x, 4.0 * _binomial(x), stride=2, padding=1, groups=x.shape[1])
     fused = kernels(x)
@@ -314,7 +314,7 @@ def doubled(x: Tensor, smooth: bool) -> Tensor:
 
 
 def _binomial(x: Tensor) -> Tensor:
-    # (0.125, 0.375, 0.375, 0.125) without a copy from the host, for which a GPU would have to be waited for.
+    # (0.125, 0.375, 0.375, 0.125), computed on the device: a copy from the host would synchronize a GPU.
     line = (2.0 - (torch.arange(4, dtype=x.dtype, device=x.device) - 1.5).abs()) / 4.0
     return torch.outer(line, line).expand(x.shape[1], 1, 4, 4)
 
@@ -322,7 +322,7 @@ def _binomial(x: Tensor) -> Tensor:
 def sinusoidal(t: Tensor, width: int, dtype: torch.dtype, shift: int = 0) -> Tensor:
     """Transformer position embedding of the level: (...) to (..., width), cosines first.
 
-    Frequencies fall from 1 to 1e-4 over ``width / 2 - shift`` of them.
+    The frequencies decrease from 1 to 1e-4 over ``width / 2 - shift`` entries.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(10000.0) / (half - shift) * torch.arange(half, device=t.device).double())
@@ -331,7 +331,7 @@ def sinusoidal(t: Tensor, width: int, dtype: torch.dtype, shift: int = 0) -> Ten
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """A layer that starts as zero, so that its residual branch starts as the identity."""
+    """Initializes a layer with zeros, so that its residual block starts as the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)

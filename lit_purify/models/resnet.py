@@ -14,7 +14,7 @@ from lit_purify.models.weights import Which
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; the shortcut subsamples and pads channels with zeros (option A: no parameters)."""
+    """Two 3x3 convolutions; the shortcut subsamples and pads channels with zeros (option A, without parameters)."""
 
     def __init__(self, width_in: int, width_out: int, stride: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class BasicBlock(nn.Module):
         self.stride, self.extra = stride, width_out - width_in
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width_in, H, W) to (B, width_out, H / stride, W / stride)."""
+        """Maps (B, width_in, H, W) to (B, width_out, H / stride, W / stride)."""
         h = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
         if self.extra:
             before = self.extra // 2
@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Depth 6 n + 2, three stages of n blocks; module names conv1, bn1, layer1 .. layer3, linear."""
+    """Depth 6 n + 2, with three stages of n blocks; module names conv1, bn1, layer1 .. layer3, linear."""
 
     def __init__(self, depth: int, width: int, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(width_out, width_out, 1) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) of normalized images (B, C, H, H)."""
+        """Returns logits (B, num_classes) of normalized images (B, C, H, H)."""
         h = self.layer3(self.layer2(self.layer1(relu(self.bn1(self.conv1(x))))))
         return self.linear(avg_pool2d(h, h.shape[-1]).flatten(1))
 
 
 class ResNetClassifier(Classifier):
-    """A small-image ResNet; its state_dict layout is that of the widespread CIFAR-10 ResNet-20 .. 110 weights.
+    """A ResNet for small images; its state_dict layout is that of common CIFAR-10 ResNet-20 .. 110 weights.
 
     Args:
         depth: 6 n + 2.
@@ -69,9 +69,9 @@ class ResNetClassifier(Classifier):
         channels: Channels of the images.
         width: Channels of the first stage.
         mean: Subtracted from each channel of a [0, 1] image.
-        std: What each channel is divided by.
+        std: Divisor of each channel.
         checkpoint: File with a state_dict; ``None`` leaves the network as initialized.
-        which: Which weights of a checkpoint with a network and its average: ``average`` or ``last``.
+        which: Weights to read from a checkpoint with a network and its average: ``average`` or ``last``.
     """
 
     recordable = True

@@ -1,4 +1,4 @@
-"""Networks for rows of tables."""
+"""Networks for table rows."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class TableClassifier(Classifier):
     """A multilayer perceptron with ReLU.
 
     Args:
-        features: Of a row.
+        features: Number of features of a row.
         num_classes: Number of classes.
         hidden: Widths of the hidden layers.
-        dropout: Part of the hidden units that a training step leaves out.
-        mean: Subtracted from each feature of a [0, 1] row (one value, or one a feature).
-        std: What each feature is divided by.
+        dropout: Fraction of the hidden units that a training step drops.
+        mean: Subtracted from each feature of a [0, 1] row (one value, or one per feature).
+        std: Divisor of each feature.
         checkpoint: File with a state_dict; ``None`` leaves the network as initialized.
     """
 
@@ -49,7 +49,7 @@ class TableClassifier(Classifier):
 
 
 class _Block(nn.Module):
-    """A residual block of two layers, between which the embedded levels are added; it starts as the identity."""
+    """A residual block of two layers with the level embedding added between them; it starts as the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -59,27 +59,27 @@ class _Block(nn.Module):
         nn.init.zeros_(self.second.bias)
 
     def forward(self, h: Tensor, embedded: Tensor) -> Tensor:
-        """Both (B, width)."""
+        """Maps (B, width) to (B, width); ``embedded`` is (B, width)."""
         return h + self.second(silu(self.first(self.norm(h)) + self.level(embedded)))
 
 
 class TableDenoiser(Denoiser):
-    """A residual multilayer perceptron; each field of a row has a noise level, which enters every block.
+    """A residual multilayer perceptron with a noise level for each field of a row, which enters every block.
 
-    A one-hot group is one field, with the strongest level of its features. One level for all is the same as a map that
-    is constant. What the network puts out corrects the best estimate for independent Gaussian features, whose means m
-    and deviations s are learned, too: with a^2 = abar, x - a m = d and v = a^2 s^2 + 1 - abar, the noise is
-    sqrt(1 - abar) d / v - a s / sqrt(v) times the output. So the noise of a feature that hardly varies is soon right,
-    and errors do not grow at weak levels (as in Karras et al., NeurIPS 2022, table 1, for one s).
+    A one-hot group is one field, with the strongest level of its features. One level and a constant map are equivalent.
+    The network's output corrects the best estimate for independent Gaussian features with learned means m and standard
+    deviations s: with a^2 = abar, d = x - a m and v = a^2 s^2 + 1 - abar, the noise is sqrt(1 - abar) d / v - a s /
+    sqrt(v) times the output. The noise of nearly constant features is thus learned quickly, and errors do not grow at
+    weak levels (as in Karras et al., NeurIPS 2022, table 1, for one s).
 
     Args:
         features: F.
         onehot: Widths of the one-hot groups, which are the last features of a row.
-        width: Of all layers.
+        width: Width of all layers.
         blocks: Residual blocks of two layers.
-        sinusoids: Numbers that a field's level is embedded in.
+        sinusoids: Size of the sinusoidal embedding of each field's level.
         schedule: ``linear``, ``cosine`` or ``continuous``.
-        steps: T.
+        steps: T of the schedule.
         beta_start: First beta.
         beta_end: Last beta.
     """
@@ -102,7 +102,7 @@ class TableDenoiser(Denoiser):
         super().__init__()
         self.size, self.onehot, self.sinusoids = features, list(onehot), sinusoids
         self.schedule = Schedule.named(schedule, steps, beta_start, beta_end)
-        # Configuration, not weights.
+        # A buffer outside the state_dict: it is configuration, not weights.
         self.register_buffer("field", fields(features, onehot), persistent=False)
         self.fields = features - sum(onehot) + len(onehot)
         self.embed = nn.Sequential(
@@ -121,7 +121,7 @@ class TableDenoiser(Denoiser):
         self.eval()
 
     def forward(self, x: Tensor, t: Tensor | LevelMap) -> Tensor:
-        """Predicted noise; see ``Denoiser``. Also takes the level of each feature, (B, F)."""
+        """Predicts the noise, see ``Denoiser``; ``t`` may also be the level of each feature, (B, F)."""
         level = t.dense if isinstance(t, LevelMap) else t
         level = level.reshape(len(x), -1).expand(-1, x.shape[1])
         by_field = level.new_zeros(len(x), self.fields).scatter_reduce(

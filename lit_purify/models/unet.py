@@ -1,4 +1,4 @@
-"""A UNet that takes a noise level per pixel."""
+"""A UNet with a noise level per pixel."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from lit_purify.models.layers import (
 
 
 class Stage(nn.ModuleList):
-    """Layers that run one after the other.
+    """Consecutive layers at one resolution.
 
     Args:
         layers: The layers.
-        role: ``plain``; ``halve`` and ``double`` change the resolution; ``join`` takes a skip connection first.
+        role: ``plain``; ``halve`` or ``double`` the resolution; ``join`` a skip connection.
     """
 
     def __init__(self, layers: Sequence[nn.Module], role: Literal["plain", "halve", "double", "join"]) -> None:
@@ -43,7 +43,7 @@ class Stage(nn.ModuleList):
         self.role = role
 
     def forward(self, h: Tensor, conditioning: Conditioning, skip: Tensor | None = None) -> Tensor:
-        """Runs the layers; the first one joins ``skip``."""
+        """Runs the layers; the first one takes ``skip``."""
         for layer in self:
             h = layer(h, conditioning, skip) if isinstance(layer, ResidualBlock) else layer(h)
             skip = None
@@ -53,14 +53,14 @@ class Stage(nn.ModuleList):
 class UNet(Denoiser):
     """DDPM-style UNet (Ho et al. 2020; scale-shift normalization as in Dhariwal & Nichol 2021) with a level map.
 
-    The arguments after ``beta_end`` choose between the variants of the public networks, which the loaders of
-    ``lit_purify.models.readers`` set; their defaults are for networks trained here.
+    The arguments after ``beta_end`` select variants of the public networks, which ``lit_purify.models.readers`` load.
+    Their defaults are for networks trained here.
 
     Args:
         channels: Channels of the images.
         size: Height and width of the images; divisible by 2 ** (len(multipliers) - 1).
         width: Channels at full resolution.
-        multipliers: Channels at each resolution, as multiples of ``width``; each further one halves the resolution.
+        multipliers: Channels at each resolution, as multiples of ``width``; each further entry halves the resolution.
         blocks: Residual blocks at each resolution.
         attention: Resolutions (in pixels) with self-attention.
         head_width: Channels of an attention head; ``None``: one head.
@@ -69,12 +69,12 @@ class UNet(Denoiser):
         beta_start: First beta of the linear schedule.
         beta_end: Last beta of the linear schedule.
         schedule: ``linear``, ``cosine`` or ``continuous``; see ``Schedule.named``.
-        embedding: Channels of the level's embedding; ``None``: twice ``width``.
-        level_scale: The sinusoidal embedding is that of ``level_scale * (t - level_shift)``.
+        embedding: Channels of the level embedding; ``None``: twice ``width``.
+        level_scale: The sinusoidal embedding takes ``level_scale * (t - level_shift)``.
         level_shift: 1 for networks that count noising steps from 0.
-        frequency_shift: 1 where the slowest frequency of the embedding is 1e-4 exactly (DDPM).
-        scale_shift: Whether the level scales and shifts a normalization, or is added before it.
-        groups: Groups of the normalizations; ``None``: at most 32, such that they divide a quarter of the channels.
+        frequency_shift: 1 if the slowest frequency of the embedding is exactly 1e-4 (DDPM).
+        scale_shift: Scale and shift a normalization by the level, instead of adding the level to its input.
+        groups: Groups of the normalizations; ``None``: at most 32, a divisor of a quarter of the channels.
         group_width: Least channels of a group.
         norm_eps: Added to variances.
         rescale: Divide the sum of each branch and its shortcut by sqrt(2) (score_sde).
@@ -84,7 +84,7 @@ class UNet(Denoiser):
         heads: Number of attention heads; takes precedence over ``head_width``.
         middle_attention: Whether the middle has attention; ``None``: when any resolution has.
         up_attention: On the way up, attention after ``each`` block or after the ``last`` of a resolution (score_sde).
-        input_pyramid: Whether the input, brought down step by step, is added at each resolution (NCSN++).
+        input_pyramid: Add the downsampled input at each resolution (NCSN++).
         heads_up: Number of attention heads on the way up; ``None``: ``heads``.
         sinusoids: Channels of the sinusoidal embedding of the level; ``None``: ``width``.
     """
@@ -181,19 +181,19 @@ class UNet(Denoiser):
         self.eval()
 
     def forward(self, x: Tensor, t: Tensor | LevelMap) -> Tensor:
-        """Predicted noise; see ``Denoiser``. Also takes the level of each pixel, (B, 1, H, W)."""
+        """Predicts the noise, see ``Denoiser``; ``t`` may also be the level of each pixel, (B, 1, H, W)."""
         if isinstance(t, LevelMap):
             levels, weights = t
         elif t.ndim == 4:
             levels, weights = decompose(t)
         else:
-            # Twice, as in a map: kernels round differently for one row and for several.
+            # Two rows, as in a map: kernels round differently for one row and for several.
             levels, weights = t[:, None].expand(-1, 2), None
         position = self.level_scale * (levels.double() - self.level_shift)
         dtype, low = x.dtype, self.stem.weight.dtype
         embedded = self.embed(sinusoidal(position, self.sinusoids, low, self.frequency_shift))
         conditioning = Conditioning(embedded, weights)
-        # About a quarter faster on CPUs, more on GPUs; convolutions keep the layout from here on.
+        # About a quarter faster on CPUs, more on GPUs; convolutions keep this layout.
         x = x.to(low, memory_format=torch.channels_last)
         h, brought, pyramid = convolved(self.stem, x), x, iter(self.pyramid)
         skips = [h]
@@ -208,7 +208,7 @@ class UNet(Denoiser):
         return convolved(self.head, normalized(self.norm, h, act=True)).to(dtype)
 
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Names and modules of what lies between stem and norm, in the order in which an image passes them."""
+        """Yields names and modules between stem and norm, in the order of the forward pass."""
         for part in ("down", "middle", "up"):
             stages = [(part, self.middle)] if part == "middle" else self._stages(part)
             for name, stage in stages:

@@ -1,4 +1,4 @@
-"""Reading weights: the state_dict of one network out of whatever people keep it in."""
+"""Readers of weights: they extract the state_dict of one network from common checkpoint layouts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lit_purify.errors import InputError, notice
 from lit_purify.models.sources import locate
 
 Which = Literal["average", "last"]
-"""Which weights are read of a checkpoint that holds a network and the average of its weights."""
+"""Weights to read from a checkpoint that holds a network and the average of its weights."""
 
 _PLAIN = ("state_dict", "model_state_dict", "model", "net", "network", "params", "weights", "model_weights")
 _AVERAGE = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", *_PLAIN)
-# Lightning and RobustBench keep the average under the plain name, and the last weights under these.
+# Lightning and RobustBench store the average under the plain name and the last weights under these.
 _LAST = ("current_model_state", "unaveraged_model_state_dict", *_PLAIN)
 TWO = "holds a network and its average: the {} weights are read (which: average or last)"
 
 
 class _Inert:
-    """Put in the place of whatever a file names that is neither a tensor nor a plain container."""
+    """Replaces every object in a file that is neither a tensor nor a plain container."""
 
     def __init__(self, *args: object) -> None: ...
 
@@ -37,9 +37,9 @@ class _Inert:
 
 
 def check_file(path: Path) -> bytes:
-    """The first bytes of a file; raises an ``InputError`` when it cannot hold weights."""
+    """Returns the first bytes of a file; raises an ``InputError`` if it cannot hold weights."""
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; load_diffusers reads those of diffusers, for others name a file in it")
+        raise InputError(f"{path}: is a folder; load_diffusers reads folders of diffusers, otherwise name a file in it")
     if not path.is_file():
         raise InputError(
             f"{path}: no such file; check the path, train it (configs/train), or fetch it (docs/protocols.md lists "
@@ -49,7 +49,7 @@ def check_file(path: Path) -> bytes:
         head = stream.read(512)
     if not head:
         raise InputError(f"{path}: the file is empty; fetch it again")
-    # Not every file that begins with '<': the length that opens a safetensors file may read so.
+    # The header length of a safetensors file can also start with '<'.
     if re.match(rb"\s*<(!doctype|!--|html|head|\?xml)", head, re.IGNORECASE):
         raise InputError(f"{path}: this is an HTML page, not weights; download the file itself")
     if head.startswith(b"version https://git-lfs"):
@@ -58,27 +58,27 @@ def check_file(path: Path) -> bytes:
 
 
 def read_state_dict(path: str | Path, which: Which = "average") -> dict[str, Tensor]:
-    """The state_dict in a ``.safetensors`` file or a file of ``torch.save``, float32.
+    """Reads the state_dict in a ``.safetensors`` file or a file of ``torch.save``, as float32.
 
     Args:
         path: The file; ``https://...#sha256=...`` or ``hf://organization/name/file`` is fetched first (``locate``).
-        which: Of a network and the average of its weights, what is read.
+        which: Weights to read from a file with a network and the average of its weights.
 
     Raises:
-        InputError: The file is missing, or holds no weights.
+        InputError: The file is missing or holds no weights.
     """
     return state_dict_in(read_container(path), path, which)
 
 
 def read_container(path: str | Path) -> Any:  # noqa: ANN401
-    """Whatever a ``.safetensors`` file or a file of ``torch.save`` holds; nothing in it is executed.
+    """Reads the content of a ``.safetensors`` file or a file of ``torch.save``; nothing in it is executed.
 
     Raises:
-        InputError: The file is missing, or is not weights.
+        InputError: The file is missing or holds no weights.
     """
     path = locate(path)
     head = check_file(path)
-    # A file of safetensors may have any name: it begins with the length of its header, which is JSON.
+    # A safetensors file may have any name: it starts with the length of its JSON header.
     if path.suffix == ".safetensors" or head[4:9] == b"\0\0\0\0{":
         try:
             return load_file(path)
@@ -90,12 +90,12 @@ def read_container(path: str | Path) -> Any:  # noqa: ANN401
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: refused, not a file of plain tensors; save the state_dict alone") from error
-    except Exception as error:  # a damaged file makes the reader raise nearly anything
+    except Exception as error:  # a damaged file can raise nearly any exception
         raise InputError(f"{path}: cannot be read as weights; is the download complete?") from error
 
 
 def state_dict_in(found: Any, path: str | Path, which: Which = "average") -> dict[str, Tensor]:  # noqa: ANN401
-    """The state_dict in a container, float32, under the names that it has there.
+    """Finds the state_dict in a container, as float32, with unchanged names.
 
     Raises:
         InputError: There is none, or more than one.
@@ -136,11 +136,11 @@ def behind(
     Args:
         state: Names and tensors.
         names: Names of the network, without the prefix.
-        origin: What error messages call the file.
-        which: Of a network and the average of its weights, what is taken.
+        origin: Name of the file in error messages.
+        which: Weights to take from a file with a network and the average of its weights.
 
     Returns:
-        The prefix that most of ``names`` have in ``state``, and what lies behind it.
+        The prefix that most of ``names`` have in ``state``, and the tensors with this prefix.
 
     Raises:
         InputError: There are several such networks.
@@ -178,7 +178,7 @@ def load_into(
         InputError: A name or a shape of ``state`` does not match the network.
     """
     own = network.state_dict()
-    # Counters of batch normalization do not enter a forward pass in evaluation, and older files lack them.
+    # Counters of batch normalization are unused in evaluation, and older files lack them.
     needed = [name for name in own if not name.endswith("num_batches_tracked")]
     prefix, state = behind(state, needed, origin, which)
     missing = [name for name in needed if name not in state]
@@ -197,5 +197,5 @@ def load_into(
                 "do classes, channels, width and depth agree?"
             )
         if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
-            raise InputError(f"{origin}: {name} holds values that are not finite: the weights are damaged")
+            raise InputError(f"{origin}: {name} is NaN or infinite: the weights are damaged, fetch them again")
     network.load_state_dict(state, strict=False, assign=assign)

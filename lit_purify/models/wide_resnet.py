@@ -1,4 +1,4 @@
-"""Wide ResNets for small images (Zagoruyko & Komodakis, BMVC 2016, arXiv 1605.07146), in every public layout."""
+"""Wide ResNets for small images (Zagoruyko & Komodakis, BMVC 2016, arXiv 1605.07146), in all public layouts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Padding = Literal["symmetric", "same"]
 _ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
 _NORMALIZATION = ("mean", "mu", "std", "sigma")
 _ROBUSTBENCH = "block1.layer.0.bn1.weight"
-# A name that every file of a layout has, and what makes RobustBench's names of those of the layout, one after another.
+# A name that every file of a layout has, and the rules that turn the layout's names into RobustBench's, in order.
 _LAYOUTS = {
     _ROBUSTBENCH: [],
     "layer.0.block.0.batchnorm_0.weight": [
@@ -50,32 +50,32 @@ _LAYOUTS = {
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions after normalization and activation; where the width changes, the shortcut is a 1x1 one."""
+    """Two 3x3 convolutions after normalization and activation, with a 1x1 shortcut if the width changes."""
 
     def __init__(self, width_in: int, width_out: int, stride: int, activation: Activation, padding: Padding) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(width_in)
         self.conv1: nn.Module = nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False)
         if stride == 2 and padding == "same":
-            # A module of its own: weights trained with the other padding then have another name, and are refused.
+            # A separate module: weights trained with the other padding then have another name and are refused.
             conv = nn.Conv2d(width_in, width_out, 3, stride, bias=False)
             self.conv1 = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)
         self.bn2 = nn.BatchNorm2d(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1, bias=False)
         changes = width_in != width_out
         self.convShortcut = nn.Conv2d(width_in, width_out, 1, stride, bias=False) if changes else None
-        # Modules of their own, which a mask may look at.
+        # Separate modules, so that a mask can use them.
         self.relu1, self.relu2 = _ACTIVATIONS[activation](), _ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width_in, H, W) to (B, width_out, H / stride, W / stride)."""
+        """Maps (B, width_in, H, W) to (B, width_out, H / stride, W / stride)."""
         h = self.relu1(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(h)
         return shortcut + self.conv2(self.relu2(self.bn2(self.conv1(h))))
 
 
 class WideResNet(nn.Module):
-    """Depth 6 n + 4, three groups of n blocks of 16, 32 and 64 times ``width`` channels; RobustBench's module names."""
+    """Depth 6 n + 4, with three groups of n blocks of 16, 32 and 64 times ``width`` channels; RobustBench's names."""
 
     def __init__(
         self, depth: int, width: int, channels: int, num_classes: int, activation: Activation, padding: Padding
@@ -100,45 +100,44 @@ class WideResNet(nn.Module):
         self.relu = _ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) of normalized images (B, C, H, H)."""
+        """Returns logits (B, num_classes) of normalized images (B, C, H, H)."""
         h = self.block3(self.block2(self.block1(self.conv1(x))))
         return self.fc(self.relu(self.bn1(h)).mean(dim=(2, 3)))
 
 
 class WideResNetClassifier(Classifier):
-    """A wide ResNet; it reads the weights of RobustBench, of DeepMind and of the paper's authors as they are.
+    """A wide ResNet that reads the weights of RobustBench, of DeepMind and of the paper's authors unchanged.
 
-    The names in the file tell which it is (a ``.pt`` file may hold them in ``state_dict``, ``model_state_dict`` or
-    ``params``, behind prefixes such as ``module.0.``):
+    The names in the file identify the layout (a ``.pt`` file may hold them in ``state_dict``, ``model_state_dict`` or
+    ``params``, with prefixes such as ``module.0.``):
 
     - RobustBench (TRADES, ``Standard`` ...): ``block1.layer.0.conv1.weight``. ``Standard`` has no normalization and
-      ReLU. The unused ``sub_block1`` of some files is left out, as there.
+    uses
+      ReLU. The unused ``sub_block1`` of some files is ignored.
     - DeepMind (Gowal et al., arXiv 2010.03593; also DiffPure's WRN-70-16): ``layer.0.block.0.conv_0.weight``. Mostly
-      SiLU. The original normalizes inside: give mean [0.4914, 0.4822, 0.4465] and std [0.2471, 0.2435, 0.2616] for
-      CIFAR-10, [0.5071, 0.4865, 0.4409] and [0.2673, 0.2564, 0.2762] for CIFAR-100.
-    - The authors' PyTorch code: ``group0.block0.conv0``. ReLU; trained on CIFAR-10 images of mean
+      SiLU. The original normalizes inside the network: use mean [0.4914, 0.4822, 0.4465] and std [0.2471, 0.2435,
+      0.2616] for CIFAR-10, [0.5071, 0.4865, 0.4409] and [0.2673, 0.2564, 0.2762] for CIFAR-100.
+    - The authors' PyTorch code: ``group0.block0.conv0``. ReLU; trained on CIFAR-10 images with mean
       [0.4914, 0.4824, 0.4467] and std [0.2471, 0.2435, 0.2616].
 
     Args:
         depth: 6 n + 4.
-        width: How many times wider than a ResNet of 16, 32 and 64 channels.
+        width: Width as a multiple of a ResNet with 16, 32 and 64 channels.
         size: Height and width of the images.
         num_classes: Number of classes.
         channels: Channels of the images.
         activation: ``relu``, or ``silu`` (swish).
-        mean: Subtracted from each channel of a [0, 1] image; ``None`` takes what the file holds, else 0. It must be
-            given for a file that holds none and is not plainly of RobustBench's layout.
-        std: What each channel is divided by; as ``mean``, else 1.
-        padding: Zeros around what the strided convolutions take: on all sides, or at the right and below
-            (``same``, as TensorFlow; needs a size that 4 divides). ``None`` takes what the file was trained with,
-            without a file ``symmetric``.
-        blocks: Modules whose outputs make the attention mask.
+        mean: Subtracted from each channel of a [0, 1] image; ``None`` uses the file's value, else 0. Required for a
+            file without it whose layout is not plainly RobustBench's.
+        std: Divisor of each channel; as ``mean``, else 1.
+        padding: Zero padding of strided convolutions: ``symmetric``, or at the right and bottom only (``same``, as
+            TensorFlow; needs a size divisible by 4). ``None`` uses that of the file, without a file ``symmetric``.
+        blocks: Modules whose outputs give the attention mask.
         checkpoint: File with a state_dict; ``None`` leaves the network as initialized.
-        which: Which weights of a checkpoint with a network and its average: ``average`` or ``last``.
+        which: Weights to read from a checkpoint with a network and its average: ``average`` or ``last``.
 
     Raises:
-        InputError: Arguments that make no network, or a file that does not fit them in every name, shape and value
-            of the normalization.
+        InputError: The arguments are invalid, or the file does not match them in a name, shape or normalization value.
     """
 
     recordable = True
@@ -165,7 +164,7 @@ class WideResNetClassifier(Classifier):
             mean = _take_normalization(state, "mean", ("mean", "mu"), mean, str(checkpoint))
             std = _take_normalization(state, "std", ("std", "sigma"), std, str(checkpoint))
             trained: Padding = "same" if "block2.layer.0.conv1.1.weight" in state else "symmetric"
-            # A number before the name says that something comes before the network.
+            # A number before the name indicates a layer before the network.
             plain = any(re.fullmatch(rf"\D*{re.escape(_ROBUSTBENCH)}", name) for name in found)
             translated = trained == "same" or (_ROBUSTBENCH in state and not plain)
             if translated and (mean is None or std is None):
@@ -188,16 +187,16 @@ class WideResNetClassifier(Classifier):
 
 
 def robustbench_names(state: Mapping[str, Tensor], origin: str, which: Which = "average") -> dict[str, Tensor]:
-    """The tensors of any of the three layouts under the names of ``WideResNet``; other names stay as they are."""
+    """Renames the tensors of any of the three layouts to those of ``WideResNet``; other names are kept."""
     for known, rules in _LAYOUTS.items():
         prefix, inside = behind(state, [known], origin, which)
         if known in inside:
-            # Normalization may lie beside the network.
+            # Normalization can be stored beside the network.
             beside = {n: t for n, t in state.items() if n[: len(prefix)] != prefix and _leaf(n) in _NORMALIZATION}
             renamed = {_rename(name, rules): tensor for name, tensor in (inside | beside).items()}
             if len(renamed) < len(inside | beside):
-                raise InputError(f"{origin}: two names mean the same tensor; save the state_dict of one network alone")
-            # Built by TRADES' code and never called.
+                raise InputError(f"{origin}: two names are the same tensor: save the state_dict of one network alone")
+            # TRADES' code builds it and never calls it.
             return {name: tensor for name, tensor in renamed.items() if not name.startswith("sub_block1.")}
     return dict(state)
 
@@ -215,7 +214,7 @@ def _rename(name: str, rules: Sequence[tuple[str, str]]) -> str:
 def _take_normalization(
     state: dict[str, Tensor], argument: str, names: Sequence[str], given: Sequence[float] | None, origin: str
 ) -> Sequence[float] | None:
-    """Takes the buffers of these names out of ``state``: their values, which must be those given if any are."""
+    """Removes normalization buffers from ``state`` and returns their values, which must match given ones."""
     for name in [name for name in state if _leaf(name) in names]:
         held = state.pop(name).flatten().tolist()
         values = held if given is None else list(given) * (len(held) if len(given) == 1 else 1)

@@ -1,4 +1,4 @@
-"""Readers of public diffusion checkpoints: each gives a ``UNet`` that computes what the original computes."""
+"""Readers of public diffusion checkpoints: each builds a ``UNet`` that computes the same as the original network."""
 
 from lit_purify.models.readers.ddpm import load_ddpm
 from lit_purify.models.readers.diffusers import diffusers_unet, load_diffusers

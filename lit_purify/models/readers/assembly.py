@@ -1,8 +1,7 @@
-"""What the readers share: taking tensors out of a foreign state_dict, and putting a UNet together from them.
+"""Shared parts of the readers: they take tensors from another library's state_dict and build a UNet from them.
 
-The public networks pass an image through the same sequence of residual blocks, attention and changes of resolution.
-So a reader states the configuration, the names of those layers in order, and the names within each kind of layer; the
-UNet knows its own.
+The public networks all have the same sequence of residual blocks, attention and changes of resolution. A reader
+therefore defines the configuration, the names of the layers in order, and the names within each kind of layer.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from lit_purify.models.weights import behind, load_into, read_state_dict
 
 DDPM: dict[str, Any] = {"head_width": None, "frequency_shift": 1, "scale_shift": False, "groups": 32, "norm_eps": 1e-6}
 DDPM["middle_attention"] = True
-"""Arguments of ``UNet`` that the networks of DDPM and of score_sde share."""
+"""Arguments of ``UNet`` shared by the networks of DDPM and score_sde."""
 
 _RESAMPLING: dict[type, dict[str, str]] = {Downsample: {"conv": ""}, Upsample: {"conv": "conv"}}
 _MATRICES = ("q.weight", "k.weight", "v.weight", "qkv.weight", "out.weight")
 
 Source = Path | Mapping[str, Tensor]
-"""A file (``https://...#sha256=...`` or ``hf://organization/name/file`` is fetched), or the state_dict itself."""
+"""A file (URLs ``https://...#sha256=...`` and ``hf://organization/name/file`` are downloaded), or a state_dict."""
 
 Layer = dict[str, Tensor]
-"""Tensors of one layer, by the UNet's names within it."""
+"""Tensors of one layer, by the UNet's names within the layer."""
 
 _SIGNS = {
     "score_sde": "all_modules.0.weight",
@@ -44,12 +43,12 @@ _SIGNS = {
 
 
 class Tensors(dict[str, Tensor]):
-    """A state_dict whose entries are taken out one by one, so that what is left over is known.
+    """A state_dict whose entries are removed one by one, so that unused entries are found.
 
     Args:
         source: A file, or names and tensors.
-        dialect: Whose layout is expected: ``load_<dialect>`` reads it.
-        origin: What error messages call the file.
+        dialect: The expected layout, read by ``load_<dialect>``.
+        origin: Name of the file in error messages.
     """
 
     def __init__(self, source: Source, dialect: str, origin: str | None = None) -> None:
@@ -57,27 +56,27 @@ class Tensors(dict[str, Tensor]):
         self.origin = origin or ("state_dict" if isinstance(source, Mapping) else str(source))
         super().__init__(behind(state, [_SIGNS[dialect]], self.origin)[1])
         self._dialect, self._count = dialect, len(self)
-        self[_SIGNS[dialect]]  # raises where the file is of another dialect
+        self[_SIGNS[dialect]]  # raises if the file has another layout
 
     def __missing__(self, name: str) -> Tensor:
         for dialect, sign in _SIGNS.items():
             if dialect != self._dialect and any(f".{known}".endswith(f".{sign}") for known in self):
                 raise InputError(f"{self.origin}: not of load_{self._dialect}: read it with load_{dialect}")
         need = f"{name} is missing, which load_{self._dialect} needs"
-        raise InputError(f"{self.origin}: {need}: is it another network, or incomplete?")
+        raise InputError(f"{self.origin}: {need}: check that the network is right and the file complete")
 
     def take(self, name: str) -> Tensor:
-        """Takes one tensor out."""
+        """Removes and returns one tensor."""
         found = self[name]
         del self[name]
         return found
 
     def layer(self, prefix: str, names: Mapping[str, str]) -> Layer:
-        """Weights and biases of a layer.
+        """Removes and returns weights and biases of a layer.
 
         Args:
-            prefix: Its name in the file.
-            names: From names within it in the file to the UNet's (both may be empty); ``skip`` may be missing.
+            prefix: Name of the layer in the file.
+            names: Maps names within the layer from the file to the UNet (both may be empty); ``skip`` is optional.
         """
         return {
             _joined(own, leaf): self.take(_joined(prefix, foreign, leaf))
@@ -87,11 +86,11 @@ class Tensors(dict[str, Tensor]):
         }
 
     def count(self, pattern: str) -> int:
-        """How many names ``pattern.format(k)`` begin the name of a tensor, k = 0, 1, ... without a gap."""
+        """Returns for how many k = 0, 1, ... without a gap ``pattern.format(k)`` begins the name of a tensor."""
         return next(k for k in itertools.count() if not any(name.startswith(pattern.format(k)) for name in self))
 
     def finish(self) -> None:
-        """Raises an ``InputError`` when something was left."""
+        """Raises an ``InputError`` if tensors are left."""
         if self:
             some = ", ".join(itertools.islice(self, 2)) + (" ..." if len(self) > 2 else "")
             raise InputError(
@@ -107,14 +106,14 @@ def _joined(*parts: str) -> str:
 def sequence(
     tensors: Tensors, levels: Iterable[tuple[str, int]], block: str, attention: str, *changes: str
 ) -> list[str]:
-    """Names of the layers of one way, down or up, in order, of those that the file has.
+    """Returns the names of existing layers on the way down or up, in order.
 
     Args:
         tensors: The file.
-        levels: Name of each resolution's part, and how many blocks it has.
-        block: Name of its blocks.
+        levels: Name and number of blocks of each resolution.
+        block: Name of the blocks.
         attention: Name of the attention after each block.
-        changes: Names of what changes the resolution.
+        changes: Names of the layers that change the resolution.
     """
     parts = (
         f"{level}.{part}"
@@ -133,13 +132,13 @@ def assembled(
     ordered: bool = True,
     **config: Any,  # noqa: ANN401
 ) -> UNet:
-    """A UNet with weights; what the first layers and ``widths`` show of its arguments is taken from them.
+    """Builds a UNet with weights; the shapes of the first layers and ``widths`` determine some of its arguments.
 
     Args:
-        tensors: The file, of which nothing is left.
-        ends: Tensors of ``embed``, ``stem``, ``norm`` and ``head``, and others that keep their place, by full name.
+        tensors: The file; all tensors must be used.
+        ends: Tensors of ``embed``, ``stem``, ``norm`` and ``head`` and others that keep their place, by full name.
         layers: Names of all other layers, in the order of ``UNet.layers``.
-        names: From names within a layer in the file to the UNet's, for each kind of layer.
+        names: Maps names within a layer from the file to the UNet, for each kind of layer.
         widths: Channels at each resolution.
         ordered: See ``attention``.
         config: Further arguments of ``UNet``.
@@ -148,14 +147,14 @@ def assembled(
     multipliers, origin = [w / width for w in widths], tensors.origin
     found = len(ends["head.bias"])
     if found not in (channels, 2 * channels) or found != len(ends["head.weight"]):
-        raise InputError(f"{origin}: {found} channels come out for {channels} in: it does not predict noise")
+        raise InputError(f"{origin}: {found} output channels for {channels} input channels: it does not predict noise")
     if any(m % 1 for m in multipliers):
         raise InputError(f"{origin}: channels {list(widths)} are not multiples of {width}: this is not supported")
     config |= {"channels": channels, "width": width, "multipliers": [int(m) for m in multipliers]}
-    # Nothing is initialized in vain: the tensors of the file become the parameters.
+    # Skips initialization: the tensors of the file become the parameters.
     with torch.device("meta"):
         network = UNet(**config, embedding=embedding, sinusoids=sinusoids)
-    # The noise comes before the learned variance (Nichol & Dhariwal), which samplers here do not use.
+    # The noise precedes the learned variance (Nichol & Dhariwal), which samplers here do not use.
     state = ends | {f"head.{leaf}": ends[f"head.{leaf}"][:channels] for leaf in ("weight", "bias")}
     own = list(network.layers())
     if len(own) != len(layers):
@@ -172,15 +171,15 @@ def assembled(
 
 
 def attention(layer: Layer, module: Attention, ordered: bool) -> Layer:
-    """Weights of 1x1 convolutions, whatever the file keeps them as; queries, keys and values in one.
+    """Converts attention weights to 1x1 convolutions with queries, keys and values in one.
 
     Args:
         layer: ``norm``, ``out`` and ``q``, ``k``, ``v`` or ``qkv``.
-        module: What they are for.
+        module: The target layer.
         ordered: Whether ``qkv`` is ordered (q k v), (head), (channel), as here, and not (head), (q k v), (channel).
 
     Raises:
-        InputError: The shapes are of something else.
+        InputError: The shapes do not match.
     """
     width, (heads, head_width) = len(layer["norm.weight"]), (module.style.heads, module.style.head_width)
     for name, value in layer.items():
@@ -203,11 +202,11 @@ def attention(layer: Layer, module: Attention, ordered: bool) -> Layer:
 
 
 def cosines_first(weight: Tensor) -> Tensor:
-    """Input columns of the first embedding layer, for a network whose sinusoidal embedding has sines first."""
+    """Reorders input columns of the first embedding layer of networks whose sinusoidal embedding has sines first."""
     sines, cosines = weight.chunk(2, dim=1)
     return torch.cat((cosines, sines), dim=1)
 
 
 def renaming(text: str) -> dict[str, str]:
-    """Names within a layer, from the file's to the UNet's: ``norm1 temb_proj=level`` is {norm1: norm1, ...}."""
+    """Parses names within a layer, from the file's to the UNet's: ``norm1 temb_proj=level`` is {norm1: norm1, ...}."""
     return {word.partition("=")[0]: word.rpartition("=")[2] for word in text.split()}

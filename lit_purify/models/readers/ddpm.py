@@ -1,4 +1,4 @@
-"""Checkpoints of the PyTorch ports of DDPM (Ho et al. 2020), as in the code of DDIM and of Lee & Kim (SVHN)."""
+"""Checkpoints of PyTorch ports of DDPM (Ho et al. 2020), as in the code of DDIM and of Lee & Kim (SVHN)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _ENDS = renaming("temb.dense.0=embed.0 temb.dense.1=embed.2 conv_in=stem norm_ou
 
 @recorded
 def load_ddpm(path: Source, size: int = 32, steps: int = 1000, dropout: float = 0.0) -> UNet:
-    """A DDPM in the layout of its PyTorch ports; of a list (state_dict, optimizer, ...) the first entry.
+    """Loads a DDPM in the layout of its PyTorch ports; of a list (state_dict, optimizer, ...) the first entry.
 
     Args:
         path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``; or the state_dict.
-        size: Height and width of its images.
+        size: Height and width of the images.
         steps: T of the linear schedule, betas 1e-4 .. 2e-2.
-        dropout: For fine-tuning.
+        dropout: Dropout probability for fine-tuning.
 
     Raises:
-        InputError: The file is not one of these.
+        InputError: The file has another layout.
     """
     tensors = Tensors(path, "ddpm")
     count, blocks = tensors.count("down.{}."), tensors.count("down.0.block.{}.")

@@ -1,4 +1,4 @@
-"""Folders of diffusers ``UNet2DModel``."""
+"""Checkpoint folders of diffusers' ``UNet2DModel``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ENDS = renaming(
     "time_embedding.linear_1=embed.0 time_embedding.linear_2=embed.2 conv_in=stem conv_norm_out=norm conv_out=head"
 )
 _BLOCKS = [f"{kind}Block2D" for kind in ("Down", "AttnDown", "ResnetDownsample", "Up", "AttnUp", "ResnetUpsample")]
-# Other values mean something that is not implemented; the first one counts where the file has none.
+# Other values are not implemented; the first is the default.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
@@ -37,7 +37,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 _SCHEDULERS = ("DDPM", "DDIM", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep")
 _ONLY_SCHEDULER: dict[str, tuple[Any, ...]] = {
-    # Those that noise as DDPM does; others, of score_sde and Karras et al., mean other noise by their numbers.
+    # Schedulers that noise as DDPM does; others (score_sde, Karras et al.) number noise levels differently.
     "_class_name": tuple(f"{name}Scheduler" for name in _SCHEDULERS),
     "prediction_type": ("epsilon",),
     "beta_schedule": ("linear", "squaredcos_cap_v2"),
@@ -48,17 +48,17 @@ _ONLY_SCHEDULER: dict[str, tuple[Any, ...]] = {
 
 @recorded
 def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None, which: Which = "average") -> UNet:
-    """A ``UNet2DModel`` of diffusers, or the ``unet`` of an unconditional pipeline such as google/ddpm-cifar10-32.
+    """Loads a ``UNet2DModel``, or the ``unet`` of an unconditional pipeline such as google/ddpm-cifar10-32.
 
     Args:
-        path: The folder, or ``hf://organization/name``. A scheduler's configuration is looked for in it, in its
-            ``scheduler`` folder and in that beside it; without one, the schedule is linear, 1000 steps.
-        dropout: For fine-tuning.
-        size: Height and width of its images, where the folder does not say.
-        which: Which weights of a training's folder: ``average`` (``unet_ema``) or ``last`` (``unet``).
+        path: The folder, or ``hf://organization/name``. The scheduler's configuration is taken from the folder, its
+            ``scheduler`` folder or the one beside it; without one, the schedule is linear with 1000 steps.
+        dropout: Dropout probability for fine-tuning.
+        size: Height and width of the images, if the folder does not define it.
+        which: Weights to read from a training checkpoint: ``average`` (``unet_ema``) or ``last`` (``unet``).
 
     Raises:
-        InputError: The folder lacks a file, or the network is of a kind that is not supported.
+        InputError: The folder lacks a file, or the network is not supported.
     """
     folder = locate(path)
     parts = [folder / name for name in ("unet_ema", "unet") if (folder / name / "config.json").is_file()]
@@ -76,7 +76,7 @@ def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None, wh
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """Those of one file, or of the shards that an index names; also of a variant such as fp16."""
+    """Reads the weights of one file or of the shards in an index, also of a variant such as fp16."""
     name = "diffusion_pytorch_model"
     for kind in ("safetensors", "bin"):
         found = [file for file in sorted(folder.glob(f"{name}*.{kind}")) if "-of-" not in file.name]
@@ -95,7 +95,7 @@ def diffusers_unet(
     dropout: float = 0.0,
     origin: str = "state_dict",
 ) -> UNet:
-    """A UNet from state_dict, ``config.json`` and ``scheduler_config.json`` of diffusers.
+    """Builds a UNet from state_dict, ``config.json`` and ``scheduler_config.json`` of diffusers.
 
     Raises:
         InputError: A tensor is missing or left over, or a setting is not supported.
@@ -118,7 +118,7 @@ def diffusers_unet(
     middle, given = config.get("add_attention", True), config.get("attn_norm_num_groups")
     if given not in (None, groups) or (middle and scale_shift and given is None):
         raise InputError(
-            f"{origin}: attn_norm_num_groups = {given} normalizes the middle's attention otherwise than the rest: "
+            f"{origin}: attn_norm_num_groups = {given} normalizes the middle attention differently from the rest: "
             "this is not supported"
         )
     down, up = config["down_block_types"], config["up_block_types"]

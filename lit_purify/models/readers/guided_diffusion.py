@@ -34,36 +34,36 @@ def load_guided_diffusion(
     heads_upsample: int | None = None,
     new_attention_order: bool = False,
 ) -> UNet:
-    """An unconditional network of guided-diffusion, such as ``256x256_diffusion_uncond.pt``, or of improved-diffusion.
+    """Loads an unconditional network of guided-diffusion (``256x256_diffusion_uncond.pt``) or improved-diffusion.
 
-    The defaults are those of the former. ``cifar10_uncond_50M_500K.pt`` of the latter needs size 32, head_width None,
-    heads 4, the cosine schedule, steps 4000 and rescale_timesteps.
+    The defaults are those of guided-diffusion. ``cifar10_uncond_50M_500K.pt`` of improved-diffusion needs size 32,
+    head_width None, heads 4, the cosine schedule, steps 4000 and rescale_timesteps.
 
-    What names and shapes show need not be given; what they do not show of attention is stated on stderr. A learned
-    variance is left out: samplers here use fixed ones.
+    Names and shapes determine the rest; the assumed attention settings are printed on stderr. A learned variance is
+    ignored: samplers here use fixed ones.
 
     Args:
         path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``; or the state_dict.
-        size: Height and width of its images.
+        size: Height and width of the images.
         head_width: Channels of an attention head (``num_head_channels``).
         heads: Number of attention heads, instead of ``head_width`` (``num_heads``).
-        schedule: Noise schedule that it was trained with.
+        schedule: Noise schedule of the training.
         steps: T of the schedule.
         rescale_timesteps: Whether levels were rescaled to 0 .. 1000 for the embedding.
-        dropout: For fine-tuning.
+        dropout: Dropout probability for fine-tuning.
         heads_upsample: Number of attention heads on the way up, if it differs (``num_heads_upsample``).
         new_attention_order: Whether queries, keys and values were split before the heads
             (``use_new_attention_order``).
 
     Raises:
-        InputError: The file is not one of these, or the network is conditional.
+        InputError: The file has another layout, or the network is conditional.
     """
     tensors = Tensors(path, "guided_diffusion")
     origin = tensors.origin
     if "label_emb.weight" in tensors:
-        raise InputError(f"{origin}: is class-conditional, but a purifier knows no label: take an unconditional one")
+        raise InputError(f"{origin}: is class-conditional, but a purifier knows no label: use an unconditional network")
     depth, up = tensors.count("input_blocks.{}."), tensors.count("output_blocks.{}.")
-    # The last block of a resolution also changes it: the first that does tells how many there are.
+    # The last block of a resolution also changes it; the first such block shows how many there are.
     changes = [
         (k, name)
         for k in range(up)

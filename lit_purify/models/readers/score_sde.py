@@ -22,18 +22,18 @@ _NAMES = {
 
 @recorded
 def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropout: float = 0.0) -> UNet:
-    """A VP network of score_sde with BigGAN blocks, such as ``checkpoint_8.pth``: DDPM++, or NCSN++ by its pyramid.
+    """Loads a VP network of score_sde with BigGAN blocks, such as ``checkpoint_8.pth``: DDPM++, or NCSN++ (pyramid).
 
-    Of a training checkpoint the averaged weights count.
+    The averaged weights of a training checkpoint are read.
 
     Args:
         path: A file, ``https://...#sha256=...`` or ``hf://organization/name/file``; or the state_dict.
-        size: Height and width of its images.
+        size: Height and width of the images.
         continuous: Whether it was trained in continuous time; otherwise with 1000 linear steps.
-        dropout: For fine-tuning.
+        dropout: Dropout probability for fine-tuning.
 
     Raises:
-        InputError: The file is not one of these.
+        InputError: The file has another layout.
     """
     state, origin = path, "state_dict"
     if not isinstance(path, Mapping):
@@ -48,7 +48,7 @@ def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropou
     count = tensors.count("all_modules.{}.")
     names = [f"all_modules.{k}" for k in range(3, count - 2)]
     pyramid = [name for name in names if f"{name}.Conv2d_0.weight" in tensors or f"{name}.Conv2d_0.bias" in tensors]
-    # Channels in and out; what has none is attention.
+    # Input and output channels; layers without them are attention.
     residual = {name: _channels(tensors, name) for name in names if f"{name}.Conv_0.weight" in tensors}
     order = [name for name in names if name not in pyramid]
     changing = [name for name, (a, b) in residual.items() if a == b and f"{name}.Conv_2.weight" in tensors]
@@ -100,7 +100,7 @@ def _channels(tensors: Tensors, name: str) -> tuple[int, int]:
 
 
 def _averaged(ema: Any, state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:  # noqa: ANN401
-    """The averaged parameters, which are listed without names in the order of the network's parameters."""
+    """Returns the averaged parameters, which the file lists without names in the network's order."""
     names = [name for name in state if not name.endswith("sigmas")]
     values = ema.get("shadow_params", []) if isinstance(ema, Mapping) else []
     fits = len(values) == len(names) and all(
