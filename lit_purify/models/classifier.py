@@ -159,8 +159,8 @@ class Classifier(Recorded, nn.Module):
             layout = layouts[name] or (next(iter(shown)) if len(shown) == 1 else None)
             if layout is None:
                 raise InputError(
-                    f"blocks: the axes of {name}, {tuple(feature.shape)}, are ambiguous: set layout to channels_first or "
-                    "channels_last"
+                    f"blocks: the axes of {name}, {tuple(feature.shape)}, are ambiguous: set layout, "
+                    "channels_first or channels_last"
                 )
             if layout == "channels_last":
                 found[name] = feature.movedim(-1, 1)
