@@ -473,11 +473,11 @@ def test_splits_and_classes_of_like_names(tmp_path, folders, splits, classes):
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["bus", "train"], "is train a split or, as bus beside it, a class.*splits: true or splits: false"),
+        (["bus", "train"], "train may be a split or, like bus, a class: set splits: true or splits: false"),
         (["bus/2023", "train/2023"], "is train a split"),
-        (["valid", "invalid"], "is valid a split or, as invalid"),
+        (["valid", "invalid"], "valid may be a split or, like invalid"),
         (["train/a", "val/a", "Validation/a"], "Validation and val may both be the val split"),
-        (["train", "test"], "give splits: false if"),
+        (["train", "test"], "set splits: false if"),
     ],
 )
 def test_doubtful_layouts_are_refused(tmp_path, folders, message):
@@ -495,7 +495,7 @@ def test_all_kinds_of_images_count_and_what_is_left_out_is_said(tmp_path, capsys
     (tmp_path / "test/dog/notes.txt").touch()
     assert ImageFolder(tmp_path).split("test").labels.tolist() == [0] * 4 + [1]
     said = capsys.readouterr().err
-    assert "test: files that are no images are left out: 1 .txt, 1 .heic\n" in said
+    assert "test: ignored files that are not images: 1 .txt, 1 .heic\n" in said
     assert "test: class folders without images: emu\n" in said
 
 
@@ -508,8 +508,8 @@ def images_without_classes(root):
     ("folders", "make", "message"),
     [
         ([], lambda root: ImageFolder(root / "nowhere").split("test"), "nowhere: no such folder"),
-        ([], lambda root: ImageFolder(root).split("test"), "no images in it; it needs one subfolder a class"),
-        ([], images_without_classes, "its images lie in no class folders"),
+        ([], lambda root: ImageFolder(root).split("test"), "has no images: give it one subfolder per class"),
+        ([], images_without_classes, "its images are in no class folders"),
         ([], lambda root: ImageFolder(root, channels=4), "channels = 4"),
         ([], lambda root: ImageFolder(root, val_fraction=-0.1), "val_fraction = -0.1"),
         ([], lambda root: ImageFolder(root, val_fraction=0.5, test_fraction=0.6), "test_fraction = 0.6"),

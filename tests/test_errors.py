@@ -298,7 +298,7 @@ def test_unreadable_image(refused_evaluation, evaluate, evaluation, tmp_path, ru
     changes = {"data": images_from(root, batch_size=1, num_workers=workers)}
     # The first image is read before anything is written.
     said = refused_evaluation(changes, written=name == "class01/1.png")
-    assert said == f"{root / name}: cannot be read as an image; remove or replace it"
+    assert said == f"{root / name}: cannot be read as an image: remove or replace it"
     (root / name).write_bytes(image)
     assert len(evaluate()) == 8
 
@@ -433,7 +433,7 @@ def test_every_process_speaks_of_its_own_data(refused_evaluation, monkeypatch, t
     bad.write_bytes(b"")
     monkeypatch.setenv("RANK", "1")
     said = refused_evaluation({"data": images_from(root, batch_size=1)}, written=True)
-    assert said == f"{bad}: cannot be read as an image; remove or replace it [rank 1]"
+    assert said == f"{bad}: cannot be read as an image: remove or replace it [rank 1]"
 
 
 class Killed(Dataset):

@@ -337,7 +337,7 @@ def test_the_commands(images, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         evaluate(["predict", *command])
     assert exit_.value.code == 1
-    assert capsys.readouterr().out.endswith("z.png: cannot be read as an image; remove or replace it\n")
+    assert capsys.readouterr().out.endswith("z.png: cannot be read as an image: remove or replace it\n")
     assert (tmp_path / "out/config.yaml").exists()
     with pytest.raises(SystemExit):
         evaluate(["purify", "--config", "configs/eval/digits.yaml"])

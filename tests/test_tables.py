@@ -65,7 +65,7 @@ def test_rows_of_a_file(tmp_path):
         (("3,3,6", "3,x,6"), {}, "rows.csv: row 6, column received: 'x' is not a whole number"),
         (("3,3,6", "3,3.5,6"), {}, "rows.csv: row 6, column received: '3.5' is not a whole number"),
         ((",icmp", ",gre"), {}, "row 5, column proto: unknown category 'gre'"),
-        (("0,1,1,0.0", "0,1,1"), {}, "rows.csv: row 5 has 5 values, there are 6 columns"),
+        (("0,1,1,0.0", "0,1,1"), {}, "rows.csv: row 5 has 5 values for 6 columns"),
         (("", ""), {"label": "class"}, "label: there is no such column 'class'"),
         (("", ""), {"immutable": ["prot"]}, "immutable: there is no such column 'prot'"),
         (("", ""), {"relations": ["total == sent"]}, "relations: 'total == sent' is not of the form"),

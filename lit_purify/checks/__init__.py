@@ -1,1 +1,1 @@
-"""Gradcheck and audit: is the robust accuracy of an evaluation to be believed?"""
+"""Gradcheck and audit: checks whether a robust accuracy can be trusted."""

@@ -1,4 +1,4 @@
-"""Is the robust accuracy of an evaluation to be believed?"""
+"""Audit: checks whether the robust accuracy of an evaluation can be trusted."""
 
 from __future__ import annotations
 
@@ -33,63 +33,65 @@ from lit_purify.functional.statistics import mean_interval, paired_difference
 from lit_purify.models import Replays
 
 _SAME = 1e-5
-"""Largest relative difference of what is equal up to rounding."""
+"""Largest relative difference of values that are equal up to rounding."""
 _STEPS, _EOT, _STARTS = 20, 16, 2
-"""What a thorough attack has at least; else twice the configured."""
+"""Minimum settings of a thorough attack; otherwise twice the configured ones."""
 _SOFT = 5.0
-"""Deviation of logits up to which a softmax over them is not saturated."""
+"""Standard deviation of logits up to which their softmax is not saturated."""
 _MASKED = "the gradient is masked, or the attack weak"
 _SATURATES = "the configured loss saturates"
 
 
 def reference(audit: Audited) -> Iterator[Fact]:
-    """What is audited."""
+    """Reports robust and clean accuracy under the configured attack."""
     robust, clean = (float(x[:, AVERAGE].mean()) for x in (audit.reference, audit.outcomes(audit.image)))
     yield "reference", robust, None, "note", f"{robust:.1%} robust, {clean:.1%} clean"
 
 
 def same_model(audit: Audited) -> Iterator[Fact]:
-    """The attacked function has the outputs of the defense, and the gradient that it is said to have."""
+    """Checks that the attacked function has the outputs of the defense and the gradient that it claims."""
     purifier, view = audit.defended.purifier, audit.view
     figure = relative(audit.attacked, audit.defending)
-    said = f"relative difference of attacked and defended logits; levels {view.levels} and {purifier.levels}"
+    reason = f"relative difference of attacked and defended logits; levels {view.levels} and {purifier.levels}"
     if view.gradient != "exact":
-        yield "same_model", figure, _SAME, "note", f"{said}; said to be {view.gradient}"
+        yield "same_model", figure, _SAME, "note", f"{reason}; its gradient is {view.gradient}"
         return
     same = (view.levels, view.nfe) == (purifier.levels, purifier.nfe) and figure <= _SAME
-    yield "same_model", figure, _SAME, same, said + ("" if same else ": another model is attacked than is defended")
+    yield "same_model", figure, _SAME, same, reason + ("" if same else ": another model is attacked than is defended")
     if same:
-        # A view with the defense's outputs may still hand out another gradient.
+        # A view with the outputs of the defense can still have another gradient.
         kind, samples = view.mask_gradient, audit.moved
         sound = Exact("frozen" if kind == "none" else kind).attacked(audit.defended)
         figure = relative(samples.gradient(view.function), samples.gradient(sound.function))
         audit.exact, relaxed = figure <= _SAME, kind in ("straight_through", "soft")
-        said = ": the mask may be relaxed in another way" if relaxed else ": said to be exact, and is not"
-        said = "relative difference of the attack's gradient and the defense's" + ("" if audit.exact else said)
-        yield "same_gradient", figure, _SAME, "note" if relaxed and not audit.exact else audit.exact, said
+        doubt = ": the mask may be relaxed in another way" if relaxed else ": it claims to be exact and is not"
+        reason = "relative difference of the attack's gradient and the defense's" + ("" if audit.exact else doubt)
+        yield "same_gradient", figure, _SAME, "note" if relaxed and not audit.exact else audit.exact, reason
 
 
 def randomness(audit: Audited) -> Iterator[Fact]:
-    """The attack sees fresh draws of noise; how much survives if attack and defense share a single draw."""
+    """Checks that the attack sees fresh noise; reports what survives if attack and defense share a single draw."""
     if audit.randomized:
         queries, outputs = audit.attack.queries.forward, audit.outputs
         drawn = 1 if outputs[0] == 1 else len(audit.drawn)
         fresh = drawn >= min(2, queries) and outputs[0] > outputs[1] / 2
-        said = f"draws of noise in {queries} queries of the attack; {audit.attacked.shape[1]} draws have {outputs[0]} "
-        said += f"outputs for it, {outputs[1]} for the evaluation"
-        said += "" if fresh else ": it sees frozen noise, the evaluation sees fresh noise"
-        yield "fresh_draws", drawn, min(2.0, queries) if fresh else 2.0, fresh, said
+        reason = (
+            f"draws of noise in {queries} queries of the attack; {audit.attacked.shape[1]} draws have "
+        )
+        reason += f"{outputs[0]} outputs for it, {outputs[1]} for the evaluation"
+        reason += "" if fresh else ": it sees frozen noise, the evaluation sees fresh noise"
+        yield "fresh_draws", drawn, min(2.0, queries) if fresh else 2.0, fresh, reason
         noise = FrozenNoise(audit.seed, audit.index, torch.zeros_like(audit.index), ATTACK)
         adversarial = audit.attacked_by(single_draw(audit.attack), audit.view, noise)
         left = audit.outcomes(adversarial, noise=noise)[:, AVERAGE].mean()
-        said = f"share of randomness: {float(left):.1%} survive if attack and defense share a single draw"
-        yield "frozen_noise", float(audit.reference[:, AVERAGE].mean() - left), None, "note", said
+        reason = f"share of randomness: {float(left):.1%} survive if attack and defense share a single draw"
+        yield "frozen_noise", float(audit.reference[:, AVERAGE].mean() - left), None, "note", reason
 
 
 def unbounded(audit: Audited) -> Iterator[Fact]:
-    """Gray is within reach of every sample: what is right there by guessing is the most that may survive."""
+    """Checks a ball that contains gray: no more samples may survive than by guessing."""
     if audit.domain is not None and audit.domain.constrained:
-        yield "unbounded", 0.0, None, "not applicable", "what nobody can change stays different in any ball"
+        yield "unbounded", 0.0, None, "not applicable", "fixed features stay different in any ball"
         return
     try:
         attack = audit.attack.stronger(eps=audit.everything)
@@ -98,13 +100,13 @@ def unbounded(audit: Audited) -> Iterator[Fact]:
         return
     limit = float(audit.label.bincount().max()) / len(audit.label)
     left = mean_interval(audit.outcomes(audit.attacked_by(attack, audit.view))[:, AVERAGE], audit.runs)
-    said = f"survive at eps {audit.everything:.3g}, at least {left.low:.1%}; by guessing {limit:.1%}"
-    said += ": the attack does not find what there is" if left.low > limit else ""
-    yield "unbounded", left.value, limit, left.low <= limit, said
+    reason = f"survive at eps {audit.everything:.3g}, at least {left.low:.1%}; by guessing {limit:.1%}"
+    reason += ": the attack misses adversarial images within its reach" if left.low > limit else ""
+    yield "unbounded", left.value, limit, left.low <= limit, reason
 
 
 def ablations(audit: Audited) -> Iterator[Fact]:
-    """The same purifier with a mask of everything, of nothing, and of random pixels."""
+    """Reports the same purifier with a full, an empty and a random mask."""
     purifier, rule = audit.defended.purifier, audit.defended.purifier.mask
     if rule is None:
         return
@@ -113,30 +115,30 @@ def ablations(audit: Audited) -> Iterator[Fact]:
         adversarial = audit.attacked_by(audit.attack, model)
         left, clean = (audit.outcomes(shown, model)[:, AVERAGE] for shown in (adversarial, audit.image))
         gain = paired_difference(left, audit.reference[:, AVERAGE])
-        said = f"({float(left.mean()):.1%} robust, {float(clean.mean()):.1%} clean)"
-        said = f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points that the mask gains over this one {said}"
-        yield f"mask_{name}", gain.value, None, "note", said
+        under = f"({float(left.mean()):.1%} robust, {float(clean.mean()):.1%} clean)"
+        reason = f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}] points that the mask gains over this one {under}"
+        yield f"mask_{name}", gain.value, None, "note", reason
 
 
 def same_noise(audit: Audited) -> Iterator[Comparison]:
-    """Draws that the attack has not seen, of the noise that it saw."""
+    """Compares with new draws of the noise that the attack saw."""
     if audit.randomized:
         left = audit.outcomes(audit.adversarial, noise=audit.noise(ATTACK), first=2**31)
-        excess, said = (audit.reference - left)[:, AVERAGE], "the same images under the attack's noise"
-        yield Comparison("same_noise", excess, AVERAGE, said, "the defense tells attack from evaluation")
+        excess, reason = (audit.reference - left)[:, AVERAGE], "the same images under the attack's noise"
+        yield Comparison("same_noise", excess, AVERAGE, reason, "the defense tells attack from evaluation")
 
 
 def stronger_versions(audit: Audited) -> Iterator[Comparison]:
-    """Random noise; and a larger ball, more steps, draws and starts of the attack itself."""
+    """Compares with random noise and with a larger ball, more steps, draws and starts of the attack."""
     attack = audit.attack
     wider = next((k for k in (4.0, 2.0) if k * attack.eps < audit.everything), None)
     if wider is not None:
-        said, meaning = f"eps in place of {wider:g} eps", "the gradient misleads"
-        found = audit.compare_stronger("wider", said, meaning, eps=wider * attack.eps)
-        # No more survives in the larger ball: the other way around.
+        reason, meaning = f"eps in place of {wider:g} eps", "the gradient misleads"
+        found = audit.compare_stronger("wider", reason, meaning, eps=wider * attack.eps)
+        # Robust accuracy must not be higher in the larger ball, so the sign is reversed.
         yield replace(found, excess=None if found.excess is None else -found.excess)
-    random, said = RandomNoise(attack.norm, attack.eps), "random noise of equal norm"
-    yield audit.compare("noise", random, audit.view, said, _MASKED)
+    random, reason = RandomNoise(attack.norm, attack.eps), "random noise of equal norm"
+    yield audit.compare("noise", random, audit.view, reason, _MASKED)
     steps, restarts = max(2 * attack.steps, _STEPS), _STARTS * attack.restarts
     yield audit.compare_stronger("more_steps", f"{steps} steps", "the attack is cut short", steps=steps)
     if audit.randomized:
@@ -146,30 +148,30 @@ def stronger_versions(audit: Audited) -> Iterator[Comparison]:
 
 
 def other_gradients(audit: Audited) -> Iterator[Comparison]:
-    """None; that of the bare classifier; the identity for the purifier's; the exact one where it is not followed."""
+    """Compares with no gradient, that of the bare classifier, BPDA, and the exact gradient if it was not used."""
     attack, defended, eot = audit.attack, audit.defended, max(1, audit.attack.eot) if audit.randomized else 1
     square = Square(attack.norm, attack.eps, audit.proposals, eot, p=0.3)
     yield audit.compare("black_box", square, defended, f"Square, {audit.proposals} proposals", _MASKED)
     bare, transfer = BareClassifier().attacked(defended), Transfer(single_draw(attack))
     yield audit.compare("transfer", transfer, bare, "the attack on the bare classifier", _MASKED)
     if audit.view.gradient != "bpda" and not defended.undefended:
-        said, meaning = "the identity for the purifier's gradient", "the purifier's own is shattered"
-        yield audit.compare("bpda", attack, BPDA().attacked(defended), said, meaning)
+        reason, meaning = "the identity for the purifier's gradient", "the purifier's own is shattered"
+        yield audit.compare("bpda", attack, BPDA().attacked(defended), reason, meaning)
     if not audit.exact:
-        meaning = "what was attacked stands in badly for the defense"
+        meaning = "the attacked function is a poor surrogate of the defense"
         yield audit.compare("exact", attack, Exact().attacked(defended), "the exact gradient", meaning)
 
 
 def other_aims(audit: Audited) -> Iterator[Comparison]:
-    """Attacks on the vote of N runs, and on the worst of them, each judged by what it is for."""
+    """Compares with attacks on the vote and on the worst of N runs, each judged by its own rule."""
     attack = audit.attack
     if not audit.randomized or audit.runs == 1:
         return
-    # A softmax that saturates leaves no weights to tell draws apart by.
+    # A saturated softmax gives no weights that distinguish draws.
     view = scaled(audit.view.function, max(1.0, float(audit.attacked.std(dim=2).mean()) / _SOFT))
     for kind, rule in (("vote", MAJORITY), ("worst", WORST)):
         if attack.aggregate != kind:
-            # It is told apart from the configured attack by its aim: the loss that this aim is written in.
+            # The aim defines this attack, so it uses the loss in which the aim is written.
             steps, eot = max(1, attack.steps), max(attack.eot, audit.runs)
             aimed = PGD(attack.norm, attack.eps, steps, audit.step, eot, "ce", aggregate=kind)  # type: ignore[arg-type]
             meaning = f"the {RULES[rule]} says little: it was not aimed at"
@@ -177,7 +179,7 @@ def other_aims(audit: Audited) -> Iterator[Comparison]:
 
 
 def equal_cost(audit: Audited) -> Iterator[Comparison]:
-    """Other attacks at the cost of the configured one, by the queries that both state: the strongest should count."""
+    """Compares with other attacks at equal cost in queries: the strongest should be reported."""
     attack, draws = audit.attack, max(1, audit.attack.eot) if audit.randomized else 1
     meaning = "another attack takes more at the same cost: report the strongest of several"
     suite: list[tuple[str, Attack]] = [("apgd", APGD(attack.norm, attack.eps, 1, draws, select="last"))]
@@ -194,7 +196,7 @@ def equal_cost(audit: Audited) -> Iterator[Comparison]:
 
 
 def other_losses(audit: Audited) -> Iterator[Comparison]:
-    """Losses that the attack could raise, but does not."""
+    """Compares with losses that the attack could maximize but does not."""
     losses: list[LossName] = ["ce", "margin"]
     for loss in losses + (["dlr"] if audit.attacked.shape[2] > 2 else []):
         if loss != audit.attack.loss:
@@ -205,7 +207,7 @@ def other_losses(audit: Audited) -> Iterator[Comparison]:
 
 
 def mask_gradients(audit: Audited) -> Iterator[Comparison]:
-    """Gradients of the mask, and an attack on it."""
+    """Compares with gradients of the mask and an attack on the mask."""
     attack, defended, rule = audit.attack, audit.defended, audit.defended.purifier.mask
     if rule is None or not rule.relaxable:
         return
@@ -214,12 +216,12 @@ def mask_gradients(audit: Audited) -> Iterator[Comparison]:
     kinds: tuple[MaskGradient, ...] = ("frozen", "straight_through", "soft")
     for kind in kinds if audit.exact else kinds[1:]:
         if kind != audit.view.mask_gradient:
-            said = f"the {kind} gradient of the mask"
-            yield audit.compare(f"mask_{kind}", attack, Exact(kind).attacked(defended), said, hidden)
+            reason = f"the {kind} gradient of the mask"
+            yield audit.compare(f"mask_{kind}", attack, Exact(kind).attacked(defended), reason, hidden)
     eot, steps = max(1, attack.eot), max(1, attack.steps)
     shift = PGD(attack.norm, attack.eps, steps, audit.step, eot, shift_steps=20)
-    through, said = Exact("straight_through").attacked(defended), "an attack that first moves the mask"
-    yield audit.compare("mask_shift", shift, through, said, hidden)
+    through, reason = Exact("straight_through").attacked(defended), "an attack that first moves the mask"
+    yield audit.compare("mask_shift", shift, through, reason, hidden)
 
 
 CHECKS: list[Callable[[Audited], Iterator[Fact | Comparison]]] = [
@@ -236,7 +238,7 @@ CHECKS: list[Callable[[Audited], Iterator[Fact | Comparison]]] = [
     other_losses,
     mask_gradients,
 ]
-"""All checks beside those of the gradient, in order: each gives findings, or comparisons, which are judged together."""
+"""All checks besides those of the gradient, in order; each yields findings, or comparisons that are judged together."""
 
 
 def audit_attack(
@@ -252,12 +254,12 @@ def audit_attack(
     say: Callable[[str], None] = lambda line: None,
     recall: Callable[[str, Callable[[], Tensor]], Tensor] = lambda name, compute: compute(),
 ) -> Findings:
-    """Checks for each defense whether its robust accuracy under an attack holds up against other attacks.
+    """Checks for each defense whether its robust accuracy under an attack holds against other attacks.
 
-    The verdict is undecided, and not passed, where no check fails, but an attack that takes half of the samples would
-    not be significant on so few. Arguments are those of ``lit_purify.audit``.
-    ``views`` are what the attack differentiates, by the defense's name; ``say`` is handed a line for each finding;
-    ``recall`` may answer from memory what survives a comparison (``Memory``).
+    If no check fails, but too few samples make even an attack that breaks half of them insignificant, the verdict is
+    undecided. Arguments are those of ``lit_purify.audit``. ``views`` maps the defenses' names to the views that the
+    attack differentiates; ``say`` receives a line for each finding; ``recall`` may return recorded results
+    (``Memory``).
 
     Raises:
         InputError: An argument is below 1, or the attack follows no gradient of the defense.
@@ -280,7 +282,7 @@ def audit_attack(
         compared = max(compared, sum(finding.limit == TOLERANCE for finding in findings[first:]))
     least = least_samples(compared, LEVEL)
     if len(index) < least:
-        # Only gross overstatement by some comparisons can show, and none by too few samples.
+        # With few samples, some comparisons can show a gross overstatement, and with very few none can.
         few = f"{len(index)} samples are too few to find even an attack that takes half of them"
         findings.undecided = f"{few}: use {least} or more (samples)"
     facts = {"runs": runs, "proposals": proposals, "level": LEVEL, "tolerance": TOLERANCE}
@@ -289,5 +291,5 @@ def audit_attack(
 
 
 def scaled(function: AttackedFunction, scale: float) -> AttackedFunction:
-    """The same function with its logits divided by a number."""
+    """Returns the function with its logits divided by a number."""
     return replace(function, classified=lambda purified, noise: function.classified(purified, noise) / scale)

@@ -1,4 +1,4 @@
-"""One defense under one attack, and how a second attack is compared with the first."""
+"""One defense under one attack, and its comparison with other attacks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lit_purify.attacks import Attack, NotApplicableError, Queries
 from lit_purify.checks.findings import Comparison, Finding, Verdict, holm, sign_flip
@@ -22,7 +23,7 @@ from lit_purify.functional.statistics import outcomes, paired_difference
 from lit_purify.functional.threat import l2_norm, project
 
 LEVEL, TOLERANCE = 0.05, 0.05
-"""Chance to fail a sound defense by its comparisons; what an attack may overstate."""
+"""Probability that a sound defense fails by its comparisons; allowed overstatement of robust accuracy."""
 AVERAGE, WORST, MAJORITY = range(3)
 RULES = ("average accuracy", "worst-of-N accuracy", "accuracy of the vote")
 
@@ -32,12 +33,12 @@ Fact = tuple[str, float, float | None, Verdict | bool, str]
 
 
 class RandomNoise(Attack):
-    """Noise on the border of the ball that knows nothing of the model: random signs, or a random direction in L2."""
+    """Random noise on the border of the ball: random signs, or for L2 a random direction."""
 
     gradient, steps, eot, queries = "none", 1, 0, Queries(0, 0)
 
+    @override
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """See ``Attack``."""
         direction = noise.normal(START_STEP, image)
         length = each(l2_norm(direction), image)
         shift = self.eps * (direction.sign() if self.norm == "linf" else direction / length)
@@ -46,29 +47,29 @@ class RandomNoise(Attack):
 
 @dataclass
 class Audited:
-    """One defense under one attack, on some samples: what the checks of an audit look at.
+    """One defense under one attack, on some samples: the input of the audit's checks.
 
-    A comparison shows the same samples, under the same noise of evaluation, to a second attack that has no right to be
-    stronger. It fails when the configured attack overstates robust accuracy by more than ``TOLERANCE`` and the paired
-    differences are significant at ``LEVEL``: by an exact sign-flip test for each, with Holm's correction over all
-    comparisons of the defense. So by its comparisons a sound defense fails with a chance of at most 5 %. What is above
-    the tolerance but not significant is a ``note`` that asks for more samples.
+    A comparison evaluates the same samples, under the same evaluation noise, for a second attack that should not be
+    stronger. It fails if the configured attack overstates robust accuracy by more than ``TOLERANCE`` and the paired
+    differences are significant at ``LEVEL``, by an exact sign-flip test with Holm's correction over all comparisons of
+    the defense. A sound defense thus fails by its comparisons with a probability of at most 5 %. A difference above the
+    tolerance that is not significant is a ``note`` that asks for more samples.
 
     Attributes:
         name: Name of the defense.
-        view: The defense, and what the attack is handed.
+        view: The defense, and the view that the attack differentiates.
         attack: The configured attack.
         image: (B, C, H, W) in [0, 1].
         label: (B,).
         index: Positions of the samples in their split, (B,).
-        seed: Of all noise.
-        runs: N, with which every image is evaluated.
-        chunk: Rows that networks are called with.
+        seed: Seed of all noise.
+        runs: N, the number of evaluations of every image.
+        chunk: Rows in each call of the networks.
         proposals: Steps of the black-box attack.
-        domain: What rows of a table are held to.
-        recall: (name, computation) -> what survives; hands out what an interrupted audit has measured.
-        exact: Whether the attack was found to follow the exact gradient of the defense.
-        drawn: The draws of noise that the attack asked for.
+        domain: Constraints on table rows.
+        recall: (name, computation) -> outcomes; returns the recorded results of an interrupted audit.
+        exact: Whether the attack follows the exact gradient of the defense.
+        drawn: The noise draws that the attack used.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Audited:
     drawn: set[int] = field(default_factory=set, init=False)
 
     def findings(self, checks: Iterable[Callable[[Audited], Iterator[Fact | Comparison]]]) -> Iterator[Finding]:
-        """Those of the gradient and of all checks, in order; comparisons come last."""
+        """Yields the findings of the gradient and of all checks, in order; comparisons come last."""
         sound, compared, name = True, [], self.name
         for finding in check_gradient(name, self.view.defended, self.moved):
             sound = sound and finding.passed
@@ -120,46 +121,46 @@ class Audited:
             yield Finding(name, found.check, gap.value, TOLERANCE, how, reason)
 
     def compare(self, check: str, attack: Attack, model: Model, other: str, meaning: str, rule: int = 0) -> Comparison:
-        """The configured attack against another one, on a model in place of the view; words as in ``Comparison``."""
+        """Compares the configured attack with another one on a model; further arguments as in ``Comparison``."""
         left = self.recall(f"{self.name}: {check}", lambda: self.outcomes(self.attacked_by(attack, model)))
         excess = self.reference - left.to(self.reference)
         return Comparison(check, excess[:, rule], rule, other, meaning)
 
     def compare_stronger(self, check: str, other: str, meaning: str, **changes: object) -> Comparison:
-        """The configured attack against a stronger version of itself, where it states one."""
+        """Compares the configured attack with a stronger version of itself, if there is one."""
         try:
             return self.compare(check, self.attack.stronger(**changes), self.view, other, meaning)
         except NotApplicableError as error:
             return Comparison(check, None, AVERAGE, str(error), meaning)
 
     def attacked_by(self, attack: Attack, model: Model, noise: Noise | None = None) -> Tensor:
-        """Adversarial images."""
+        """Returns adversarial images."""
         attack.prepare(self.index.tolist(), self.domain)
         return attack(model, self.image, self.label, noise or self.noise(ATTACK), self.chunk)
 
     def outcomes(
         self, image: Tensor, defended: DefendedClassifier | None = None, noise: Noise | None = None, first: int = 0
     ) -> Tensor:
-        """What survives in the defense: by the average, worst and majority rule, (B, 3)."""
+        """Returns the outcomes in the defense by the average, worst and majority rule, (B, 3)."""
         runs, function = list(range(first, first + self.runs)), (defended or self.view.defended).attacked()
         logits = logits_in_chunks(function, image, noise or self.noise(EVALUATION), runs, self.chunk)
         return outcomes(logits.argmax(dim=2), self.label)
 
     def noise(self, stream: int) -> KeyedNoise:
-        """Of all samples."""
+        """Returns the noise of all samples."""
         return KeyedNoise(self.seed, self.index, torch.zeros_like(self.index), stream)
 
     def _probe(self) -> None:
-        """Logits (B, n, classes) of some draws, for the attack, which differentiates, and for the defense."""
+        """Computes logits (B, n, classes) of some draws, for the attack (with gradient) and for the defense."""
         noise, model, draws = self.noise(ATTACK), self.view.function, list(range(8))
-        # Off the samples: there symmetries can hide what differs between two draws.
+        # Away from the samples, where symmetries can hide differences between draws.
         image = RandomNoise(self.attack.norm, self.attack.eps)(model, self.image, self.label, noise)
         self.attacked = draws_in_chunks(model, margin_loss, image, self.label, noise, draws, self.chunk).logits
         self.defending, evaluated = (
             logits_in_chunks(self.view.defended.attacked(), image, self.noise(stream), draws, self.chunk)
             for stream in (ATTACK, EVALUATION)
         )
-        # Of the sample with the most: in the attack and in the evaluation.
+        # Largest number of distinct outputs of a sample, in the attack and in the evaluation.
         self.outputs = [max(len(x.unique(dim=0)) for x in of) for of in (self.attacked, evaluated)]
         self.defended, self.randomized = self.view.defended, self.outputs[1] > 1
 
@@ -182,7 +183,7 @@ class Audited:
 
     @cached_property
     def reference(self) -> Tensor:
-        """What survives the configured attack, (B, 3)."""
+        """Outcomes under the configured attack, (B, 3)."""
         return self.outcomes(self.adversarial)
 
     @property
@@ -192,17 +193,17 @@ class Audited:
 
     @property
     def step(self) -> float:
-        """Length of a step of other attacks than the configured one."""
+        """Step length of other attacks than the configured one."""
         return self.attack.eps / 4.0 if self.attack.step_size is None else self.attack.step_size
 
 
 class Counted(Audited):
-    """Attacks nothing, and counts what an audit would ask of the defense for each sample: forward and backward."""
+    """Runs no attack and counts the forward and backward passes of an audit for each sample."""
 
     forward = backward = 0
 
     def attacked_by(self, attack: Attack, model: Model, noise: Noise | None = None) -> Tensor:
-        """The images as they are."""
+        """Counts the queries and returns the images unchanged."""
         if attack.target == "defense":
             self.forward += attack.queries.forward
             self.backward += attack.queries.backward
@@ -211,11 +212,11 @@ class Counted(Audited):
     def outcomes(
         self, image: Tensor, defended: DefendedClassifier | None = None, noise: Noise | None = None, first: int = 0
     ) -> Tensor:
-        """Everything survives."""
+        """Counts the evaluations; all samples survive."""
         self.forward += self.runs
         return torch.ones(len(self.image), len(RULES), dtype=torch.float64)
 
 
 def judged(excess: float, chance: float) -> Verdict:
-    """Of a comparison with an adjusted p-value; what is above the tolerance, but may be by chance, is a ``note``."""
+    """Judges a comparison by its adjusted p-value; an insignificant excess above the tolerance is a ``note``."""
     return "pass" if excess <= TOLERANCE else "fail" if chance <= LEVEL else "note"

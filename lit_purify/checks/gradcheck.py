@@ -1,4 +1,4 @@
-"""Is the gradient that attacks follow the gradient of the defense?"""
+"""Gradcheck: checks that attacks follow the gradient of the defense."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lit_purify.functional.noise import ATTACK, START_STEP, KeyedNoise
 from lit_purify.functional.threat import l2_norm, linf_norm
 
 RECOMPUTED_LIMIT, FINITE_LIMIT, ZERO_LIMIT = 1e-5, 1e-4, 0.9
-"""Largest relative differences, and largest part of zeros."""
+"""Largest relative differences, and largest fraction of zeros."""
 _STEPS = (1e-9, 1e-8, 1e-10, 1e-7, 1e-6)
-"""Of finite differences, in pixels of [0, 1], in the order of trial."""
+"""Steps of finite differences, in pixels of [0, 1], in the order of trial."""
 _DIRECTIONS, _DRAWS = 5, 4
 _MOVED = 0.02
-"""How far images are moved at random, in pixels of [0, 1]; 0.02 from the border before that."""
+"""Size of random shifts of images, in pixels of [0, 1]; images are first clipped to 0.02 from the border."""
 
 Function = AttackedFunction | DefendedClassifier
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is differentiated: the margin loss of some samples, under the attack's first draw of noise.
+    """Samples whose margin loss is differentiated, under the attack's first noise draw.
 
     Attributes:
         image: (B, C, H, W) in [0, 1].
         label: (B,).
-        noise: Of the same rows.
+        noise: Noise of the same rows.
     """
 
     image: Tensor
@@ -45,16 +45,16 @@ class Samples:
 
     @classmethod
     def moved(cls, image: Tensor, label: Tensor, noise: KeyedNoise) -> Samples:
-        """Samples moved at random, off even backgrounds: there a network can stand in the very kink of a ReLU."""
+        """Shifts samples at random: on even backgrounds a network can be exactly at the kink of a ReLU."""
         image = image.clamp(_MOVED, 1.0 - _MOVED)
         return cls(image + _MOVED * (2.0 * noise.uniform(START_STEP, image) - 1.0), label, noise)
 
     def loss(self, model: Function, shift: Tensor | float = 0.0) -> Tensor:
-        """Loss of each sample, (B,), with the images moved."""
+        """Returns the loss of each sample, (B,), with shifted images."""
         return margin_loss(model(self.image + shift, self.noise), self.label)
 
     def gradient(self, model: Function) -> Tensor:
-        """Of each sample's loss in its image, (B, C, H, W); zero where nothing connects the two."""
+        """Returns the gradient of each sample's loss in its image, (B, C, H, W); zero if it does not depend on it."""
         with torch.enable_grad():
             shift = torch.zeros_like(self.image, requires_grad=True)
             total = self.loss(model, shift).sum()
@@ -63,28 +63,28 @@ class Samples:
 
 
 Measured = tuple[float | None, float, str]
-"""Figure, the largest figure that passes, and words; without a figure the check is not applicable."""
+"""Value, largest value that passes, and description; without a value the check is not applicable."""
 
 
 def recomputed(model: DefendedClassifier, samples: Samples) -> Measured:
-    """The gradient by recomputation against that of plain autograd."""
+    """Compares the gradient by recomputation with that of plain autograd."""
     if isinstance(model, ForeignDefense):
-        return None, RECOMPUTED_LIMIT, "nothing of this defense is recomputed"
+        return None, RECOMPUTED_LIMIT, "this defense recomputes nothing"
     plain = DefendedClassifier(model.purifier.without_recomputation(), model.classifier)
     difference = relative(samples.gradient(model), samples.gradient(plain))
     return difference, RECOMPUTED_LIMIT, "relative difference to plain autograd"
 
 
 def finite_differences(model: DefendedClassifier, samples: Samples) -> Measured:
-    """In float64, directional derivatives along random directions against central differences of several steps.
+    """Compares directional derivatives with central differences of several steps, in float64.
 
-    A kink of a ReLU network within a step falsifies the difference of a right gradient: a shorter step leaves it out,
-    and other directions cross others. A wrong gradient is wrong at all steps, in nearly all directions. So the error is
-    the median over directions of the least over steps, relative to the difference or to the length of the gradient, the
-    typical derivative along a direction. Masks are piecewise constant: they are frozen at those of the unmoved images.
+    A kink of a ReLU network within a step falsifies the difference of a correct gradient; a shorter step or another
+    direction avoids it. A wrong gradient is wrong at all steps and in nearly all directions. The error is therefore the
+    median over directions of the minimum over steps, relative to the difference or to the norm of the gradient, the
+    typical directional derivative. Masks are piecewise constant and frozen at the masks of the unshifted images.
     """
     if model.purifier.straight_through:
-        return None, FINITE_LIMIT, "a step of this purifier is constant almost everywhere, and differentiated as if not"
+        return None, FINITE_LIMIT, "a step of this purifier is piecewise constant and has a straight-through gradient"
     model = copy.deepcopy(model).double()
     samples = replace(samples, image=samples.image.double())
     mask = model.masked(samples.image, samples.noise)
@@ -111,14 +111,14 @@ def finite_differences(model: DefendedClassifier, samples: Samples) -> Measured:
 
 
 def replayed(model: DefendedClassifier, samples: Samples) -> Measured:
-    """With the same keys two forward passes have the same bits."""
+    """Checks that two forward passes with the same keys have the same bits."""
     with torch.no_grad():
         first, second = samples.loss(model), samples.loss(model)
     return int((first != second).sum()), 0.0, f"of {len(first)} outputs differ when they are computed again"
 
 
 def nonzero(model: DefendedClassifier, samples: Samples) -> Measured:
-    """The gradient is finite, and no sample's is zero everywhere."""
+    """Checks that the gradient is finite, and zero everywhere for no sample."""
     gradient = samples.gradient(model)
     useless = ~(linf_norm(gradient) > 0) | ~gradient.isfinite().flatten(1).all(dim=1)
     detail = f"of {len(gradient)} samples have a gradient of 0 everywhere, or one that is not finite"
@@ -126,9 +126,9 @@ def nonzero(model: DefendedClassifier, samples: Samples) -> Measured:
 
 
 def zero_share(model: DefendedClassifier, samples: Samples) -> Measured:
-    """Few pixels have a gradient of exactly zero in all of several draws, unless something saturates or quantizes.
+    """Checks that few pixels have a gradient of exactly zero in all of several draws: saturation and quantization do.
 
-    A sound defense may leave out most pixels in one draw.
+    A sound defense may ignore most pixels in one draw.
     """
     draws = [replace(samples, noise=samples.noise.runs([k])).gradient(model) == 0 for k in range(_DRAWS)]
     share = float(torch.stack(draws).all(dim=0).double().mean())
@@ -143,10 +143,10 @@ CHECKS: list[Check] = [recomputed, finite_differences, replayed, nonzero, zero_s
 def check_gradient(
     name: str, model: DefendedClassifier, samples: Samples, further: Sequence[Check] = ()
 ) -> Iterator[Finding]:
-    """All ``CHECKS`` of one defense, and further ones."""
+    """Runs all ``CHECKS`` of one defense, and further ones."""
     for check in (*CHECKS, *further):
         figure, limit, reason = check(model, samples)
-        # A figure that is not a number has failed.
+        # NaN fails.
         how: Verdict = "not applicable" if figure is None else "pass" if figure <= limit else "fail"
         yield Finding(name, check.__name__, figure or 0.0, limit, how, reason)
 
@@ -160,9 +160,9 @@ def check_gradients(
     say: Callable[[str], None] = lambda line: None,
     further: Sequence[Check] = (),
 ) -> Findings:
-    """Checks at the first samples, moved a little, that attacks differentiate what is defended.
+    """Checks at the first samples, slightly shifted, that attacks differentiate the defense.
 
-    Arguments and errors are those of ``lit_purify.gradcheck``; ``say`` is handed a line for each finding at once.
+    Arguments and errors are those of ``lit_purify.gradcheck``; ``say`` receives a line for each finding at once.
     """
     image, label, index = first_samples(data, samples, device)
     chosen = Samples.moved(image, label, KeyedNoise(seed, index, torch.zeros_like(index), ATTACK))
@@ -174,7 +174,7 @@ def check_gradients(
 
 
 def first_samples(data: ImageDataset, count: int, device: torch.device | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (B, C, H, W), labels and positions (B,) of a split's first samples; refuses a ``count`` below 1."""
+    """Returns images (B, C, H, W), labels and positions (B,) of the first samples; raises if ``count`` is below 1."""
     if count < 1:
         raise InputError(f"samples = {count}: use at least 1")
     rows = [data[k] for k in range(min(count, len(data)))]
@@ -183,5 +183,5 @@ def first_samples(data: ImageDataset, count: int, device: torch.device | None) -
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest of what is expected; zero against zero is equal."""
+    """Returns the largest difference, relative to the largest expected value; zero and zero are equal."""
     return float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)

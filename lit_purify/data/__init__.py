@@ -1,4 +1,4 @@
-"""One LightningDataModule a dataset, on one base."""
+"""Data modules of image and table datasets."""
 
 from lit_purify.data.base import ImageDataModule, ImageDataset
 from lit_purify.data.digits import Digits

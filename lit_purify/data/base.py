@@ -1,4 +1,4 @@
-"""The base of every datamodule: batches that name image, label and index, loaders that give every sample once."""
+"""Base class of data modules: batches with image, label and index, and loaders that yield every sample once."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from lit_purify.functional.rows import Domain
 from lit_purify.recorded import SHA256, Recorded, identity
 
 Batch = dict[str, Tensor]
-"""``image`` (B, C, H, W), or rows (B, F), float32 in [0, 1], ``label`` and ``index`` (B,) int64: place in a split."""
+"""``image`` (B, C, H, W), or rows (B, F), float32 in [0, 1]; ``label`` and ``index`` (position), (B,) int64."""
 
 _MOST_KEPT = 2**30
-"""Bytes of training images that stay in memory once they are read."""
+"""Largest size in bytes of training images that are kept in memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset(Dataset[dict[str, Any]]):
-    """A split: a function that reads one image, and the labels.
+    """A split: labels, and a function that reads one sample.
 
     Args:
-        read: From a position to an image (C, H, W), or a row (F,), float32 in [0, 1]; picklable, for worker processes.
+        read: Position -> image (C, H, W) or row (F,), float32 in [0, 1]; picklable, for worker processes.
         labels: Label of every sample.
         classes: Names of the classes.
-        positions: Positions to read, in order; each is its sample's identity.
-        domain: Of rows of a table: what their features are, and which rows can be made of them; ``None`` of images.
-        kinds: A finer class of every sample, which reports tell apart; the first of ``classes`` is then what is
-            harmless. ``None`` where there is none.
+        positions: Positions to read, in order; a position identifies its sample.
+        domain: Features and constraints of table rows; ``None`` for images.
+        kinds: A finer class of every sample, reported separately; the first of ``classes`` is then the harmless one.
+            ``None`` without finer classes.
     """
 
     read: Callable[[int], Tensor]
@@ -55,7 +55,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     @staticmethod
     def whole(read: Callable[[int], Tensor], labels: Sequence[int] | Indices, classes: Sequence[str]) -> ImageDataset:
-        """A split with all its samples.
+        """Returns a split with all its samples.
 
         Raises:
             InputError: There are no samples, or a label is not the position of a class.
@@ -70,31 +70,31 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     @staticmethod
     def of(images: Tensor, labels: Tensor, classes: Sequence[str] | None = None) -> ImageDataset:
-        """A split of images that are in memory.
+        """Returns a split of images in memory.
 
         Args:
             images: (N, C, H, W), or rows (N, F), floats in [0, 1] or bytes.
             labels: (N,), integers.
-            classes: Names of the classes; ``None`` takes numbers, 0 up to the largest label.
+            classes: Names of the classes; ``None`` uses the numbers up to the largest label.
 
         Raises:
-            InputError: Images are not in [0, 1], or there are not as many labels.
+            InputError: Images are not in [0, 1], or the number of labels differs.
         """
         if images.dtype != torch.uint8:
             check_unit_range(images)
             images = images.float()
         found = np.asarray(labels.detach().cpu(), dtype=np.int64)
         if found.shape != (len(images),):
-            raise InputError(f"labels have shape {found.shape}, {len(images)} images need ({len(images)},)")
+            raise InputError(f"labels have shape {found.shape}: give one for each of the {len(images)} images")
         names = classes or [str(k) for k in range(int(found.max(initial=0)) + 1)]
         return ImageDataset.whole(partial(_row, images.detach().cpu()), found, names)
 
     def choose(self, subset: Subset) -> ImageDataset:
-        """The samples that a rule picks; they keep their positions."""
+        """Returns the samples of a subset; they keep their positions."""
         return replace(self, positions=subset.indices(self.labels))
 
     def part(self, positions: Indices) -> ImageDataset:
-        """A split of its own made of some samples, which are numbered anew."""
+        """Returns a split of selected samples with new positions."""
         return ImageDataset.whole(partial(_read_at, self.read, positions), self.labels[positions], self.classes)
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 
 class _Shuffle(DistributedSampler[dict[str, Any]]):
-    """A process's share of the shuffled positions, without the first ``taken()`` of them."""
+    """The process's share of the shuffled positions, without the first ``taken()`` ones."""
 
     taken: Callable[[], int]
 
@@ -115,21 +115,21 @@ class _Shuffle(DistributedSampler[dict[str, Any]]):
 
 
 class ImageDataModule(Recorded, L.LightningDataModule, ABC):
-    """Loads three splits of images.
+    """Loads three splits of a dataset.
 
-    Shuffling depends on ``seed`` and the epoch alone; augmentation is the task's, keyed by sample. So an interrupted
-    training that resumes, also in the middle of an epoch, sees the batches that it would have seen.
+    Shuffling depends on ``seed`` and the epoch alone. Augmentation belongs to the training and is keyed by sample. A
+    resumed training therefore sees the same batches as an uninterrupted one, even from the middle of an epoch.
 
     Args:
-        batch_size: Samples a batch and process.
-        num_workers: Processes that read images; 0 reads in the main process, where training images up to 1 GiB then
-            stay in memory. An evaluation on several processes reads in each of them: who reads ahead would claim
-            samples that another process is free for.
-        subset: Which samples of the evaluated split count; ``None`` takes all.
-        evaluate_on: The split that ``test`` reads: ``test``, or ``val`` to choose settings on, or ``train``.
-        seed: Of the shuffling.
-        val_subset: Which samples of the validation split a training is validated on; ``None`` takes all. Unlike
-            ``limit_val_batches``, it means the same samples for every batch size and process count.
+        batch_size: Samples per batch and process.
+        num_workers: Processes that read samples; 0 reads in the main process and keeps up to 1 GiB of training images
+            in memory. An evaluation on several processes uses no workers, because reading ahead would claim samples
+            that another process is free for.
+        subset: Samples of the evaluated split; ``None`` uses all.
+        evaluate_on: The evaluated split: ``test``, ``val`` (to choose settings) or ``train``.
+        seed: Seed of the shuffling.
+        val_subset: Samples of the validation split used in a training; ``None`` uses all. Unlike ``limit_val_batches``,
+            this selects the same samples for every batch size and process count.
     """
 
     def __init__(
@@ -151,25 +151,25 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         self.evaluate_on, self.seed, self.val_subset = evaluate_on, seed, val_subset
         self._splits: dict[str, ImageDataset] = {}
         self.finished: Collection[int] = ()
-        """Positions that an evaluation leaves out, as they are recorded already; the same on all processes."""
+        """Positions that an evaluation skips because they are recorded already; equal on all processes."""
 
     resize: int | None = None
-    """What the shorter side of an image is resized to before its center is cropped; ``None`` is the size."""
-    # Which images are evaluated does not depend on these; where a folder lies does not count, its file names do.
+    """Size of the shorter side before the center crop; ``None`` is the size of the crop."""
+    # These do not change which images are evaluated; a folder counts by its file names, not by its path.
     irrelevant = frozenset({"root", "batch_size", "num_workers", "download", "seed", "val_subset"})
 
     def identity(self) -> dict[str, Any]:
-        """What says which images are evaluated, see ``recorded.identity``."""
+        """Returns the values that determine the evaluated images, see ``recorded.identity``."""
         names = self.names_sha256
         return identity(data=self) | ({f"data.names{SHA256}": names} if names else {})
 
     @abstractmethod
     def split(self, name: str) -> ImageDataset:
-        """Reads the split ``train``, ``val`` or ``test``; raises an ``InputError`` that names what is missing."""
+        """Reads the split ``train``, ``val`` or ``test``; raises an ``InputError`` that names missing files."""
 
     @property
     def name(self) -> str:  # type: ignore[override]  # Lightning declares an attribute that nothing sets
-        """What reports call the dataset."""
+        """Name of the dataset in reports."""
         return type(self).__name__
 
     @property
@@ -179,18 +179,18 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
 
     @property
     def domain(self) -> Domain | None:
-        """Of rows of a table, see ``ImageDataset``."""
+        """Features and constraints of table rows, see ``ImageDataset``."""
         return self.cached_split("train").domain
 
     @property
     def evaluated(self) -> ImageDataset:
-        """The samples that an evaluation is about."""
+        """The evaluated samples."""
         split = self.cached_split(self.evaluate_on)
         return split if self.subset is None else split.choose(self.subset)
 
     @property
     def names_sha256(self) -> str | None:
-        """Hash of the names by which positions are given to images; ``None`` where nobody can change them."""
+        """Hash of the names that assign positions to images; ``None`` if they are fixed."""
         return None
 
     @property
@@ -199,32 +199,32 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         return subset_sha256(self.evaluated.positions)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Shuffled, the same order for every process count up to sharding; an incomplete last batch is dropped."""
+        """Returns shuffled batches, in the same order for every process count; an incomplete last batch is dropped."""
         split = self.cached_split("train")
         world, rank = self._shard()
-        # As many batches an epoch as one process with all their samples: nobody is handed a sample twice to fill up.
+        # As many batches per epoch as one process would have with all samples; no sample is repeated as padding.
         enough = len(split) >= world * self.batch_size
         sampler = _Shuffle(split, world, rank, shuffle=True, seed=self.seed, drop_last=enough)
-        # Lightning counts the batches of an epoch, restores the count on resuming, and leaves it to the loader to skip.
+        # Lightning counts the batches of an epoch and restores the count on resuming, but the loader must skip them.
         sampler.taken = self._taken
         if self.num_workers == 0 and len(split) * split[0]["image"].nbytes <= _MOST_KEPT:
             split = replace(split, read=cache(split.read))
         return self._loader(split, sampler, drop_last=enough)
 
     def _taken(self) -> int:
-        """Samples of this epoch and process that are trained on already."""
+        """Returns how many samples of this epoch and process have been trained on."""
         trainer: Any = self.trainer
-        # Outside of a training, or without a trainer, a loader gives everything.
+        # Without a training the loader yields everything.
         return (trainer.fit_loop.batch_idx + 1) * self.batch_size if getattr(trainer, "training", False) else 0
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """In order, each sample once."""
+        """Returns the validation samples in order, each once."""
         split = self.cached_split("val")
         chosen = split if self.val_subset is None else split.choose(self.val_subset)
         return self._loader(chosen, self._exact(chosen))
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The evaluated samples that are not finished, in order, each once over all processes."""
+        """Returns the unfinished evaluated samples in order, each once over all processes."""
         chosen, (world, rank) = self.evaluated, self._shard()
 
         def items() -> Indices:
@@ -240,7 +240,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         )
 
     def cached_split(self, name: str) -> ImageDataset:
-        """``split``, which is read once."""
+        """Returns ``split``, read once."""
         if name not in self._splits:
             self._splits[name] = self.split(name)
         return self._splits[name]
@@ -278,7 +278,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
 def _collate(samples: list[dict[str, Any]]) -> Batch:
     shapes = sorted({tuple(sample["image"].shape) for sample in samples})
     if len(shapes) > 1:
-        raise InputError(f"images of shapes {shapes[0]} and {shapes[1]} make no batch: give the data a size")
+        raise InputError(f"images of shapes {shapes[0]} and {shapes[1]} cannot form a batch: set the size of the data")
     return default_collate(samples)
 
 
@@ -292,5 +292,5 @@ def _read_at(read: Callable[[int], Tensor], positions: Indices, item: int) -> Te
 
 
 def shuffled(count: int, seed: int) -> Indices:
-    """A permutation of 0 .. count - 1 that splits are cut from."""
+    """Returns a permutation of 0 .. count - 1 for cutting splits."""
     return random_state(seed).permutation(count)

@@ -1,4 +1,4 @@
-"""Batches that are taken one after another by whichever process is free."""
+"""Batches that go to whichever process is free."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch.utils.data import Sampler
 from lit_purify.data.subset import Indices
 
 _PASSES = count()
-"""Names each pass; all processes make the same passes."""
+"""Numbers the passes; all processes make the same passes."""
 
 
 class Claims(Sampler[list[int]]):
-    """Each batch goes to the process that asks first, and to no other.
+    """Assigns each batch to the first process that asks for it.
 
     Processes then finish within one batch of each other, whatever single samples cost. The last samples, too few for a
-    full batch each, are shared out equally; a process may get none.
+    full batch per process, are split equally; a process may get none.
 
     Args:
-        items: What is to be dealt out, the same on all processes; asked at the beginning of a pass.
-        batch_size: Items a batch, at most.
-        world: Processes.
-        rank: This process; decides only where no process group connects the processes.
+        items: Returns the items to assign, equal on all processes; called at the beginning of a pass.
+        batch_size: Items per batch, at most.
+        world: Number of processes.
+        rank: Rank of this process; used only without a process group.
     """
 
     def __init__(self, items: Callable[[], Indices], batch_size: int, world: int, rank: int) -> None:
         self.items, self.batch_size, self.world, self.rank = items, batch_size, world, rank
 
     def __len__(self) -> int:
-        """Batches of all processes together: no process gets more."""
+        """Returns the number of batches of all processes together, an upper bound for each."""
         return len(self._batches())
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -53,6 +53,6 @@ class Claims(Sampler[list[int]]):
         if self.world == 1 or not (dist.is_available() and dist.is_initialized()):
             return count(self.rank, self.world)
         assert dist.group.WORLD is not None
-        # The processes' common counter: no collective, so none waits for another. A restart has a new store.
+        # A counter shared through the store. It is no collective, so no process waits. A restart has a new store.
         store = dist.group.WORLD.get_group_store()
         return (store.add(key, 1) - 1 for _ in count())

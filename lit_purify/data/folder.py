@@ -1,4 +1,4 @@
-"""People's own images: any folder with one subfolder a class."""
+"""Your own images: a folder with one subfolder per class."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from typing_extensions import override
 
 from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
 from lit_purify.data.subset import Indices, Subset
@@ -21,41 +22,41 @@ from lit_purify.errors import InputError, notice
 from lit_purify.functional.images import resize
 
 IMAGE_KINDS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
-"""Endings of the files that are images. Pillow also opens .mpg, .h5 and .pdf, but not to give their pixels."""
+"""File name extensions of images. Pillow also opens .mpg, .h5 and .pdf, but does not return their pixels."""
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _UPRIGHT = dict(enumerate((*(Image.Transpose(k) for k in (0, 3, 1, 5, 4, 6, 2)),), start=2))
-"""What turns an image upright, by the orientation in its EXIF."""
+"""Transposition that turns an image upright, by its EXIF orientation."""
 
 
 class ImageFolder(ImageDataModule):
-    """Images in one subfolder a class.
+    """Images in one subfolder per class.
 
-    ``root`` holds folders ``train`` (or ``training``), ``val`` (``valid``, ``validation``) and ``test`` (``testing``),
-    in capitals or not, each with one subfolder a class; or it holds the class folders itself. Missing splits are made
-    like this:
+    ``root`` has folders ``train`` (or ``training``), ``val`` (``valid``, ``validation``) and ``test`` (``testing``), in
+    any case, each with one subfolder per class; or it has the class folders itself. Missing splits are made as follows:
 
-    - class folders alone, or ``train`` alone: ``test_fraction`` and ``val_fraction`` of the images of each class, drawn
-      with ``RandomState(split_seed)``, are the test and the validation split, the rest is the training split;
-    - ``train`` and ``test``: the validation split is cut from ``train`` in the same way;
+    - Class folders alone, or ``train`` alone: ``test_fraction`` and ``val_fraction`` of the images of each class, drawn
+      with ``RandomState(split_seed)``, become the test and the validation split. The rest is the training split.
+    - ``train`` and ``test``: the validation split is cut from ``train`` in the same way.
     - ``train`` and ``val``: the test reads ``val``.
 
-    Labels count the class folders of all splits together, sorted by name. Images may lie deeper inside a class folder;
-    hidden files and folders are ignored. Images are read as torchvision reads them: EXIF does not turn them.
-    Transparent pixels become white.
+    Labels number the class folders of all splits together, sorted by name. Images may be nested inside a class folder;
+    hidden files and folders are ignored. As in torchvision, EXIF orientation is ignored. Transparent pixels become
+    white.
 
     Args:
         root: The folder.
-        size: Height and width: the shorter side is resized, the center cropped. ``None`` keeps images as they are; they
-            must then have one size.
-        resize: What the shorter side is resized to before the center is cropped, at least ``size``; ``None`` is
-            ``size``. Classifiers of ImageNet are mostly tested with ``size: 224, resize: 256``.
+        size: Height and width: the shorter side is resized and the center cropped. ``None`` keeps images unchanged;
+            they must then have one size.
+        resize: Size of the shorter side before the center crop, at least ``size``; ``None`` is ``size``. ImageNet
+            classifiers are usually tested with ``size: 224, resize: 256``.
         channels: 3 for color, 1 for gray.
-        val_fraction: Part of the images cut off for validation where no folder gives it.
-        test_fraction: Part of the images cut off for the test where no folder gives it; 1 (with val_fraction 0) tests
-            on all.
-        split_seed: Of the random split.
-        splits: Whether folders named like splits are splits, or classes; ``None`` decides where only one is possible.
-        batch_size: See ``ImageDataModule``, as for all that follow.
+        val_fraction: Fraction of the images for validation if there is no such folder.
+        test_fraction: Fraction of the images for the test if there is no such folder; 1 (with val_fraction 0) tests on
+            all.
+        split_seed: Seed of the random split.
+        splits: Whether folders named like splits are splits (true) or classes (false); ``None`` decides if only one is
+            possible.
+        batch_size: See ``ImageDataModule``, as for all further arguments.
     """
 
     def __init__(
@@ -80,46 +81,44 @@ class ImageFolder(ImageDataModule):
             raise InputError(f"channels = {channels}: use 3 for color, 1 for gray")
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction > 1:
             raise InputError(
-                f"val_fraction = {val_fraction}, test_fraction = {test_fraction}: use parts of 1 that add to at most 1"
+                f"val_fraction = {val_fraction}, test_fraction = {test_fraction}: use fractions that sum to at most 1"
             )
         if resize is not None and (size is None or resize < size):
-            raise InputError(
-                f"resize = {resize}, size = {size}: the center of size is cropped: give size, at most resize"
-            )
+            raise InputError(f"resize = {resize}, size = {size}: resize needs a size, which is at most resize")
         self.root, self.size, self.channels, self.resize = Path(root).expanduser(), size, channels, resize
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
         self.splits = splits
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """With the name of the folder."""
+        """Class and name of the folder, for reports."""
         return f"{type(self).__name__}({_shown(self.root.resolve().name)})"
 
     @property
     def names_sha256(self) -> str:
-        """Of the images that the evaluated split is read from: one more or less gives others to all positions.
+        """Hash of the file names of the evaluated split: one file more or less changes all positions.
 
-        What is in the files is not looked at: a damaged one may be replaced.
+        Contents do not count, so a damaged file may be replaced.
         """
         folder = self._read_for(self.evaluate_on)[0]
         listing = b"".join(os.fsencode(file.relative_to(folder)) + b"\n" for file in find_files(folder, IMAGE_KINDS))
         return hashlib.sha256(listing).hexdigest()
 
     def known_classes(self) -> Sequence[str] | None:
-        """Classes in the order of labels where the dataset fixes them; ``None`` takes the folders, sorted by name."""
+        """Returns the classes in label order if the dataset defines them; ``None`` uses the folders, sorted by name."""
         return None
 
     def order(self, labels: Indices) -> Indices:
-        """The order from which test, validation and training images are cut: each cut has its share of every class."""
+        """Returns the order from which splits are cut, so that each cut has its share of every class."""
         drawn = shuffled(len(labels), self.split_seed)
         by_class = drawn[np.argsort(labels[drawn], kind="stable")]
         counts = np.unique(labels, return_counts=True)[1]
         place = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
-        # Where images of several classes have the same place, they are in the order drawn.
+        # Images of several classes with the same place are in random order.
         return by_class[np.lexsort((np.argsort(drawn)[by_class], place))]
 
+    @override
     def split(self, name: str) -> ImageDataset:
-        """One of the three splits."""
         folder, part = self._read_for(name)
         whole = self._scan(folder, self._classes())
         if part is None:
@@ -131,19 +130,19 @@ class ImageFolder(ImageDataModule):
         cut = dict(zip(("test", "val", "train"), np.split(self.order(whole.labels), ends), strict=True))[part]
         if not len(cut):
             raise InputError(
-                f"{self.root}: of {len(whole)} images none are left for {part}; change val_fraction = "
+                f"{self.root}: of {len(whole)} images none are left for {part}: change val_fraction = "
                 f"{self.val_fraction} or test_fraction = {self.test_fraction}"
             )
         return whole.part(np.sort(cut))
 
     def _folders(self) -> dict[str, Path]:
-        """The folder of each split; class folders alone are ``train``.
+        """Returns the folder of each split; class folders alone are ``train``.
 
         Raises:
-            InputError: There is no such folder, or one folder may be a split as well as a class.
+            InputError: There is no such folder, or a folder could be a split as well as a class.
         """
         if not self.root.is_dir():
-            raise InputError(f"{self.root}: no such folder; give root a folder with one subfolder of images a class")
+            raise InputError(f"{self.root}: no such folder: set root to a folder with one subfolder per class")
         if self.splits is False:
             return {"train": self.root}
         found: dict[str, Path] = {}
@@ -151,7 +150,7 @@ class ImageFolder(ImageDataModule):
             key = next((key for key, names in _SPLITS.items() if entry.name.lower() in names), entry.name)
             if key in found:
                 raise InputError(
-                    f"{self.root}: {found[key].name} and {entry.name} may both be the {key} split; rename one, or give "
+                    f"{self.root}: {found[key].name} and {entry.name} may both be the {key} split: rename one, or set "
                     "splits: false if they are classes"
                 )
             found[key] = entry
@@ -159,13 +158,13 @@ class ImageFolder(ImageDataModule):
         others = [key for key, entry in found.items() if key not in splits and any(_walk(entry, IMAGE_KINDS))]
         if splits and others and self.splits is None and self.known_classes() is None:
             raise InputError(
-                f"{self.root}: is {next(iter(splits.values())).name} a split or, as {others[0]} beside it, a class? "
-                "give splits: true or splits: false"
+                f"{self.root}: {next(iter(splits.values())).name} may be a split or, like {others[0]}, a class: "
+                "set splits: true or splits: false"
             )
         return splits or {"train": self.root}
 
     def _read_for(self, name: str) -> tuple[Path, str | None]:
-        """The folder that a split is read from, and which part of it the split is (``None``: all)."""
+        """Returns the folder of a split, and the part of it that is the split (``None``: all)."""
         folders = self._folders()
         if name == "test" and "test" not in folders and "val" in folders:
             # As with ImageNet, whose test labels are not public.
@@ -173,17 +172,17 @@ class ImageFolder(ImageDataModule):
         if name in folders and name != "train":
             return folders[name], None
         if "train" not in folders:
-            raise InputError(f"{self.root}: has no folder {name}; it needs train, val and test, or class folders alone")
+            raise InputError(f"{self.root}: has no folder {name}: add train, val and test, or use class folders alone")
         return folders["train"], name
 
     def _classes(self) -> Sequence[str]:
-        """Of all splits together, so that a label means the same in each."""
+        """Returns the classes of all splits together, so that labels agree between splits."""
         folders = self._folders().values()
         present = sorted({entry.name for folder in folders for entry in folder.iterdir() if _is_class(entry)})
         known = self.known_classes()
         unknown = [name for name in present if known is not None and name not in known]
         if unknown:
-            raise InputError(f"{self.root}: folder {unknown[0]!r} is not a class of {type(self).__name__}")
+            raise InputError(f"{self.root}: folder {unknown[0]!r} is not a class of {type(self).__name__}: rename it")
         return present if known is None else known
 
     def _scan(self, folder: Path, classes: Sequence[str]) -> ImageDataset:
@@ -192,15 +191,15 @@ class ImageFolder(ImageDataModule):
         if not any(images.values()):
             if any(file.parent == folder for file in find_files(folder, IMAGE_KINDS)):
                 raise InputError(
-                    f"{folder}: its images lie in no class folders; move those of each class into a subfolder"
-                    + ("" if folder == self.root else f", or give splits: false if {folder.name} is a class")
+                    f"{folder}: its images are in no class folders: move the images of each class into a subfolder"
+                    + ("" if folder == self.root else f", or set splits: false if {folder.name} is a class")
                 )
             kinds = ", ".join(IMAGE_KINDS)
-            raise InputError(f"{folder}: no images in it; it needs one subfolder a class, with {kinds}")
+            raise InputError(f"{folder}: has no images: give it one subfolder per class, with {kinds}")
         others = Counter(file.suffix for name in classes for file in files[name] if not _is_image(file))
         if others:
-            kinds = ", ".join(f"{count} {suffix or 'without ending'}" for suffix, count in others.most_common(5))
-            notice(f"{folder}: files that are no images are left out: {kinds}")
+            kinds = ", ".join(f"{count} {suffix or 'without extension'}" for suffix, count in others.most_common(5))
+            notice(f"{folder}: ignored files that are not images: {kinds}")
         if empty := [name for name in classes if not images[name] and (folder / name).is_dir()]:
             notice(f"{folder}: class folders without images: {', '.join(map(_shown, empty[:5]))}")
         paths = [file for found in images.values() for file in found]
@@ -218,34 +217,34 @@ def _is_image(file: Path) -> bool:
 
 
 def _shown(name: str) -> str:
-    """A name that can be written, where its bytes are no UTF-8."""
+    """Replaces bytes of a name that are not UTF-8, for output."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def find_files(folder: Path, kinds: tuple[str, ...] = ("",)) -> list[Path]:
-    """Files at any depth, in the same order on every file system; hidden files and folders do not count."""
+    """Returns files at any depth, in the same order on every file system, without hidden files and folders."""
     return sorted(_walk(folder, kinds))
 
 
 def _walk(folder: Path, kinds: tuple[str, ...]) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder, followlinks=True):
-        # A link to a folder above would be followed for ever.
+        # Links to a parent folder are skipped, since following them would not end.
         above = {Path(parent).resolve(), *Path(parent).resolve().parents}
         folders[:] = [name for name in folders if name[0] != "." and Path(parent, name).resolve() not in above]
         yield from (Path(parent, name) for name in files if name.lower().endswith(kinds) and name[0] != ".")
 
 
 def _read_item(files: Sequence[Path], channels: int, size: int | None, shorter: int | None, item: int) -> Tensor:
-    # As torchvision reads them, and so what published classifiers were trained on.
+    # Without EXIF orientation, as in torchvision and hence in the training of published classifiers.
     return read_image(files[item], channels, size, shorter, turn=False)
 
 
 def read_image(
     path: Path, channels: int, size: int | None = None, shorter: int | None = None, turn: bool = True
 ) -> Tensor:
-    """An image (C, H, W) in [0, 1], what is transparent on white.
+    """Reads an image (C, H, W) in [0, 1], with transparent pixels on white.
 
-    With ``turn``, turned upright as its EXIF says; with a ``size``, resized to that (``functional.images.resize``).
+    ``turn`` applies the EXIF orientation; ``size`` resizes the image (``functional.images.resize``).
 
     Raises:
         InputError: The file is not an image, is damaged, or has more than 8 bits.
@@ -259,17 +258,17 @@ def read_image(
                 white = Image.new("RGBA", shown.size, "white")
                 shown = Image.alpha_composite(white, shown.convert("RGBA"))
             pixels = np.array(shown.convert("RGB" if channels == 3 else "L"))
-        except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        except Exception as error:  # a damaged file can make Pillow raise nearly any exception
             raise _unreadable(path) from error
     image = torch.from_numpy(pixels).reshape(*pixels.shape[:2], channels).movedim(-1, 0).float().div(255.0)
     return image if size is None else resize(image[None], size, shorter)[0]
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image whose pixels are not read yet.
+    """Opens an image without reading its pixels.
 
     Raises:
-        InputError: Its beginning says that ``read_image`` would refuse it.
+        InputError: ``read_image`` cannot read this kind of file.
     """
     try:
         file = Image.open(path)
@@ -277,9 +276,9 @@ def open_image(path: Path) -> Image.Image:
         raise _unreadable(path) from error
     if file.mode.startswith(("I", "F")):
         file.close()
-        raise InputError(f"{path}: gray with more than 8 bits, which would be clipped; save it with 8 bits")
+        raise InputError(f"{path}: gray with more than 8 bits, which would be clipped: save it with 8 bits")
     return file
 
 
 def _unreadable(path: Path) -> InputError:
-    return InputError(f"{path}: cannot be read as an image; remove or replace it")
+    return InputError(f"{path}: cannot be read as an image: remove or replace it")

@@ -1,9 +1,11 @@
-"""NSL-KDD and UNSW-NB15, connections of computer networks, in the files as people have them."""
+"""Network intrusion data: NSL-KDD and UNSW-NB15, in their published files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
+
+from typing_extensions import override
 
 from lit_purify.data.table import Lines, Table, existing
 from lit_purify.errors import InputError
@@ -52,17 +54,17 @@ class NSLKDD(Table):
     """NSL-KDD (Tavallaee et al., "A detailed analysis of the KDD CUP 99 data set", CISDA 2009): normal or attack.
 
     121 features: 37 numbers, then protocol_type (3), service (70) and flag (11). The column difficulty and the constant
-    num_outbound_cmds are left out, and su_attempted 2 is 0. A tenth of the training rows is the validation split.
+    num_outbound_cmds are dropped, and su_attempted 2 is set to 0. A tenth of the training rows is the validation split.
 
-    An attacker can change neither protocol, service and flag nor facts about logins; counts, bytes and the duration are
-    whole numbers that only grow; rates lie in [0, 1].
+    An attacker cannot change protocol, service, flag or login features. Counts, bytes and the duration are integers
+    that can only increase; rates lie in [0, 1].
 
     Args:
         root: Folder of the files of the Canadian Institute for Cybersecurity, as ``.txt``, ``.txt.xz`` or ``.txt.gz``.
         train: Name of the training file: ``KDDTrain+_20Percent`` or ``KDDTrain+``.
-        test: ``KDDTest+``, or of its rows those that not all of 21 classifiers got right (Test-21).
+        test: ``KDDTest+``, or its rows that at least one of 21 classifiers got wrong (``KDDTest-21``).
         constrained: See ``Table``.
-        options: Of ``Table`` and ``ImageDataModule``, such as ``batch_size``.
+        options: Arguments of ``Table`` and ``ImageDataModule``, such as ``batch_size``.
     """
 
     def __init__(
@@ -92,11 +94,11 @@ class NSLKDD(Table):
 
     @property
     def name(self) -> str:  # type: ignore[override]  # as in the base
-        """What reports call the dataset."""
+        """Name of the dataset in reports."""
         return f"NSLKDD({'Test-21' if self.hard else 'KDDTest+'}{'' if self.constrained else ', unconstrained'})"
 
+    @override
     def read(self, path: Path) -> tuple[list[str], Lines]:
-        """See ``Table``."""
         names, lines = super().read(
             found(path, "NSL-KDD (Tavallaee et al., CISDA 2009)", "unb.ca/cic/datasets/nsl.html")
         )
@@ -112,13 +114,13 @@ class NSLKDD(Table):
 class UNSWNB15(Table):
     """UNSW-NB15 (Moustafa and Slay, MilCIS 2015), the partition in two CSV files: normal or attack.
 
-    An attacker can change neither protocol, service and state nor addresses; packets and bytes are whole numbers that
-    only grow. A tenth of the training rows is the validation split.
+    An attacker cannot change protocol, service, state or address features. Packets and bytes are integers that can only
+    increase. A tenth of the training rows is the validation split.
 
     Args:
-        root: Folder of ``UNSW_NB15_training-set.csv`` and ``UNSW_NB15_testing-set.csv``, also packed as ``.xz``.
+        root: Folder of ``UNSW_NB15_training-set.csv`` and ``UNSW_NB15_testing-set.csv``, or packed as ``.xz``.
         constrained: See ``Table``.
-        options: Of ``Table`` and ``ImageDataModule``, such as ``batch_size``.
+        options: Arguments of ``Table`` and ``ImageDataModule``, such as ``batch_size``.
     """
 
     def __init__(
@@ -145,14 +147,14 @@ class UNSWNB15(Table):
             **options,
         )
 
+    @override
     def read(self, path: Path) -> tuple[list[str], Lines]:
-        """See ``Table``."""
         origin = "UNSW-NB15 (Moustafa and Slay, MilCIS 2015)"
         return super().read(found(path, origin, "research.unsw.edu.au/projects/unsw-nb15-dataset"))
 
 
 def found(path: Path, citation: str, origin: str) -> Path:
-    """The path, or an ``InputError`` that says where its file comes from."""
+    """Returns the path, or raises an ``InputError`` that names the source of the file."""
     if not existing(path).is_file():
-        raise InputError(f"{path}: no such file; fetch {citation} from {origin} and put its files there")
+        raise InputError(f"{path}: no such file: download {citation} from {origin} and put its files there")
     return path

@@ -1,4 +1,4 @@
-"""Which samples of a split are evaluated."""
+"""Subsets: the evaluated samples of a split."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import override
 
 from lit_purify.errors import InputError
 from lit_purify.recorded import Recorded
@@ -16,11 +17,11 @@ Indices = NDArray[np.int64]
 
 
 class Subset(Recorded, ABC):
-    """A rule that picks positions of a split."""
+    """A rule that selects positions of a split."""
 
     @abstractmethod
     def indices(self, labels: Indices) -> Indices:
-        """Positions in the split, in the order of evaluation.
+        """Returns positions in the split, in the order of evaluation.
 
         Args:
             labels: Label of every sample of the split.
@@ -31,45 +32,45 @@ class First(Subset):
     """The first ``n`` samples.
 
     Args:
-        n: How many.
+        n: Number of samples.
     """
 
     def __init__(self, n: int) -> None:
         self.n = n
 
+    @override
     def indices(self, labels: Indices) -> Indices:
-        """0 .. n - 1."""
         return np.arange(_check_count(self.n, len(labels)))
 
 
 class RandomChoice(Subset):
-    """``RandomState(seed).choice(n_total, n, replace=False)``.
+    """Samples drawn by ``RandomState(seed).choice(n_total, n, replace=False)``.
 
-    With n = 512 and seed = 0 on the 10,000 test images of CIFAR-10 it is the subset of Lee & Kim (2023) and of Pei et
-    al. (2025).
+    n = 512 and seed = 0 on the 10,000 test images of CIFAR-10 give the subset of Lee & Kim (2023) and of Pei et al.
+    (2025).
 
     Args:
-        n: How many.
-        seed: Of numpy's legacy generator.
+        n: Number of samples.
+        seed: Seed of numpy's legacy generator.
     """
 
     def __init__(self, n: int, seed: int = 0) -> None:
         self.n, self.seed = n, seed
 
+    @override
     def indices(self, labels: Indices) -> Indices:
-        """Drawn without replacement, in the order drawn."""
         return random_state(self.seed).choice(len(labels), _check_count(self.n, len(labels)), replace=False)
 
 
 class RandomDraws(Subset):
-    """``RandomChoice(n, seed)`` for several seeds, 0 .. ``draws`` - 1, one after another; a sample counts once.
+    """``RandomChoice(n, seed)`` for the seeds 0 .. ``draws`` - 1 in turn, without repeated samples.
 
-    What the evaluation of DiffPure (Nie et al., ICML 2022) reads: 8 draws of 64 on CIFAR-10, 32 of 16 on ImageNet.
-    There, what two draws share counts twice.
+    The evaluation of DiffPure (Nie et al., ICML 2022) uses 8 draws of 64 on CIFAR-10 and 32 of 16 on ImageNet. It
+    counts a sample twice if two draws contain it.
 
     Args:
         n: Samples of a draw.
-        draws: How many draws.
+        draws: Number of draws.
     """
 
     def __init__(self, n: int, draws: int) -> None:
@@ -77,25 +78,25 @@ class RandomDraws(Subset):
             raise InputError(f"draws = {draws}: use at least 1")
         self.n, self.draws = n, draws
 
+    @override
     def indices(self, labels: Indices) -> Indices:
-        """In the order drawn, without those that an earlier draw has."""
         drawn = np.concatenate([RandomChoice(self.n, seed).indices(labels) for seed in range(self.draws)])
         return drawn[np.sort(np.unique(drawn, return_index=True)[1])]
 
 
 class Balanced(Subset):
-    """``n`` samples, the same number of every class (a remainder goes to the first classes), drawn at random.
+    """``n`` random samples, equally many of every class (a remainder goes to the first classes).
 
     Args:
-        n: How many.
-        seed: Of numpy's legacy generator.
+        n: Number of samples.
+        seed: Seed of numpy's legacy generator.
     """
 
     def __init__(self, n: int, seed: int = 0) -> None:
         self.n, self.seed = n, seed
 
     def indices(self, labels: Indices) -> Indices:
-        """Class by class in turn, so that every prefix is balanced as well."""
+        """Returns one sample of each class in turn, so that every prefix is balanced too."""
         order = random_state(self.seed).permutation(len(labels))
         classes, counts = np.unique(labels, return_counts=True)
         rarest = int(counts.argmin())
@@ -111,7 +112,7 @@ class Balanced(Subset):
 
 
 class IndexFile(Subset):
-    """Positions from a text file, one a line.
+    """Positions from a text file, one per line.
 
     Args:
         path: The file.
@@ -120,30 +121,30 @@ class IndexFile(Subset):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @override
     def indices(self, labels: Indices) -> Indices:
-        """In the order of the file."""
         try:
             found = np.array([int(word) for word in Path(self.path).read_text().split()], dtype=np.int64)
         except OSError as error:
-            raise InputError(f"{self.path}: no such file of indices ({error.strerror})") from error
+            raise InputError(f"{self.path}: no such file of indices ({error.strerror}): check the path") from error
         except (ValueError, OverflowError) as error:
-            raise InputError(f"{self.path}: not a file of indices, one whole number a line ({error})") from error
+            raise InputError(f"{self.path}: not a file of indices ({error}): write one integer per line") from error
         if not len(found) or found.min() < 0 or found.max() >= len(labels):
-            raise InputError(f"{self.path}: indices must lie in 0 .. {len(labels) - 1}, at least one of them")
+            raise InputError(f"{self.path}: write at least one index, and only indices in 0 .. {len(labels) - 1}")
         if len(np.unique(found)) != len(found):
-            raise InputError(f"{self.path}: an index stands there twice")
+            raise InputError(f"{self.path}: has an index twice: write each once")
         return found
 
 
 def subset_sha256(indices: Indices) -> str:
-    """Hash of the chosen positions: decimal, one a line, in order; the same as ``sha256sum`` of an index file."""
+    """Hash of the chosen positions, decimal, one per line, in order: the ``sha256sum`` of an index file."""
     return hashlib.sha256("".join(f"{i}\n" for i in indices).encode()).hexdigest()
 
 
 def random_state(seed: int) -> np.random.RandomState:
-    """Numpy's legacy generator, whose draws never change between versions."""
+    """Returns numpy's legacy generator, whose draws never change between versions."""
     if not 0 <= seed < 2**32:
-        raise InputError(f"seed = {seed} is outside 0 .. 2**32 - 1")
+        raise InputError(f"seed = {seed}: use a number in 0 .. 2**32 - 1")
     return np.random.RandomState(seed)
 
 

@@ -1,4 +1,4 @@
-"""Tables of one's own: rows of numbers and categories, and what an attacker can change in them."""
+"""Your own tables: rows of numbers and categories, and the changes that an attacker can make."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
 from lit_purify.data.subset import Indices, Subset
@@ -31,33 +32,31 @@ _MISSING = ("", "?", "nan", "NaN", "NA", "null")
 class Table(ImageDataModule):
     """Rows of a CSV or Parquet file: numbers scaled to [0, 1], then one-hot categories.
 
-    A number is scaled by the least and the largest value of the training rows; what lies outside is clipped. A part of
-    the rows of ``train``, drawn with ``RandomState(split_seed)``, is the validation split, and the test split as well
-    where there is no ``test``.
+    Numbers are min-max scaled by the training rows and clipped. A fraction of the rows of ``train``, drawn with
+    ``RandomState(split_seed)``, is the validation split, and another the test split if there is no ``test``.
 
-    The columns that an attacker can change, and how, belong to the data: every attack of an evaluation, or of an
-    adversarial training, is held to them.
+    The data defines what an attacker can change. Every attack of an evaluation or adversarial training respects it.
 
     Args:
         train: File of the training rows: ``.csv`` or ``.txt``, also packed as ``.gz`` or ``.xz``, or ``.parquet``.
         label: Column of the class.
         test: File of the test rows.
-        normal: Label of harmless rows. The classes are then this one and ``attack``, and the labels are the kinds of
-            attacks that reports tell apart; ``None`` takes the labels as classes.
+        normal: Label of harmless rows. The classes are then this one and ``attack``, and reports distinguish the labels
+            as kinds of attacks; ``None`` uses the labels as classes.
         columns: Names of the columns of a file without a header; ``None`` reads the first line.
-        drop: Columns to leave out.
-        categorical: Columns of categories, with all their values; without any, those of the training rows.
-        bounds: Least and largest value of numeric columns, in place of those of the training rows.
+        drop: Columns to drop.
+        categorical: Columns of categories with all their values; an empty list uses those of the training rows.
+        bounds: Minimum and maximum of numeric columns, instead of those of the training rows.
         immutable: Columns that an attacker cannot change.
-        increasing: Numeric columns that an attacker can only raise.
-        integer: Columns of whole numbers.
-        relations: What holds between columns, such as ``total = sent + received`` or ``errors <= total``: a column
-            before ``=`` follows from the others. A relation binds rows that satisfy it, up to 0.01.
-        constrained: Whether attacks are held to what is said of the columns; ``False``: to norm and [0, 1] alone.
-        val_fraction: Part of the rows of ``train`` for validation.
-        test_fraction: Part for the test where there is no file ``test``.
-        split_seed: Of the split.
-        batch_size: See ``ImageDataModule``, as for all that follow.
+        increasing: Numeric columns that an attacker can only increase.
+        integer: Columns of integers.
+        relations: Relations between columns, such as ``total = sent + received`` or ``errors <= total``. A column
+            before ``=`` is computed from the others. A relation applies to rows that satisfy it, up to 0.01.
+        constrained: Whether attacks respect these constraints; ``False``: only norm and [0, 1].
+        val_fraction: Fraction of the rows of ``train`` for validation.
+        test_fraction: Fraction of the rows of ``train`` for the test if there is no file ``test``.
+        split_seed: Seed of the random splits.
+        batch_size: See ``ImageDataModule``, as for all further arguments.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class Table(ImageDataModule):
         super().__init__(batch_size, num_workers, subset, evaluate_on, seed, val_subset)
         for name, part in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0.0 < part < 0.5:
-                raise InputError(f"{name} = {part} is outside (0, 0.5)")
+                raise InputError(f"{name} = {part}: use a number above 0 and below 0.5")
         self.train, self.test, self.label, self.normal = Path(train), test and Path(test), label, normal
         self.columns, self.drop, self.bounds = columns, set(drop), dict(bounds or {})
         self.categorical = {name: list(values or ()) for name, values in (categorical or {}).items()}
@@ -98,21 +97,21 @@ class Table(ImageDataModule):
 
     @property
     def name(self) -> str:  # type: ignore[override]  # as in the base
-        """What reports call the dataset."""
+        """Class and file name, for reports."""
         return f"{type(self).__name__}({self.train.name.partition('.')[0]})"
 
     @property
     def names_sha256(self) -> str | None:
-        """Hash of the files: positions are those of their rows."""
+        """Hash of the files, whose rows define the positions."""
         files = [self.train] if self.test is None else [self.train, self.test]
         return "".join(path_sha256(found)[:32] for file in files if (found := existing(file)).exists())
 
+    @override
     def split(self, name: str) -> ImageDataset:
-        """One of the three splits."""
         return self._splits_of_files[name]
 
     def read(self, path: Path) -> tuple[list[str], Lines]:
-        """Columns and rows of a file, for a dataset that mends some."""
+        """Reads columns and rows of a file; datasets override it to correct rows."""
         path = existing(path)
         if path.suffix == ".parquet":
             return _parquet(path)
@@ -120,7 +119,7 @@ class Table(ImageDataModule):
             with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as stream:
                 lines = [line for line in csv.reader(stream, skipinitialspace=True) if line]
         except (OSError, UnicodeDecodeError, lzma.LZMAError, csv.Error, EOFError) as error:
-            raise InputError(f"{path}: cannot be read as CSV ({error})") from error
+            raise InputError(f"{path}: cannot be read as CSV ({error}): check that it is complete") from error
         names = list(self.columns or (lines.pop(0) if lines else []))
         return names, lines
 
@@ -142,7 +141,7 @@ class Table(ImageDataModule):
         classes = [self.normal, "attack"] if self.normal else sorted({lines[self.label][k] for k in train})
 
         def dataset(path: Path, lines: Mapping[str, Sequence[str]], rows: Indices) -> ImageDataset:
-            """Of some rows of a file."""
+            """Builds the split of some rows of a file."""
             numbers = [
                 (self._numbers(path, name, lines[name])[rows] - low[name]) / (high[name] - low[name] or 1.0)
                 for name in raw
@@ -164,18 +163,18 @@ class Table(ImageDataModule):
         return found | {"test": dataset(self.test, tested, np.arange(len(tested[self.label])))}
 
     def _lines(self, path: Path) -> dict[str, list[str]]:
-        """The columns of a file, as they are written there."""
+        """Returns the columns of a file as text."""
         names, lines = self.read(path)
         self._check("label", {self.label}, set(names), f"{path}: ")
         self._check("drop", self.drop, set(names), f"{path}: ")
         if not lines:
-            raise InputError(f"{path}: has no rows")
+            raise InputError(f"{path}: has no rows: check that it is the right file")
         for number, line in enumerate(lines, start=1 if self.columns else 2):
             if len(line) != len(names):
-                raise InputError(f"{path}: row {number} has {len(line)} values, there are {len(names)} columns")
+                raise InputError(f"{path}: row {number} has {len(line)} values for {len(names)} columns: correct it")
             for name, value in zip(names, line, strict=True):
                 if name not in self.drop and value in _MISSING:
-                    raise InputError(f"{path}: row {number}, column {name}: the value is missing; fill it, or drop it")
+                    raise InputError(f"{path}: row {number}, column {name}: the value is missing: fill it, or drop it")
         kept = [k for k, name in enumerate(names) if name not in self.drop]
         return {names[k]: [line[k] for line in lines] for k in kept}
 
@@ -191,15 +190,15 @@ class Table(ImageDataModule):
         if bad.any():
             k = int(bad.argmax())
             kind = "a whole number" if name in self.integer else "a number"
-            remedy = "list the column under categorical" if name not in self.integer else "take it off integer"
-            raise self._wrong(path, k, name, f"{values[k]!r} is not {kind}; {remedy}")
+            remedy = "list the column under categorical" if name not in self.integer else "remove it from integer"
+            raise self._wrong(path, k, name, f"{values[k]!r} is not {kind}: {remedy}")
         return found
 
     def _one_hot(self, path: Path, name: str, values: Sequence[str], words: Sequence[str]) -> NDArray[np.float64]:
         place = {word: k for k, word in enumerate(words)}
         for k, value in enumerate(values):
             if value not in place:
-                raise self._wrong(path, k, name, f"unknown category {value!r}; list all of them under categorical")
+                raise self._wrong(path, k, name, f"unknown category {value!r}: list all categories under categorical")
         return np.eye(len(words))[[place[value] for value in values]]
 
     def _code(self, path: Path, label: str, classes: Sequence[str]) -> int:
@@ -214,7 +213,7 @@ class Table(ImageDataModule):
         if name in self.bounds:
             low, high = self.bounds[name]
             if not low < high:
-                raise InputError(f"bounds: {name}: the least value, {low}, is not below the largest, {high}")
+                raise InputError(f"bounds: {name}: the minimum {low} is not below the maximum {high}: correct them")
             return float((low, high)[end])
         return float(values.max() if end else values.min())
 
@@ -243,7 +242,7 @@ class Table(ImageDataModule):
 
 
 def existing(path: Path) -> Path:
-    """The file itself, or packed as ``.xz`` or ``.gz``."""
+    """Returns the file itself, or the one packed as ``.xz`` or ``.gz``."""
     packed = (path.with_name(path.name + ending) for ending in ("", *_OPEN))
     return next((file for file in packed if file.is_file()), path)
 
@@ -261,7 +260,7 @@ def _parquet(path: Path) -> tuple[list[str], Lines]:
 
         frame = pandas.read_parquet(path)
     except ImportError as error:
-        raise InputError(f"{path}: to read Parquet, install pandas and pyarrow; or save it as CSV") from error
+        raise InputError(f"{path}: Parquet needs pandas and pyarrow: install them, or save it as CSV") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as Parquet ({error})") from error
+        raise InputError(f"{path}: cannot be read as Parquet ({error}): check that it is complete") from error
     return [str(name) for name in frame.columns], frame.astype(str).to_numpy().tolist()

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009) and SVHN (Netzer et al. 2011), in the files that torchvision reads."""
+"""CIFAR-10 (Krizhevsky 2009) and SVHN (Netzer et al. 2011), in torchvision's files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torchvision import datasets
+from typing_extensions import override
 
 from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
 from lit_purify.data.subset import Subset
@@ -17,16 +18,16 @@ from lit_purify.errors import InputError
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 VAL = 5000
-"""Training images kept back for validation, drawn with ``RandomState(0)``."""
+"""Number of training images used for validation, drawn with ``RandomState(0)``."""
 
 
 class TorchvisionFiles(ImageDataModule):
-    """A dataset whose training and test images torchvision reads from files of its own.
+    """A dataset that torchvision reads from its own files.
 
     Args:
-        root: Folder that holds the files.
-        download: Fetch them when they are missing (needs a network).
-        batch_size: See ``ImageDataModule``, as for all that follow.
+        root: Folder of the files.
+        download: Download missing files.
+        batch_size: See ``ImageDataModule``, as for all further arguments.
     """
 
     def __init__(
@@ -45,26 +46,26 @@ class TorchvisionFiles(ImageDataModule):
 
     @abstractmethod
     def read(self, train: bool) -> ImageDataset:
-        """All training images, or all test images."""
+        """Reads all training images or all test images."""
 
     def prepare_data(self) -> None:
-        """Downloads in one process, before the others look."""
+        """Downloads in one process, before the others read."""
         if self.download:
             self.read(train=True)
             self.read(train=False)
 
+    @override
     def split(self, name: str) -> ImageDataset:
-        """One of the three splits."""
         whole = self.read(train=name != "test")
         return whole if name == "test" else train_or_val(whole, name)
 
     def open(self, make: Callable[..., Any], **options: Any) -> Any:  # noqa: ANN401
-        """A torchvision dataset, or an ``InputError`` that says what to do."""
+        """Opens a torchvision dataset, or raises an ``InputError`` with a remedy."""
         try:
             return make(self.root, download=self.download, **options)
         except (RuntimeError, OSError) as error:
             if not self.download and not self.root.is_dir():
-                raise InputError(f"{self.root}: no such folder; check the root of the data") from error
+                raise InputError(f"{self.root}: no such folder: check the root of the data") from error
             damaged = isinstance(error, RuntimeError)
             remedy = "remove its files and try again" if self.download else "set download: true to fetch them"
             raise InputError(
@@ -79,8 +80,8 @@ class CIFAR10(TorchvisionFiles):
     5,000 of the training images, drawn with ``RandomState(0)``, are the validation split.
     """
 
+    @override
     def read(self, train: bool) -> ImageDataset:
-        """All training images, or all test images."""
         found = self.open(datasets.CIFAR10, train=train)
         images = torch.from_numpy(found.data).movedim(-1, 1).contiguous()
         return ImageDataset.of(images, torch.tensor(found.targets), CIFAR10_CLASSES)
@@ -92,8 +93,8 @@ class SVHN(TorchvisionFiles):
     5,000 of the training images, drawn with ``RandomState(0)``, are the validation split.
     """
 
+    @override
     def read(self, train: bool) -> ImageDataset:
-        """All training images, or all test images."""
         found = self.open(datasets.SVHN, split="train" if train else "test")
         return ImageDataset.of(
             torch.from_numpy(found.data), torch.from_numpy(found.labels), [str(c) for c in range(10)]
@@ -101,8 +102,8 @@ class SVHN(TorchvisionFiles):
 
 
 def train_or_val(whole: ImageDataset, name: str) -> ImageDataset:
-    """The training images without the validation images (``name`` = ``train``), or the latter (``val``)."""
+    """Returns the training images (``name`` = ``train``) or the validation images (``val``) of the training file."""
     order = shuffled(len(whole), 0)
-    # Files with fewer images than the originals keep a tenth back.
+    # For files with fewer images than the originals, a tenth is used for validation.
     val = min(VAL, len(whole) // 10)
     return whole.part(np.sort(order[:val] if name == "val" else order[val:]))

@@ -1,4 +1,4 @@
-"""Worker processes of loaders: signals to whole process groups do not end them, their process does."""
+"""Worker processes of loaders that survive signals to the process group and end with their process."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _prepared = 0
 
 
 def ignore_signals(worker: int) -> None:
-    """Initializes a worker: the main process ends its step when it is signaled, and needs its workers for that."""
+    """Initializes a worker to ignore signals: the main process needs its workers to finish the step."""
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
 
 
 class Loader(DataLoader[dict[str, Any]]):
-    """Begins a pass when its first batch is due; its workers end when this process exits, also amid a batch.
+    """A loader that starts a pass at its first batch and kills its workers when the process exits.
 
-    Workers would read ahead as soon as an iterator is made, and Lightning makes it before it says which epoch of a
-    resumed training it is, or a callback which samples of an evaluation are recorded already. At exit Python asks
-    daemonic children to end by a SIGTERM, and waits for them.
+    Workers would otherwise read ahead as soon as an iterator exists. Lightning creates it before it sets the epoch of a
+    resumed training, and before a callback reads which samples are recorded already. At exit, Python would send SIGTERM
+    to its children, which they ignore, and wait for them.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         global _prepared
-        # A fork does not inherit what its parent has to do at exit.
+        # A fork does not inherit the exit handlers of its parent.
         if _prepared != os.getpid():
             _prepared = os.getpid()
             Finalize(None, _kill, exitpriority=100)
