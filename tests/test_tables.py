@@ -81,7 +81,7 @@ def test_what_is_wrong_is_named(change, options, words, tmp_path):
 def test_other_labels_in_the_test_file(tmp_path):
     data = table(tmp_path, normal=None)
     (tmp_path / "test.csv").write_text(CSV.replace("scan", "worm"))
-    with pytest.raises(InputError, match=r"test.csv: column kind: 'worm' is no class of the training rows"):
+    with pytest.raises(InputError, match=r"test.csv: column kind: 'worm' is not a class of the training rows"):
         data.split("test")
     (tmp_path / "test.csv").write_text(CSV.replace("share", "portion"))
     with pytest.raises(InputError, match=r"test.csv: columns of the training rows: there is no such column 'share'"):

@@ -28,7 +28,7 @@ class Queries(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """In forward passes: to differentiate one costs two more, since steps are recomputed."""
+        """Cost in forward passes; differentiating one costs two more, since steps are recomputed."""
         return self.forward + 2 * self.backward
 
 
@@ -129,11 +129,11 @@ class Attack(Recorded, ABC):
 
     @property
     def threat(self) -> str:
-        """What reports call the size that ``eps`` bounds: the norm, or another distance."""
+        """Name of the bounded size in reports: the norm, or another distance."""
         return self.norm
 
     def outside(self, adversarial: Tensor, image: Tensor, chunk: int) -> Tensor:
-        """Which samples leave the threat model, (B,) bool."""
+        """Marks samples outside the threat model, (B,) bool."""
         return violations(adversarial, image, self.norm, self.radius(image))
 
     def radius(self, image: Tensor) -> float:
@@ -227,7 +227,7 @@ def single_draw(attack: Attack) -> Attack:
 
 
 def at_cost(attack: Attack, queries: Queries) -> Attack:
-    """The same attack with as many steps as cost no more than these queries; at least one.
+    """Returns the attack with as many steps as the queries allow, at least one.
 
     Raises:
         NotApplicableError: It has no version with other steps.

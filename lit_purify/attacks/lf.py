@@ -1,4 +1,4 @@
-"""LF: per-pixel filters against the vote, under a perceptual threat model."""
+"""LF: per-pixel filters against the majority vote, under a perceptual threat model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
 from lit_purify.attacks.base import Attack, Best, Queries, check_counts, draws
 from lit_purify.attacks.perceptual import Distance
@@ -22,32 +23,32 @@ from lit_purify.functional.threat import l2_norm, pixels
 _CENTER = 0.99
 """Weight of a pixel itself before the first step."""
 _INSIDE = 1e-6
-"""How far from 0 and 1 pixels are kept where they are shifted."""
+"""Distance that shifted pixels keep from 0 and 1."""
 _SLACK = 1e-5
-"""Rounding allowed on top of the distance."""
+"""Rounding allowed beyond the distance."""
 
 
 class LF(Attack):
     """Low-frequency attack on the vote (Kassis et al., "DiffBreak", NeurIPS 2025; from its equations).
 
-    The image is shifted, and filtered several times: x' = F_K(... F_1(s(s^-1(x) + delta))) with a sigmoid s. Every
-    pixel has a kernel of its own in each filter, a softmax over its taps, equal for opposite taps. Taps count by how
-    alike the colors of the original are, exp(-|x_p - x_q|_1^2 / (2 color^2)), and sum to 1 again: what is smoothed is
-    one surface. Adam raises the margin averaged over ``eot`` draws, less ``penalty`` times the distance where it is
-    ``eps`` or more; the gradient of each sample is cut to norm 1.
+    The image is shifted and filtered several times: x' = F_K(... F_1(s(s^-1(x) + delta))) with a sigmoid s. Every pixel
+    has its own kernel in each filter, a softmax over its taps, equal for opposite taps. Taps are weighted by the
+    similarity of the original's colors, exp(-|x_p - x_q|_1^2 / (2 color^2)), and normalized to sum 1, so that filters
+    smooth within one surface. Adam maximizes the margin averaged over ``eot`` draws, minus ``penalty`` times the
+    distance where it is at least ``eps``; the gradient of each sample is clipped to norm 1.
 
-    Of the iterates whose distance is below ``eps``, the one with the most wrong draws counts, of equals the one with
-    the highest averaged margin. So the threat model is perceptual: the Lp norms of the change are recorded, not bound.
+    The result is the iterate with a distance below ``eps`` that has the most wrong draws, with ties decided by the
+    averaged margin. The threat model is perceptual: Lp norms of the change are recorded but not bounded.
 
     Args:
-        distance: From the original: ``LPIPS`` as in the paper, or ``SSIM``, which needs no weights.
-        eps: Distance that is allowed; the paper's is 0.05 of LPIPS.
+        distance: Distance from the original: ``LPIPS`` as in the paper, or ``SSIM``, which needs no weights.
+        eps: Largest distance; 0.05 of LPIPS in the paper.
         steps: Steps of Adam.
-        eot: Copies, draws that each step averages over.
-        kernels: Sides of the filters, odd numbers, in order.
-        filter_rate: Step of Adam for the kernels.
-        shift_rate: Step of Adam for the shift.
-        color: Difference of colors that a filter reaches over, in pixels of [0, 1].
+        eot: Noise draws averaged in each step.
+        kernels: Side lengths of the filters (odd numbers), in order.
+        filter_rate: Adam's learning rate for the kernels.
+        shift_rate: Adam's learning rate for the shift.
+        color: Color difference that a filter crosses, in pixels of [0, 1].
         penalty: Weight of the distance.
     """
 
@@ -65,7 +66,7 @@ class LF(Attack):
         color: float = 0.05,
         penalty: float = 100.0,
     ) -> None:
-        # Any image of the range: the distance is what is bound.
+        # The distance bounds the change, so any image in the range is allowed.
         super().__init__("linf", 1.0)
         self.eps = pixels("eps", eps)
         check_counts(steps=steps, eot=eot)
@@ -77,38 +78,38 @@ class LF(Attack):
         self.filter_rate, self.shift_rate, self.color, self.penalty = filter_rate, shift_rate, color, penalty
 
     @property
+    @override
     def threat(self) -> str:
-        """The distance."""
         return self.distance.name
 
     @property
+    @override
     def title(self) -> str:
-        """What reports call it."""
         sides = ", ".join(map(str, self.kernels)) or "none"
         return f"LF on the margin loss, filters {sides}, the iterate within reach that most draws get wrong"
 
     @property
+    @override
     def queries(self) -> Queries:
-        """What it costs."""
         return Queries((self.steps + 1) * self.eot, self.steps * self.eot)
 
+    @override
     def outside(self, adversarial: Tensor, image: Tensor, chunk: int) -> Tensor:
-        """By the distance."""
         far = self._far(adversarial, image, chunk) > self.eps + _SLACK
         low, high = adversarial.flatten(1).amin(dim=1), adversarial.flatten(1).amax(dim=1)
         return far | ~((low >= 0.0) & (high <= 1.0))
 
+    @override
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
-        """See ``Attack``."""
         if image.ndim != 4:
-            raise InputError("LF filters images: attack rows of tables with PGD or CAPGD")
+            raise InputError("LF filters images: attack table rows with PGD or CAPGD")
         self.distance.check(image)
         taps = [side * side // 2 + 1 for side in self.kernels]
         shapes = [(count, *image.shape[2:]) for count in taps]
         filters = [image.new_zeros(len(image), *shape).requires_grad_() for shape in shapes]
         with torch.no_grad():
             for kernel, side in zip(filters, self.kernels, strict=True):
-                # The last tap of a half is the center.
+                # The last tap of a half kernel is the center.
                 kernel[:, -1] = math.log(_CENTER / (1.0 - _CENTER) * max(1, side * side - 1))
         shift = torch.zeros_like(image).requires_grad_()
         values = [*filters, shift]
@@ -122,9 +123,9 @@ class LF(Attack):
                 logits = logits_in_chunks(model, point, noise, runs, chunk)
                 best.offer(point, torch.where(near, success(logits, label), -torch.inf))
                 break
-            seen = draws_in_chunks(model, margin_loss, point, label, noise, runs, chunk)
-            best.offer(point, torch.where(near, success(seen.logits, label), -torch.inf))
-            gradients = self._gradients(values, image, average(seen.gradient), chunk)
+            drawn = draws_in_chunks(model, margin_loss, point, label, noise, runs, chunk)
+            best.offer(point, torch.where(near, success(drawn.logits, label), -torch.inf))
+            gradients = self._gradients(values, image, average(drawn.gradient), chunk)
             length = torch.stack([l2_norm(gradient) for gradient in gradients]).square().sum(dim=0).sqrt()
             for value, gradient in zip(values, gradients, strict=True):
                 value.grad = -gradient / each(length.clamp(min=1.0), gradient)
@@ -132,7 +133,7 @@ class LF(Attack):
         return best.image
 
     def _made(self, values: Sequence[Tensor], image: Tensor, chunk: int) -> Tensor:
-        """The images (B, C, H, W) that kernels and shift make."""
+        """Returns the images (B, C, H, W) for given kernels and shift."""
         with torch.no_grad():
             parts = [
                 self._filtered([value[rows] for value in values], image[rows])[:real]
@@ -141,7 +142,7 @@ class LF(Attack):
         return torch.cat(parts)
 
     def _gradients(self, values: Sequence[Tensor], image: Tensor, direction: Tensor, chunk: int) -> list[Tensor]:
-        """Of <direction, x'> less the penalty, in kernels and shift."""
+        """Returns the gradient of <direction, x'> minus the penalty, in kernels and shift."""
         parts = []
         for rows, real in chunks(len(image), chunk, image.device):
             with torch.enable_grad():
@@ -154,7 +155,7 @@ class LF(Attack):
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def _far(self, point: Tensor, image: Tensor, chunk: int) -> Tensor:
-        """Distances (B,)."""
+        """Returns distances (B,)."""
         with torch.no_grad():
             rows = chunks(len(image), chunk, image.device)
             return torch.cat([self.distance(point[which], image[which])[:real] for which, real in rows])
@@ -174,7 +175,7 @@ class LF(Attack):
 
 
 def _neighbors(image: Tensor, side: int, fill: float) -> Tensor:
-    """Each pixel's neighbors, row by row, (B, side^2, C, H, W); ``fill`` beyond the border."""
+    """Returns each pixel's neighbors, row by row, (B, side^2, C, H, W), with ``fill`` beyond the border."""
     height, width = image.shape[2:]
     padded = pad(image, [side // 2] * 4, value=fill)
     places = [(down, right) for down in range(side) for right in range(side)]

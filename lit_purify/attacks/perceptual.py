@@ -1,4 +1,4 @@
-"""Distances between images as people see them: what a perceptual threat model binds."""
+"""Perceptual distances between images, which bound perceptual threat models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lit_purify.errors import InputError
 from lit_purify.private import perceptual_network
@@ -17,31 +18,31 @@ _FROM = {
     "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
     "vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
 }
-"""Where the weights of LPIPS's backbones come from: torchvision's, of ImageNet."""
+"""Sources of the weights of LPIPS's backbones: torchvision's, trained on ImageNet."""
 
 
 class Distance(Recorded, ABC):
-    """How far an image looks from another one.
+    """A perceptual distance between two images.
 
     Attributes:
-        name: What reports call it.
+        name: Name in reports.
     """
 
     name: str
 
     @abstractmethod
     def __call__(self, point: Tensor, image: Tensor) -> Tensor:
-        """Distances (B,), differentiable, 0 for equal images; arguments (B, C, H, W) in [0, 1]."""
+        """Returns distances (B,), differentiable, 0 for equal images; arguments (B, C, H, W) in [0, 1]."""
 
     def check(self, image: Tensor) -> None:
-        """Raises an ``InputError`` where images cannot be compared."""
+        """Raises an ``InputError`` if the images cannot be compared."""
 
 
 class SSIM(Distance):
-    """1 - SSIM (Wang et al. 2004), by torchmetrics: a stand-in where no weights are at hand.
+    """1 - SSIM (Wang et al. 2004), by torchmetrics; it needs no weights.
 
     Args:
-        sigma: Of the Gaussian window, in pixels; ``None`` is 1.5, or a sixteenth of smaller images.
+        sigma: Standard deviation of the Gaussian window, in pixels; ``None`` is 1.5, or a sixteenth of smaller images.
     """
 
     name = "1 - SSIM"
@@ -51,8 +52,8 @@ class SSIM(Distance):
             raise InputError(f"sigma = {sigma}: use a number above 0")
         self.sigma = sigma
 
+    @override
     def __call__(self, point: Tensor, image: Tensor) -> Tensor:
-        """See ``Distance``."""
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
         sigma = min(1.5, min(image.shape[2:]) / 16.0) if self.sigma is None else self.sigma
@@ -61,7 +62,7 @@ class SSIM(Distance):
         return 1.0 - found.reshape(len(image))
 
     def check(self, image: Tensor) -> None:
-        """The window, of 3.5 sigma to each side, fits into the image."""
+        """Raises an ``InputError`` if the window, of 3.5 sigma to each side, is larger than the image."""
         if self.sigma is not None and int(3.5 * self.sigma + 0.5) * 2 >= min(image.shape[2:]):
             raise InputError(f"sigma = {self.sigma}: the window is larger than {tuple(image.shape[2:])}: use less")
 
@@ -74,7 +75,7 @@ class LPIPS(Distance):
         network: ``alex`` or ``vgg``.
 
     Raises:
-        InputError: The file is missing, or is none of these.
+        InputError: The file is missing, or has other weights.
     """
 
     name = "LPIPS"
@@ -87,15 +88,15 @@ class LPIPS(Distance):
             raise InputError(f"{path}: no such file; LPIPS needs the weights of {_FROM[network]}, or use SSIM")
         try:
             self.network: nn.Module = perceptual_network(network, torch.load(path, "cpu", weights_only=True))
-        except Exception as error:  # a damaged file makes the reader raise nearly anything
+        except Exception as error:  # a damaged file can raise nearly any exception
             raise InputError(f"{path}: not the weights of {_FROM[network]}; fetch them again") from error
 
+    @override
     def __call__(self, point: Tensor, image: Tensor) -> Tensor:
-        """See ``Distance``."""
         three = [x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x for x in (point, image)]
         return self.network.to(image.device, image.dtype)(*three, normalize=True).reshape(len(image))
 
     def check(self, image: Tensor) -> None:
-        """The backbone takes images of this size."""
+        """Raises an ``InputError`` for images smaller than 32 pixels, which the backbone cannot take."""
         if min(image.shape[2:]) < 32:
             raise InputError(f"LPIPS takes images of 32 pixels and more, these have {tuple(image.shape[2:])}: use SSIM")

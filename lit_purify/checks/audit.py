@@ -75,9 +75,7 @@ def randomness(audit: Audited) -> Iterator[Fact]:
         queries, outputs = audit.attack.queries.forward, audit.outputs
         drawn = 1 if outputs[0] == 1 else len(audit.drawn)
         fresh = drawn >= min(2, queries) and outputs[0] > outputs[1] / 2
-        reason = (
-            f"draws of noise in {queries} queries of the attack; {audit.attacked.shape[1]} draws have "
-        )
+        reason = f"draws of noise in {queries} queries of the attack; {audit.attacked.shape[1]} draws have "
         reason += f"{outputs[0]} outputs for it, {outputs[1]} for the evaluation"
         reason += "" if fresh else ": it sees frozen noise, the evaluation sees fresh noise"
         yield "fresh_draws", drawn, min(2.0, queries) if fresh else 2.0, fresh, reason

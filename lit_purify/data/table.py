@@ -203,7 +203,7 @@ class Table(ImageDataModule):
 
     def _code(self, path: Path, label: str, classes: Sequence[str]) -> int:
         if label not in classes:
-            raise InputError(f"{path}: column {self.label}: {str(label)!r} is no class of the training rows")
+            raise InputError(f"{path}: column {self.label}: {str(label)!r} is not a class of the training rows")
         return classes.index(label)
 
     def _wrong(self, path: Path, k: int, name: str, what: str) -> InputError:

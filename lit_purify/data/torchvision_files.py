@@ -70,7 +70,7 @@ class TorchvisionFiles(ImageDataModule):
             remedy = "remove its files and try again" if self.download else "set download: true to fetch them"
             raise InputError(
                 f"{self.root}: files of {make.__name__} are missing or damaged{'' if damaged else f' ({error})'}; "
-                f"{remedy}, or use ImageFolder for a root with folders train and test, one subfolder a class"
+                f"{remedy}, or use ImageFolder for a root with folders train and test, one subfolder per class"
             ) from error
 
 

@@ -91,10 +91,10 @@ def vote(predictions: Tensor, label: Tensor, draws: int) -> Tensor:
 
 @cache
 def _vote(right: int, rivals: tuple[int, ...], draws: int) -> float:
-    """The same from the counts of the label and of each other class that was predicted."""
+    """Computes ``vote`` for one pattern, from the counts of the label and of each other predicted class."""
     good = 0
     for own in range(1, min(right, draws) + 1):
-        # ways[m]: to draw m runs from the rivals, from none of them as many as from the label.
+        # ways[m]: number of ways to draw m runs from the rivals with fewer than ``own`` from each.
         ways = [1] + [0] * (draws - own)
         for rival in rivals:
             top = min(rival, own - 1)
@@ -104,29 +104,27 @@ def _vote(right: int, rivals: tuple[int, ...], draws: int) -> float:
 
 
 def ensemble(attacks: Tensor) -> Tensor:
-    """What is left of each sample when the attack that is best against it counts: (B, 3) in [0, 1].
+    """Returns the outcomes of each sample under the attack that is best against it: (B, 3) in [0, 1].
 
-    For each rule by itself: the average is that of the attack with the lowest, worst and majority are lost where any
-    attack wins. The lowest of K noisy averages is biased toward the attacker: for a sample with chance p under every
-    attack by at most sqrt((K - 1) p (1 - p) / N) (Arnold & Groeneveld 1979), 0.18 for K = 2, N = 8, p = 1/2;
-    ``held_out`` bounds it from the other side.
+    Each rule takes its own minimum over attacks. The minimum of K noisy averages is biased toward the attacker: for a
+    sample with probability p under every attack by at most sqrt((K - 1) p (1 - p) / N) (Arnold & Groeneveld 1979), 0.18
+    for K = 2, N = 8, p = 1/2. ``held_out`` bounds it from the other side.
 
     Args:
-        attacks: (K, B, 3) ``outcomes`` under each.
+        attacks: (K, B, 3), ``outcomes`` under each attack.
     """
     return attacks.amin(dim=0)
 
 
 def held_out(right: Tensor) -> Tensor:
-    """As the average of ``ensemble``, with the attack chosen on the other runs than the one that judges it: (B,).
+    """Returns the average of ``ensemble`` with the attack chosen on other runs than the one that judges it: (B,).
 
-    Every run is left out once; of equally good attacks the first is chosen, so that attacks after one that left nothing
-    change nothing. The runs that choose do not judge, so this is the accuracy, without bias, under an attacker who
-    chooses by N - 1 runs. That choice can miss the best attack: the accuracy under the truly best attack of each sample
-    lies between the two expectations.
+    Every run is held out once; of equally good attacks the first is chosen. The runs that choose do not judge, so this
+    is an unbiased accuracy under an attacker who chooses by N - 1 runs. That choice can miss the best attack. The
+    accuracy under the truly best attack of each sample lies between the two expectations.
 
     Args:
-        right: (K, B, N) whether the prediction was right; N at least 2.
+        right: (K, B, N), whether the prediction was correct; N at least 2.
     """
     right = right.double()
     others = right.sum(dim=2, keepdim=True) - right

@@ -1,4 +1,4 @@
-"""A denoiser whose levels are stated in another schedule."""
+"""A denoiser with levels of another schedule."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lit_purify.errors import InputError
 from lit_purify.functional.levels import LevelMap
@@ -14,15 +15,15 @@ from lit_purify.models.denoiser import Denoiser
 
 
 class MatchedSchedule(Denoiser):
-    """The same denoiser, with levels in noising steps of another schedule.
+    """A denoiser with levels in noising steps of another schedule.
 
-    One set of levels then means the same noise for networks of different schedules. The denoiser is called with the
-    level of the same signal-to-noise ratio, which may lie between two levels of its own schedule. Levels beyond its
-    strongest do not exist. For evaluation: fine-tune a denoiser in its own schedule.
+    One set of levels then means the same noise for networks with different schedules. The denoiser is called at the
+    level with the same signal-to-noise ratio, which may lie between two levels of its own schedule; stronger levels
+    than its strongest do not exist. Use it for evaluation, and fine-tune a denoiser in its own schedule.
 
     Args:
         denoiser: The denoiser.
-        schedule: The schedule of the levels; the default is that of DDPM.
+        schedule: The schedule of the levels; the default is DDPM's.
         steps: T of that schedule.
         beta_start: First beta of that schedule.
         beta_end: Last beta of that schedule.
@@ -42,7 +43,7 @@ class MatchedSchedule(Denoiser):
         super().__init__()
         wanted, own = Schedule.named(schedule, steps, beta_start, beta_end), denoiser.schedule
         levels = own.levels_of(wanted)
-        # Like the schedule's abar: neither part of the state_dict, nor rounded when the network is.
+        # Neither part of the state_dict nor rounded with the network, like the schedule's abar.
         self.levels = levels[torch.isfinite(levels)]
         if len(self.levels) < 2:
             raise InputError(f"schedule = {schedule}: all its levels are stronger than the strongest of the denoiser")
@@ -54,12 +55,12 @@ class MatchedSchedule(Denoiser):
         self.eval()
 
     @property
+    @override
     def title(self) -> str:
-        """What reports call it."""
         return f"{self.denoiser.title}, levels matched to another schedule"
 
     def forward(self, x: Tensor, t: Tensor | LevelMap) -> Tensor:
-        """Predicted noise; see ``Denoiser``. The denoiser's level is interpolated between whole levels."""
+        """Predicts the noise, see ``Denoiser``; the denoiser's level is interpolated between whole levels."""
         own = LevelMap(self._own(t.levels), t.weights) if isinstance(t, LevelMap) else self._own(t)
         return self.denoiser(x, own)
 
