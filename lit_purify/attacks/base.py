@@ -123,8 +123,8 @@ class Attack(Recorded, ABC):
             adversarial = rowwise(beyond, image, adversarial)
         bad = self.outside(adversarial, image, chunk).nonzero().flatten().tolist()
         if bad:
-            said = f"{self.threat} <= {self.eps}"
-            raise RuntimeError(f"{type(self).__name__} left its threat model ({said}) in rows {bad}")
+            bound = f"{self.threat} <= {self.eps}"
+            raise RuntimeError(f"{type(self).__name__} left its threat model ({bound}) in rows {bad}")
         return adversarial
 
     @property

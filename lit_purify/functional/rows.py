@@ -149,8 +149,8 @@ class Domain:
 
         Args:
             point: (B, F) in [0, 1].
-            row: What it was made of, (B, F).
-            eps: How far a feature may be from the row's.
+            row: The original row, (B, F).
+            eps: Largest change of a feature.
         """
         point, span = self.project(point, row), self.span.to(row.device)
         steps = (point.detach() - row).double() * span

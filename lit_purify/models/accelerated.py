@@ -69,12 +69,12 @@ def rounded(module: nn.Module) -> None:
 
 def arithmetic(device: torch.device, precision: Precision, replay: bool) -> str:
     """Describes the precision of an evaluation and, on a GPU, how networks are called, for reports."""
-    said = "float32" if precision == "float32" else f"{precision} denoisers, float32 classifiers"
+    text = "float32" if precision == "float32" else f"{precision} denoisers, float32 classifiers"
     if device.type == "cuda":
         wide = "TF32" if torch.backends.cudnn.allow_tf32 else "float32"
         calls = "replayed as CUDA graphs" if replay else "one by one"
-        said += f", {wide} convolutions, calls {calls} ({torch.cuda.get_device_name(device)})"
-    return said
+        text += f", {wide} convolutions, calls {calls} ({torch.cuda.get_device_name(device)})"
+    return text
 
 
 class Replays:

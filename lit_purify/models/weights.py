@@ -128,10 +128,10 @@ def _has_tensors(value: object) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) or _has_tensors(v) for v in value.values())
 
 
-def behind(
+def without_prefix(
     state: Mapping[str, Tensor], names: Collection[str], origin: str, which: Which = "average"
 ) -> tuple[str, dict[str, Tensor]]:
-    """The tensors of one network behind the prefix that wrappers gave it, such as ``module.``; others are left out.
+    """Returns the tensors of one network without the prefix of wrappers, such as ``module.``.
 
     Args:
         state: Names and tensors.
@@ -165,14 +165,14 @@ def behind(
 def load_into(
     network: nn.Module, state: Mapping[str, Tensor], origin: str, which: Which = "average", assign: bool = False
 ) -> None:
-    """Loads every tensor or none.
+    """Loads all tensors or none.
 
     Args:
-        network: What is loaded.
-        state: Names and tensors; the names may have a prefix, and others may be beside them.
-        origin: What error messages call them.
-        which: Of a network and the average of its weights, what is loaded.
-        assign: Make the tensors the parameters, instead of copying them; for networks on the meta device.
+        network: The network to load into.
+        state: Names and tensors; names may have a prefix, and other tensors may be present.
+        origin: Name of the file in error messages.
+        which: Weights to load from a file with a network and the average of its weights.
+        assign: Use the tensors as parameters instead of copying them, for networks on the meta device.
 
     Raises:
         InputError: A name or a shape of ``state`` does not match the network.
@@ -180,7 +180,7 @@ def load_into(
     own = network.state_dict()
     # Counters of batch normalization are unused in evaluation, and older files lack them.
     needed = [name for name in own if not name.endswith("num_batches_tracked")]
-    prefix, state = behind(state, needed, origin, which)
+    prefix, state = without_prefix(state, needed, origin, which)
     missing = [name for name in needed if name not in state]
     unexpected = [name for name in state if name not in own]
     if missing or unexpected:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
-from lit_purify.models.weights import Which, behind, load_into, read_state_dict
+from lit_purify.models.weights import Which, load_into, read_state_dict, without_prefix
 
 Activation = Literal["relu", "silu"]
 Padding = Literal["symmetric", "same"]
@@ -189,7 +189,7 @@ class WideResNetClassifier(Classifier):
 def robustbench_names(state: Mapping[str, Tensor], origin: str, which: Which = "average") -> dict[str, Tensor]:
     """Renames the tensors of any of the three layouts to those of ``WideResNet``; other names are kept."""
     for known, rules in _LAYOUTS.items():
-        prefix, inside = behind(state, [known], origin, which)
+        prefix, inside = without_prefix(state, [known], origin, which)
         if known in inside:
             # Normalization can be stored beside the network.
             beside = {n: t for n, t in state.items() if n[: len(prefix)] != prefix and _leaf(n) in _NORMALIZATION}

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_purify.errors import InputError
 from lit_purify.models.layers import Attention, Downsample, Upsample
 from lit_purify.models.unet import UNet
-from lit_purify.models.weights import behind, load_into, read_state_dict
+from lit_purify.models.weights import load_into, read_state_dict, without_prefix
 
 DDPM: dict[str, Any] = {"head_width": None, "frequency_shift": 1, "scale_shift": False, "groups": 32, "norm_eps": 1e-6}
 DDPM["middle_attention"] = True
@@ -54,7 +54,7 @@ class Tensors(dict[str, Tensor]):
     def __init__(self, source: Source, dialect: str, origin: str | None = None) -> None:
         state = source if isinstance(source, Mapping) else read_state_dict(source)
         self.origin = origin or ("state_dict" if isinstance(source, Mapping) else str(source))
-        super().__init__(behind(state, [_SIGNS[dialect]], self.origin)[1])
+        super().__init__(without_prefix(state, [_SIGNS[dialect]], self.origin)[1])
         self._dialect, self._count = dialect, len(self)
         self[_SIGNS[dialect]]  # raises if the file has another layout
 
