@@ -474,7 +474,7 @@ def test_splits_and_classes_of_like_names(tmp_path, folders, splits, classes):
     ("folders", "message"),
     [
         (["bus", "train"], "train may be a split or, like bus, a class: set splits: true or splits: false"),
-        (["bus/2023", "train/2023"], "is train a split"),
+        (["bus/2023", "train/2023"], "train may be a split or, like bus"),
         (["valid", "invalid"], "valid may be a split or, like invalid"),
         (["train/a", "val/a", "Validation/a"], "Validation and val may both be the val split"),
         (["train", "test"], "set splits: false if"),
