@@ -77,6 +77,19 @@ def test_pictures_of_the_table_are_staged_in_the_folder(run, messages):
     assert "strong_noise" in row["mask"]["masks"]
 
 
+def test_running_accuracies_end_at_the_final_ones(run, messages):
+    """Of one process: all samples."""
+    items = [item for message in messages if message.HasField("history") for item in message.history.item]
+    logged = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+    for result in json.loads((run / "summary.json").read_text())["results"]:
+        for name, kind in (
+            (f"robust/{result['defense']}/{result['attack']}", "robust"),
+            (f"clean/{result['defense']}", "clean"),
+        ):
+            assert logged[f"{name}/average"] == pytest.approx(result[kind]["average"][0], abs=1e-6)
+            assert logged[f"running/{name}"] == pytest.approx(result[kind]["average"][0], abs=1e-6)
+
+
 def test_disabled_leaves_nothing(tmp_path):
     logger = WandbRun(mode="disabled", save_dir=str(tmp_path))
     logger.log_metrics({"a": 1.0})
