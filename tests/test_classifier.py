@@ -171,7 +171,7 @@ def test_channels_may_be_last():
     network = Last(16)
     found = Classifier(network, 16, 10, blocks=["last"], layout="channels_last").features(image)
     assert torch.equal(found[0], network.conv(image))
-    with pytest.raises(InputError, match=r"last puts out .*: give layout"):
+    with pytest.raises(InputError, match=r"the axes of last, .* set layout"):
         Classifier(network, 16, 10, blocks=["last"]).features(image)
     # So do layers that only put out channels first.
     assert torch.equal(Classifier(network, 16, 10, blocks=["conv"]).features(image)[0], network.conv(image))
