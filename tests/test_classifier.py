@@ -189,7 +189,7 @@ def test_what_a_network_puts_out_is_checked():
 
     assert check(lambda out: SimpleNamespace(logits=out)).shape == (2, 10)
     for make, message in (
-        (lambda out: out[:, :1], r"\(2, 1\) for 2 images, where logits \(2, 10\)"),
+        (lambda out: out[:, :1], r"\(2, 1\) for 2 images, but logits \(2, 10\)"),
         (lambda out: (out, out), "tuple"),
         (lambda out: out[:, :, None, None], r"\(2, 10, 1, 1\)"),
         (lambda out: out.detach(), "no gradient"),
@@ -544,7 +544,7 @@ def rewritten(path, old, new):
         (lambda p: save_file({"a": torch.ones(1)}, p), "carries no configuration"),
         (
             lambda p: rewritten(p, b"models.unet.UNet", b"models.unet.VNet"),
-            "class lit_purify.models.unet.VNet, which is not",
+            "its class lit_purify.models.unet.VNet is not installed",
         ),
         (lambda p: rewritten(p, b"multipliers", b"multiplyers"), "another version of UNet"),
         (lambda p: rewritten(p, b"stem.bias", b"stem.biaz"), r"1 missing \(stem.bias\), 1 unexpected \(stem.biaz\)"),
