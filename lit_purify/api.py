@@ -299,8 +299,8 @@ def purify(
     index = torch.arange(len(images), device=images.device)
     noise = KeyedNoise(seed, index, torch.full_like(index, run), EVALUATION)
     # Without a mask the classifier is never called.
-    taker = classifier or Classifier(nn.Identity(), images.shape[-1], 1, images.shape[1])
-    return DefendedClassifier(purifier, taker).trace_in_chunks(images, noise, chunk)
+    classifier = classifier or Classifier(nn.Identity(), images.shape[-1], 1, images.shape[1])
+    return DefendedClassifier(purifier, classifier).trace_in_chunks(images, noise, chunk)
 
 
 def _prepared(

@@ -70,8 +70,8 @@ def average_in_few_kernels(callback: WeightAveraging, kept: Callable[[int], floa
             counted.append(int(average.n_averaged))
         own, new = ([weight.detach() for weight in module.parameters()] for module in (average, model))
         torch._foreach_copy_(own, torch._foreach_lerp(new, own, kept(counted[0])) if counted[0] else new)
-        for mine, theirs in zip(average.module.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+        for kept_buffer, buffer in zip(average.module.buffers(), model.buffers(), strict=True):
+            kept_buffer.copy_(buffer)
         average.n_averaged += 1
         counted[0] += 1
 

@@ -50,7 +50,7 @@ class Evaluation:
         denoiser = None if made.denoiser is None else made.denoiser.eval()
         defenses = {name: _defense(name, make, denoiser) for name, make in made.defenses.items()}
         self.evaluator = Evaluator(made.classifier.eval(), defenses, **{name: made[name] for name in _NEEDED})
-        self.given: dict[str, Any] = vars(made.trainer)
+        self.trainer_settings: dict[str, Any] = vars(made.trainer)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -65,8 +65,8 @@ class Evaluation:
     def trainer(self, *callbacks: L.Callback, **changes: Any) -> L.Trainer:  # noqa: ANN401
         """A trainer for the evaluation, with additional callbacks and changed settings."""
         return reading.make_trainer(
-            self.given | changes,
-            callbacks=[*callbacks, *(self.given.get("callbacks") or [])],
+            self.trainer_settings | changes,
+            callbacks=[*callbacks, *(self.trainer_settings.get("callbacks") or [])],
             default_root_dir=str(self.folder.path),
             # Attacks need gradients, which inference mode forbids.
             inference_mode=False,
@@ -78,7 +78,7 @@ class Evaluation:
 
     def moved(self) -> torch.device:
         """Moves the networks to the device of a single-process command, and returns it."""
-        chosen = str(self.given.get("accelerator", "auto"))
+        chosen = str(self.trainer_settings.get("accelerator", "auto"))
         cuda = chosen in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         if chosen in ("gpu", "cuda") and not cuda:
             raise InputError(f"trainer.accelerator = {chosen}: torch finds no GPU; use cpu, or leave it out")
@@ -198,9 +198,9 @@ def _write_verdict(evaluation: Evaluation, command: str, found: Findings) -> Non
 def _purify(evaluation: Evaluation, command: str, options: Namespace) -> bool:
     """Purifies or classifies your own images; returns whether all files could be read."""
     trainer = evaluation.trainer(Stopping(), Progress(), logger=False)
-    given = {name: options[name] for name in ("output", "defense", "overlays")}
-    given |= {"classify": command == "predict", "config": evaluation.config}
-    return purify_files(evaluation.evaluator, evaluation.data, trainer, options.input, **given)
+    chosen = {name: options[name] for name in ("output", "defense", "overlays")}
+    chosen |= {"classify": command == "predict", "config": evaluation.config}
+    return purify_files(evaluation.evaluator, evaluation.data, trainer, options.input, **chosen)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
@@ -209,30 +209,30 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Command and flags, see ``--help``; ``None`` uses the arguments of the process.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
-    given = helped(given, "eval")
-    if given[:1] == ["compare"]:
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = helped(words, "eval")
+    if words[:1] == ["compare"]:
         with guarded():
-            return _compare(given[1:])
-    command = given.pop(0) if given and given[0] in COMMANDS else "test"
-    dry = "--dry_run" in given
+            return _compare(words[1:])
+    command = words.pop(0) if words and words[0] in COMMANDS else "test"
+    dry = "--dry_run" in words
     if dry and command not in ("test", "frontier", "audit"):
         fail(f"--dry_run works with test, frontier and audit, not with {command}: leave it out")
     if (dry or command in ("gradcheck", "audit")) and rank() != 0:
         # These commands run on rank 0 only.
         return None
     with guarded() as state:
-        _run(command, dry, [word for word in given if word != "--dry_run"], state)
+        _run(command, dry, [word for word in words if word != "--dry_run"], state)
 
 
-def _run(command: str, dry: bool, given: list[str], state: State) -> None:
-    if not any(word.partition("=")[0] in ("--help", "--config") for word in given):
+def _run(command: str, dry: bool, words: list[str], state: State) -> None:
+    if not any(word.partition("=")[0] in ("--help", "--config") for word in words):
         if command in ("purify", "predict"):
             raise InputError(f"{command}: name a configuration with the networks to use: --config FILE")
-        given = ["--config", _CONFIGS.get(command, _CONFIG), *given]
+        words = ["--config", _CONFIGS.get(command, _CONFIG), *words]
     parser = reading.evaluation_parser()
     own = _add_options(parser, command)
-    settings = reading.read(given, parser)
+    settings = reading.read(words, parser)
     folder = state.folder = RunFolder(reading.run_folder(settings, command))
     config = reading.dump(parser, settings, *own)
     reading.place_loggers(settings, folder.path)
@@ -257,13 +257,13 @@ def _run(command: str, dry: bool, given: list[str], state: State) -> None:
         sys.exit(1)
 
 
-def _compare(given: Sequence[str]) -> None:
+def _compare(words: Sequence[str]) -> None:
     """Prints how finished evaluations differ from the first one, and writes the comparison page."""
     parser = reading.Parser("eval.py compare", description="Finished evaluations side by side.", allow_abbrev=False)
-    parser.flags = given
+    parser.flags = words
     parser.add_argument("runs", nargs="*", type=Path, help="Run folders; the first is the baseline.")
     parser.add_argument("--output", type=Path, default=Path("compare.html"), help="The HTML page to write.")
-    settings = parser.parse_args(given)
+    settings = parser.parse_args(words)
     comparison, output = Comparison(settings.runs), settings.output
     try:
         if output.is_file() and GENERATOR not in output.read_text(errors="replace")[:1000]:

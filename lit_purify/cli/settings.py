@@ -52,9 +52,9 @@ class Parser(ArgumentParser):
         fail(essence(message, settings_of(self), self.flags))
 
 
-def read(given: Sequence[str], parser: Parser) -> Namespace:
+def read(words: Sequence[str], parser: Parser) -> Namespace:
     """Reads the settings from configuration files and flags; exits with one line if they are wrong."""
-    flags = parser.flags = arguments(given)
+    flags = parser.flags = arguments(words)
     for word, following in zip(flags, [*flags[1:], ""], strict=False):
         name, _, value = word.partition("=")
         if name == "--config":
@@ -138,10 +138,10 @@ def simplified(node: Any, key: str = "", parent: str = "") -> Any:  # noqa: ANN4
     return {"class_path": _LOADERS[role], "init_args": {"path": text}} if is_file and role in _LOADERS else text
 
 
-def arguments(given: Sequence[str]) -> list[str]:
+def arguments(words: Sequence[str]) -> list[str]:
     """The flags, with paths of networks in the long form."""
     found: list[str] = []
-    for word, following in zip(["", *given], [*given, ""], strict=True):
+    for word, following in zip(["", *words], [*words, ""], strict=True):
         flag, equals, value = following.partition("=")
         if following.startswith("--") and equals:
             found.append(f"{flag}={_written(flag, value)}")
@@ -203,14 +203,14 @@ def place_loggers(settings: Namespace, folder: Path) -> None:
             logger.init_args.save_dir = str(folder)
 
 
-def make_trainer(given: Mapping[str, Any], **own: Any) -> L.Trainer:  # noqa: ANN401
+def make_trainer(settings: Mapping[str, Any], **own: Any) -> L.Trainer:  # noqa: ANN401
     """Makes a trainer, with the processes of a launcher or with its own.
 
     Raises:
         InputError: A launcher started another number of processes, or the port is in use.
     """
     renew_store(rank())
-    trainer = L.Trainer(**{**given, **_launched(given), **own})
+    trainer = L.Trainer(**{**settings, **_launched(settings), **own})
     if trainer.world_size > 1 and not {"WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"} & os.environ.keys():
         _check_port(os.environ.get("MASTER_PORT", "0"))
     world = int(os.environ.get("WORLD_SIZE", trainer.world_size))
@@ -233,11 +233,11 @@ def _check_port(port: str) -> None:
         ) from error
 
 
-def _launched(given: Mapping[str, Any]) -> dict[str, Any]:
+def _launched(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Devices and strategy for processes of torchrun, if the settings leave them open."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {}
-    local, devices = int(os.environ["LOCAL_WORLD_SIZE"]), given.get("devices", "auto")
+    local, devices = int(os.environ["LOCAL_WORLD_SIZE"]), settings.get("devices", "auto")
     found = {"devices": local, "num_nodes": int(os.environ["WORLD_SIZE"]) // local} if devices == "auto" else {}
-    strategy = given.get("strategy", "auto")
+    strategy = settings.get("strategy", "auto")
     return {**found, "strategy": "ddp" if strategy == "auto" else strategy}

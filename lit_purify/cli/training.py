@@ -67,12 +67,12 @@ def _check(settings: Namespace, command: str, folder: RunFolder) -> None:
     """Raises an ``InputError`` for settings that Lightning would reject late or never."""
     if not 0 <= settings.seed_everything < 2**32:
         raise InputError(f"seed_everything = {settings.seed_everything}: use a seed in 0 .. 2**32 - 1")
-    last, given = folder.path / "checkpoints" / "last.ckpt", settings.ckpt_path
-    if command == "fit" and given is None and last.is_file():
+    last, checkpoint = folder.path / "checkpoints" / "last.ckpt", settings.ckpt_path
+    if command == "fit" and checkpoint is None and last.is_file():
         raise InputError(
-            f"{folder.path} holds a training already: resume it with --ckpt_path last, or name another one with --run"
+            f"{folder.path} holds a training already: resume it with --ckpt_path last, or use another folder (--run)"
         )
-    if given is not None and str(given) == "last":
+    if checkpoint is not None and str(checkpoint) == "last":
         settings.ckpt_path = last if last.is_file() else None
         if settings.ckpt_path is None and rank() == 0:
             print(f"{last}: does not exist yet: the training starts from the beginning", file=sys.stderr)
@@ -81,12 +81,12 @@ def _check(settings: Namespace, command: str, folder: RunFolder) -> None:
 
 
 def _trainer(made: Namespace, folder: RunFolder, own: Sequence[L.Callback] = ()) -> L.Trainer:
-    given = vars(made.trainer)
-    callbacks = given.pop("callbacks", None) or []
+    settings = vars(made.trainer)
+    callbacks = settings.pop("callbacks", None) or []
     # The user's callback replaces the default one of the same kind.
     kinds = (WeightAveraging, Export, ModelCheckpoint)
     taken = [kind for kind in kinds if any(isinstance(callback, kind) for callback in callbacks)]
-    if given.get("enable_checkpointing") is not False:
+    if settings.get("enable_checkpointing") is not False:
         own = [*own, ModelCheckpoint(save_last=True)]
     own = [callback for callback in own if not isinstance(callback, tuple(taken))]
     callbacks = [*own, *callbacks, Progress(), Stopping(), WandbTraining()]
@@ -94,13 +94,13 @@ def _trainer(made: Namespace, folder: RunFolder, own: Sequence[L.Callback] = ())
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
             # In Lightning's own form.
             callback.dirpath = os.path.realpath(folder.path / "checkpoints")
-    plugins = given.pop("plugins", None) or []
+    plugins = settings.pop("plugins", None) or []
     plugins = plugins if isinstance(plugins, list) else [plugins]
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins = [*plugins, WholeCheckpoints()]
     place = str(folder.path)
     return make_trainer(
-        given, plugins=plugins, callbacks=callbacks, default_root_dir=place, use_distributed_sampler=False
+        settings, plugins=plugins, callbacks=callbacks, default_root_dir=place, use_distributed_sampler=False
     )
 
 
@@ -182,16 +182,16 @@ def _measure(made: Namespace, folder: RunFolder) -> None:
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Runs ``train.py``: trains a denoiser or a classifier, or writes its network; see ``--help``."""
-    given = helped(list(sys.argv[1:] if argv is None else argv), "train")
+    words = helped(list(sys.argv[1:] if argv is None else argv), "train")
     with guarded() as state:
-        if not given or given[0] not in _COMMANDS:
+        if not words or words[0] not in _COMMANDS:
             raise InputError(f"the command is missing, use one of {', '.join(_COMMANDS)}: fit --config FILE trains")
-        command, dry = given.pop(0), "--dry_run" in given
+        command, dry = words.pop(0), "--dry_run" in words
         if dry and command != "fit":
             raise InputError(f"--dry_run works with fit, not with {command}: leave it out")
-        given = [word for word in given if word != "--dry_run"]
+        words = [word for word in words if word != "--dry_run"]
         parser = training_parser()
-        settings = read(given, parser)
+        settings = read(words, parser)
         folder = state.folder = RunFolder(run_folder(settings, command))
         _check(settings, "" if dry else command, folder)
         config = dump(parser, settings, "ckpt_path", "output", "half")
