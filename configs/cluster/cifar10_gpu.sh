@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The models of CIFAR-10 at full size and their table, on one GPU:
+# Trains the full-size CIFAR-10 networks and evaluates them, on one GPU:
 #
 #   [STAGES="classifier denoiser"] [SECONDS_EACH=240] configs/cluster/cifar10_gpu.sh [FLAGS]
 #
 # Stages: a classifier (ResNet-32 of width 64, 7.4 M parameters), the same trained adversarially (PGD, 7 steps, Linf
 # 8/255), a denoiser (configs/train/cifar10_denoiser_gpu.yaml) and the table of 512 test images, all under FOLDER
 # (runs/cifar10_gpu). Without STAGES all four run. Each may take SECONDS_EACH (1500; 0 for no limit); after that, and
-# after any other interruption, the same command goes on where it was. TABLE=--dry_run estimates the table in place of
-# making it. Paths are seen from the root of the repository. FLAGS go to all commands: --data CIFAR10Folder,
-# --data.root my/images ...; not those that only one of train.py and eval.py knows.
-# The levels are those of configs/eval/cifar10.yaml, chosen for the network that ships; choose anew with
+# after any other interruption, the same command resumes. TABLE=--dry_run only estimates the cost of the table.
+# Run it in the root of the repository. FLAGS go to all commands, for example --data CIFAR10Folder --data.root my/images;
+# use only flags that train.py and eval.py share.
+# The levels of configs/eval/cifar10.yaml were chosen for the shipped network; choose yours with
 # `python eval.py frontier --config configs/eval/cifar10_frontier.yaml`. The denoiser learns levels up to 500, which
 # leaves room above them.
 # From rates of one H200 (docs/speed.md): classifier 330 s (60 epochs, 109 s for 20), adversarial 345 s (30 epochs, 138 s

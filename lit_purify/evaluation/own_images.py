@@ -227,7 +227,7 @@ def purify_files(
         raise
     unreadable, table = task.unreadable, output / "predictions.csv"
     if len(unreadable) == len(jobs):
-        raise InputError(next(iter(unreadable.values())) + (f" ({len(jobs)} alike)" if len(jobs) > 1 else ""))
+        raise InputError(next(iter(unreadable.values())) + (f" (all {len(jobs)} files)" if len(jobs) > 1 else ""))
     if trainer.is_global_zero:
         if classify:
             _write_table(table, [job for job in jobs if job.name not in unreadable], _names(classifier, data))
