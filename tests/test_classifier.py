@@ -141,7 +141,7 @@ def test_features_are_not_touched_by_later_modules_in_place():
     ("blocks", "message"),
     [
         (["layer9"], "no module 'layer9'; it has conv, act"),
-        (["head"], "head does not"),
+        (["head"], "head returns"),
         (["unused"], "not call"),
         ([], "name"),
     ],
