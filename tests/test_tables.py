@@ -88,6 +88,11 @@ def test_other_labels_in_the_test_file(tmp_path):
         data.split("test")
 
 
+def test_a_misspelled_harmless_label_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"labels: normal: .*'Fine'"):
+        table(tmp_path, normal="Fine").split("train")
+
+
 def nslkdd(folder, rows=40):
     """Files in the original's layout."""
     for name in ("KDDTrain+_20Percent.txt.xz", "KDDTest+.txt.xz"):

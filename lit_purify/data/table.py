@@ -138,7 +138,10 @@ class Table(ImageDataModule):
             self._check(what, set(getattr(self, what)), known if what in ("immutable", "categorical") else set(raw))
         self._check("relations", {column for each in self.relations for column in each.columns}, set(raw))
         domain = self._domain(low, high, words)
-        classes = [self.normal, "attack"] if self.normal else sorted({lines[self.label][k] for k in train})
+        labels = sorted({lines[self.label][k] for k in train})
+        if self.normal:
+            self._check("normal", {self.normal}, set(labels), f"{self.train}: labels: ")
+        classes = [self.normal, "attack"] if self.normal else labels
 
         def dataset(path: Path, lines: Mapping[str, Sequence[str]], rows: Indices) -> ImageDataset:
             """Builds the split of some rows of a file."""

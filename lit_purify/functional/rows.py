@@ -79,7 +79,10 @@ class Relation(NamedTuple):
         left, sign, right = [*re.split(r"(<=|=)", text), "", ""][:3]
         sides = [_SIDE.fullmatch(side) for side in (left, right)]
         if sides[0] is None or sides[1] is None or text.count("=") != 1 or (sign == "=" and sides[0][2]):
-            raise InputError(f"relations: {text!r} is not of the form 'a <= b', 'a + b <= 1' or 'a = b / c'")
+            raise InputError(
+                f"relations: {text!r} is not of the form 'a <= b', 'a + b <= 1' or 'a = b / c', with column names "
+                "without spaces"
+            )
         first, second = (tuple(part for part in side.groups() if part) for side in sides if side)
         return cls(text, first, sign == "=", second)
 

@@ -281,7 +281,7 @@ def denoising_lines(summary: Mapping[str, Any]) -> list[str]:
     listed = ", ".join(f"{error:.2f} at t = {level:g}" for level, error in sorted(errors))
     poor = [name for name, (_, error) in summary["denoising"].items() if error > _POOR]
     warning = (
-        f"warning: {', '.join(poor)} hardly denoise these images: their robust accuracy does not come from denoising"
+        f"warning: {', '.join(poor)} hardly denoise these samples: their robust accuracy does not come from denoising"
     )
     return [f"noise left by a call of the denoiser: {listed} (1 is all of it)", *([warning] if poor else [])]
 
