@@ -9,20 +9,20 @@ PACKAGE = ROOT / "lit_purify"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BUDGETS = {
-    "functional": 4000,
-    "models": 4000,
-    "defense": 4000,
-    "attacks": 4000,
-    "data": 4000,
-    "evaluation": 4000,
-    "checks": 4000,
-    "training": 826,
-    "report": 1097,
-    "callbacks": 680,
-    "cli": 1135,
+    "functional": 1880,
+    "models": 3510,
+    "defense": 2030,
+    "attacks": 2030,
+    "data": 1490,
+    "evaluation": 1640,
+    "checks": 910,
+    "training": 840,
+    "report": 1110,
+    "callbacks": 690,
+    "cli": 1150,
 }
-"""Lines of each room at most; set to what the rooms have when the moves under way are done."""
-LIBRARY, TESTS = 18_000, 17_000
+"""Lines of each room at most: what it has today. A room may shrink; what lets it grow is a decision."""
+LIBRARY, TESTS = 17_900, 15_210
 _BASE = {"errors", "recorded", "functional"}
 _EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
 _ALL = _EVALUATED | {"checks", "training", "report", "callbacks", "private", "shipped", "api"}
