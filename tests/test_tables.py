@@ -1,5 +1,6 @@
 """Rows of tables: files and schemas, networks, masks by field, what an attacker can make of a row."""
 
+import gzip
 import json
 import lzma
 import shlex
@@ -13,13 +14,13 @@ from test_tutorial import BLOCK, run
 
 import lit_purify as lp
 from lit_purify.callbacks import wandb_report
-from lit_purify.data import NSLKDD, First, Table
+from lit_purify.data import NSLKDD, UNSWNB15, First, Table
 from lit_purify.errors import InputError
 from lit_purify.functional.levels import two_level
 from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.rows import Domain, Relation, fields, one_hot, random_fields
 from lit_purify.models import Classifier, TableClassifier, TableDenoiser
-from lit_purify.report.rows import changed, changes
+from lit_purify.report.rows import by_kind, changed, changes
 
 CSV = """sent,received,total,share,proto,kind
 1,2,3,0.5,tcp,normal
@@ -70,6 +71,15 @@ def test_rows_of_a_file(tmp_path):
         (("", ""), {"immutable": ["prot"]}, "immutable: there is no such column 'prot'"),
         (("", ""), {"relations": ["total == sent"]}, "relations: 'total == sent' is not of the form"),
         (("", ""), {"relations": ["total <= sum"]}, "relations: there is no such column 'sum'"),
+        (("", ""), {"relations": ["1 <= 2"]}, "relations: '1 <= 2' names no column"),
+        (("", ""), {"relations": ["1 = sent"]}, "relations: '1 = sent' names no column, or none before '='"),
+        (("", ""), {"bounds": {"share": [0.0]}}, "bounds: share: give two values"),
+        (("", ""), {"drop": ["kind"]}, "drop: 'kind' is needed"),
+        (("", ""), {"drop": ["proto"]}, "drop: 'proto' is needed"),
+        (("received", "sent"), {}, "rows.csv: two columns are called 'sent'"),
+        ((CSV.partition("\n")[2], "1,2,3,0.5,tcp,normal"), {}, "rows.csv: has 1 rows, too few"),
+        ((CSV.partition("\n")[2], ""), {}, "rows.csv: has no rows"),
+        ((CSV, ""), {}, "rows.csv: has no rows"),
     ],
 )
 def test_what_is_wrong_is_named(change, options, words, tmp_path):
@@ -81,7 +91,7 @@ def test_what_is_wrong_is_named(change, options, words, tmp_path):
 def test_other_labels_in_the_test_file(tmp_path):
     data = table(tmp_path, normal=None)
     (tmp_path / "test.csv").write_text(CSV.replace("scan", "worm"))
-    with pytest.raises(InputError, match=r"test.csv: column kind: 'worm' is not a class of the training rows"):
+    with pytest.raises(InputError, match=r"test.csv: row 5, column kind: 'worm' is not a class of the training rows"):
         data.split("test")
     (tmp_path / "test.csv").write_text(CSV.replace("share", "portion"))
     with pytest.raises(InputError, match=r"test.csv: columns of the training rows: there is no such column 'share'"):
@@ -91,6 +101,54 @@ def test_other_labels_in_the_test_file(tmp_path):
 def test_a_misspelled_harmless_label_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"labels: normal: .*'Fine'"):
         table(tmp_path, normal="Fine").split("train")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    packed = bytearray(gzip.compress(CSV.encode() * 50))
+    packed[40:60] = b"\xff" * 20
+    (tmp_path / "broken.csv.gz").write_bytes(bytes(packed))
+    for name in ("broken.csv.gz", "missing.csv", "missing.parquet"):
+        with pytest.raises(InputError, match=name) as refused:
+            Table(tmp_path / name, "kind").split("train")
+        assert "\n" not in str(refused.value)
+
+
+def test_parquet_is_read_like_csv(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    frame = pandas.read_csv((table(tmp_path)).train)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    stated = {"label": "kind", "normal": "normal", "categorical": {"proto": []}, "integer": ["sent"]}
+    ours, theirs = (Table(tmp_path / name, **stated).split("train") for name in ("rows.parquet", "rows.csv"))
+    assert all(torch.equal(ours[k]["image"], theirs[k]["image"]) for k in range(len(theirs)))
+    for column in ("received", "proto", "kind"):
+        gap = frame.astype({column: object})
+        gap.loc[3, column] = None
+        gap.to_parquet(tmp_path / "gap.parquet")
+        with pytest.raises(InputError, match=f"row 5, column {column}: the value is missing"):
+            Table(tmp_path / "gap.parquet", **stated).split("train")
+
+
+def test_scaling_does_not_look_at_other_rows(tmp_path):
+    """The least and largest values are those of the training rows, not of validation or test rows."""
+    data = table(tmp_path, CSV + "".join(f"{k},1,{k + 1},0.5,tcp,normal\n" for k in range(5, 60)), val_fraction=0.4)
+    (tmp_path / "test.csv").write_text(CSV + "900,1,901,0.5,tcp,normal\n")
+    train = data.split("train")
+    sent = data.split("train").domain.values(torch.stack([train[k]["image"] for k in range(len(train))]))[:, 0]
+    assert (float(train.domain.low[0]), float(train.domain.high[0])) == pytest.approx(
+        (float(sent.min()), float(sent.max()))
+    )
+    assert float(data.split("test")[5]["image"][0]) == 1.0
+    assert float(train.domain.high[0]) < 60
+
+
+def test_a_rare_category_among_the_validation_rows(tmp_path):
+    """Is one of the file's categories, wherever the split puts its row."""
+    lines = CSV.splitlines()
+    for k in range(1, 6):
+        text = "\n".join([*lines[:k], lines[k].replace("tcp", "gre"), *lines[k + 1 :]]) + "\n"
+        split = table(tmp_path, text, categorical={"proto": []}).split("val")
+        assert split[0]["image"][4:].sum() == 1.0
 
 
 def nslkdd(folder, rows=40):
@@ -115,8 +173,41 @@ def test_nslkdd(tmp_path):
     assert "num_outbound_cmds" not in split.domain.names
     assert float(split[0]["image"][split.domain.place["su_attempted"]]) == 0.0
     assert len(NSLKDD(tmp_path, test="KDDTest-21").split("test")) == 8
+    assert len(NSLKDD(tmp_path, test="KDDTest-21").split("train")) == len(data.split("train")) == 36
     with pytest.raises(InputError, match=r"NSL-KDD \(Tavallaee et al., CISDA 2009\) from unb.ca"):
         NSLKDD(tmp_path / "nowhere").split("train")
+
+
+def test_unsw_nb15(tmp_path):
+    """A file in the original's layout, with its mark of UTF-8 at the start."""
+    words = (
+        "id dur proto service state spkts dpkts sbytes dbytes rate sttl sload sloss dloss swin stcpb dtcpb dwin tcprtt "
+    )
+    words += "synack ackdat is_ftp_login is_sm_ips_ports attack_cat label"
+    for part, state in (("training", "FIN"), ("testing", "ACC")):
+        lines = [words.split()]
+        for k in range(20):
+            counts = [k, 2 * k, 100 * k, 7, 0.5 * k, 62, 1e3, 0, 0, 255, 1, 2, 255, 0.3, 0.1, 0.2]
+            kind = ("Normal", "Fuzzers", "DoS")[k % 3]
+            lines.append([k + 1, 0.1 * k, "tcp" if k % 2 else "udp", "-", state, *counts, 0, 0, kind, int(k % 3 > 0)])
+        text = "\n".join(",".join(map(str, line)) for line in lines)
+        (tmp_path / f"UNSW_NB15_{part}-set.csv").write_text(text, encoding="utf-8-sig")
+    split = UNSWNB15(tmp_path).split("test")
+    domain, row = split.domain, torch.stack([split[k]["image"] for k in range(20)])
+    assert (len(split), list(split.classes), domain.onehot) == (20, ["Normal", "attack"], [2, 1, 11])
+    assert [split[k]["label"] for k in range(3)] == [0, 1, 1]
+    assert not {"id", "label", "attack_cat"} & set(domain.names)
+    point = (row + 0.5).clamp(max=1.0)
+    changed = (domain.repair(point, row, 1.0) != row).any(dim=0)
+    assert [changed[domain.place[name]].item() for name in ("dur", "spkts", "rate", "swin", "proto=tcp")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    with pytest.raises(InputError, match=r"UNSW-NB15 \(Moustafa and Slay, MilCIS 2015\) from research.unsw.edu.au"):
+        UNSWNB15(tmp_path / "nowhere").split("train")
 
 
 def domain(**changes):
@@ -345,6 +436,55 @@ def test_capgd_beats_pgd_and_keeps_the_domain(tmp_path, network):
     free = lp.PGD(eps=0.4, steps=10)
     free.prepare(range(30), replace(split.domain, constrained=False))
     assert split.domain.violations(free(network, row, label, keyed(30, stream=1)), row).any()
+
+
+class Rogue(lp.attacks.Attack):
+    """Leaves the domain, within the norm."""
+
+    queries = lp.attacks.Queries(0, 0)
+
+    def perturb(self, model, image, label, noise, chunk):
+        size = self.eps if self.norm == "linf" else self.eps / image.shape[1] ** 0.5
+        return (image + size * (1 - 2 * (image > 0.5).float())).clamp(0, 1)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_an_attack_returns_is_held_to_the_domain(norm, tmp_path, network):
+    """Its rows are repaired; where the repair exceeds the norm, the row itself is returned."""
+    split = data(tmp_path).split("train")
+    row = torch.stack([split[k]["image"] for k in range(30)])
+    rogue = Rogue(norm, 0.4)
+    rogue.prepare(range(30), split.domain)
+    label = torch.zeros(30, dtype=torch.int64)
+    assert split.domain.violations(rogue.perturb(None, row, label, None, 8), row).all()
+    found = rogue(network, row, label, keyed(30, stream=1))
+    assert not split.domain.violations(found, row).any()
+    assert (found != row).any()
+    # Both addends at the edge of the ball: their sum makes the row too long.
+    one = domain()
+    edge = Rogue("l2", 0.5)
+    edge.perturb = lambda model, image, label, noise, chunk: image + torch.tensor([[0.0, 0.5, 0, 0, 0, 0]])
+    edge.prepare(range(1), one)
+    assert torch.equal(edge(Straight(WEIGHTS), ROW, label[:1], keyed(1, stream=1)), ROW)
+
+
+def test_a_penalty_leads_back_to_the_relation():
+    """Its gradient is subtracted: a step along what remains makes the violation smaller."""
+    attack = lp.CAPGD(penalty=2.0)
+    attack.prepare(range(1), domain(relations=[Relation.parse("a + f <= 1")]))
+    row = torch.tensor([[0.2, 0.3, 0.7, 0.5, 1.0, 0.0]])
+    _, back = attack.shown(torch.tensor([[0.6, 0.3, 0.7, 0.5, 1.0, 0.0]]), row)
+    assert back(torch.zeros(1, 6))[0].tolist() == [-2.0, 0.0, -2.0, 0.0, 0.0, 0.0]
+
+
+def test_rates_of_detection():
+    """By hand: shares right of attacks, shares wrong of harmless rows, by kind."""
+    clean, robust = torch.tensor([1.0, 0.5, 1.0, 0.0]), torch.tensor([0.0, 0.5, 1.0, 0.0])
+    kinds = ["normal", "normal", "flood", "scan"]
+    found = by_kind({"clean": clean, "robust": robust}, torch.tensor([0, 0, 1, 1]), kinds, 2)
+    assert [found["detection"][name][0] for name in ("clean", "robust")] == [0.5, 0.5]
+    assert [found["false_alarms"][name][0] for name in ("clean", "robust")] == [0.25, 0.75]
+    assert found["kinds"] == {"normal": [2, 0.75, 0.25], "flood": [1, 1.0, 1.0], "scan": [1, 0.0, 0.0]}
 
 
 def test_changes_in_words():

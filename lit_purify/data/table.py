@@ -6,6 +6,7 @@ import csv
 import gzip
 import lzma
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -88,6 +89,8 @@ class Table(ImageDataModule):
         for name, part in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0.0 < part < 0.5:
                 raise InputError(f"{name} = {part}: use a number above 0 and below 0.5")
+        if used := ({label} | set(categorical or ())) & set(drop):
+            raise InputError(f"drop: {min(used)!r} is needed: it is the label, or listed under categorical")
         self.train, self.test, self.label, self.normal = Path(train), test and Path(test), label, normal
         self.columns, self.drop, self.bounds = columns, set(drop), dict(bounds or {})
         self.categorical = {name: list(values or ()) for name, values in (categorical or {}).items()}
@@ -118,7 +121,7 @@ class Table(ImageDataModule):
         try:
             with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as stream:
                 lines = [line for line in csv.reader(stream, skipinitialspace=True) if line]
-        except (OSError, UnicodeDecodeError, lzma.LZMAError, csv.Error, EOFError) as error:
+        except (OSError, UnicodeDecodeError, lzma.LZMAError, zlib.error, csv.Error, EOFError) as error:
             raise InputError(f"{path}: cannot be read as CSV ({error}): check that it is complete") from error
         names = list(self.columns or (lines.pop(0) if lines else []))
         return names, lines
@@ -130,15 +133,18 @@ class Table(ImageDataModule):
         cuts = [max(1, round(self.val_fraction * len(order)))]
         cuts.append(cuts[0] + (0 if self.test else max(1, round(self.test_fraction * len(order)))))
         val, own_test, train = np.split(order, cuts)
+        if not len(train):
+            raise InputError(f"{self.train}: has {len(order)} rows, too few for a validation and a training split")
         raw = {name: self._numbers(self.train, name, values) for name, values in lines.items() if self._numeric(name)}
         low, high = ({name: self._bound(name, k, raw[name][train]) for name in raw} for k in (0, 1))
-        words = {name: known or sorted({lines[name][k] for k in train}) for name, known in self.categorical.items()}
         known = {name for name in lines if name != self.label}
         for what in ("immutable", "increasing", "integer", "bounds", "categorical"):
             self._check(what, set(getattr(self, what)), known if what in ("immutable", "categorical") else set(raw))
         self._check("relations", {column for each in self.relations for column in each.columns}, set(raw))
+        # Of the validation rows as well, which may have rare ones.
+        words = {name: stated or sorted(set(lines[name])) for name, stated in self.categorical.items()}
         domain = self._domain(low, high, words)
-        labels = sorted({lines[self.label][k] for k in train})
+        labels = sorted(set(lines[self.label]))
         if self.normal:
             self._check("normal", {self.normal}, set(labels), f"{self.train}: labels: ")
         classes = [self.normal, "attack"] if self.normal else labels
@@ -154,7 +160,10 @@ class Table(ImageDataModule):
                 [np.stack(numbers, axis=1).clip(0.0, 1.0) if numbers else np.empty((len(rows), 0)), *groups], axis=1
             )
             found = np.array(lines[self.label])[rows]
-            codes = [int(kind != self.normal) if self.normal else self._code(path, kind, classes) for kind in found]
+            codes = [
+                int(lines[self.label][k] != self.normal) if self.normal else self._code(path, k, lines, classes)
+                for k in rows
+            ]
             split = ImageDataset.of(torch.from_numpy(features).float(), torch.tensor(codes), classes)
             return replace(split, domain=domain, kinds=found if self.normal else None)
 
@@ -168,10 +177,13 @@ class Table(ImageDataModule):
     def _lines(self, path: Path) -> dict[str, list[str]]:
         """Returns the columns of a file as text."""
         names, lines = self.read(path)
-        self._check("label", {self.label}, set(names), f"{path}: ")
-        self._check("drop", self.drop, set(names), f"{path}: ")
         if not lines:
             raise InputError(f"{path}: has no rows: check that it is the right file")
+        self._check("label", {self.label}, set(names), f"{path}: ")
+        self._check("drop", self.drop, set(names), f"{path}: ")
+        if len(names) > len(set(names)):
+            twice = next(name for k, name in enumerate(names) if name in names[:k])
+            raise InputError(f"{path}: two columns are called {twice!r}; rename one")
         for number, line in enumerate(lines, start=1 if self.columns else 2):
             if len(line) != len(names):
                 raise InputError(f"{path}: row {number} has {len(line)} values for {len(names)} columns: correct it")
@@ -204,9 +216,9 @@ class Table(ImageDataModule):
                 raise self._wrong(path, k, name, f"unknown category {value!r}: list all categories under categorical")
         return np.eye(len(words))[[place[value] for value in values]]
 
-    def _code(self, path: Path, label: str, classes: Sequence[str]) -> int:
-        if label not in classes:
-            raise InputError(f"{path}: column {self.label}: {str(label)!r} is not a class of the training rows")
+    def _code(self, path: Path, k: int, lines: Mapping[str, Sequence[str]], classes: Sequence[str]) -> int:
+        if (label := lines[self.label][k]) not in classes:
+            raise self._wrong(path, int(k), self.label, f"{label!r} is not a class of the training rows")
         return classes.index(label)
 
     def _wrong(self, path: Path, k: int, name: str, what: str) -> InputError:
@@ -214,6 +226,8 @@ class Table(ImageDataModule):
 
     def _bound(self, name: str, end: int, values: NDArray[np.float64]) -> float:
         if name in self.bounds:
+            if len(self.bounds[name]) != 2:
+                raise InputError(f"bounds: {name}: give two values, the least and the largest")
             low, high = self.bounds[name]
             if not low < high:
                 raise InputError(f"bounds: {name}: the minimum {low} is not below the maximum {high}: correct them")
@@ -266,4 +280,4 @@ def _parquet(path: Path) -> tuple[list[str], Lines]:
         raise InputError(f"{path}: Parquet needs pandas and pyarrow: install them, or save it as CSV") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as Parquet ({error}): check that it is complete") from error
-    return [str(name) for name in frame.columns], frame.astype(str).to_numpy().tolist()
+    return [str(name) for name in frame.columns], frame.astype(str).where(frame.notna(), "").to_numpy().tolist()

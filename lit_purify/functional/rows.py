@@ -84,7 +84,10 @@ class Relation(NamedTuple):
                 "without spaces"
             )
         first, second = (tuple(part for part in side.groups() if part) for side in sides if side)
-        return cls(text, first, sign == "=", second)
+        relation = cls(text, first, sign == "=", second)
+        if not relation.columns or (relation.equal and _is_number(first[0])):
+            raise InputError(f"relations: {text!r} names no column, or none before '='")
+        return relation
 
     @property
     def columns(self) -> list[str]:
