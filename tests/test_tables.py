@@ -479,12 +479,12 @@ def test_a_penalty_leads_back_to_the_relation():
 
 def test_rates_of_detection():
     """By hand: shares right of attacks, shares wrong of harmless rows, by kind."""
-    clean, robust = torch.tensor([1.0, 0.5, 1.0, 0.0]), torch.tensor([0.0, 0.5, 1.0, 0.0])
+    clean, robust = torch.tensor([1.0, 0.5, 1.0, 0.5]), torch.tensor([0.0, 0.5, 1.0, 0.5])
     kinds = ["normal", "normal", "flood", "scan"]
     found = by_kind({"clean": clean, "robust": robust}, torch.tensor([0, 0, 1, 1]), kinds, 2)
-    assert [found["detection"][name][0] for name in ("clean", "robust")] == [0.5, 0.5]
+    assert [found["detection"][name][0] for name in ("clean", "robust")] == [0.75, 0.75]
     assert [found["false_alarms"][name][0] for name in ("clean", "robust")] == [0.25, 0.75]
-    assert found["kinds"] == {"normal": [2, 0.75, 0.25], "flood": [1, 1.0, 1.0], "scan": [1, 0.0, 0.0]}
+    assert found["kinds"] == {"normal": [2, 0.75, 0.25], "flood": [1, 1.0, 1.0], "scan": [1, 0.5, 0.5]}
 
 
 def test_changes_in_words():
