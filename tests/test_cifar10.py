@@ -35,7 +35,7 @@ def test_choices_are_made_on_validation_images():
     """The tables alone read the test images."""
     assert {
         name for name, settings in CONFIGS.items() if settings["data"]["init_args"].get("evaluate_on") != "val"
-    } == {"cifar10", "cifar10_second_test"}
+    } == {"cifar10", "cifar10_league", "cifar10_second_test"}
 
 
 def test_cards_state_the_files():

@@ -21,7 +21,7 @@ def keyed(count, run=0):
 
 def look(attack, model, image, label, runs=RUNS):
     """The gradient that a step follows."""
-    return attack._look(model, named_loss(attack.loss), image, label, keyed(len(image)), runs, 5)[1]
+    return attack._observe(model, named_loss(attack.loss), image, label, keyed(len(image)), runs, 5)[1]
 
 
 def unit(r, norm):

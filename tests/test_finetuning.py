@@ -507,7 +507,7 @@ def test_a_network_that_cannot_be_saved_is_refused_before_it_is_trained(refused,
         (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint; check ckpt_path"),
         (["--ckpt_path", "damaged.ckpt"], "damaged.ckpt: not a checkpoint that train.py saved"),
         (["--ckpt_path", "other.ckpt"], "ckpt_path: the checkpoint belongs to another network than the configured one"),
-        (["--output", "model.pt"], "model.pt: networks are written as safetensors"),
+        (["--output", "model.pt"], "model.pt: networks are safetensors files"),
     ],
 )
 def test_export_refuses(refused, run, config, tmp_path, monkeypatch, words, said):
@@ -525,9 +525,9 @@ def test_purifiers_and_previews_need_each_other(tmp_path):
         DenoiserTask(UNet(**NETWORK), constant=1.0, attention=0.0, shapes=0.0, purifiers=PURIFIERS)
     with pytest.raises(InputError, match=r"the name 'a\.b' may hold only letters"):
         task(purifiers={"a.b": PURIFIERS["uniform"]})
-    with pytest.raises(InputError, match=r"m\.pt: networks are written as safetensors"):
+    with pytest.raises(InputError, match=r"m\.pt: networks are safetensors files"):
         trainer(tmp_path, Export(tmp_path / "m.pt"), max_steps=1).fit(task(purifiers=None), SmallDigits())
-    with pytest.raises(InputError, match="the model has none"):
+    with pytest.raises(InputError, match="the model has no purifiers"):
         trainer(tmp_path, Previews(), max_steps=1).fit(task(purifiers=None), SmallDigits())
     with pytest.raises(InputError, match="samples = 0"):
         Previews(samples=0)

@@ -235,7 +235,7 @@ def test_an_evaluation_in_16_bits(unet, classifier, images):
     assert not purified[0].equal(purified[1])
     with pytest.raises(InputError, match="precision = 'fp8': use float32 or bf16"):
         Evaluator(*given, precision="fp8")
-    with pytest.raises(InputError, match="own is a function: give a purifier"):
+    with pytest.raises(InputError, match="own is a function: use a purifier"):
         Evaluator(classifier, {"own": lambda image: image}, *given[2:3], precision="bf16")
 
 

@@ -108,7 +108,7 @@ def test_apgd_goes_the_way_of_the_official_one(norm, eps, loss, digits, monkeypa
     direction = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     size = direction.abs().amax(dim=(1, 2, 3)) if norm == "linf" else l2_norm(direction)
     start = (image + eps * direction / size.reshape(-1, 1, 1, 1)).clamp(0, 1)
-    monkeypatch.setattr(APGD, "_start", lambda self, image, noise: start)
+    monkeypatch.setattr(APGD, "_start", lambda self, image, noise, number=0: start)
 
     targets, setup = int(loss == "targeted dlr"), {"norm": OFFICIAL[norm], "eps": eps, "n_iter": 10, "device": "cpu"}
     attack = APGD(norm, eps, 10, loss=loss.removeprefix("targeted "), targets=targets)

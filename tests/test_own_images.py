@@ -255,10 +255,10 @@ def test_what_cannot_be_read_stops_no_other(run, images, tmp_path, capsys):
     assert not run("out", chunk=1, classify=True)
     *_, first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
     assert first == "Not written, 4 of 8:"
-    assert [line[len(str(images)) + 1 :].split(";")[0] for line in (second, third, fourth, fifth)] == [
-        "b.png: cannot be read as an image",
-        "f.png: cannot be read as an image",
-        "sub/g.png: gray with more than 8 bits, which would be clipped",
+    assert [line[len(str(images)) + 1 :].split(";")[0].split(", or")[0] for line in (second, third, fourth, fifth)] == [
+        "b.png: cannot be read as an image: remove or replace it",
+        "f.png: cannot be read as an image: remove or replace it",
+        "sub/g.png: gray with more than 8 bits, which would be clipped: save it with 8 bits",
         f"{long.name}: its name is too long for the files written beside it: shorten it",
     ]
     long.unlink()

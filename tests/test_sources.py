@@ -289,7 +289,7 @@ def test_the_hub_gives_files_and_folders(hub, monkeypatch):
         ("hf://org/gated/a.pt", "GatedRepoError"),
         ("hf://org/other@v9/a.pt", "RevisionNotFoundError"),
         ("hf://org/other/a.pt", "EntryNotFoundError"),
-        ("hf://org/other", "name a file of it: hf://org/other/FILE"),
+        ("hf://org/other", "name one of its files: hf://org/other/FILE"),
         ("hf://org", "write hf://organization/name"),
         ("hf://or g/--x/a.pt", "fetch it by hand"),
     ],
