@@ -312,6 +312,8 @@ def _prepared(
         return as_classifier(classifier, images[0]["image"]), images, device
     if isinstance(images, tuple) and len(images) == 2 and labels is None:
         images, labels = images
+    if hasattr(images, "__array__") and not isinstance(images, Tensor):
+        raise InputError(f"images are {type(images).__name__}: give a tensor, such as torch.from_numpy(images).float()")
     if not isinstance(images, Tensor):
         images, labels = _stacked(images)
     if labels is None:

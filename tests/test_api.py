@@ -171,6 +171,7 @@ def test_a_frame_has_a_row_for_each_result(result):
         ({"images": 255 * torch.ones(6, 1, 8, 8)}, r"images must be in \[0, 1\], found 255 .. 255"),
         ({"images": torch.zeros(6, 8, 8, dtype=torch.uint8)}, "give floats"),
         ({"images": torch.zeros(6, 3, 8, 8)}, r"classifier: Theirs does not take images of shape \(3, 8, 8\)"),
+        ({"images": torch.zeros(6, 1, 8, 8).numpy()}, "images are ndarray: give a tensor"),
         ({"images": object()}, "give a tensor and labels, or a dataset"),
         ({"classifier": Theirs(mode="detached")}, "logits have no gradient"),
         ({"classifier": Theirs(mode="tuple")}, "Theirs gives tuple for one image"),
