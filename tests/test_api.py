@@ -221,7 +221,7 @@ def test_the_result_says_how_well_the_denoiser_denoises(classifier, images):
     assert found["best"] == [level, pytest.approx(abar * 0.05 / (abar * 0.05 + 1 - abar), rel=0.1)]
     assert found["none"][1] > 0.8
     result = lp.evaluate(classifier, defenses, attacks, images[:2], LABELS[:2], runs=1, chunk=16, progress=False)
-    assert re.search(r"warning: .*none hardly denoise these images", str(result))
+    assert re.search(r"warning: .*none hardly denoise these samples", str(result))
 
 
 def test_what_a_first_try_gives_is_taken(classifier, unet, images, tmp_path, capsys):
