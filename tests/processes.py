@@ -142,6 +142,8 @@ def recorded(run):
 def run_command(command, argv, environment, log, spoil, rank):
     # It belongs to the server that this process was forked from: exit functions must not remove it.
     MEDIA_TMP._finalizer.detach()
+    # Workers of torchrun, which are forked from another child of the server, may have removed it.
+    Path(MEDIA_TMP.name).mkdir(exist_ok=True)
     os.environ.update(environment)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(stream, 1)
