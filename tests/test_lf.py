@@ -65,6 +65,12 @@ def test_an_image_beyond_the_distance_is_stopped():
     image, label, _ = zoo.samples(3)
     with pytest.raises(RuntimeError, match=r"Cheat left its threat model \(1 - SSIM <= 0.05\) in rows \[0, 1, 2\]"):
         Cheat(SSIM())(zoo.classifier(), image, label)
+    # A wrapper keeps the threat model of its attack.
+    with pytest.raises(RuntimeError, match=r"Transfer left its threat model \(1 - SSIM <= 0.05\)"):
+        lp.Transfer(Cheat(SSIM()))(zoo.classifier(), image, label)
+    wide = LF(SSIM(), 0.5, 2, 2, kernels=[3])
+    one, other = (attack(zoo.classifier(), image, label, keyed(3)) for attack in (wide, lp.Transfer(wide)))
+    assert torch.equal(one, other)
 
 
 def test_the_threat_model_has_its_name_in_results_and_reports(tmp_path):

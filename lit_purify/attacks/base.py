@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction
@@ -200,6 +201,36 @@ class Attack(Recorded, ABC):
     @abstractmethod
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:
         """Computes adversarial images; ``__call__`` checks arguments and result."""
+
+
+class AttackWrapper(Attack):
+    """Another attack in other circumstances, under the other attack's threat model.
+
+    Args:
+        attack: The other attack.
+    """
+
+    def __init__(self, attack: Attack) -> None:
+        super().__init__(attack.norm, attack.eps)
+        self.attack, self.steps, self.eot = attack, attack.steps, attack.eot
+
+    @property
+    @override
+    def threat(self) -> str:
+        return self.attack.threat
+
+    @override
+    def outside(self, adversarial: Tensor, image: Tensor, chunk: int) -> Tensor:
+        return self.attack.outside(adversarial, image, chunk)
+
+    @override
+    def radius(self, image: Tensor) -> float:
+        return self.attack.radius(image)
+
+    @override
+    def prepare(self, positions: Sequence[int], domain: Domain | None = None) -> None:
+        super().prepare(positions, domain)
+        self.attack.prepare(positions, domain)
 
 
 def attackable(model: AttackedFunction | Attackable | nn.Module | Callable[..., Tensor]) -> AttackedFunction:

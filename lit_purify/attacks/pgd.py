@@ -39,9 +39,8 @@ class PGD(Attack):
     - ``mean``: 1.
     - ``worst``: 1 - p, which emphasizes wrong draws; the idea of DiffHammer (Wang et al., NeurIPS 2024). It aims at one
       wrong run among N.
-    - ``vote``: p, which emphasizes draws that still vote for the label; with ``ce`` this is the exact gradient of -log
-    of
-      the mean of p over draws, the loss of the averaged vote. It aims at most of N runs.
+    - ``vote``: p, which emphasizes draws that still vote for the label; with ``ce`` this is the exact gradient of
+      -log of the mean of p over draws, the loss of the averaged vote. It aims at most of N runs.
 
     A mask is a threshold without a useful gradient, so gradients do not show what moving the noise to other pixels
     would gain. ``shift_steps`` therefore first minimize the overlap sum(m(x') m(x)) / sum(m(x)) of the relaxed mask m

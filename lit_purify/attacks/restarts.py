@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lit_purify.attacks.base import Attack, Best, NotApplicableError, Queries, check_counts, draws
+from lit_purify.attacks.base import Attack, AttackWrapper, Best, NotApplicableError, Queries, check_counts, draws
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction, logits_in_chunks
 from lit_purify.functional.losses import LossName, named_loss, success
 from lit_purify.functional.noise import Noise
-from lit_purify.functional.rows import Domain
 
 _APART = 2**24
 """Distance between the run numbers of two starts, above the number of draws of an attack."""
 
 
-class Restarts(Attack):
+class Restarts(AttackWrapper):
     """Another attack, started once for each of several losses; only surviving samples are started again.
 
     After each start, new draws judge the image. A sample survives if at most a fraction ``until`` of them is wrong. The
@@ -43,14 +42,13 @@ class Restarts(Attack):
         judged: int = 10,
         until: float = 0.5,
     ) -> None:
-        super().__init__(attack.norm, attack.eps)
+        super().__init__(attack)
         check_counts(judged=judged)
         if not losses:
             raise InputError("losses is empty: give a loss for each start")
         if not 0.0 <= until <= 1.0:
             raise InputError(f"until = {until}: use a fraction of the draws in [0, 1]")
-        self.attack, self.losses, self.judged, self.until = attack, list(losses), judged, until
-        self.steps, self.eot, self.step_size = attack.steps, attack.eot, attack.step_size
+        self.losses, self.judged, self.until, self.step_size = list(losses), judged, until, attack.step_size
         self.restarts = len(losses) * attack.restarts
         self.gradient, self.target = attack.gradient, attack.target
         self.scalable = attack.scalable & {"steps", "eot", "eps", "restarts"}
@@ -94,15 +92,6 @@ class Restarts(Attack):
         each = [start.queries for start in self._starts()]
         forward, backward = (sum(counts) for counts in zip(*each, strict=True))
         return Queries(forward + self.judged * len(each), backward)
-
-    @override
-    def radius(self, image: Tensor) -> float:
-        return self.attack.radius(image)
-
-    @override
-    def prepare(self, positions: Sequence[int], domain: Domain | None = None) -> None:
-        super().prepare(positions, domain)
-        self.attack.prepare(positions, domain)
 
     @override
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:

@@ -145,8 +145,9 @@ class Table(ImageDataModule):
         words = {name: stated or sorted(set(lines[name])) for name, stated in self.categorical.items()}
         domain = self._domain(low, high, words)
         labels = sorted(set(lines[self.label]))
-        if self.normal:
-            self._check("normal", {self.normal}, set(labels), f"{self.train}: labels: ")
+        if self.normal and self.normal not in labels:
+            some = ", ".join(labels[:6])
+            raise InputError(f"{self.train}: normal = {self.normal!r}: no row has this label; there are {some} ...")
         classes = [self.normal, "attack"] if self.normal else labels
 
         def dataset(path: Path, lines: Mapping[str, Sequence[str]], rows: Indices) -> ImageDataset:

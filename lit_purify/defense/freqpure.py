@@ -9,7 +9,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_purify.defense.purifiers import GradualPurifier, Step, nonnegative, require_images
-from lit_purify.functional.spectrum import distances
 from lit_purify.models import Denoiser
 
 
@@ -53,9 +52,15 @@ class FreqPurePurifier(GradualPurifier):
 
     def missing(self, clean: Tensor, origin: Tensor) -> Tensor:
         """Returns the correction of a clean estimate at low frequencies, (B, C, H, W)."""
-        inside = (distances(clean) <= self.radius) & (self.radius > 0)
+        inside = (_frequencies(clean) <= self.radius) & (self.radius > 0)
         estimate, kept = torch.fft.fft2(clean), torch.fft.fft2(origin)
         turn = (estimate * kept.conj()).angle().clamp(-self.phase, self.phase)
         return torch.fft.ifft2(
             torch.where(inside, kept * torch.polar(torch.ones_like(turn), turn) - estimate, 0.0)
         ).real
+
+
+def _frequencies(image: Tensor) -> Tensor:
+    """Returns the frequency of each entry of ``torch.fft.fft2``, in periods per image: (H, W) float64."""
+    rows, columns = (torch.fft.fftfreq(n, 1.0 / n, dtype=torch.float64, device=image.device) for n in image.shape[-2:])
+    return torch.hypot(rows[:, None], columns)

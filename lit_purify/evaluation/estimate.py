@@ -22,9 +22,6 @@ from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.noise import ATTACK, KeyedNoise
 from lit_purify.models import Replays
 
-_BACKWARD = 2
-"""Cost of a backward pass in forward passes: it recomputes steps and differentiates only in their input."""
-
 
 class Estimate:
     """Times one chunk of every defense under every attack, and extrapolates.
@@ -188,8 +185,7 @@ def work(described: Mapping[str, Any], runs: int) -> int:
     """Rough cost of a sample, in network calls; a classifier call counts as much as a denoiser call."""
     forward, backward = network_calls(described, runs)
     queries, evaluated = _queries(described, runs)
-    classified = queries.forward + _BACKWARD * queries.backward + evaluated
-    return forward + _BACKWARD * backward + classified
+    return Queries(forward, backward).cost + queries.cost + evaluated
 
 
 def duration(seconds: float) -> str:
