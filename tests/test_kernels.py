@@ -26,7 +26,7 @@ from lit_purify.defense import (
 )
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, Ledger
-from lit_purify.functional.levels import two_level
+from lit_purify.functional.levels import LevelMap, two_level
 from lit_purify.functional.noise import ATTACK, KeyedNoise
 from lit_purify.models import (
     MatchedSchedule,
@@ -292,10 +292,10 @@ def test_gradients_of_recorded_calls(recorded, unet, recompute, learned):
     x, mask = torch.randn(3, 1, 8, 8), (torch.rand(3, 1, 8, 8) < 0.5).float()
     for network in (unet, made):
         leaf, other = x.clone().requires_grad_(), (2.0 * x[:2]).requires_grad_()
-        h = leaf
-        for t in (torch.tensor([5, 50, 500]), two_level(mask, 200, 100), torch.tensor([3, 30, 300])):
+        small, h = network(other, torch.tensor([7, 70])), leaf
+        # The latter two share a graph, which must not overwrite gradients that are still to be summed.
+        for t in (two_level(mask, 200, 100), torch.tensor([5, 50, 500]), torch.tensor([3, 30, 300])):
             h = h - 0.1 * (checkpoint(network, h, t, use_reentrant=False) if recompute else network(h, t))
-        small = network(other, torch.tensor([7, 70]))
         with torch.no_grad():
             network(leaf, torch.tensor([9, 9, 9]))
         wanted = [leaf, other, *(network.parameters() if learned else [])]
@@ -406,6 +406,28 @@ def test_what_is_recorded_in_inference_mode_serves_outside_of_it(recorded, unet)
     made(leaf, t).sum().backward()
     assert leaf.grad.any()
     assert not made.forward._refused
+
+
+def test_outputs_are_copies_and_old_graphs_are_freed(recorded, unet):
+    """Calls of other shapes, types and modes have graphs of their own; pixel levels must be sorted and have none."""
+    call, kinds = Replayed(unet), []
+    with torch.no_grad():
+        for rows in range(1, 10):
+            x, t = torch.randn(rows, 1, 8, 8), torch.full((rows,), 5)
+            first = call(x, t)
+            call(2 * x, t)
+            assert first.equal(unet(x, t))
+            kinds.append(next(reversed(call.graphs)))
+        assert list(call.graphs) == kinds[-8:]
+        assert call(x, torch.full((9, 1, 8, 8), 5)).allclose(first, atol=1e-5)
+        assert list(call.graphs) == kinds[-8:]
+    rows = torch.zeros(2, 1)
+
+    def count(network, *given):
+        return rows + len(given)
+
+    assert call.replay(count, rows, LevelMap(rows, rows)).equal(rows + 2)
+    assert call.replay(count, rows, rows, rows).equal(rows + 3)
 
 
 def test_networks_with_recorded_calls_are_freed(recorded, unet):
