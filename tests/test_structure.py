@@ -23,10 +23,11 @@ BUDGETS = {
 }
 """Lines of each room at most: what it has today. A room may shrink; what lets it grow is a decision."""
 LIBRARY, TESTS = 17_910, 15_320
-_BASE = {"errors", "recorded", "functional"}
+_BASE = {"atomic", "errors", "recorded", "functional"}
 _EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
 _ALL = _EVALUATED | {"checks", "training", "report", "callbacks", "private", "shipped", "api"}
 ALLOWED = {
+    "atomic": set(),
     "errors": set(),
     "private": set(),
     "recorded": {"errors"},

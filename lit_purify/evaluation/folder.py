@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lit_purify.atomic import write_whole
 from lit_purify.errors import InputError
-from lit_purify.evaluation.records import Record, in_order, read_records, uncollected, write_records, write_whole
+from lit_purify.evaluation.records import Record, in_order, read_records, uncollected, write_records
 from lit_purify.recorded import SHA256
 
 _MISSING = object()
@@ -99,7 +100,6 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Writes the resolved configuration (YAML)."""
-        self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.config, text)
 
     def claim(self, identity: Mapping[str, Any], config: str | None, write: bool) -> None:

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.functional import to_pil_image
 
+from lit_purify.atomic import write_whole
 from lit_purify.data import ImageDataModule
 from lit_purify.data.folder import read_image
 from lit_purify.defense import DefendedClassifier
 from lit_purify.errors import InputError
 from lit_purify.evaluation.evaluator import Evaluator
 from lit_purify.evaluation.own_files import KEY, Job, check_output, embedded, plan
-from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.chunks import chunks
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.functional.rendering import panels
@@ -132,7 +132,6 @@ class Purification(L.LightningModule):
         self, job: Job, metadata: Mapping[str, Any], image: Tensor, purified: Tensor, noised: Tensor, mask: Tensor
     ) -> None:
         """Writes a file's results; the purified image comes last and marks the file as done."""
-        job.target.parent.mkdir(parents=True, exist_ok=True)
         for old in (job.mask, job.overlay):
             old.unlink(missing_ok=True)
         if self.overlays:
@@ -213,7 +212,6 @@ def purify_files(
         print(f"{len(jobs)} images of {folder}{there}{others}; defense {name}{of}", flush=True)
         size = f"{classifier.size}x{classifier.size} in {classifier.channels} channels"
         print(f"{classifier.title}, images of {size}, as of {data.name}", flush=True)
-        output.mkdir(parents=True, exist_ok=True)
         write_whole(output / "identity.json", json.dumps(settings, indent=1))
         write_whole(output / "config.yaml", config)
     task = Purification(defended, todo, runs, overlays, evaluator.chunk, evaluator.seed, data).eval()

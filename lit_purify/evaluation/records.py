@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lit_purify.atomic import write_whole
 from lit_purify.errors import InputError
 
 Key = tuple[str, str, int]
@@ -148,18 +149,3 @@ def append_records(stream: BinaryIO, records: Iterable[Record]) -> None:
 def identity_sha256(settings: Mapping[str, Any]) -> str:
     """Hash of the settings that an audit or gradcheck verdict belongs to."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file atomically: if that fails, the old file stays."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            # Without fsync, a crash of the machine may leave an empty file.
-            os.fsync(stream.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

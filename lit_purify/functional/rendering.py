@@ -8,6 +8,7 @@ from torch import Tensor
 
 TINT = (0.95, 0.35, 0.10)
 """Color of masked pixels."""
+_GAP = 4
 PANELS = ("original", "adversarial", "noised", "purified")
 """Images shown for a sample, in order. The mask is drawn over the adversarial image."""
 
@@ -24,22 +25,21 @@ def enlarged(images: Tensor, pixels: int = 128) -> Tensor:
     return repeat(images, "... h w -> ... (h s) (w t)", s=scale, t=scale)
 
 
-def panels(images: Tensor, mask: Tensor, overlay: int, gap: int = 4) -> Tensor:
+def panels(images: Tensor, mask: Tensor, overlay: int) -> Tensor:
     """Places images side by side, enlarged without smoothing, with the mask drawn over one of them.
 
     Args:
         images: (n, C, H, W) in [0, 1], gray or color.
         mask: (1, H, W) in {0, 1}.
         overlay: Position of the image that carries the mask.
-        gap: White pixels between panels.
 
     Returns:
-        (3, h, n w + (n - 1) gap) in [0, 1].
+        (3, h, n w + 4 (n - 1)) in [0, 1], with four white pixels between panels.
     """
     color = images.expand(-1, 3, -1, -1).clone()
     color[overlay] = overlaid(color[overlay], mask)
-    large = torch.nn.functional.pad(enlarged(color), (0, gap), value=1.0)
-    return rearrange(large, "n c h w -> c h (n w)")[..., :-gap]
+    large = torch.nn.functional.pad(enlarged(color), (0, _GAP), value=1.0)
+    return rearrange(large, "n c h w -> c h (n w)")[..., :-_GAP]
 
 
 def picture_name(defense: str, attack: str, index: int) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from lit_purify.atomic import write_whole
 from lit_purify.errors import InputError
 from lit_purify.models.classifier import Classifier
 from lit_purify.models.denoiser import Denoiser
@@ -57,8 +58,6 @@ def save_network(
             are NaN or infinite.
     """
     metadata = {_KEY: header(network, info or {})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     inner = network.network if isinstance(network, Classifier) else network
     state = {
         name: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
@@ -67,16 +66,11 @@ def save_network(
     damaged = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
     if damaged:
         raise InputError(
-            f"{path}: not written: {damaged[0]} is not finite as {str(dtype).removeprefix('torch.')}; did the training "
-            "diverge?"
+            f"{path}: not written: {damaged[0]} is not finite as {str(dtype).removeprefix('torch.')}: lower the "
+            "learning rate if the training diverged, or store 32 bits"
         )
-    try:
-        # Written by Python, so that a full disk raises an OSError.
-        partial.write_bytes(save(state, metadata=metadata))
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    # Written by Python, so that a full disk raises an OSError.
+    write_whole(path, save(state, metadata=metadata))
 
 
 def saved_step(path: Path) -> int | None:
@@ -118,8 +112,8 @@ def _load(path: Path, kind: type[Network]) -> Network:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except SafetensorError as error:
         raise InputError(
-            f"{path}: not a safetensors file ({error}): is it complete? Public checkpoints have loaders of their own, "
-            "such as load_score_sde"
+            f"{path}: not a safetensors file ({error}): check that it is complete; public checkpoints have their "
+            "own loaders, such as load_score_sde"
         ) from error
     if header is None:
         raise InputError(f"{path}: carries no configuration; name the network's class and give the file as checkpoint")

@@ -14,12 +14,12 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lit_purify.atomic import write_whole
 from lit_purify.data.base import ImageDataset
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, Record
 from lit_purify.evaluation.diagnostics import REPLICAS
 from lit_purify.evaluation.folder import RunFolder, file_hashes
-from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.frontier import on_envelope
 from lit_purify.report.diagnostics import WAYS
 from lit_purify.report.finished import FinishedRun, threat_name

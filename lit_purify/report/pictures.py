@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from lit_purify.atomic import write_whole
 from lit_purify.evaluation import Record, View
-from lit_purify.evaluation.records import write_whole
 from lit_purify.functional.rendering import PANELS, TINT, panels, picture_name
 from lit_purify.functional.statistics import outcomes
 from lit_purify.report.rows import changes
@@ -39,9 +39,7 @@ def write(view: View, overlays: Path) -> None:
     if view.original.ndim == 1:
         stream, arrays = io.BytesIO(), {panel: getattr(view, panel) for panel in (*PANELS, "mask")}
         np.savez(stream, **{name: array.numpy() for name, array in arrays.items() if array is not None})
-        overlays.mkdir(parents=True, exist_ok=True)
         return write_whole(overlays / f"{picture_name(*view.record.key)}.npz", stream.getvalue())
-    (overlays / "panels").mkdir(parents=True, exist_ok=True)
     name = picture_name(*view.record.key)
     files = {f"panels/{name}.{panel}.png": getattr(view, panel) for panel in PANELS}
     if view.mask is not None:

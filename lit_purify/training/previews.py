@@ -14,11 +14,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchvision.utils import save_image
 
+from lit_purify.atomic import write_whole
 from lit_purify.data.base import Batch
 from lit_purify.defense import Trace
 from lit_purify.errors import InputError
-from lit_purify.evaluation.records import write_whole
-from lit_purify.functional.rendering import panels
+from lit_purify.functional.rendering import enlarged, overlaid
 from lit_purify.training.denoiser import DenoiserTask
 
 _GAP = 4
@@ -37,7 +37,7 @@ class Previews(Callback):
         if samples < 1:
             raise InputError(f"samples = {samples}: use at least 1")
         self.samples = samples
-        self.rows: list[Tensor] = []
+        self.rows: list[list[Tensor]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Raises an ``InputError`` for a task without purifiers."""
@@ -45,28 +45,24 @@ class Previews(Callback):
             raise InputError("Previews: the model has no purifiers to show: add model.purifiers, or remove Previews")
 
     def on_validation_batch_end(  # type: ignore[override]
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Mapping[str, Trace],
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Mapping[str, Trace], batch: Batch, *_: int
     ) -> None:
         """Keeps the panels of the first samples, see ``DenoiserTask.validation_step``."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and trainer.is_global_zero:
             for k, image in enumerate(batch["image"][: self.samples - len(self.rows)]):
-                self.rows.append(torch.cat([_panels(image, trace, k) for trace in outputs.values()], dim=-1))
+                self.rows.append([panel for trace in outputs.values() for panel in _panels(image, trace, k)])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes and logs the picture."""
         if not self.rows:
             return
-        picture, self.rows = torch.cat(self.rows, dim=-2)[:, :-_GAP, :-_GAP], []
+        rows, self.rows = self.rows, []
         folder = Path(trainer.default_root_dir) / "previews"
         folder.mkdir(parents=True, exist_ok=True)
         path, stream = folder / f"step-{trainer.global_step:06d}.png", io.BytesIO()
-        save_image(picture, stream, format="png")
+        save_image(
+            [panel for row in rows for panel in row], stream, "png", nrow=len(rows[0]), padding=_GAP, pad_value=1.0
+        )
         write_whole(path, stream.getvalue())
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -75,7 +71,8 @@ class Previews(Callback):
 
 
 def _panels(image: Tensor, trace: Trace, k: int) -> Tensor:
-    """Four panels of a purifier for the k-th image of a batch, with a gap to the right and below."""
-    mask = torch.zeros_like(image[:1]) if trace.mask is None else trace.mask[k]
-    shown = panels(torch.stack([image, image, trace.noised[k], trace.purified[k]]), mask, overlay=1, gap=_GAP)
-    return torch.nn.functional.pad(shown, (0, _GAP, 0, _GAP), value=1.0)
+    """Four panels (4, 3, H, W) of a purifier for the k-th image of a batch."""
+    panels = torch.stack([image, image, trace.noised[k], trace.purified[k]]).expand(-1, 3, -1, -1).clone()
+    if trace.mask is not None:
+        panels[1] = overlaid(panels[1], trace.mask[k])
+    return enlarged(panels)
