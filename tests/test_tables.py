@@ -65,7 +65,9 @@ def test_rows_of_a_file(tmp_path):
         (("3,3,6", "3,,6"), {}, "rows.csv: row 6, column received: the value is missing"),
         (("3,3,6", "3,x,6"), {}, "rows.csv: row 6, column received: 'x' is not a whole number"),
         (("3,3,6", "3,3.5,6"), {}, "rows.csv: row 6, column received: '3.5' is not a whole number"),
-        ((",icmp", ",gre"), {}, "row 5, column proto: unknown category 'gre'"),
+        (("3,3,6", "\n3,,6"), {}, "rows.csv: row 7, column received: the value is missing"),
+        ((",icmp", ",gre"), {}, "row 5, column proto: 'gre' is not among the values of the training rows"),
+        (("", ""), {"drop": ["sent", "received", "total", "share", "proto"], "categorical": {}}, "no column but the"),
         (("0,1,1,0.0", "0,1,1"), {}, "rows.csv: row 5 has 5 values for 6 columns"),
         (("", ""), {"label": "class"}, "label: there is no such column 'class'"),
         (("", ""), {"immutable": ["prot"]}, "immutable: there is no such column 'prot'"),
@@ -74,8 +76,8 @@ def test_rows_of_a_file(tmp_path):
         (("", ""), {"relations": ["1 <= 2"]}, "relations: '1 <= 2' names no column"),
         (("", ""), {"relations": ["1 = sent"]}, "relations: '1 = sent' names no column, or none before '='"),
         (("", ""), {"bounds": {"share": [0.0]}}, "bounds: share: give two values"),
-        (("", ""), {"drop": ["kind"]}, "drop: 'kind' is needed"),
-        (("", ""), {"drop": ["proto"]}, "drop: 'proto' is needed"),
+        (("", ""), {"drop": ["kind"]}, "drop: 'kind' is the label"),
+        (("", ""), {"drop": ["proto"]}, "drop: 'proto' is the label, or listed"),
         (("received", "sent"), {}, "rows.csv: two columns are called 'sent'"),
         ((CSV.partition("\n")[2], "1,2,3,0.5,tcp,normal"), {}, "rows.csv: has 1 rows, too few"),
         ((CSV.partition("\n")[2], ""), {}, "rows.csv: has no rows"),
@@ -91,7 +93,7 @@ def test_what_is_wrong_is_named(change, options, words, tmp_path):
 def test_other_labels_in_the_test_file(tmp_path):
     data = table(tmp_path, normal=None)
     (tmp_path / "test.csv").write_text(CSV.replace("scan", "worm"))
-    with pytest.raises(InputError, match=r"test.csv: row 5, column kind: 'worm' is not a class of the training rows"):
+    with pytest.raises(InputError, match=r"test.csv: row 5, column kind: 'worm' is not among the values of"):
         data.split("test")
     (tmp_path / "test.csv").write_text(CSV.replace("share", "portion"))
     with pytest.raises(InputError, match=r"test.csv: columns of the training rows: there is no such column 'share'"):
@@ -174,6 +176,12 @@ def test_nslkdd(tmp_path):
     assert float(split[0]["image"][split.domain.place["su_attempted"]]) == 0.0
     assert len(NSLKDD(tmp_path, test="KDDTest-21").split("test")) == 8
     assert len(NSLKDD(tmp_path, test="KDDTest-21").split("train")) == len(data.split("train")) == 36
+    # An error names the line of the file, also where other lines are left out.
+    lines = lzma.decompress((tmp_path / "KDDTest+.txt.xz").read_bytes()).decode().splitlines()
+    lines[5] = lines[5].replace("SF", "XX")
+    (tmp_path / "KDDTest+.txt").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"KDDTest\+.txt: row 6, column flag: 'XX' is not among the values"):
+        NSLKDD(tmp_path, test="KDDTest-21").split("test")
     with pytest.raises(InputError, match=r"NSL-KDD \(Tavallaee et al., CISDA 2009\) from unb.ca"):
         NSLKDD(tmp_path / "nowhere").split("train")
 

@@ -62,10 +62,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """
         array = np.asarray(labels, dtype=np.int64)
         if not len(array):
-            raise InputError("the split has no images")
+            raise InputError("the split has no samples: check the folder and the fractions of the data")
         if array.min() < 0 or array.max() >= len(classes):
             bad = int(np.flatnonzero((array < 0) | (array >= len(classes)))[0])
-            raise InputError(f"label {array[bad]} of sample {bad} is outside 0 .. {len(classes) - 1}")
+            raise InputError(
+                f"label {array[bad]} of sample {bad} is outside 0 .. {len(classes) - 1}: number classes from 0"
+            )
         return ImageDataset(read, array, classes, np.arange(len(array)))
 
     @staticmethod
@@ -95,7 +97,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def part(self, positions: Indices) -> ImageDataset:
         """Returns a split of selected samples with new positions."""
-        return ImageDataset.whole(partial(_read_at, self.read, positions), self.labels[positions], self.classes)
+        whole = ImageDataset.whole(partial(_read_at, self.read, positions), self.labels[positions], self.classes)
+        return replace(whole, domain=self.domain, kinds=None if self.kinds is None else self.kinds[positions])
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -209,7 +212,7 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         sampler.taken = self._taken
         if self.num_workers == 0 and len(split) * split[0]["image"].nbytes <= _MOST_KEPT:
             split = replace(split, read=cache(split.read))
-        return self._loader(split, sampler, drop_last=enough)
+        return self._loader(split, batch_size=self.batch_size, sampler=sampler, drop_last=enough)
 
     def _taken(self) -> int:
         """Returns how many samples of this epoch and process have been trained on."""
@@ -221,7 +224,11 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         """Returns the validation samples in order, each once."""
         split = self.cached_split("val")
         chosen = split if self.val_subset is None else split.choose(self.val_subset)
-        return self._loader(chosen, self._exact(chosen))
+        world, rank = self._shard()
+        if len(chosen) < world:
+            raise InputError(f"{len(chosen)} samples are fewer than {world} processes: use fewer devices")
+        exact = UnrepeatedDistributedSampler(chosen, num_replicas=world, rank=rank, shuffle=False)
+        return self._loader(chosen, batch_size=self.batch_size, sampler=exact)
 
     def test_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Returns the unfinished evaluated samples in order, each once over all processes."""
@@ -230,14 +237,9 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
         def items() -> Indices:
             return np.flatnonzero(~np.isin(chosen.positions, list(self.finished)))
 
-        return Loader(
-            chosen,
-            batch_sampler=Claims(items, self.batch_size, world, rank),
-            num_workers=self.num_workers if world == 1 else 0,
-            worker_init_fn=ignore_signals,
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
-        )
+        # Workers that read ahead would claim samples that another process is free for.
+        alone = {} if world == 1 else {"num_workers": 0, "persistent_workers": False}
+        return self._loader(chosen, batch_sampler=Claims(items, self.batch_size, world, rank), **alone)
 
     def cached_split(self, name: str) -> ImageDataset:
         """Returns ``split``, read once."""
@@ -250,29 +252,10 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
             return 1, 0
         return self.trainer.world_size, self.trainer.global_rank
 
-    def _exact(self, split: ImageDataset) -> Any:  # noqa: ANN401  (a sampler; torch's stubs differ between versions)
-        world, rank = self._shard()
-        if len(split) < world:
-            raise InputError(f"{len(split)} samples are fewer than {world} processes: use fewer devices")
-        return UnrepeatedDistributedSampler(split, num_replicas=world, rank=rank, shuffle=False)
-
-    def _loader(
-        self,
-        split: ImageDataset,
-        sampler: Any,  # noqa: ANN401
-        drop_last: bool = False,
-    ) -> DataLoader[dict[str, Any]]:
-        return Loader(
-            split,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            worker_init_fn=ignore_signals,
-            drop_last=drop_last,
-            collate_fn=_collate,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _loader(self, split: ImageDataset, **options: Any) -> DataLoader[dict[str, Any]]:  # noqa: ANN401
+        usual: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        usual |= {"worker_init_fn": ignore_signals, "collate_fn": _collate, "pin_memory": torch.cuda.is_available()}
+        return Loader(split, **usual | options)
 
 
 def _collate(samples: list[dict[str, Any]]) -> Batch:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from typing_extensions import override
@@ -24,8 +24,6 @@ from lit_purify.functional.images import resize
 IMAGE_KINDS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")
 """File name extensions of images. Pillow also opens .mpg, .h5 and .pdf, but does not return their pixels."""
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-_UPRIGHT = dict(enumerate((*(Image.Transpose(k) for k in (0, 3, 1, 5, 4, 6, 2)),), start=2))
-"""Transposition that turns an image upright, by its EXIF orientation."""
 
 
 class ImageFolder(ImageDataModule):
@@ -100,7 +98,7 @@ class ImageFolder(ImageDataModule):
 
         Contents do not count, so a damaged file may be replaced.
         """
-        folder = self._read_for(self.evaluate_on)[0]
+        folder = self._folder(self.evaluate_on)
         listing = b"".join(os.fsencode(file.relative_to(folder)) + b"\n" for file in find_files(folder, IMAGE_KINDS))
         return hashlib.sha256(listing).hexdigest()
 
@@ -119,18 +117,15 @@ class ImageFolder(ImageDataModule):
 
     @override
     def split(self, name: str) -> ImageDataset:
-        folder, part = self._read_for(name)
-        whole = self._scan(folder, self._classes())
-        if part is None:
+        folders, whole = self._folders(), self._scan(self._folder(name))
+        if name != "train" and name in folders:
             return whole
-        folders = self._folders()
-        val = 0.0 if "val" in folders else self.val_fraction
-        test = 0.0 if "val" in folders or "test" in folders else self.test_fraction
-        ends = np.cumsum([round(len(whole) * test), round(len(whole) * val)])
-        cut = dict(zip(("test", "val", "train"), np.split(self.order(whole.labels), ends), strict=True))[part]
+        shares = {"test": self.test_fraction, "val": self.val_fraction}
+        ends = np.cumsum([0 if part in folders else round(len(whole) * share) for part, share in shares.items()])
+        cut = dict(zip((*shares, "train"), np.split(self.order(whole.labels), ends), strict=True))[name]
         if not len(cut):
             raise InputError(
-                f"{self.root}: of {len(whole)} images none are left for {part}: change val_fraction = "
+                f"{self.root}: of {len(whole)} images none are left for {name}: change val_fraction = "
                 f"{self.val_fraction} or test_fraction = {self.test_fraction}"
             )
         return whole.part(np.sort(cut))
@@ -161,19 +156,17 @@ class ImageFolder(ImageDataModule):
                 f"{self.root}: {next(iter(splits.values())).name} may be a split or, like {others[0]}, a class: "
                 "set splits: true or splits: false"
             )
+        if "val" in splits:
+            # As with ImageNet, whose test labels are not public.
+            splits.setdefault("test", splits["val"])
         return splits or {"train": self.root}
 
-    def _read_for(self, name: str) -> tuple[Path, str | None]:
-        """Returns the folder of a split, and the part of it that is the split (``None``: all)."""
+    def _folder(self, name: str) -> Path:
+        """Returns the folder that a split is, or is cut from."""
         folders = self._folders()
-        if name == "test" and "test" not in folders and "val" in folders:
-            # As with ImageNet, whose test labels are not public.
-            name = "val"
-        if name in folders and name != "train":
-            return folders[name], None
-        if "train" not in folders:
+        if name not in folders and "train" not in folders:
             raise InputError(f"{self.root}: has no folder {name}: add train, val and test, or use class folders alone")
-        return folders["train"], name
+        return folders.get(name, folders.get("train", self.root))
 
     def _classes(self) -> Sequence[str]:
         """Returns the classes of all splits together, so that labels agree between splits."""
@@ -185,7 +178,8 @@ class ImageFolder(ImageDataModule):
             raise InputError(f"{self.root}: folder {unknown[0]!r} is not a class of {type(self).__name__}: rename it")
         return present if known is None else known
 
-    def _scan(self, folder: Path, classes: Sequence[str]) -> ImageDataset:
+    def _scan(self, folder: Path) -> ImageDataset:
+        classes = self._classes()
         files = {name: find_files(folder / name) for name in classes}
         images = {name: [file for file in found if _is_image(file)] for name, found in files.items()}
         if not any(images.values()):
@@ -252,8 +246,7 @@ def read_image(
     with open_image(path) as file:
         try:
             file.load()
-            turned = _UPRIGHT.get(file.getexif().get(274)) if turn else None  # type: ignore[arg-type]
-            shown = file if turned is None else file.transpose(turned)
+            shown = ImageOps.exif_transpose(file) if turn else file
             if shown.has_transparency_data:
                 white = Image.new("RGBA", shown.size, "white")
                 shown = Image.alpha_composite(white, shown.convert("RGBA"))

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from lit_purify.data.table import Lines, Table, existing
-from lit_purify.errors import InputError
+from lit_purify.data.table import Lines, Table
 
 
 def _words(text: str) -> list[str]:
@@ -67,6 +66,8 @@ class NSLKDD(Table):
         options: Arguments of ``Table`` and ``ImageDataModule``, such as ``batch_size``.
     """
 
+    source = "NSL-KDD (Tavallaee et al., CISDA 2009) from unb.ca/cic/datasets/nsl.html"
+
     def __init__(
         self,
         root: Path,
@@ -99,15 +100,13 @@ class NSLKDD(Table):
 
     @override
     def read(self, path: Path) -> tuple[list[str], Lines]:
-        names, lines = super().read(
-            found(path, "NSL-KDD (Tavallaee et al., CISDA 2009)", "unb.ca/cic/datasets/nsl.html")
-        )
+        names, lines = super().read(path)
         attempted, difficulty = names.index("su_attempted"), names.index("difficulty")
-        for line in lines:
+        for line in lines.values():
             if len(line) == len(names) and line[attempted] == "2":
                 line[attempted] = "0"
         if self.hard and path == self.test:
-            lines = [line for line in lines if line[-1:] != ["21"] or len(line) <= difficulty]
+            lines = {number: line for number, line in lines.items() if line[difficulty:] != ["21"]}
         return names, lines
 
 
@@ -123,12 +122,9 @@ class UNSWNB15(Table):
         options: Arguments of ``Table`` and ``ImageDataModule``, such as ``batch_size``.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        constrained: bool = True,
-        **options: Any,  # noqa: ANN401
-    ) -> None:
+    source = "UNSW-NB15 (Moustafa and Slay, MilCIS 2015) from research.unsw.edu.au/projects/unsw-nb15-dataset"
+
+    def __init__(self, root: Path, constrained: bool = True, **options: Any) -> None:  # noqa: ANN401
         folder = Path(root).expanduser()
         packets = _words("spkts dpkts sbytes dbytes sloss dloss")
         super().__init__(
@@ -146,15 +142,3 @@ class UNSWNB15(Table):
             constrained=constrained,
             **options,
         )
-
-    @override
-    def read(self, path: Path) -> tuple[list[str], Lines]:
-        origin = "UNSW-NB15 (Moustafa and Slay, MilCIS 2015)"
-        return super().read(found(path, origin, "research.unsw.edu.au/projects/unsw-nb15-dataset"))
-
-
-def found(path: Path, citation: str, origin: str) -> Path:
-    """Returns the path, or raises an ``InputError`` that names the source of the file."""
-    if not existing(path).is_file():
-        raise InputError(f"{path}: no such file: download {citation} from {origin} and put its files there")
-    return path

@@ -7,8 +7,8 @@ import gzip
 import lzma
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from typing_extensions import override
 
 from lit_purify.data.base import ImageDataModule, ImageDataset, shuffled
-from lit_purify.data.subset import Indices, Subset
+from lit_purify.data.subset import Subset
 from lit_purify.errors import InputError
 from lit_purify.functional.rows import Domain, Relation
 from lit_purify.recorded import path_sha256
 
-Lines = list[list[str]]
+Lines = dict[int, list[str]]
+"""Rows of a file as text, by their line numbers."""
 _OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _MISSING = ("", "?", "nan", "NaN", "NA", "null")
 
@@ -60,6 +60,9 @@ class Table(ImageDataModule):
         batch_size: See ``ImageDataModule``, as for all further arguments.
     """
 
+    source = ""
+    """Name and web address of a public dataset, for the message about missing files."""
+
     def __init__(
         self,
         train: Path,
@@ -89,8 +92,11 @@ class Table(ImageDataModule):
         for name, part in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if not 0.0 < part < 0.5:
                 raise InputError(f"{name} = {part}: use a number above 0 and below 0.5")
+        for name, ends in (bounds or {}).items():
+            if len(ends) != 2 or not ends[0] < ends[1]:
+                raise InputError(f"bounds: {name}: give two values, the minimum below the maximum, not {list(ends)}")
         if used := ({label} | set(categorical or ())) & set(drop):
-            raise InputError(f"drop: {min(used)!r} is needed: it is the label, or listed under categorical")
+            raise InputError(f"drop: {min(used)!r} is the label, or listed under categorical: do not drop it")
         self.train, self.test, self.label, self.normal = Path(train), test and Path(test), label, normal
         self.columns, self.drop, self.bounds = columns, set(drop), dict(bounds or {})
         self.categorical = {name: list(values or ()) for name, values in (categorical or {}).items()}
@@ -114,149 +120,138 @@ class Table(ImageDataModule):
         return self._splits_of_files[name]
 
     def read(self, path: Path) -> tuple[list[str], Lines]:
-        """Reads columns and rows of a file; datasets override it to correct rows."""
+        """Reads names of columns and rows of a file; datasets override it to correct or leave out rows."""
         path = existing(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file: {f'download {self.source}' if self.source else 'check the path'}")
         if path.suffix == ".parquet":
             return _parquet(path)
         try:
             with _OPEN.get(path.suffix, open)(path, "rt", encoding="utf-8-sig", newline="") as stream:
-                lines = [line for line in csv.reader(stream, skipinitialspace=True) if line]
+                reader = csv.reader(stream, skipinitialspace=True)
+                numbered = ((reader.line_num, line) for line in reader if line)
+                lines = dict(numbered)
         except (OSError, UnicodeDecodeError, lzma.LZMAError, zlib.error, csv.Error, EOFError) as error:
             raise InputError(f"{path}: cannot be read as CSV ({error}): check that it is complete") from error
-        names = list(self.columns or (lines.pop(0) if lines else []))
+        names = list(self.columns or (lines.pop(min(lines)) if lines else []))
         return names, lines
 
     @cached_property
     def _splits_of_files(self) -> dict[str, ImageDataset]:
-        lines = self._lines(self.train)
-        order = shuffled(len(lines[self.label]), self.split_seed)
+        file = self._columns(self.train)
+        labels = file.words[self.label]
+        order = shuffled(len(labels), self.split_seed)
         cuts = [max(1, round(self.val_fraction * len(order)))]
         cuts.append(cuts[0] + (0 if self.test else max(1, round(self.test_fraction * len(order)))))
         val, own_test, train = np.split(order, cuts)
         if not len(train):
-            raise InputError(f"{self.train}: has {len(order)} rows, too few for a validation and a training split")
-        raw = {name: self._numbers(self.train, name, values) for name, values in lines.items() if self._numeric(name)}
-        low, high = ({name: self._bound(name, k, raw[name][train]) for name in raw} for k in (0, 1))
-        known = {name for name in lines if name != self.label}
+            raise InputError(f"{file.path}: has {len(order)} rows, too few for validation and training: give more")
+        known = set(file.words) - {self.label}
+        raw = {name: self._numbers(file, name) for name in file.words if name in known - set(self.categorical)}
+        low = {name: float(values[train].min()) for name, values in raw.items()}
+        high = {name: float(values[train].max()) for name, values in raw.items()}
         for what in ("immutable", "increasing", "integer", "bounds", "categorical"):
-            self._check(what, set(getattr(self, what)), known if what in ("immutable", "categorical") else set(raw))
-        self._check("relations", {column for each in self.relations for column in each.columns}, set(raw))
+            _check(what, getattr(self, what), known if what in ("immutable", "categorical") else raw)
+        _check("relations", {column for each in self.relations for column in each.columns}, raw)
+        for name, (least, largest) in self.bounds.items():
+            low[name], high[name] = float(least), float(largest)
         # Of the validation rows as well, which may have rare ones.
-        words = {name: stated or sorted(set(lines[name])) for name, stated in self.categorical.items()}
+        words = {name: stated or sorted(set(file.words[name])) for name, stated in self.categorical.items()}
+        classes = sorted(set(labels))
+        if self.normal and self.normal not in classes:
+            some = ", ".join(classes[:6])
+            raise InputError(f"{file.path}: normal = {self.normal!r}: no row has this label; there are {some} ...")
         domain = self._domain(low, high, words)
-        labels = sorted(set(lines[self.label]))
-        if self.normal and self.normal not in labels:
-            some = ", ".join(labels[:6])
-            raise InputError(f"{self.train}: normal = {self.normal!r}: no row has this label; there are {some} ...")
-        classes = [self.normal, "attack"] if self.normal else labels
 
-        def dataset(path: Path, lines: Mapping[str, Sequence[str]], rows: Indices) -> ImageDataset:
-            """Builds the split of some rows of a file."""
-            numbers = [
-                (self._numbers(path, name, lines[name])[rows] - low[name]) / (high[name] - low[name] or 1.0)
-                for name in raw
-            ]
-            groups = [self._one_hot(path, name, lines[name], words[name])[rows] for name in words]
-            features = np.concatenate(
-                [np.stack(numbers, axis=1).clip(0.0, 1.0) if numbers else np.empty((len(rows), 0)), *groups], axis=1
-            )
-            found = np.array(lines[self.label])[rows]
-            codes = [
-                int(lines[self.label][k] != self.normal) if self.normal else self._code(path, k, lines, classes)
-                for k in rows
-            ]
-            split = ImageDataset.of(torch.from_numpy(features).float(), torch.tensor(codes), classes)
-            return replace(split, domain=domain, kinds=found if self.normal else None)
+        def dataset(file: _Columns) -> ImageDataset:
+            numbers = [(self._numbers(file, name) - low[name]) / (high[name] - low[name] or 1.0) for name in raw]
+            groups = [np.eye(len(own))[file.places(name, own)] for name, own in words.items()]
+            features = np.concatenate([*(each[:, None] for each in numbers), *groups], axis=1).clip(0.0, 1.0)
+            kinds = np.array(file.words[self.label])
+            codes = kinds != self.normal if self.normal else np.array(file.places(self.label, classes))
+            names = [self.normal, "attack"] if self.normal else classes
+            split = ImageDataset.of(torch.from_numpy(features).float(), torch.from_numpy(codes), names)
+            return replace(split, domain=domain, kinds=kinds if self.normal else None)
 
-        found = {"train": dataset(self.train, lines, np.sort(train)), "val": dataset(self.train, lines, np.sort(val))}
+        whole = dataset(file)
+        parts = {name: whole.part(np.sort(rows)) for name, rows in (("train", train), ("val", val))}
         if self.test is None:
-            return found | {"test": dataset(self.train, lines, np.sort(own_test))}
-        tested = self._lines(self.test)
-        self._check("columns of the training rows", set(lines), set(tested), f"{self.test}: ")
-        return found | {"test": dataset(self.test, tested, np.arange(len(tested[self.label])))}
+            return parts | {"test": whole.part(np.sort(own_test))}
+        tested = self._columns(self.test)
+        _check("columns of the training rows", file.words, tested.words, f"{self.test}: ")
+        return parts | {"test": dataset(tested)}
 
-    def _lines(self, path: Path) -> dict[str, list[str]]:
-        """Returns the columns of a file as text."""
+    def _columns(self, path: Path) -> _Columns:
         names, lines = self.read(path)
         if not lines:
             raise InputError(f"{path}: has no rows: check that it is the right file")
-        self._check("label", {self.label}, set(names), f"{path}: ")
-        self._check("drop", self.drop, set(names), f"{path}: ")
+        _check("label", {self.label}, names, f"{path}: ")
+        _check("drop", self.drop, names, f"{path}: ")
         if len(names) > len(set(names)):
             twice = next(name for k, name in enumerate(names) if name in names[:k])
             raise InputError(f"{path}: two columns are called {twice!r}; rename one")
-        for number, line in enumerate(lines, start=1 if self.columns else 2):
+        kept = [k for k, name in enumerate(names) if name not in self.drop]
+        if len(kept) < 2:
+            raise InputError(f"{path}: has no column but the label: check that columns are separated by commas")
+        for number, line in lines.items():
             if len(line) != len(names):
                 raise InputError(f"{path}: row {number} has {len(line)} values for {len(names)} columns: correct it")
-            for name, value in zip(names, line, strict=True):
-                if name not in self.drop and value in _MISSING:
-                    raise InputError(f"{path}: row {number}, column {name}: the value is missing: fill it, or drop it")
-        kept = [k for k, name in enumerate(names) if name not in self.drop]
-        return {names[k]: [line[k] for line in lines] for k in kept}
+        file = _Columns(existing(path), list(lines), {names[k]: [line[k] for line in lines.values()] for k in kept})
+        for name, words in file.words.items():
+            file.check(name, [word not in _MISSING for word in words], "the value is missing: fill it, or drop it")
+        return file
 
-    def _numeric(self, name: str) -> bool:
-        return name != self.label and name not in self.categorical
-
-    def _numbers(self, path: Path, name: str, values: Sequence[str]) -> NDArray[np.float64]:
+    def _numbers(self, file: _Columns, name: str) -> NDArray[np.float64]:
+        whole = name in self.integer
         try:
-            found = np.array(values, dtype=np.float64)
+            found = np.array(file.words[name], dtype=np.float64)
         except ValueError:
-            found = np.array([_number(value) for value in values])
-        bad = ~np.isfinite(found) | ((found != found.round()) if name in self.integer else False)
-        if bad.any():
-            k = int(bad.argmax())
-            kind = "a whole number" if name in self.integer else "a number"
-            remedy = "list the column under categorical" if name not in self.integer else "remove it from integer"
-            raise self._wrong(path, k, name, f"{values[k]!r} is not {kind}: {remedy}")
+            found = np.array([_number(word) for word in file.words[name]])
+        good = np.isfinite(found) & ((found == found.round()) | (not whole))
+        remedy = "a whole number: remove the column from integer" if whole else "a number: list it under categorical"
+        file.check(name, good, f"{{!r}} is not {remedy}")
         return found
-
-    def _one_hot(self, path: Path, name: str, values: Sequence[str], words: Sequence[str]) -> NDArray[np.float64]:
-        place = {word: k for k, word in enumerate(words)}
-        for k, value in enumerate(values):
-            if value not in place:
-                raise self._wrong(path, k, name, f"unknown category {value!r}: list all categories under categorical")
-        return np.eye(len(words))[[place[value] for value in values]]
-
-    def _code(self, path: Path, k: int, lines: Mapping[str, Sequence[str]], classes: Sequence[str]) -> int:
-        if (label := lines[self.label][k]) not in classes:
-            raise self._wrong(path, int(k), self.label, f"{label!r} is not a class of the training rows")
-        return classes.index(label)
-
-    def _wrong(self, path: Path, k: int, name: str, what: str) -> InputError:
-        return InputError(f"{existing(path)}: row {k + (1 if self.columns else 2)}, column {name}: {what}")
-
-    def _bound(self, name: str, end: int, values: NDArray[np.float64]) -> float:
-        if name in self.bounds:
-            if len(self.bounds[name]) != 2:
-                raise InputError(f"bounds: {name}: give two values, the least and the largest")
-            low, high = self.bounds[name]
-            if not low < high:
-                raise InputError(f"bounds: {name}: the minimum {low} is not below the maximum {high}: correct them")
-            return float((low, high)[end])
-        return float(values.max() if end else values.min())
-
-    def _check(self, what: str, given: set[str], known: set[str], where: str = "") -> None:
-        if strange := sorted(given - known):
-            some = ", ".join(sorted(known)[:6])
-            raise InputError(f"{where}{what}: there is no such column {strange[0]!r}; there are {some} ...")
 
     def _domain(
         self, low: Mapping[str, float], high: Mapping[str, float], words: Mapping[str, Sequence[str]]
     ) -> Domain:
         column = [*low, *(name for name, own in words.items() for _ in own)]
         names = [*low, *(f"{name}={word}" for name, own in words.items() for word in own)]
-
-        def among(chosen: set[str]) -> Tensor:
-            return torch.tensor([name in chosen for name in column])
-
-        ends = (
-            torch.tensor([end.get(name, k) for name in column], dtype=torch.float64)
-            for k, end in ((0.0, low), (1.0, high))
-        )
-        marks = (among(chosen) for chosen in (self.immutable, self.increasing, self.integer))
-        (least, most), (fixed, raised, whole) = ends, marks
+        least = torch.tensor([low.get(name, 0.0) for name in column], dtype=torch.float64)
+        most = torch.tensor([high.get(name, 1.0) for name in column], dtype=torch.float64)
+        kinds = (self.immutable, self.increasing, self.integer)
+        fixed, raised, whole = (torch.tensor([name in chosen for name in column]) for chosen in kinds)
         groups = [len(own) for own in words.values()]
         return Domain(names, least, most, groups, fixed, raised, whole, self.relations, self.constrained)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a file as text, by name, and the line number of each row."""
+
+    path: Path
+    numbers: Sequence[int]
+    words: Mapping[str, Sequence[str]]
+
+    def check(self, name: str, good: Sequence[bool] | NDArray[np.bool_], problem: str) -> None:
+        """Raises an ``InputError`` about the first row that is not good; ``problem`` may show its value as {!r}."""
+        if not np.all(good):
+            k = int(np.argmin(good))
+            what = problem.format(self.words[name][k])
+            raise InputError(f"{self.path}: row {self.numbers[k]}, column {name}: {what}")
+
+    def places(self, name: str, known: Sequence[str]) -> list[int]:
+        """Returns the position of each value among the known ones."""
+        place = {word: k for k, word in enumerate(known)}
+        problem = "{!r} is not among the values of the training rows: list all under categorical, or correct it"
+        self.check(name, [word in place for word in self.words[name]], problem)
+        return [place[word] for word in self.words[name]]
+
+
+def _check(what: str, given: Collection[str], known: Collection[str], where: str = "") -> None:
+    if strange := sorted(set(given) - set(known)):
+        some = ", ".join(sorted(known)[:6])
+        raise InputError(f"{where}{what}: there is no such column {strange[0]!r}; there are {some} ...")
 
 
 def existing(path: Path) -> Path:
@@ -281,4 +276,6 @@ def _parquet(path: Path) -> tuple[list[str], Lines]:
         raise InputError(f"{path}: Parquet needs pandas and pyarrow: install them, or save it as CSV") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as Parquet ({error}): check that it is complete") from error
-    return [str(name) for name in frame.columns], frame.astype(str).where(frame.notna(), "").to_numpy().tolist()
+    rows = frame.astype(str).where(frame.notna(), "").to_numpy().tolist()
+    # As in a CSV file, where the first line holds the names.
+    return [str(name) for name in frame.columns], dict(enumerate(rows, start=2))

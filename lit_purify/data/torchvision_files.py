@@ -57,7 +57,12 @@ class TorchvisionFiles(ImageDataModule):
     @override
     def split(self, name: str) -> ImageDataset:
         whole = self.read(train=name != "test")
-        return whole if name == "test" else train_or_val(whole, name)
+        if name == "test":
+            return whole
+        order = shuffled(len(whole), 0)
+        # For files with fewer images than the originals, a tenth is used for validation.
+        val = min(VAL, len(whole) // 10)
+        return whole.part(np.sort(order[:val] if name == "val" else order[val:]))
 
     def open(self, make: Callable[..., Any], **options: Any) -> Any:  # noqa: ANN401
         """Opens a torchvision dataset, or raises an ``InputError`` with a remedy."""
@@ -99,11 +104,3 @@ class SVHN(TorchvisionFiles):
         return ImageDataset.of(
             torch.from_numpy(found.data), torch.from_numpy(found.labels), [str(c) for c in range(10)]
         )
-
-
-def train_or_val(whole: ImageDataset, name: str) -> ImageDataset:
-    """Returns the training images (``name`` = ``train``) or the validation images (``val``) of the training file."""
-    order = shuffled(len(whole), 0)
-    # For files with fewer images than the originals, a tenth is used for validation.
-    val = min(VAL, len(whole) // 10)
-    return whole.part(np.sort(order[:val] if name == "val" else order[val:]))
