@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import sys
+import threading
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -235,6 +236,13 @@ def test_an_evaluation_in_16_bits(unet, classifier, images):
     assert not purified[0].equal(purified[1])
     with pytest.raises(InputError, match="precision = 'fp8': use float32 or bf16"):
         Evaluator(*given, precision="fp8")
+    # The classifier keeps its 32 bits, so it need not be copied; a defense must be.
+    classifier.lock = threading.Lock()
+    assert Evaluator(*given, precision="bf16").classifier is classifier
+    plain.lock = classifier.lock
+    with pytest.raises(InputError, match=r"precision = 'bf16': a defense cannot be copied \(.*\): use float32"):
+        Evaluator(*given, precision="bf16")
+    del classifier.lock, plain.lock
     with pytest.raises(InputError, match="own is a function: use a purifier"):
         Evaluator(classifier, {"own": lambda image: image}, *given[2:3], precision="bf16")
 
@@ -341,6 +349,13 @@ def test_what_cannot_be_recorded_is_called_as_ever(recorded, monkeypatch, classi
             assert classifier(images).equal(ResNetClassifier.forward(classifier, images))
     assert (len(asked), len(said)) == (1, 1)
     assert said[0].endswith("not replayed as CUDA graphs (operation not permitted when stream is capturing)")
+    # And the report says so.
+    evaluator = Evaluator(classifier, {"none": NoPurifier()}, {"fgsm": FGSM("linf", 0.1)}, runs=1, chunk=16)
+    list(evaluator.evaluate({"image": images, "label": torch.arange(6), "index": torch.arange(6)}, Ledger()))
+    assert evaluator.replays.refused == [type(classifier).__name__]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    calls = arithmetic(torch.device("cuda"), "float32", True, evaluator.replays.refused)
+    assert calls.endswith("calls replayed as CUDA graphs (not of Small) (a GPU)")
     error = torch.OutOfMemoryError("CUDA out of memory")
     with Replays(classifier), pytest.raises(torch.OutOfMemoryError):
         classifier(images)
@@ -405,7 +420,20 @@ def test_what_is_recorded_in_inference_mode_serves_outside_of_it(recorded, unet)
     leaf = x.clone().requires_grad_()
     made(leaf, t).sum().backward()
     assert leaf.grad.any()
-    assert not made.forward._refused
+    assert not made.forward.refused
+
+
+def test_other_arithmetic_is_another_recording(recorded, unet):
+    """What kernels a call uses depends on global switches, which the caller may move between two calls."""
+    made, x, t = accelerated(unet), torch.randn(2, 1, 8, 8), torch.tensor([5, 50])
+    made(x, t)
+    for name in ("allow_tf32", "deterministic"):
+        before = getattr(torch.backends.cudnn, name)
+        setattr(torch.backends.cudnn, name, not before)
+        made(x, t)
+        setattr(torch.backends.cudnn, name, before)
+    made(x, t)
+    assert len(made.forward.graphs) == 3
 
 
 def test_outputs_are_copies_and_old_graphs_are_freed(recorded, unet):

@@ -104,8 +104,13 @@ class Evaluator(nn.Module):
         if precision not in get_args(Precision):
             raise InputError(f"precision = {precision!r}: use {' or '.join(get_args(Precision))}")
         if precision == "bf16":
-            # One deepcopy, because they share networks.
-            classifier, defenses, gradients = copy.deepcopy((classifier, dict(defenses), dict(gradients or {})))
+            # One deepcopy, because they share networks; the classifier computes with 32 bits and is not copied.
+            try:
+                defenses, gradients = copy.deepcopy(
+                    (dict(defenses), dict(gradients or {})), {id(classifier): classifier}
+                )
+            except (TypeError, RuntimeError) as error:
+                raise InputError(f"precision = 'bf16': a defense cannot be copied ({error}): use float32") from error
             rounded(nn.ModuleList(each for each in defenses.values() if isinstance(each, nn.Module)))
         self.classifier, self.unwrapped = classifier, dict(defenses)
         self.defenses = {name: defend(name, defense, classifier) for name, defense in defenses.items()}
@@ -187,7 +192,7 @@ class Evaluator(nn.Module):
             "denoising": self.denoising(data),
             **({} if data.domain is None else {"features": data.domain.stated()}),
             **({} if data.kinds is None else {"kinds": {int(i): str(data.kinds[i]) for i in data.positions}}),
-            "arithmetic": arithmetic(self.classifier.mean.device, self.precision, self.replay),
+            "arithmetic": arithmetic(self.classifier.mean.device, self.precision, self.replay, self.replays.refused),
             "versions": {package: version(package) for package in ("torch", "lightning")},
         }
 

@@ -6,12 +6,7 @@ from lit_purify.models.denoiser import Denoiser
 from lit_purify.models.files import load_classifier, load_denoiser
 from lit_purify.models.layers import differentiable_twice
 from lit_purify.models.matched import MatchedSchedule
-from lit_purify.models.readers import (
-    load_ddpm,
-    load_diffusers,
-    load_guided_diffusion,
-    load_score_sde,
-)
+from lit_purify.models.readers import load_ddpm, load_diffusers, load_guided_diffusion, load_score_sde
 from lit_purify.models.resnet import ResNetClassifier
 from lit_purify.models.table import TableClassifier, TableDenoiser
 from lit_purify.models.unet import UNet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -67,14 +67,28 @@ def rounded(module: nn.Module) -> None:
         denoiser.origin = denoiser.origin.removesuffix(", bf16") + ", bf16"
 
 
-def arithmetic(device: torch.device, precision: Precision, replay: bool) -> str:
-    """Describes the precision of an evaluation and, on a GPU, how networks are called, for reports."""
+def arithmetic(device: torch.device, precision: Precision, replay: bool, refused: Sequence[str] = ()) -> str:
+    """Describes the precision of an evaluation and, on a GPU, how networks are called, for reports.
+
+    Args:
+        device: The device of the networks.
+        precision: That of the denoisers.
+        replay: Whether calls are replayed.
+        refused: Names of networks whose calls could not be recorded.
+    """
     text = "float32" if precision == "float32" else f"{precision} denoisers, float32 classifiers"
     if device.type == "cuda":
-        wide = "TF32" if torch.backends.cudnn.allow_tf32 else "float32"
+        wide = "TF32" if _convolutions() == "tf32" else "float32"
         calls = "replayed as CUDA graphs" if replay else "one by one"
+        calls += f" (not of {', '.join(refused)})" if refused else ""
         text += f", {wide} convolutions, calls {calls} ({torch.cuda.get_device_name(device)})"
     return text
+
+
+def _convolutions() -> str:
+    """The precision of float32 convolutions; ``allow_tf32`` cannot be read if a caller mixes both of torch's APIs."""
+    cudnn: Any = torch.backends.cudnn
+    return str(cudnn.conv.fp32_precision)
 
 
 class Replays:
@@ -95,6 +109,11 @@ class Replays:
     def __exit__(self, *_: object) -> None:
         for network in self._calls:
             vars(network).pop("forward", None)
+
+    @property
+    def refused(self) -> list[str]:
+        """Classes of the networks whose calls could not be recorded."""
+        return sorted({type(network).__name__ for network, call in self._calls.items() if call.refused})
 
     def forget(self) -> bool:
         """Frees all recorded graphs and returns whether there were any."""
@@ -136,7 +155,7 @@ class Replayed:
         self._learned: list[Tensor] | None = None
         self._frozen: list[tuple[Tensor, Tensor]] = []
         self._read: list[Tensor] = []
-        self._refused = False
+        self.refused = False
 
     @property
     def used(self) -> bool:
@@ -159,7 +178,7 @@ class Replayed:
             tensors += argument if isinstance(argument, tuple) else [argument]
         # Pixel levels, (B, 1, H, W), must be sorted first, which synchronizes the device.
         sorts = len(arguments) > 1 and isinstance(arguments[1], Tensor) and arguments[1].ndim == 4
-        if sorts or self._refused or not recordable(tensors[0]):
+        if sorts or self.refused or not recordable(tensors[0]):
             return function(network, *arguments)
         # Graphs read weights where they were when the first was recorded, and keep them there.
         if self._read and self._read[0].data_ptr() != next(network.parameters()).data_ptr():
@@ -178,6 +197,8 @@ class Replayed:
         cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key: tuple[Any, ...] = (function, *map(type, arguments), needs, cast, len(learned), network.training)
         key += tuple((tensor.device, tensor.shape, tensor.dtype) for tensor in tensors)
+        key += (_convolutions(), torch.backends.cuda.matmul.fp32_precision)
+        key += (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic)
         graphs = self.graphs.pop(key, [])
         self.graphs[key] = graphs
         if len(self.graphs) > _MOST_KINDS:
@@ -211,7 +232,7 @@ class Replayed:
                 self.graphs.clear()
                 if out_of_memory(error):
                     raise
-                self._refused = True
+                self.refused = True
                 reason = str(error).partition("\n")[0]
                 notice(f"warning: {type(network).__name__}: its calls are not replayed as CUDA graphs ({reason})")
                 return function(network, *arguments)
