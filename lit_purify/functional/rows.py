@@ -30,7 +30,7 @@ def fields(features: int, onehot: Sequence[int], device: torch.device | None = N
     """
     numbers = features - sum(onehot)
     if numbers < 0:
-        raise InputError(f"onehot = {list(onehot)}: the groups have {sum(onehot)} features, a row has {features}")
+        raise InputError(f"onehot: the groups have {sum(onehot)} features, a row has {features}: correct the widths")
     widths = torch.tensor([1] * numbers + list(onehot), device=device)
     return torch.arange(len(widths), device=device).repeat_interleave(widths)
 
@@ -86,7 +86,7 @@ class Relation(NamedTuple):
         first, second = (tuple(part for part in side.groups() if part) for side in sides if side)
         relation = cls(text, first, sign == "=", second)
         if not relation.columns or (relation.equal and _is_number(first[0])):
-            raise InputError(f"relations: {text!r} names no column, or none before '='")
+            raise InputError(f"relations: {text!r} names no column, or none before '=': add it")
         return relation
 
     @property

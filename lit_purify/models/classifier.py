@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -77,7 +79,7 @@ class Classifier(Recorded, nn.Module):
         unknown = [block for block in blocks if block not in modules]
         if unknown:
             some = ", ".join(list(modules)[1:9])
-            raise InputError(f"blocks: the network has no module {unknown[0]!r}; it has {some} ...")
+            raise InputError(f"blocks: the network has no module {unknown[0]!r}: name some of {some} ...")
         self.network, self.size, self.num_classes, self.channels = network, size, num_classes, channels
         self.blocks, self.layout = list(blocks), layout
         self.origin = "not loaded from a file" if checkpoint is None else Path(checkpoint).name.partition("#")[0]
@@ -129,26 +131,21 @@ class Classifier(Recorded, nn.Module):
             return _fine(stages, image, type(self.network).__name__)
         found: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401
-                if not isinstance(output, Tensor) or output.ndim != 4:
-                    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                    raise InputError(
-                        f"blocks: {name} returns {shape}, but a mask needs a tensor (B, C, h, w): name others, "
-                        "or none for transformers in timm"
-                    )
-                # A later module may modify the output in place.
-                found[name] = output.clone()
-
-            return hook
+        def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:  # noqa: ANN401
+            if not isinstance(output, Tensor) or output.ndim != 4:
+                shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                raise InputError(
+                    f"blocks: {name} returns {shape}, but a mask needs a tensor (B, C, h, w): name others, "
+                    "or none for transformers in timm"
+                )
+            # A later module may modify the output in place.
+            found[name] = output.clone()
 
         modules = {name: self.network.get_submodule(name) for name in self.blocks}
-        handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-        try:
+        with ExitStack() as hooks:
+            for name, module in modules.items():
+                hooks.enter_context(module.register_forward_hook(partial(keep, name)))
             self.network(normalized)
-        finally:
-            for handle in handles:
-                handle.remove()
         unused = [name for name in self.blocks if name not in found]
         if unused:
             raise InputError(f"blocks: the network does not call its module {unused[0]!r}: name other blocks")
@@ -192,7 +189,7 @@ class Classifier(Recorded, nn.Module):
                 f"{self.num_classes}) are needed: set num_classes, or wrap the network"
             )
         if not found.is_floating_point() or not found.requires_grad:
-            raise InputError("the classifier's logits have no gradient, which attacks need: does it run in no_grad?")
+            raise InputError("the classifier's logits have no gradient, which attacks need: remove no_grad from it")
 
 
 class TimmClassifier(Classifier):
@@ -233,14 +230,14 @@ class TimmClassifier(Classifier):
     ) -> None:
         if not timm.is_model(name):
             near = timm.list_models(f"*{name.split('_')[0]}*")[:4]
-            raise InputError(f"timm has no model {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+            raise InputError(f"timm has no model {name!r}: use {', '.join(near) or 'a name of timm.list_models()'}")
         if pretrained and checkpoint is not None:
             raise InputError("pretrained and checkpoint are both set: choose one")
         options = options or {}
         try:
             network: Any = timm.create_model(name, pretrained, num_classes=num_classes, in_chans=channels, **options)
         except (TypeError, RuntimeError) as error:
-            raise InputError(f"timm cannot make {name} with options {options}: {error}") from error
+            raise InputError(f"timm cannot make {name} ({error}): correct its options {options}") from error
         except OSError as error:
             raise InputError(f"the weights of {name} cannot be downloaded: give a checkpoint instead") from error
         own = resolve_data_config({}, model=network)  # type: ignore[no-untyped-call]

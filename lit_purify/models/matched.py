@@ -46,7 +46,9 @@ class MatchedSchedule(Denoiser):
         # Neither part of the state_dict nor rounded with the network, like the schedule's abar.
         self.levels = levels[torch.isfinite(levels)]
         if len(self.levels) < 2:
-            raise InputError(f"schedule = {schedule}: all its levels are stronger than the strongest of the denoiser")
+            raise InputError(
+                f"schedule = {schedule}: its levels all exceed the denoiser's strongest: use another schedule"
+            )
         trained = None if own.trained is None else int((self.levels <= own.trained).sum()) - 1
         self.schedule = Schedule(wanted.abar[: len(self.levels)], trained)
         self.denoiser: Denoiser = denoiser

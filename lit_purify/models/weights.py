@@ -83,7 +83,7 @@ def read_container(path: str | Path) -> Any:  # noqa: ANN401
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise InputError(f"{path}: not a safetensors file ({error}); is it complete?") from error
+            raise InputError(f"{path}: not a safetensors file ({error}): check that it is complete") from error
     try:
         strange = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)] if head[:2] == b"PK" else []
         with safe_globals(strange):  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def read_container(path: str | Path) -> Any:  # noqa: ANN401
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: refused, not a file of plain tensors; save the state_dict alone") from error
     except Exception as error:  # a damaged file can raise nearly any exception
-        raise InputError(f"{path}: cannot be read as weights; is the download complete?") from error
+        raise InputError(f"{path}: cannot be read as weights: check that it is complete") from error
 
 
 def state_dict_in(found: Any, path: str | Path, which: Which = "average") -> dict[str, Tensor]:  # noqa: ANN401
@@ -188,13 +188,13 @@ def load_into(
             f"{origin}: these weights are of another network: {len(state) - len(unexpected)} names match"
             f"{f' behind {prefix!r}' if prefix else ''}, "
             f"{len(missing)} missing ({', '.join(missing[:2]) or 'none'}), "
-            f"{len(unexpected)} unexpected ({', '.join(unexpected[:2]) or 'none'})"
+            f"{len(unexpected)} unexpected ({', '.join(unexpected[:2]) or 'none'}): use its class and arguments"
         )
     for name, value in state.items():
         if value.shape != own[name].shape:
             raise InputError(
                 f"{origin}: {name} has shape {tuple(value.shape)}, the network needs {tuple(own[name].shape)}; "
-                "do classes, channels, width and depth agree?"
+                "give the network the classes, channels, width and depth of the file"
             )
         if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
             raise InputError(f"{origin}: {name} is NaN or infinite: the weights are damaged, fetch them again")

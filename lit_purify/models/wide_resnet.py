@@ -177,7 +177,7 @@ class WideResNetClassifier(Classifier):
             padding = trained
         mean, std, padding = mean or (0.0,), std or (1.0,), padding or "symmetric"
         if padding == "same" and size % 4:
-            raise InputError(f"size = {size} is not a multiple of 4, which padding = 'same' needs")
+            raise InputError(f"size = {size}: padding = 'same' needs a multiple of 4: give such a size")
         network = WideResNet(depth, width, channels, num_classes, activation, padding)
         super().__init__(network, size, num_classes, channels, mean, std, blocks)
         if checkpoint is not None:

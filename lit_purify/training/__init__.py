@@ -7,11 +7,4 @@ from lit_purify.training.export import Export
 from lit_purify.training.previews import Previews
 from lit_purify.training.task import TrainingTask
 
-__all__ = [
-    "Averaging",
-    "ClassifierTask",
-    "DenoiserTask",
-    "Export",
-    "Previews",
-    "TrainingTask",
-]
+__all__ = ["Averaging", "ClassifierTask", "DenoiserTask", "Export", "Previews", "TrainingTask"]

@@ -157,8 +157,7 @@ class DenoiserTask(TrainingTask):
         return random_shapes(image, noise.uniform(_SHAPES, image.new_empty(len(image), 6 * _SHAPE_COUNT)), _SHAPE_COUNT)
 
     def _attention(self, image: Tensor, noise: Noise) -> Tensor:
-        if self.mask is None or not self._classifier:
-            raise RuntimeError("attention without a classifier and a mask rule")
+        assert self.mask is not None
         with self._full_precision(), self._replays:
             return self.mask(self._classifier[0], image, noise)
 

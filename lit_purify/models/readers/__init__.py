@@ -5,10 +5,4 @@ from lit_purify.models.readers.diffusers import diffusers_unet, load_diffusers
 from lit_purify.models.readers.guided_diffusion import load_guided_diffusion
 from lit_purify.models.readers.score_sde import load_score_sde
 
-__all__ = [
-    "diffusers_unet",
-    "load_ddpm",
-    "load_diffusers",
-    "load_guided_diffusion",
-    "load_score_sde",
-]
+__all__ = ["diffusers_unet", "load_ddpm", "load_diffusers", "load_guided_diffusion", "load_score_sde"]

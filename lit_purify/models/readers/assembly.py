@@ -95,7 +95,7 @@ class Tensors(dict[str, Tensor]):
             some = ", ".join(itertools.islice(self, 2)) + (" ..." if len(self) > 2 else "")
             raise InputError(
                 f"{self.origin}: {self._count - len(self)} tensors match load_{self._dialect}, {len(self)} are "
-                f"unexpected ({some}): it is another network"
+                f"unexpected ({some}): it is another network, use the reader of its code"
             )
 
 
@@ -147,9 +147,11 @@ def assembled(
     multipliers, origin = [w / width for w in widths], tensors.origin
     found = len(ends["head.bias"])
     if found not in (channels, 2 * channels) or found != len(ends["head.weight"]):
-        raise InputError(f"{origin}: {found} output channels for {channels} input channels: it does not predict noise")
+        raise InputError(
+            f"{origin}: {found} output channels for {channels} input channels: use a network that predicts noise"
+        )
     if any(m % 1 for m in multipliers):
-        raise InputError(f"{origin}: channels {list(widths)} are not multiples of {width}: this is not supported")
+        raise InputError(f"{origin}: channels {list(widths)} are not multiples of {width}: use another network")
     config |= {"channels": channels, "width": width, "multipliers": [int(m) for m in multipliers]}
     # Skips initialization: the tensors of the file become the parameters.
     with torch.device("meta"):
@@ -158,11 +160,13 @@ def assembled(
     state = ends | {f"head.{leaf}": ends[f"head.{leaf}"][:channels] for leaf in ("weight", "bias")}
     own = list(network.layers())
     if len(own) != len(layers):
-        raise InputError(f"{origin}: has {len(layers)} layers where its structure needs {len(own)}: is it complete?")
+        raise InputError(
+            f"{origin}: has {len(layers)} layers where its structure needs {len(own)}: check that it is complete"
+        )
     for (name, module), prefix in zip(own, layers, strict=True):
         layer = tensors.layer(prefix, names.get(type(module), _RESAMPLING.get(type(module), {})))
         if isinstance(module, Attention):
-            layer = attention(layer, module, ordered)
+            layer = attention(layer, module, ordered, origin)
         state |= {f"{name}.{leaf}": tensor for leaf, tensor in layer.items()}
     tensors.finish()
     load_into(network, state, origin, assign=True)
@@ -170,13 +174,14 @@ def assembled(
     return network
 
 
-def attention(layer: Layer, module: Attention, ordered: bool) -> Layer:
+def attention(layer: Layer, module: Attention, ordered: bool, origin: str) -> Layer:
     """Converts attention weights to 1x1 convolutions with queries, keys and values in one.
 
     Args:
         layer: ``norm``, ``out`` and ``q``, ``k``, ``v`` or ``qkv``.
         module: The target layer.
         ordered: Whether ``qkv`` is ordered (q k v), (head), (channel), as here, and not (head), (q k v), (channel).
+        origin: Name of the file in error messages.
 
     Raises:
         InputError: The shapes do not match.
@@ -185,11 +190,13 @@ def attention(layer: Layer, module: Attention, ordered: bool) -> Layer:
     for name, value in layer.items():
         rows = 3 * width if name.startswith("qkv") else width
         if value.numel() != (rows * width if name in _MATRICES else rows) or len(value) != rows:
-            raise InputError(f"attention over {width} channels has a {name} of shape {tuple(value.shape)}")
+            shape = tuple(value.shape)
+            raise InputError(
+                f"{origin}: attention over {width} channels has a {name} of shape {shape}: use another file"
+            )
     if width % (heads or head_width or 1):
-        raise InputError(
-            f"{width} channels do not divide into {f'{heads} heads' if heads else f'heads of {head_width}'}"
-        )
+        parts = f"{heads} heads" if heads else f"heads of {head_width}"
+        raise InputError(f"{origin}: {width} channels do not divide into {parts}: set heads or head_width")
     for leaf in ("weight", "bias"):
         if f"q.{leaf}" in layer:
             layer[f"qkv.{leaf}"] = torch.cat([layer.pop(f"{part}.{leaf}") for part in "qkv"])

@@ -85,7 +85,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         for index in sorted(folder.glob(f"{name}*.{kind}.index*.json")):
             shards = sorted(set(_json(index).get("weight_map", {}).values()))
             return {key: value for shard in shards for key, value in read_state_dict(folder / shard).items()}
-    raise InputError(f"{folder}: holds no {name}.safetensors or {name}.bin")
+    raise InputError(f"{folder}: holds no {name}.safetensors or {name}.bin: download the whole folder")
 
 
 def diffusers_unet(
@@ -117,13 +117,12 @@ def diffusers_unet(
     groups, scale_shift = config.get("norm_num_groups", 32), config.get("resnet_time_scale_shift") == "scale_shift"
     middle, given = config.get("add_attention", True), config.get("attn_norm_num_groups")
     if given not in (None, groups) or (middle and scale_shift and given is None):
-        raise InputError(
-            f"{origin}: attn_norm_num_groups = {given} normalizes the middle attention differently from the rest: "
-            "this is not supported"
-        )
+        raise InputError(f"{origin}: attn_norm_num_groups = {given} is not supported: use a network without it")
     down, up = config["down_block_types"], config["up_block_types"]
     if unknown := [name for name in (*down, *up) if name not in _BLOCKS]:
-        raise InputError(f"{origin}: blocks of type {unknown[0]} are not supported, only {', '.join(_BLOCKS)}")
+        raise InputError(
+            f"{origin}: blocks of type {unknown[0]} are not supported: use a network of {', '.join(_BLOCKS)}"
+        )
     size, count = config["sample_size"], config["layers_per_block"]
     conv = "conv" if config.get("downsample_padding", 1) else "conv_end"
     tensors = Tensors(state, "diffusers", origin)
@@ -163,7 +162,7 @@ def diffusers_unet(
 def _check(config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], origin: str) -> None:
     for name, allowed in only.items():
         if config.get(name, allowed[0]) not in allowed:
-            raise InputError(f"{origin}: {name} = {config[name]} is not supported, only {allowed[0]}")
+            raise InputError(f"{origin}: {name} = {config[name]} is not supported: use a network with {allowed[0]}")
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def _json(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{file}: cannot be read: give the folder of a diffusers UNet2DModel") from error
     except ValueError as error:
-        raise InputError(f"{file}: not valid JSON: is the download complete?") from error
+        raise InputError(f"{file}: not valid JSON: check that it is complete") from error
     if not isinstance(found, dict):
         raise InputError(f"{file}: holds no settings: give the folder of a diffusers UNet2DModel")
     return found

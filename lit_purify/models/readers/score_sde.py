@@ -44,7 +44,7 @@ def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropou
     tensors = Tensors(state, "score_sde", origin)
     tensors.pop("sigmas", None)
     if tensors["all_modules.0.weight"].shape[:1] == tensors["all_modules.2.weight"].shape[:1]:
-        raise InputError(f"{origin}: its levels are embedded by Fourier features: not a VP network")
+        raise InputError(f"{origin}: its levels are embedded by Fourier features: use a VP network")
     count = tensors.count("all_modules.{}.")
     names = [f"all_modules.{k}" for k in range(3, count - 2)]
     pyramid = [name for name in names if f"{name}.Conv2d_0.weight" in tensors or f"{name}.Conv2d_0.bias" in tensors]
@@ -53,7 +53,7 @@ def load_score_sde(path: Source, size: int = 32, continuous: bool = True, dropou
     order = [name for name in names if name not in pyramid]
     changing = [name for name, (a, b) in residual.items() if a == b and f"{name}.Conv_2.weight" in tensors]
     if len(changing) < 2:
-        raise InputError(f"{origin}: has no BigGAN blocks that change the resolution: this network is not supported")
+        raise InputError(f"{origin}: has no BigGAN blocks that change the resolution: use a network with them")
     halving = [order.index(name) for name in changing[: len(changing) // 2]]
     first = [0, *(k + 1 for k in halving)]
     widths = [_channels(tensors, order[k])[1] for k in first]
@@ -109,6 +109,7 @@ def _averaged(ema: Any, state: Mapping[str, Tensor], origin: str) -> dict[str, T
     )
     if not fits:
         raise InputError(
-            f"{origin}: its {len(values)} averaged parameters (ema) do not fit the {len(names)} of its model"
+            f"{origin}: its {len(values)} averaged parameters (ema) do not fit the {len(names)} of its model: save the "
+            "averaged state_dict alone"
         )
     return {name: value.float() for name, value in zip(names, values, strict=True)}
