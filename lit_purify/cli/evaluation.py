@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import lightning as L
 import torch
 from jsonargparse import Namespace
 
+from lit_purify.atomic import write_whole
 from lit_purify.attacks import Attack
 from lit_purify.callbacks import Progress, RunWriter, Stopping, WandbReport
 from lit_purify.checks.audit import CHECKS, audit_attack
@@ -29,16 +31,14 @@ from lit_purify.evaluation import Evaluator, RobustnessTask
 from lit_purify.evaluation.estimate import Estimate, chunk_seconds, duration
 from lit_purify.evaluation.folder import RunFolder, comparable
 from lit_purify.evaluation.own_images import purify_files
-from lit_purify.evaluation.records import identity_sha256, write_whole
+from lit_purify.evaluation.records import identity_sha256
 from lit_purify.private import settings_of
 from lit_purify.report.comparison import GENERATOR, Comparison
 from lit_purify.report.html import write_report
 
 _CONFIGS = {"frontier": "configs/eval/digits_frontier.yaml"}
 _CONFIG = "configs/eval/digits.yaml"
-_NEEDED: tuple[str, ...] = ("attacks", "gradients", "baseline", "runs", "chunk", "seed", "skip_lost", "precision")
-_NEEDED += ("replay", "diagnostics")
-_say = partial(print, flush=True)
+_print = partial(print, flush=True)
 
 
 class Evaluation:
@@ -49,7 +49,8 @@ class Evaluation:
         assert isinstance(self.data, ImageDataModule)
         denoiser = None if made.denoiser is None else made.denoiser.eval()
         defenses = {name: _defense(name, make, denoiser) for name, make in made.defenses.items()}
-        self.evaluator = Evaluator(made.classifier.eval(), defenses, **{name: made[name] for name in _NEEDED})
+        named = {name: made[name] for name in inspect.signature(Evaluator).parameters}
+        self.evaluator = Evaluator(**named | {"classifier": made.classifier.eval(), "defenses": defenses})
         self.trainer_settings: dict[str, Any] = vars(made.trainer)
 
     @property
@@ -150,8 +151,8 @@ def _estimate_audit(evaluation: Evaluation, options: Namespace) -> None:
         )
         seconds = samples * ((cost.forward - cost.backward) * each + cost.backward * differentiated) / rows
         calls, total = f"{cost.forward * view.nfe:,d} network calls a sample", total + seconds
-        _say(f"{defense:14}  {calls}, {cost.backward * view.nfe:,d} of them differentiated, {duration(seconds)}")
-    _say(f"Expected: {duration(total)} on {samples} samples\nNothing was written.")
+        _print(f"{defense:14}  {calls}, {cost.backward * view.nfe:,d} of them differentiated, {duration(seconds)}")
+    _print(f"Expected: {duration(total)} on {samples} samples\nNothing was written.")
 
 
 def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
@@ -163,12 +164,12 @@ def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
     device, seed = evaluation.moved(), evaluator.seed
     count = min(options.samples, len(data.evaluated))
     if command == "gradcheck":
-        _say(f"Gradients of {count} sample{'s' * (count > 1)} of {data.name} ({data.evaluate_on})")
+        _print(f"Gradients of {count} sample{'s' * (count > 1)} of {data.name} ({data.evaluate_on})")
         further = options.checks
-        found = check_gradients(evaluator.defenses, data.evaluated, options.samples, seed, device, _say, further)
+        found = check_gradients(evaluator.defenses, data.evaluated, options.samples, seed, device, _print, further)
     else:
         name, attack = _followed(evaluator)
-        _say(
+        _print(
             f"Audit of {name} ({attack.title}, eps {attack.eps:.4g}), {count} sample{'s' * (count > 1)} of {data.name}"
         )
         views = {defense: evaluator.views[defense, name] for defense in evaluator.defenses}
@@ -176,8 +177,8 @@ def _check(evaluation: Evaluation, command: str, options: Namespace) -> bool:
         about = json.dumps([comparable(evaluation.identity), name, *counts, evaluator.chunk], sort_keys=True)
         memory = Memory(folder.path / "audit.partial.jsonl", hashlib.sha256(about.encode()).hexdigest())
         if memory.known:
-            _say(f"{memory.path}: resumes after {len(memory.known)} comparisons")
-        found = audit_attack(views, attack, data.evaluated, *counts, seed, evaluator.chunk, device, _say, memory)
+            _print(f"{memory.path}: resumes after {len(memory.known)} comparisons")
+        found = audit_attack(views, attack, data.evaluated, *counts, seed, evaluator.chunk, device, _print, memory)
         found.facts = {"attack": name, **found.facts}
         memory.path.unlink()
     _write_verdict(evaluation, command, found)
@@ -189,7 +190,6 @@ def _write_verdict(evaluation: Evaluation, command: str, found: Findings) -> Non
     data, folder = evaluation.data, evaluation.folder
     about = {"dataset": data.name, "split": data.evaluate_on}
     content = {**found.json(), **about, "settings_sha256": identity_sha256(comparable(evaluation.identity))}
-    folder.path.mkdir(parents=True, exist_ok=True)
     write_whole(folder.path / f"{command}.json", json.dumps(content, indent=1) + "\n")
     if folder.summary.exists():
         write_report(folder)

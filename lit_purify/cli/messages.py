@@ -8,9 +8,9 @@ import inspect
 import pydoc
 import re
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
@@ -123,13 +123,23 @@ def check_names(node: Any, place: str) -> None:  # noqa: ANN401
         check_names(value, f"{place}: {key}")
 
 
-_CERTAIN = "must include a class_path"
-"""If a message holds this text, it is the reason, whatever the other types report."""
 COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "predict")
 """Commands of ``eval.py``."""
+_CLASS_PATH = "must include a class_path"
+_REASONS = {
+    r"arguments are required: ([\w, -]+)": "missing",
+    f"(is abstract|{_CLASS_PATH})": "no class",
+    r"Option '([\w.]+)' is not accepted": "option",
+    r"import path string: (.+)": "class",
+    r"(No module named .*|module '[\w.]+' has no attribute '\w+')": "module",
+    r"(Not a valid subclass|Expected an import path)": "no class",
+    r"(YAML reads a name .*)": "name",
+    r"Expected an? (<class '[\w.]+'>|typing\.Literal\[.*?\])": "type",
+}
+"""Patterns of the reasons in jsonargparse's messages, most telling first, and their kind."""
 
 
-def essence(message: str, settings: Collection[str], flags: Sequence[str]) -> str:
+def shortened(message: str, settings: Collection[str], flags: Sequence[str]) -> str:
     """Shortens an error message of jsonargparse to one line.
 
     The message is indented: keys, their classes, and the errors of all types that a place accepts.
@@ -139,9 +149,6 @@ def essence(message: str, settings: Collection[str], flags: Sequence[str]) -> st
         settings: Names of all settings.
         flags: Arguments of the command line.
     """
-    # For classes that are built later, the message puts the class after the reason.
-    later = r"expects a function or a callable class: (.*?)\. Got value: Namespace\(class_path=('[\w.]+')[^\n]*"
-    lines = re.sub(later, r"class_path \2: \1", message, flags=re.DOTALL).splitlines()
     if m := re.search(r"unrecognized arguments: (--)?([^\s=]+)|Group '(\w+)' .*'(\w+)'|^Option '([\w.]+)'", message):
         name = f"{m[3]}.{m[4]}" if m[3] else m[5] or m[2]
         if m[2] and not m[1]:
@@ -151,18 +158,47 @@ def essence(message: str, settings: Collection[str], flags: Sequence[str]) -> st
         name = name if _near(name, settings) else name.partition(".")[0]
         moved = "move its settings to the top level of the file" if name == "model" else "--help_all lists all"
         return f"there is no setting {name}; {_near(name, settings, moved)}"
-    # The deepest line; lines above it belong to other types that the place accepts.
+    # For classes that are built later, the message puts the class after the reason.
+    later = r"expects a function or a callable class: (.*?)\. Got value: Namespace\(class_path=('[\w.]+')[^\n]*"
+    lines = re.sub(later, r"class_path \2: \1", message, flags=re.DOTALL).splitlines()
+    # The deepest line: those above it belong to other types that the place accepts. A missing class explains them all.
     found = [
-        (_CERTAIN in line, _depth(line), -rank, -k, m[1])
+        (_CLASS_PATH in line, _depth(line), -rank, -k, kind, m[1])
         for k, line in enumerate(lines)
-        for rank, pattern in enumerate(_REASONS)
+        for rank, (pattern, kind) in enumerate(_REASONS.items())
         if (m := re.search(pattern, line))
     ]
     if not found:
         return " ".join(message.split())
-    _, _, rank, k, word = max(found)
-    explain = [*_REASONS.values()][-rank]
-    return explain(_Found(*_place(lines, -k), word, lines[-k:], flags))
+    *_, first, kind, word = max(found)
+    place, made = _place(lines, -first)
+    match kind:
+        case "missing" if place:
+            return f"{place}: {word} is missing: add it"
+        case "missing":
+            given = ", ".join(f"--{name}" for name in word.split(", "))
+            return f"no {word} given: name a configuration with --config, or give {given}"
+        case "no class":
+            given = ", ".join(flag.partition("=")[0] for flag in flags if flag.startswith(f"--{place}."))
+            if not given:
+                return f"{place}: a class is needed: give its class_path, and its arguments beside it"
+            return (
+                f"{given}: no class accepts it: check name and value, or give its class_path first "
+                f"(a later --config replaces all {place} of an earlier one)"
+            )
+        case "option":
+            known = _options(made)
+            return f"{place} has no option {word}; {_near(word, known, 'it has ' + ', '.join(known))}"
+        case "class":
+            names = [each.__name__ for each in _below(Recorded)]
+            if word in names:
+                return f"{place}: {word} is of another kind than this place needs: use another class"
+            return f"{place}: there is no class {word}; {_near(word, names, 'classes of others need their full path')}"
+        case "module":
+            return f"{place}: {word}; check class_path"
+        case "name":
+            return f"{place}: {word}"
+    return f"{place}: {_expected(lines[-first:])}"
 
 
 def _depth(line: str) -> int:
@@ -180,50 +216,14 @@ def _place(lines: Sequence[str], k: int) -> tuple[str, str]:
     return place, made
 
 
-class _Found(NamedTuple):
-    """The decisive line of a parser's message: its place and class, its decisive word, the lines after it."""
-
-    place: str
-    made: str
-    word: str
-    below: Sequence[str]
-    flags: Sequence[str]
-
-
-def _missing(found: _Found) -> str:
-    if found.place:
-        return f"{found.place}: {found.word} is missing: add it"
-    flags = ", ".join(f"--{name}" for name in found.word.split(", "))
-    return f"no {found.word} given: name a configuration with --config, or give {flags}"
-
-
-def _classless(found: _Found) -> str:
-    flags = [word.partition("=")[0] for word in found.flags if word.startswith(f"--{found.place}.")]
-    if flags:
-        return (
-            f"{', '.join(flags)}: no class accepts it: check name and value, or give its class_path first "
-            f"(a later --config replaces all {found.place} of an earlier one)"
-        )
-    return f"{found.place}: a class is needed: give its class_path, and its arguments beside it"
-
-
-def _option(found: _Found) -> str:
-    made = pydoc.locate(found.made)
-    probe = ArgumentParser(add_help=False)
+def _options(path: str) -> list[str]:
+    """Names of the arguments that a configuration gives a class or function."""
+    made, probe = pydoc.locate(path), ArgumentParser(add_help=False)
     if inspect.isclass(made):
         probe.add_class_arguments(made, skip={"denoiser"} if issubclass(made, Purifier) else set(), fail_untyped=False)
     elif callable(made):
         probe.add_function_arguments(made, fail_untyped=False)
-    known = list(settings_of(probe))
-    return f"{found.place} has no option {found.word}; {_near(found.word, known, 'it has ' + ', '.join(known))}"
-
-
-def _class(found: _Found) -> str:
-    known = [made.__name__ for made in _below(Recorded)]
-    if found.word in known:
-        return f"{found.place}: {found.word} is of another kind than this place needs: use another class"
-    near = _near(found.word, known, "classes of others need their full path")
-    return f"{found.place}: there is no class {found.word}; {near}"
+    return list(settings_of(probe))
 
 
 def _below(base: type) -> list[type]:
@@ -231,28 +231,16 @@ def _below(base: type) -> list[type]:
     return [base, *(made for each in below for made in _below(each))]
 
 
-def _type(found: _Found) -> str:
-    depth = _depth(found.below[0])
-    own = "\n".join(line for line in found.below if _depth(line) == depth)
+def _expected(lines: Sequence[str]) -> str:
+    """The types that a place accepts, and the value that it got; ``lines`` begin with the first type."""
+    own = "\n".join(line for line in lines if _depth(line) == _depth(lines[0]))
     kinds = re.findall(
         r"Expected an? (?:<class '(?:[\w.]*\.)?(\w+)'>|typing\.Literal\[(.*?)\](?:\.|$))", own, re.MULTILINE
     )
-    values = re.findall(r"(?:Got|Given) value: (.+)", "\n".join(found.below))
+    value = re.findall(r"(?:Got|Given) value: (.+)", "\n".join(lines))[0]
     expected = " or ".join((kind or literal).replace("NoneType", "null") for kind, literal in kinds)
-    quotes = "str" in expected and values[0].isalnum()
-    return f"{found.place}: expected {expected}; got {values[0]}{': put it in quotes if it is text' if quotes else ''}"
-
-
-_REASONS: Mapping[str, Callable[[_Found], str]] = {
-    r"arguments are required: ([\w, -]+)": _missing,
-    f"(is abstract|{_CERTAIN})": _classless,
-    r"Option '([\w.]+)' is not accepted": _option,
-    r"import path string: (.+)": _class,
-    r"(No module named .*|module '[\w.]+' has no attribute '\w+')": lambda f: f"{f.place}: {f.word}; check class_path",
-    r"(Not a valid subclass|Expected an import path)": _classless,
-    r"(YAML reads a name .*)": lambda f: f"{f.place}: {f.word}",
-    r"Expected an? (<class '[\w.]+'>|typing\.Literal\[.*?\])": _type,
-}
+    quotes = ": put it in quotes if it is text" if "str" in expected and value.isalnum() else ""
+    return f"expected {expected}; got {value}{quotes}"
 
 
 def _near(name: str, known: Collection[str], otherwise: str = "") -> str:

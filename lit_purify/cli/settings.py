@@ -21,11 +21,12 @@ from lit_purify import callbacks
 from lit_purify.attacks import Attack
 from lit_purify.checks.gradcheck import Check
 from lit_purify.cli.common import fail, rank
-from lit_purify.cli.messages import check_names, essence, read_config
+from lit_purify.cli.messages import check_names, read_config, shortened
 from lit_purify.data import ImageDataModule
-from lit_purify.defense import Gradient, Purifier
+from lit_purify.defense import Purifier
 from lit_purify.errors import InputError
-from lit_purify.models import Classifier, Denoiser, Precision
+from lit_purify.evaluation import Evaluator
+from lit_purify.models import Classifier, Denoiser
 from lit_purify.private import renew_store, settings_of
 from lit_purify.shipped import shipped
 
@@ -49,17 +50,13 @@ class Parser(ArgumentParser):
             # This parser handles a nested class. It raises, so that outer parsers can add the place or try another
             # type.
             super().error(message, ex)
-        fail(essence(message, settings_of(self), self.flags))
+        fail(shortened(message, settings_of(self), self.flags))
 
 
 def read(words: Sequence[str], parser: Parser) -> Namespace:
     """Reads the settings from configuration files and flags; exits with one line if they are wrong."""
-    flags = parser.flags = arguments(words)
-    for word, following in zip(flags, [*flags[1:], ""], strict=False):
-        name, _, value = word.partition("=")
-        if name == "--config":
-            read_config(Path(value or following))
-    settings = parser.parse_args(flags)
+    parser.flags = arguments(words)
+    settings = parser.parse_args(parser.flags)
     for kind in ("defenses", "attacks"):
         for name in [name for name, value in (settings.get(kind) or {}).items() if value is None]:
             del settings[kind][name]
@@ -88,20 +85,11 @@ def evaluation_parser() -> Parser:
     parser = make_parser("eval.py", "Settings of an evaluation.")
     add: Callable[..., Any] = parser.add_argument
     defense: Any = Callable[[Denoiser], Purifier] | Classifier | None
-    gradients = dict[str, Gradient] | None
     add("--classifier", type=Classifier, required=True, help="The classifier: a path, or a class.")
     add("--denoiser", type=Denoiser | None, default=None, help="The denoiser of all purifiers: a path, or a class.")
     add("--defenses", type=dict[str, defense], required=True, help="By name; a path is a classifier, null removes one.")
     add("--attacks", type=dict[str, Attack | None], required=True, help="Attacks by name.")
-    add("--gradients", type=gradients, default=None, help="Gradients that attacks follow, by attack (default: Exact).")
-    add("--baseline", type=str | None, default=None, help="Defense to compare to (default: the first).")
-    add("--runs", type=int, default=8, help="N, runs of each sample with fresh noise.")
-    add("--chunk", type=int, default=64, help="Rows of a network call; part of a result's identity.")
-    add("--seed", type=int, default=0, help="Seed of all noise.")
-    add("--skip_lost", type=bool, default=False, help="Skip samples that an earlier attack broke in all runs.")
-    add("--precision", type=Precision, default="float32", help="bf16 rounds the denoiser: for searches on a GPU.")
-    add("--replay", type=bool, default=True, help="Replay network calls on a GPU as CUDA graphs.")
-    add("--diagnostics", type=bool, default=False, help="Accuracy over fresh replicas, and under frozen noise.")
+    parser.add_class_arguments(Evaluator, instantiate=False, skip={"classifier", "defenses", "attacks"})
     add("--checks", type=list[Check], default=[], help="Your own checks for gradcheck: import paths.")
     add("--gallery", type=int, default=12, help="Number of samples with pictures.")
     add("--data", type=ImageDataModule, required=True, help="The evaluated images.")
@@ -139,26 +127,27 @@ def simplified(node: Any, key: str = "", parent: str = "") -> Any:  # noqa: ANN4
 
 
 def arguments(words: Sequence[str]) -> list[str]:
-    """The flags, with paths of networks in the long form."""
-    found: list[str] = []
-    for word, following in zip(["", *words], [*words, ""], strict=True):
-        flag, equals, value = following.partition("=")
-        if following.startswith("--") and equals:
-            found.append(f"{flag}={_written(flag, value)}")
-        elif following:
-            found.append(_written(word, following))
+    """The flags, with paths of networks in the long form; raises an ``InputError`` about a wrong configuration file."""
+    found, before = list[str](), ""
+    for word in words:
+        flag, equals, value = word.partition("=")
+        own = word.startswith("--") and equals
+        found.append(f"{flag}={_written(flag, value)}" if own else _written(before, word))
+        before = word
     return found
 
 
 def _written(flag: str, value: str) -> str:
     """The value of a flag; the path of a network becomes its loader."""
-    if not flag.startswith("--"):
+    if not flag.startswith("--") or value.startswith("--"):
         return value
     *_, parent, key = ["", *flag.removeprefix("--").split(".")]
+    if key == "config":
+        path = shipped(Path(value))
+        read_config(path)
+        return str(path)
     found = simplified(value, key, parent)
-    if isinstance(found, str):
-        return str(shipped(Path(found))) if key == "config" else found
-    return yaml.safe_dump(found, default_flow_style=True, width=10**6).strip()
+    return found if isinstance(found, str) else yaml.safe_dump(found, default_flow_style=True, width=10**6).strip()
 
 
 def instantiated(parser: Parser, settings: Namespace) -> Namespace:

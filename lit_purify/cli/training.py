@@ -16,18 +16,9 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, WeightA
 from lightning.pytorch.plugins import CheckpointIO
 
 from lit_purify.callbacks import Progress, Stopping, WandbRun, WandbTraining
+from lit_purify.cli import settings as reading
 from lit_purify.cli.common import State, guarded, helped, rank
 from lit_purify.cli.messages import check_checkpoint
-from lit_purify.cli.settings import (
-    Parser,
-    dump,
-    instantiated,
-    make_parser,
-    make_trainer,
-    place_loggers,
-    read,
-    run_folder,
-)
 from lit_purify.data import ImageDataModule
 from lit_purify.errors import InputError, notice
 from lit_purify.evaluation.estimate import duration, gibibytes, peak_memory
@@ -44,9 +35,9 @@ _WARM, _MEASURED = 2, 5
 _ROWS, _DAY = 2, 86400.0
 
 
-def training_parser() -> Parser:
+def training_parser() -> reading.Parser:
     """The parser of ``train.py``."""
-    parser = make_parser("train.py", "Settings of a training.")
+    parser = reading.make_parser("train.py", "Settings of a training.")
     add: Callable[..., Any] = parser.add_argument
     add("--model", type=TrainingTask, required=True, help="The training task: network and settings.")
     add("--data", type=ImageDataModule | None, default=None, help="The training and validation images.")
@@ -99,7 +90,7 @@ def _trainer(made: Namespace, folder: RunFolder, own: Sequence[L.Callback] = ())
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins = [*plugins, WholeCheckpoints()]
     place = str(folder.path)
-    return make_trainer(
+    return reading.make_trainer(
         settings, plugins=plugins, callbacks=callbacks, default_root_dir=place, use_distributed_sampler=False
     )
 
@@ -191,16 +182,16 @@ def train(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--dry_run works with fit, not with {command}: leave it out")
         words = [word for word in words if word != "--dry_run"]
         parser = training_parser()
-        settings = read(words, parser)
-        folder = state.folder = RunFolder(run_folder(settings, command))
+        settings = reading.read(words, parser)
+        folder = state.folder = RunFolder(reading.run_folder(settings, command))
         _check(settings, "" if dry else command, folder)
-        config = dump(parser, settings, "ckpt_path", "output", "half")
-        place_loggers(settings, folder.path)
+        config = reading.dump(parser, settings, "ckpt_path", "output", "half")
+        reading.place_loggers(settings, folder.path)
         L.seed_everything(settings.seed_everything, workers=True, verbose=False)
         if command == "export" or dry:
             # Export needs neither loggers nor callbacks.
             settings.trainer.callbacks, settings.trainer.logger = None, False
-        made = instantiated(parser, settings)
+        made = reading.instantiated(parser, settings)
         if command == "export":
             output = settings.output or folder.path / "model.safetensors"
             export_network(made.model, output, settings.half, settings.ckpt_path)
