@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from lit_purify.atomic import write_whole
 from lit_purify.attacks import Attack
 from lit_purify.checks.audit import audit_attack
 from lit_purify.checks.findings import Findings
@@ -25,7 +26,7 @@ from lit_purify.evaluation import Evaluator, Ledger, Record, View
 from lit_purify.evaluation.estimate import work
 from lit_purify.evaluation.folder import RunFolder
 from lit_purify.evaluation.module import check_records
-from lit_purify.evaluation.records import append_records, in_order, write_whole
+from lit_purify.evaluation.records import append_records, in_order
 from lit_purify.functional.images import check_unit_range
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.models import Classifier, Precision
@@ -80,7 +81,6 @@ class Result(FinishedRun):
 
     def save_report(self, path: str | Path) -> None:
         """Writes the report as one HTML file that needs no network; missing folders are created."""
-        Path(path).expanduser().parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(path).expanduser(), page(self))
 
 
@@ -152,7 +152,7 @@ def evaluate(
             stack.callback(home.release)
             home.claim(about, None, write=True)
             records = home.collect(write=True)
-            check_records(records, evaluator)
+            check_records(records, evaluator, data)
             ledger.add(records)
             stream = stack.enter_context(home.open_part(0))
         for new, pictured in _evaluated(evaluator, data, ledger, gallery, batch_size, device, progress):
@@ -280,18 +280,20 @@ def purify(
 
     Args:
         purifier: A purifier.
-        images: (N, C, H, W) floats in [0, 1].
+        images: (N, C, H, W) floats in [0, 1], or rows (N, F).
         classifier: Needed if the purifier's mask follows the attention of a classifier.
         seed: Seed of the noise.
         run: Number of the run; each run has other noise.
         chunk: Rows of each network call.
 
     Returns:
-        Purified and noised images (N, C, H, W) in [0, 1], and the masks (N, 1, H, W).
+        Purified and noised images (N, C, H, W) in [0, 1], and the masks (N, 1, H, W); for rows, all (N, F).
 
     Raises:
         InputError: The purifier needs a classifier, or the images do not match it.
     """
+    if not isinstance(images, Tensor):
+        raise _no_tensor(images)
     check_unit_range(images)
     purifier.check_image(images[:1])
     if purifier.mask is not None and classifier is None:
@@ -313,7 +315,7 @@ def _prepared(
     if isinstance(images, tuple) and len(images) == 2 and labels is None:
         images, labels = images
     if hasattr(images, "__array__") and not isinstance(images, Tensor):
-        raise InputError(f"images are {type(images).__name__}: give a tensor, such as torch.from_numpy(images).float()")
+        raise _no_tensor(images)
     if not isinstance(images, Tensor):
         images, labels = _stacked(images)
     if labels is None:
@@ -324,6 +326,10 @@ def _prepared(
         raise InputError(f"labels are {labels.dtype}: give integers, one for each image")
     own = as_classifier(classifier, images[0])
     return own, ImageDataset.of(images, labels, [str(k) for k in range(own.num_classes)]), device
+
+
+def _no_tensor(images: object) -> InputError:
+    return InputError(f"images are {type(images).__name__}: give a tensor, such as torch.from_numpy(images).float()")
 
 
 def _stacked(dataset: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401

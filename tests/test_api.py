@@ -204,6 +204,9 @@ def test_purified_images_are_those_of_the_purifier(classifier, unet, images):
     assert lp.purify(lp.UniformPurifier(unet, 100, 1), images).mask is None
     with pytest.raises(InputError, match="mask is made from a classifier's attention: give one"):
         lp.purify(masked, images)
+    for other in (images.numpy(), [0.5]):
+        with pytest.raises(InputError, match=r"give a tensor, such as torch\.from_numpy"):
+            lp.purify(masked, other, classifier)
 
 
 def test_the_result_says_how_well_the_denoiser_denoises(classifier, images):

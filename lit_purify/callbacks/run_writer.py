@@ -41,18 +41,9 @@ class RunWriter(Callback, EvaluationListener):
         folder = RunFolder(Path(trainer.default_root_dir))
         # Rank 0 reads for all: other nodes may not see the merged file yet.
         records = trainer.strategy.broadcast(folder.collect(write=True) if trainer.is_global_zero else [])
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        evaluated = data.evaluated
-        labels = dict(zip(evaluated.positions.tolist(), evaluated.labels[evaluated.positions].tolist(), strict=True))
-        for record in records:
-            if labels.get(record.index) != record.label:
-                raise InputError(
-                    f"{folder.path} holds a record of sample {record.index} with label {record.label}, but the data "
-                    "has no such sample: choose another run folder"
-                )
         pl_module.resume(records, count=trainer.is_global_zero)
         pairs = Counter(record.index for record in records)
-        data.finished = [index for index, found in pairs.items() if found == len(pl_module.evaluator.pairs)]
+        pl_module.data.finished = [index for index, found in pairs.items() if found == len(pl_module.evaluator.pairs)]
         self.stream = folder.open_part(trainer.global_rank)
         if records and trainer.is_global_zero:
             print(f"{folder.path}: resumes after {len(records)} records")

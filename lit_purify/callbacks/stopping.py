@@ -51,9 +51,7 @@ class Stopping(Callback):
         """Restores Ctrl-C: no step is left to wait for."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         """Stops all processes after the same step."""
         if trainer.global_step == self.step:
             # Checkpoints do not store accumulated gradients.

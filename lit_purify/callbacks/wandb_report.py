@@ -72,7 +72,7 @@ class WandbReport(Callback, EvaluationListener):
 def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
     """Costs, the table of results, and a plot of clean against robust accuracy."""
     logged: dict[str, Any] = {}
-    rows, points, looks, fresh, kinds = [], [], [], [], []
+    rows, points, replicas, fresh, kinds = [], [], [], [], []
     for result in summary["results"]:
         pair, nfe = {name: result[name] for name in ("defense", "attack")}, result["nfe_defense"]
         # Seconds are summed over processes, so this is the speed of one process.
@@ -92,13 +92,13 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, Any]:
         points.append({**pair, **{kind: result[kind]["average"][0] for kind in KINDS}})
         for rows_of in zip(*(result["replicas"][way] for way in WAYS), strict=True) if "frozen" in result else ():
             shares = {way: row[1] for way, row in zip(WAYS, rows_of, strict=True)}
-            looks.append({"result": "/".join(pair.values()), "replicas": rows_of[0][0], **shares})
+            replicas.append({"result": "/".join(pair.values()), "replicas": rows_of[0][0], **shares})
         if "frozen" in result:
             logged[f"robust/{'/'.join(pair.values())}/frozen"] = result["frozen"][0]
             fresh.append({**pair, "frozen": result["frozen"][0], "fresh": result["robust"]["average"][0]})
-    if looks:
+    if replicas:
         title = "Robust accuracy over fresh replicas, averaged logits"
-        logged["replicas"] = wandb.plot.line(_table(looks), "replicas", "averaged", stroke="result", title=title)
+        logged["replicas"] = wandb.plot.line(_table(replicas), "replicas", "averaged", stroke="result", title=title)
         title = "Robust accuracy under frozen and fresh noise"
         logged["frozen"] = wandb.plot.scatter(_table(fresh), "frozen", "fresh", title=title)
     logged |= {"kinds": _table(kinds)} if kinds else {}

@@ -1,4 +1,4 @@
-"""The Weights & Biases run of a run folder."""
+"""The Weights & Biases run of a run folder, and settings and costs of a training in it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
 import lightning as L
 import wandb
 import yaml
 from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from lit_purify.atomic import write_whole
+from lit_purify.data.base import Batch
 from lit_purify.errors import InputError
+from lit_purify.evaluation.estimate import peak_memory
 from lit_purify.evaluation.folder import RunFolder
-from lit_purify.evaluation.records import write_whole
 from lit_purify.private import stage_artifacts
-from lit_purify.recorded import SHA256
+from lit_purify.recorded import SHA256, path_sha256
+from lit_purify.training.export import Export
 
 
 class WandbRun(WandbLogger):
@@ -134,9 +139,49 @@ class WandbRun(WandbLogger):
     def _kept_id(self) -> str:
         path = self.folder / "wandb" / "run_id"
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
             write_whole(path, secrets.token_hex(4))
         return path.read_text().strip()
+
+
+class WandbTraining(Callback):
+    """Logs settings, speed, memory, and hashes of exported networks on rank 0."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the settings, and starts the clock."""
+        if logger := wandb_run(trainer):
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            facts = {"parameters": sum(p.numel() for p in pl_module.parameters()), "classes": list(data.classes)}
+            log_settings(logger, RunFolder(Path(trainer.default_root_dir)), facts)
+        self._restart(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: object, batch: Batch, _: int
+    ) -> None:
+        """Logs samples per second of all processes, and peak memory, whenever metrics are logged."""
+        self.samples += len(batch["index"]) * trainer.world_size
+        if trainer.global_step >= self.logged + trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            if logger := wandb_run(trainer):
+                costs = {"images_per_second": self.samples / (perf_counter() - self.since)}
+                costs["peak_memory_gib"] = peak_memory(task.device) / 2**30
+                # Like Lightning, which counts steps from 0.
+                logger.log_metrics({f"cost/{k}": v for k, v in costs.items()}, step=trainer.global_step - 1)
+            self._restart(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Restarts the clock, so that the time of validation does not count."""
+        self._restart(trainer)
+
+    def _restart(self, trainer: L.Trainer) -> None:
+        self.samples, self.logged, self.since = 0, trainer.global_step, perf_counter()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the hashes of the exported networks."""
+        if logger := wandb_run(trainer):
+            folder = RunFolder(Path(trainer.default_root_dir))
+            exports = [callback for callback in trainer.callbacks if isinstance(callback, Export)]  # type: ignore[attr-defined]
+            networks = [export.path or folder.path / "model.safetensors" for export in exports]
+            hashes = {path.name: path_sha256(path) for path in networks if path.exists()}
+            logger.experiment.config.update({"exported_sha256": hashes}, allow_val_change=True)
 
 
 def wandb_run(trainer: L.Trainer) -> WandbRun | None:

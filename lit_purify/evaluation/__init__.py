@@ -5,12 +5,4 @@ from lit_purify.evaluation.ledger import Ledger, View
 from lit_purify.evaluation.module import EvaluationListener, RobustnessTask
 from lit_purify.evaluation.records import Record, read_records
 
-__all__ = [
-    "EvaluationListener",
-    "Evaluator",
-    "Ledger",
-    "Record",
-    "RobustnessTask",
-    "View",
-    "read_records",
-]
+__all__ = ["EvaluationListener", "Evaluator", "Ledger", "Record", "RobustnessTask", "View", "read_records"]

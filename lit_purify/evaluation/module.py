@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import lightning as L
 
-from lit_purify.data.base import Batch, ImageDataModule
+from lit_purify.data.base import Batch, ImageDataModule, ImageDataset
 from lit_purify.errors import InputError
 from lit_purify.evaluation.evaluator import Evaluator
 from lit_purify.evaluation.ledger import Ledger, View
@@ -55,7 +55,7 @@ class RobustnessTask(L.LightningModule):
             InputError: A record belongs to another evaluation.
         """
         existing = list(records)
-        check_records(existing, self.evaluator)
+        check_records(existing, self.evaluator, self.data.evaluated)
         self.ledger.add(existing)
         if count:
             self._count(existing)
@@ -102,10 +102,16 @@ class RobustnessTask(L.LightningModule):
         return data
 
 
-def check_records(records: Iterable[Record], evaluator: Evaluator) -> None:
-    """Raises an ``InputError`` if a record belongs to another evaluation."""
+def check_records(records: Iterable[Record], evaluator: Evaluator, data: ImageDataset) -> None:
+    """Raises an ``InputError`` if a record belongs to another evaluation or to other samples."""
     pairs = set(evaluator.pairs)
+    labels = dict(zip(data.positions.tolist(), data.labels[data.positions].tolist(), strict=True))
     for record in records:
+        if labels.get(record.index) != record.label:
+            raise InputError(
+                f"the run folder holds a record of sample {record.index} with label {record.label}, but the data has "
+                "no such sample: choose another run folder"
+            )
         if (record.defense, record.attack) not in pairs or len(record.clean) != evaluator.runs:
             raise InputError(
                 f"the run folder holds a record of {record.defense} under {record.attack} with {len(record.clean)} "

@@ -18,7 +18,7 @@ from lit_purify.report.summary import KINDS, attacks_of, groups_of, outcomes_of,
 
 GENERATOR = "lit_purify compare"
 """Marks a page as a comparison, so that only comparisons are overwritten."""
-_HOW = ("attack_title", "attack_steps", "eot", "gradient", "mask_gradient")
+_ATTACK = ("attack_title", "attack_steps", "eot", "gradient", "mask_gradient")
 """Keys that must agree for two attacks to count as the same, whatever their names."""
 
 
@@ -64,7 +64,7 @@ class Comparison:
             if run is first or other is None:
                 rows.append(Row(title, result))
                 continue
-            remarks = [] if _how(first, other) == _how(run, result) else ["another attack"]
+            remarks = [] if _attack_settings(first, other) == _attack_settings(run, result) else ["another attack"]
             if first.summary["runs"] != run.summary["runs"]:
                 remarks.append(f"{run.summary['runs']} runs for {first.summary['runs']}")
             if self.pairing[name]:
@@ -125,10 +125,10 @@ def _settings(run: FinishedRun, part: str) -> dict[str, Any]:
     return {key: value for key, value in kept if re.match(rf"{part}\b(?!\.subset\b)", key)}
 
 
-def _how(run: FinishedRun, result: Mapping[str, Any]) -> list[list[Any]]:
+def _attack_settings(run: FinishedRun, result: Mapping[str, Any]) -> list[list[Any]]:
     """The settings of every attack behind a result."""
     attacks = {each["attack"]: each for each in run.summary["results"] if each["defense"] == result["defense"]}
-    return sorted(([attacks[name].get(key) for key in _HOW] for name in attacks_of(result)), key=str)
+    return sorted(([attacks[name].get(key) for key in _ATTACK] for name in attacks_of(result)), key=str)
 
 
 def _averages(run: FinishedRun, result: Mapping[str, Any]) -> dict[int, torch.Tensor]:
