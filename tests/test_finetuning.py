@@ -342,8 +342,9 @@ def test_previews_on_the_disk(run):
     """Rows are the first samples validated on; panels of 128 pixels with gaps of 4, four for each of two purifiers."""
     assert sorted(path.name for path in (run / "previews").iterdir()) == ["step-000006.png", "step-000012.png"]
     with Image.open(run / "previews" / "step-000012.png") as file:
-        picture = torch.from_numpy(np.array(file)).movedim(-1, 0)
-    assert tuple(picture.shape) == (3, 5 * 132 + 4, 8 * 132 + 4)
+        # Without the white edge above and to the left.
+        picture = torch.from_numpy(np.array(file)).movedim(-1, 0)[:, 4:, 4:]
+    assert tuple(picture.shape) == (3, 5 * 132, 8 * 132)
     split = Digits().split("val")
     for row, position in enumerate(np.random.RandomState(1).choice(300, 30, replace=False)[:5]):
         expected = (split[int(position)]["image"] * 255 + 0.5).to(torch.uint8)
