@@ -1,4 +1,4 @@
-"""Draws the figures of docs/method.md with the weights that ship: ``python docs/figures.py`` in the root.
+"""Draws the figures of docs/method.md with the shipped weights: ``python docs/figures.py`` in the root.
 
 ``python docs/figures.py mobilenetv2_100.safetensors`` draws README's photograph with timm's ImageNet weights.
 """
@@ -67,7 +67,7 @@ def keyed(index: Tensor, stream: int = 0) -> KeyedNoise:
 
 
 def calls(defended: DefendedClassifier, image: Tensor, noise: KeyedNoise) -> tuple[list[tuple[Tensor, Tensor]], Trace]:
-    """What the denoiser is shown, and the level that it is told, at each call; and what came of it."""
+    """The denoiser's inputs and levels at each call, and the trace of the purification."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: Denoiser, inputs: tuple[Tensor, Tensor | LevelMap]) -> None:
@@ -91,7 +91,7 @@ def show(axes: Any, image: Tensor, title: str = "", **how: Any) -> None:  # noqa
 
 
 def walk(defenses: dict[str, DefendedClassifier], image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
-    """What each purifier shows the denoiser, call by call."""
+    """The denoiser's input for each purifier, call by call."""
     seen = {name: calls(defended, image, keyed(index)) for name, defended in defenses.items()}
     columns = 3 + max(len(states) for states, _ in seen.values())
     figure, grid = plt.subplots(len(defenses), columns, figsize=(1.1 * columns, 1.45 * len(defenses)))
@@ -104,16 +104,16 @@ def walk(defenses: dict[str, DefendedClassifier], image: Tensor, index: Tensor) 
         if trace.mask is not None:
             show(row[1], overlaid(image[0].expand(3, -1, -1), trace.mask[0], 0.6), "mask")
         for axes, (x, t) in zip(row[2:], states, strict=False):
-            told = sorted({int(level) for level in t.unique()}, reverse=True)
+            values = sorted({int(level) for level in t.unique()}, reverse=True)
             # Noise leaves [-1, 1]: a wider scale of gray shows it.
-            show(axes, x[0], "t = " + " | ".join(map(str, told)), vmin=-1.6, vmax=1.6)
+            show(axes, x[0], "t = " + " | ".join(map(str, values)), vmin=-1.6, vmax=1.6)
         show(row[-1], trace.purified[0], "purified")
     figure.subplots_adjust(left=0.05, right=0.99, top=0.93, bottom=0.02, wspace=0.08, hspace=0.25)
     return figure
 
 
 def levels(defenses: dict[str, DefendedClassifier], image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
-    """Maps of levels that the denoiser is told, call by call."""
+    """Levels of the denoiser's input, call by call."""
     figure, rows = plt.subplots(1, len(defenses), figsize=(9, 2.6), sharey=True, layout="constrained")
     for (name, defended), axes in zip(defenses.items(), rows, strict=True):
         states, _ = calls(defended, image, keyed(index))
@@ -126,12 +126,12 @@ def levels(defenses: dict[str, DefendedClassifier], image: Tensor, index: Tensor
         axes.set_title(name, color=COLORS[name], fontsize=11)
         axes.set(xlabel="network call", xticks=range(len(strong)), xticklabels=[*range(1, len(strong)), "end"])
         axes.grid(alpha=0.15, color=INK)
-    rows[0].set_ylabel("level told (noising steps)")
+    rows[0].set_ylabel("level (noising steps)")
     return figure
 
 
 def masks(classifier: Any, image: Tensor, index: Tensor) -> Any:  # noqa: ANN401
-    """What each rule covers."""
+    """The masks of each rule."""
     rules = {
         "image": None,
         "SoftmaxThreshold\ntau 0.03": SoftmaxThreshold(0.03),

@@ -31,14 +31,14 @@ if ! [[ $seconds =~ ^[0-9]+$ ]]; then
   exit 2
 fi
 
-# NAME COMMAND: runs a stage, if it is asked for. SIGTERM lets it end its step and save.
+# NAME COMMAND: runs a stage if STAGES names it. SIGTERM lets it end its step and save.
 stage() {
   local name=$1 status=0
   shift
   [[ " $stages " == *" $name "* ]] || return 0
   timeout --foreground --preserve-status --signal TERM "${seconds}s" "$python" "$@" --run "$folder/$name" || status=$?
   if [ "$status" = 75 ]; then
-    echo "$name: interrupted or out of its $seconds seconds; give the same command again and it goes on" >&2
+    echo "$name: interrupted or out of its $seconds seconds; repeat the command to resume" >&2
   fi
   return "$status"
 }

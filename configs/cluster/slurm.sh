@@ -7,8 +7,8 @@
 #   sbatch --array 0-4 --nodes 1 configs/cluster/slurm.sh eval.py --config configs/eval/cifar10.yaml \
 #     --run runs/seed%a --seed %a
 #
-# Preempted, or two minutes before its time is over, the job saves what it has and goes back into the queue; from there
-# it goes on. In an array, %a stands for the number of the element.
+# If it is preempted, or two minutes before its time limit, the job saves its state and requeues; then it resumes. In an
+# array, %a is replaced by the index of the element.
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -18,19 +18,19 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -u
-# Made by a task that was stopped, or lost another one: exit status 75, the same command goes on. The status of srun
-# may be that of a task which SLURM killed because another had failed.
-export GOES_ON="$PWD/.slurm-$SLURM_JOB_ID"
-rm -f "$GOES_ON"
-# Signals come to these shells as well: they stay until python has ended.
+# A task creates this file if it can resume (exit status 75). The status of srun may be that of a task that SLURM killed
+# because another one failed.
+export RESUMES="$PWD/.slurm-$SLURM_JOB_ID"
+rm -f "$RESUMES"
+# These shells also receive the signals; they wait until python has ended.
 trap : TERM
 srun --kill-on-bad-exit=1 \
-  bash -c 'trap : TERM USR1; "$@"; status=$?; [ $status -ne 75 ] || touch "$GOES_ON"; exit $status' - \
+  bash -c 'trap : TERM USR1; "$@"; status=$?; [ $status -ne 75 ] || touch "$RESUMES"; exit $status' - \
   python "${@//%a/${SLURM_ARRAY_TASK_ID:-}}" \
   --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"
 status=$?
-if [ -e "$GOES_ON" ]; then
-  rm "$GOES_ON"
+if [ -e "$RESUMES" ]; then
+  rm "$RESUMES"
   [ "${SLURM_RESTART_COUNT:-0}" -ge 50 ] || scontrol requeue "$SLURM_JOB_ID"
 fi
 exit $status
