@@ -76,7 +76,8 @@ def terminal(browser: Any, run: Path, name: str, *keys: str) -> None:  # noqa: A
     (part,) = (run / "wandb").glob("offline-run-*")
     tmux = ["tmux", "-L", "lit_purify_gallery"]
     size = [f"-{axis}{count}" for axis, count in zip("xy", TERMINAL, strict=True)]
-    leet = f"env TERM=xterm-256color COLORTERM=truecolor WANDB_CONFIG_DIR={PICTURES}/leet {Path(sys.executable).parent}/wandb leet run {part}"
+    colors = f"env TERM=xterm-256color COLORTERM=truecolor WANDB_CONFIG_DIR={PICTURES}/leet"
+    leet = f"{colors} {Path(sys.executable).parent}/wandb leet run {part}"
     subprocess.run([*tmux, "new-session", "-d", *size, leet], check=True)
     try:
         for key in ("", *keys):
@@ -93,9 +94,13 @@ def terminal(browser: Any, run: Path, name: str, *keys: str) -> None:  # noqa: A
     code = console.export_html(theme=theme, code_format="{code}", inline_styles=True)
     # Braille of another font is wider than a cell.
     code = re.sub("[\u2800-\u28ff]", r"<i>\g<0></i>", code)
-    style = "body {margin: 0; padding: 8px; background: #16181d; color: #d5d8de; width: max-content; height: max-content} "
+    style = (
+        "body {margin: 0; padding: 8px; background: #16181d; color: #d5d8de; width: max-content; height: max-content} "
+    )
     style += "pre {margin: 0; font: 13px/15px 'DejaVu Sans Mono', monospace} "
-    style += "i {display: inline-block; width: 1ch; height: 15px; overflow: hidden; vertical-align: top; font-style: normal}"
+    style += (
+        "i {display: inline-block; width: 1ch; height: 15px; overflow: hidden; vertical-align: top; font-style: normal}"
+    )
     page = browser.new_page(viewport={"width": 1250, "height": 700})
     page.set_content(f"<style>{style}</style><pre>{code}</pre>")
     save(page.locator("body").screenshot(), name)

@@ -127,8 +127,8 @@ def evaluate(
         progress: Whether to show a progress bar.
         gradients: The gradient that an attack follows, by the attack's name; the default is ``Exact()``.
         skip_lost: Skip samples that an earlier attack of the same threat model broke in all runs.
-        diagnostics: Say how much of each result is denoising and how much is dice: accuracy over fresh replicas, and
-            under frozen noise.
+        diagnostics: Also measure accuracy over fresh replicas and under frozen noise, to separate denoising from
+            randomness.
         batch_size: Samples evaluated together; it changes no result.
         gallery: Number of samples, from the first, whose pictures are kept.
         precision: ``bf16`` lets the denoisers compute with 16 bits. It changes results: use it for searches.

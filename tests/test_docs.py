@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "checkpoints/README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def files_of(page):
@@ -39,6 +39,21 @@ def test_links_lead_somewhere(page):
             path = page.parent / name if name else page
             assert path.exists(), target
             assert not anchor or anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_read_well_as_text(page):
+    """Lines of prose are short, and dates and hashes are in the table at the end."""
+    text = re.sub(r"```.*?```|^(?:\||\$\$|<!--).*?$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert max(map(len, text.splitlines())) <= 140
+    figures, _, _ = page.read_text().partition("## Provenance")
+    assert re.findall(r"20\d\d-\d\d-\d\d", figures) == []
+
+
+def test_gallery_is_small_and_complete():
+    shown = set(re.findall(r"\(gallery/(\S+)\)", (DOCS / "gallery.md").read_text()))
+    assert shown == {path.name for path in (DOCS / "gallery").iterdir()}
+    assert sum(path.stat().st_size for path in (DOCS / "gallery").iterdir()) < 1_000_000
 
 
 def test_extensions_of_contributing(tmp_path, monkeypatch, capsys):

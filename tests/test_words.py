@@ -10,16 +10,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OUT = (
-    r"anew|heeds?|for want of|lives on|owed|as it is said|said to be|(?:is|are|was) (?:told|meant)|somebody|nobody can"
-    r"|to be had|stands? (?:in for|there|beside)|asked of|(?:be|is) waited for|whatever be|and of nothing else"
-    r"|what is attacked|one (?:file|line|row|image|value|folder|subfolder|letter) an? \w+"
+    r"anew|heeds?|for want of|lives on|owed|told|said|(?:is|are|was) meant|somebody|nobody can|whoever|meanwhile|dice"
+    r"|go(?:es|ing)? on|went on|flatters?|looks? away|one's own|to be had|stands? (?:in for|there|beside)|asked of"
+    r"|(?:be|is) waited for|whatever be|and of nothing else|what is attacked"
+    r"|one (?:file|line|row|image|value|folder|subfolder|letter) an? \w+"
 )
 """Words and phrases that are out of code, pages and configurations."""
 START = r"(?:What|Of|Those|That|Whose|As|None|Begins|In order|Nothing)\b(?! fewer)|See ``\w+``\.$"
 """Starts of docstrings that do not name what the reader gets."""
 SOURCES = sorted((ROOT / "lit_purify").rglob("*.py"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-TEXTS = [*PAGES, *sorted((ROOT / "configs").rglob("*.yaml")), *SOURCES]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "checkpoints/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXTS = [
+    *PAGES,
+    *sorted((ROOT / "configs").rglob("*.*")),
+    *sorted((ROOT / "docs").glob("*.py")),
+    *SOURCES,
+]
 
 
 def prose(path):

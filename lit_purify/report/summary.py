@@ -336,7 +336,9 @@ def table(summary: Mapping[str, Any]) -> str:
     for chunk, count in summary["smaller_chunks"].items():
         lines.append(f"{count} records: {chunk} rows a network call, not {summary['chunk']} (too little memory).")
     if any("frozen" in result for result in results):
-        lines.append("frozen: the attacker knows all noise; what then survives is denoising, the rest was dice.")
+        lines.append(
+            "frozen: the attacker knows all noise; what survives comes from denoising, the rest from randomness."
+        )
     if any("attacks" in result for result in results):
         lines.append("ensemble: each sample under the attack that is best against it; its avg is too low by chance.")
     return "\n".join(line.rstrip() for line in lines)
