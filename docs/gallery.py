@@ -57,7 +57,7 @@ def report(browser: Any) -> None:  # noqa: ANN401
 
 def compare(browser: Any) -> None:  # noqa: ANN401
     """The comparison of two evaluations."""
-    save(opened(browser, COMPARE, height=700).screenshot(), "compare")
+    save(opened(browser, COMPARE, height=960).screenshot(), "compare")
 
 
 def overlays() -> None:
