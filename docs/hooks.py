@@ -1,4 +1,4 @@
-"""Pages of the site that are made from elsewhere: README, the weights' card, and the API of each room; formulas."""
+"""Generated pages of the site: README, the weights' card, and the API of each room; formulas."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOVED = {"](../README.md": "](index.md", "](../checkpoints/README.md": "](weight
 
 
 def on_files(files: Files, config: Any) -> Files:  # noqa: ANN401
-    """Adds the pages."""
+    """Adds the generated pages."""
     home = (ROOT / "README.md").read_text().replace("](docs/", "](").replace("](checkpoints/README.md", "](weights.md")
     pages = {"index.md": home, "weights.md": (ROOT / "checkpoints/README.md").read_text()}
     pages |= {f"api/{room}.md": f"# lit_purify.{room}\n\n::: lit_purify.{room}\n" for room in ROOMS}
@@ -38,7 +38,7 @@ def on_files(files: Files, config: Any) -> Files:  # noqa: ANN401
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:  # noqa: ANN401
-    """Leads links to those pages."""
+    """Redirects links to the generated pages."""
     for old, new in MOVED.items():
         markdown = markdown.replace(old, new)
     return markdown
