@@ -1,6 +1,8 @@
-"""Small networks and stub noise that tests share."""
+"""Small networks, configurations and stub noise that tests share."""
 
 import os
+import sys
+from pathlib import Path
 
 # Two processes of tests, and those that they start, share the machine: read before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,6 +20,12 @@ from lit_purify.functional.levels import LevelMap
 from lit_purify.functional.noise import EVALUATION, KeyedNoise
 from lit_purify.functional.schedule import Schedule
 from lit_purify.models import Denoiser, ResNetClassifier, UNet
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = {kind: str(ROOT / f"checkpoints/digits_{kind}.safetensors") for kind in ("classifier", "denoiser")}
+RESNET = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
+UNET = {"channels": 1, "size": 8, "width": 8, "multipliers": [1], "blocks": 1}
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
 class FixedNoise:
@@ -90,7 +98,7 @@ class Small(ResNetClassifier):
     """The same random weights in every process."""
 
     def __init__(self, seed=0):
-        super().__init__(depth=8, size=8, num_classes=10, channels=1, width=4)
+        super().__init__(**RESNET)
         randomized(self, seed)
 
 
@@ -114,6 +122,39 @@ def fixed(images):
     return FixedNoise(torch.randn(images.shape, generator=torch.Generator().manual_seed(2)))
 
 
+def written(path, settings):
+    """Writes a configuration."""
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+def training_on_digits(task, model, data, callbacks, **trainer):
+    """A configuration; of each callback the arguments by its class."""
+    named = [{"class_path": name, **arguments} for name, arguments in callbacks.items()]
+    settings = {"model": {"class_path": task, **model}, "data": {"class_path": "Digits", **data}}
+    return {**settings, "trainer": {**QUIET, "accelerator": "cpu", "callbacks": named, **trainer}}
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a command that must be refused; returns its one line."""
+
+    def call(function, *argv):
+        name = {"evaluate": "eval.py", "train": "train.py"}[function.__name__]
+        monkeypatch.setattr(sys, "argv", [name])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            function([str(word) for word in argv])
+        assert stopped.value.code == 2
+        # What the data leaves out is no error, and said once.
+        lines = [line for line in capsys.readouterr().err.splitlines() if "class folders without images" not in line]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(f"{name}: error: ")
+        return lines[0].removeprefix(f"{name}: error: ")
+
+    return call
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """Writes a configuration of small networks, with the defenses and the attacks given: what ``evaluate`` takes."""
@@ -131,9 +172,7 @@ def tiny(tmp_path):
             "data": {"class_path": "Digits", "subset": {"class_path": "First", "n": samples}},
             "trainer": {"logger": False, "accelerator": "cpu"},
         }
-        path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        return ["--config", str(path), "--run", str(tmp_path / "run")]
+        return ["--config", str(written(tmp_path / "tiny.yaml", settings)), "--run", str(tmp_path / "run")]
 
     write.run = tmp_path / "run"
     return write

@@ -2,11 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import Curved, GaussianDenoiser
+from conftest import WEIGHTS, Curved, GaussianDenoiser
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -16,8 +15,6 @@ from lit_purify.data import Digits, First, ImageDataset
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, read_records
 
-ROOT = Path(__file__).parent.parent
-WEIGHTS = {name: ROOT / f"checkpoints/digits_{name}.safetensors" for name in ("classifier", "denoiser")}
 LABELS = torch.arange(6)
 CONFIG = f"""
 classifier: {WEIGHTS["classifier"]}

@@ -1,17 +1,14 @@
 """Every configuration that ships is complete and valid."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
+from conftest import ROOT, written
 
 from lit_purify.cli import evaluate
 from lit_purify.cli.settings import arguments, evaluation_parser, load
 from lit_purify.cli.training import training_parser
 from lit_purify.evaluation import Evaluator
 
-ROOT = Path(__file__).parent.parent
 # Those of sweeps are in the format of W&B: see test_wandb.py.
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "sweep")
 
@@ -53,12 +50,7 @@ def test_paths_begin_at_home(monkeypatch):
 
 
 @pytest.mark.parametrize("task", ["RobustnessTask", "lit_purify.tasks.FrontierTask"])
-def test_a_configuration_of_the_first_version_is_refused_in_one_line(task, tmp_path, capsys):
-    old = tmp_path / "old.yaml"
-    old.write_text(yaml.safe_dump({"seed_everything": 0, "model": {"class_path": task, "init_args": {"runs": 8}}}))
-    with pytest.raises(SystemExit) as exit_:
-        evaluate(["--config", str(old)])
-    assert exit_.value.code == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
+def test_a_configuration_of_the_first_version_is_refused_in_one_line(task, tmp_path, refused):
+    settings = {"seed_everything": 0, "model": {"class_path": task, "init_args": {"runs": 8}}}
+    line = refused(evaluate, "--config", written(tmp_path / "old.yaml", settings))
     assert "there is no setting model; move its settings to the top level of the file" in line

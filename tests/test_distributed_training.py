@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from conftest import RESNET, UNET, training_on_digits, written
 from processes import Launch
 from safetensors.torch import load_file
 
@@ -24,33 +25,18 @@ from lit_purify.training import DenoiserTask, TrainingTask, batch_norm
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """Three steps of 32 images an epoch, without dropout, which each process draws for itself."""
-    network = {"class_path": "UNet", "channels": 1, "size": 8, "width": 8, "multipliers": [1], "blocks": 1}
-    average = {"decay": 0.9, "use_buffers": False, "update_starting_at_step": 0}
-    checkpoints = {"save_top_k": -1, "filename": "{epoch}", "monitor": "val/loss", "save_last": True}
-    drawn = {"constant": 0.5, "attention": 0.0, "shapes": 0.5, "shift_pixels": 1}
-    settings = {
-        "model": {"class_path": "DenoiserTask", "denoiser": network, "warmup": 2, **drawn},
-        # Shards of unequal size.
-        "data": {"class_path": "Digits", "batch_size": 16, "val_subset": {"class_path": "First", "n": 33}},
-        "trainer": {
-            "max_epochs": 2,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "limit_train_batches": 3,
-            "gradient_clip_val": 1.0,
-            "callbacks": [
-                {"class_path": "EMAWeightAveraging", **average},
-                {"class_path": "ModelCheckpoint", **checkpoints},
-                {"class_path": "Export"},
-            ],
-        },
+    model = {"denoiser": {"class_path": "UNet", **UNET}, "warmup": 2, "shift_pixels": 1}
+    model |= {"constant": 0.5, "attention": 0.0, "shapes": 0.5}
+    # Shards of unequal size.
+    data = {"batch_size": 16, "val_subset": {"class_path": "First", "n": 33}}
+    callbacks = {
+        "EMAWeightAveraging": {"decay": 0.9, "use_buffers": False, "update_starting_at_step": 0},
+        "ModelCheckpoint": {"save_top_k": -1, "filename": "{epoch}", "monitor": "val/loss", "save_last": True},
+        "Export": {},
     }
-    path = tmp_path_factory.mktemp("training") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return path
+    steps = {"max_epochs": 2, "num_sanity_val_steps": 0, "limit_train_batches": 3, "gradient_clip_val": 1.0}
+    settings = training_on_digits("DenoiserTask", model, data, callbacks, **steps)
+    return written(tmp_path_factory.mktemp("training") / "tiny.yaml", settings)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +88,12 @@ def test_two_processes_with_half_a_batch_each_train_as_one_with_the_whole(config
 def test_batch_normalization_sees_the_images_of_all_processes(config, tmp_path):
     """Weights and running statistics."""
     settings = yaml.safe_load(config.read_text())
-    resnet = {"class_path": "ResNetClassifier", "depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
+    resnet = {"class_path": "ResNetClassifier", **RESNET}
     # Adam makes as much of a gradient that is all rounding as of any other: small steps.
     task = {"classifier": resnet, "shift_pixels": 1, "warmup": 2, "learning_rate": 2e-4}
     settings["model"] = {"class_path": "ClassifierTask", **task}
     settings["trainer"] |= {"max_epochs": 1, "callbacks": [{"class_path": "Export"}]}
-    path = tmp_path / "classifier.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    path = written(tmp_path / "classifier.yaml", settings)
     launched = Launch("train", ["fit", f"--config={path}", f"--run={tmp_path / 'two'}"], tmp_path / "log", 2)
     assert launched.wait() == [0, 0], launched.said
     assert_equal_networks(tmp_path / "two", alone(path, tmp_path / "run"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
+from conftest import RESNET, UNET, training_on_digits, written
 from PIL import Image
 from processes import launch
 from torch import nn
@@ -25,18 +25,15 @@ from lit_purify.evaluation.folder import RunFolder
 from lit_purify.models import ResNetClassifier, UNet
 from lit_purify.models.files import save_network
 
-ROOT = Path(__file__).parent.parent
 ATTACK = "attacks.pgd"
 UNIFORM = "defenses.uniform"
-CLASSIFIER = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
-DENOISER = {"channels": 1, "size": 8, "width": 8, "multipliers": [1], "blocks": 1}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    save_network(ResNetClassifier(**CLASSIFIER), folder / "classifier.safetensors")
-    save_network(UNet(**DENOISER), folder / "denoiser.safetensors")
+    save_network(ResNetClassifier(**RESNET), folder / "classifier.safetensors")
+    save_network(UNet(**UNET), folder / "denoiser.safetensors")
     return folder
 
 
@@ -58,18 +55,9 @@ def evaluation(weights):
 @pytest.fixture
 def training():
     """A configuration of ``train.py fit`` that is right and takes one step."""
-    return {
-        "model": {"class_path": "ClassifierTask", "classifier": {"class_path": "ResNetClassifier", **CLASSIFIER}},
-        "data": {"class_path": "Digits", "batch_size": 8},
-        "trainer": {
-            "logger": False,
-            "accelerator": "cpu",
-            "max_steps": 1,
-            "limit_val_batches": 1,
-            "enable_checkpointing": False,
-            "callbacks": ["Export"],
-        },
-    }
+    model = {"classifier": {"class_path": "ResNetClassifier", **RESNET}}
+    few = {"max_steps": 1, "limit_val_batches": 1, "enable_checkpointing": False}
+    return training_on_digits("ClassifierTask", model, {"batch_size": 8}, {"Export": {}}, **few)
 
 
 @pytest.fixture
@@ -78,45 +66,26 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, run):
-    """Runs a command that must be refused; returns its one line."""
-
-    def call(function, *argv, written=False):
-        name = {cli.evaluate: "eval.py", cli.train: "train.py"}[function]
-        monkeypatch.setattr(sys, "argv", [name])
-        with pytest.raises(SystemExit) as stopped:
-            function([str(word) for word in argv])
-        assert stopped.value.code == 2
-        # What the data leaves out is no error, and said once.
-        lines = [line for line in capsys.readouterr().err.splitlines() if "class folders without images" not in line]
-        assert len(lines) == 1, lines
-        assert lines[0].startswith(f"{name}: error: ")
-        assert len(lines[0]) < 400
-        assert written or not run.exists(), "a refused command wrote something"
-        return lines[0].removeprefix(f"{name}: error: ")
-
-    return call
-
-
-@pytest.fixture
-def refused_evaluation(refused, evaluation, tmp_path, run):
+def refused_with(refused, tmp_path, run):
     """As ``refused``, with a configuration of which some keys are changed, and flags."""
 
-    def call(changes=None, *flags, **options):
-        return refused(
-            cli.evaluate, "--config", written_to(tmp_path, evaluation, changes), "--run", run, *flags, **options
-        )
+    def call(function, words, config, changes, flags, writes=False):
+        said = refused(function, *words, "--config", written_to(tmp_path, config, changes), "--run", run, *flags)
+        assert len(said) < 400
+        assert writes or not run.exists(), "a refused command wrote something"
+        return said
 
     return call
 
 
 @pytest.fixture
-def refused_training(refused, training, tmp_path, run):
-    def call(changes=None, *flags, **options):
-        path = written_to(tmp_path, training, changes)
-        return refused(cli.train, "fit", "--config", path, "--run", run, *flags, **options)
+def refused_evaluation(refused_with, evaluation):
+    return lambda changes=None, *flags, **options: refused_with(cli.evaluate, [], evaluation, changes, flags, **options)
 
-    return call
+
+@pytest.fixture
+def refused_training(refused_with, training):
+    return lambda changes=None, *flags, **options: refused_with(cli.train, ["fit"], training, changes, flags, **options)
 
 
 @pytest.fixture
@@ -146,9 +115,7 @@ def changed(config, key, value):
 def written_to(folder, config, changes):
     for key, value in (changes or {}).items():
         changed(config, key, value)
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config, sort_keys=False))
-    return path
+    return written(folder / "config.yaml", config)
 
 
 def image_folder(root, classes=2, shape=(8, 8), count=2):
@@ -225,10 +192,7 @@ def test_configuration(refused_evaluation, key, value, said):
         (["tset"], "unexpected argument tset; did you mean test?"),
         (["--trainer.accelerator", "gpu"], "trainer.accelerator = gpu: torch finds no such device"),
         (["--classifier", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
-        (
-            ["--trainer.logger.mode", "onlin"],
-            "--trainer.logger.mode: no class accepts it: check name and value",
-        ),
+        (["--trainer.logger.mode", "onlin"], "--trainer.logger.mode: no class accepts it: check name and value"),
         (["--runs"], "--runs: expected one argument"),
         (["--model.init_args.runs", "2"], "there is no setting model; move its settings to the top level"),
     ],
@@ -271,13 +235,9 @@ def test_what_a_constructor_refuses_has_its_place(refused_evaluation):
     assert refused_evaluation({f"{UNIFORM}.level": 0}).startswith("defenses.uniform: level = 0 is outside 1 .. 1000")
 
 
-def test_weights_of_a_configuration(refused_evaluation, weights):
+def test_weights_of_a_configuration(refused_evaluation):
     said = refused_evaluation({"denoiser": "runs/mine/model.safetensors"})
     assert said.startswith("runs/mine/model.safetensors: no such file; check the path, train it (configs/train)")
-    path = weights / "denoiser.safetensors"
-    assert refused_evaluation({"classifier": str(path)}) == (
-        f"{path}: holds a UNet, but a classifier is needed: give another file"
-    )
 
 
 class Code:
@@ -297,7 +257,7 @@ def test_unreadable_image(refused_evaluation, evaluate, evaluation, tmp_path, ru
     (root / name).write_bytes(image[:30])
     changes = {"data": images_from(root, batch_size=1, num_workers=workers)}
     # The first image is read before anything is written.
-    said = refused_evaluation(changes, written=name == "class01/1.png")
+    said = refused_evaluation(changes, writes=name == "class01/1.png")
     assert said == f"{root / name}: cannot be read as an image: remove or replace it"
     (root / name).write_bytes(image)
     assert len(evaluate()) == 8
@@ -307,7 +267,7 @@ def test_unreadable_image(refused_evaluation, evaluate, evaluation, tmp_path, ru
 def test_images_of_several_sizes(refused_evaluation, tmp_path, batch_size):
     root = image_folder(tmp_path / "images")
     Image.fromarray(np.zeros((9, 9), dtype=np.uint8)).save(root / "class01" / "1.png")
-    said = refused_evaluation({"data": images_from(root, batch_size=batch_size)}, written=True)
+    said = refused_evaluation({"data": images_from(root, batch_size=batch_size)}, writes=True)
     assert "(1, 9, 9)" in said
 
 
@@ -315,10 +275,7 @@ def test_images_of_several_sizes(refused_evaluation, tmp_path, batch_size):
     ("changes", "said"),
     [
         ({"model.classifier.size": 16}, "the classifier takes images of shape (1, 16, 16), the data has (1, 8, 8)"),
-        (
-            {"model.classifier.num_classes": 5},
-            "the data has 10 classes (0, 1, 2 ...) but the classifier has 5",
-        ),
+        ({"model.classifier.num_classes": 5}, "the data has 10 classes (0, 1, 2 ...) but the classifier has 5"),
         ({"model.lerning_rate": 1}, "ClassifierTask has no option lerning_rate; did you mean learning_rate?"),
         ({"model.learning_rate": -1}, "learning_rate = -1"),
         ({"model.classifier.depth": 9}, "depth = 9 is not 6 n + 2"),
@@ -355,17 +312,9 @@ def test_run_folder_that_cannot_be_made(refused, evaluation, training, tmp_path,
 def test_path_outside_the_run_folder(refused_training, tmp_path):
     path = tmp_path / "config.yaml" / "model.safetensors"
     export = [{"class_path": "Export", "init_args": {"path": str(path)}}]
-    said = refused_training({"trainer.callbacks": export}, written=True)
+    said = refused_training({"trainer.callbacks": export}, writes=True)
     assert said.startswith(f"{path.parent}: ")
     assert said.endswith("; check the path")
-
-
-def test_no_right_to_write(refused_evaluation, monkeypatch, run):
-    def deny(path, *args, **kwargs):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr("lit_purify.evaluation.folder.Path.mkdir", deny)
-    assert refused_evaluation() == f"{run}: permission denied; choose another folder with --run"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -374,7 +323,7 @@ def test_no_space_left(refused_evaluation, evaluate, run, name):
     partial = run / f"{name}.partial"
     partial.parent.mkdir(parents=True)
     partial.symlink_to("/dev/full")
-    said = refused_evaluation(written=True)
+    said = refused_evaluation(writes=True)
     assert said == f"{run}: no space left; choose another folder with --run"
     assert not (run / name).exists()
     assert not partial.is_symlink()
@@ -387,7 +336,7 @@ def test_no_space_left_for_records(refused_evaluation, evaluate, monkeypatch, ru
 
     with monkeypatch.context() as patched:
         patched.setattr("lit_purify.callbacks.run_writer.append_records", full)
-        said = refused_evaluation(written=True)
+        said = refused_evaluation(writes=True)
     assert said == (
         f"{run / 'records.jsonl'}: no space left on device: free some space and run the same command again; "
         "existing records stay"
@@ -400,7 +349,7 @@ def test_no_space_left_for_the_network(refused_training, run):
     run.mkdir()
     partial = run / "model.safetensors.partial"
     partial.symlink_to("/dev/full")
-    assert refused_training(written=True) == f"{run}: no space left; choose another folder with --run"
+    assert refused_training(writes=True) == f"{run}: no space left; choose another folder with --run"
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.yaml"]
 
 
@@ -432,7 +381,7 @@ def test_every_process_speaks_of_its_own_data(refused_evaluation, monkeypatch, t
     bad = root / "class01" / "1.png"
     bad.write_bytes(b"")
     monkeypatch.setenv("RANK", "1")
-    said = refused_evaluation({"data": images_from(root, batch_size=1)}, written=True)
+    said = refused_evaluation({"data": images_from(root, batch_size=1)}, writes=True)
     assert said == f"{bad}: cannot be read as an image: remove or replace it [rank 1]"
 
 
@@ -498,13 +447,13 @@ def test_processes_that_know_nothing_of_each_other(refused_evaluation, monkeypat
         (
             (8, 8),
             {},
-            {UNIFORM: {"class_path": "ResNetClassifier", **CLASSIFIER, "size": 16}},
+            {UNIFORM: {"class_path": "ResNetClassifier", **RESNET, "size": 16}},
             "defenses.uniform: the classifier takes images of shape (1, 16, 16), the data has (1, 8, 8)",
         ),
         (
             (16, 16),
             {},
-            {"classifier": {"class_path": "ResNetClassifier", **CLASSIFIER, "size": 16}},
+            {"classifier": {"class_path": "ResNetClassifier", **RESNET, "size": 16}},
             "the denoiser takes images of shape (1, 8, 8), the data has (1, 16, 16):",
         ),
         (

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
@@ -21,9 +21,6 @@ from lit_purify.functional.chunks import logits_in_chunks
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.models import load_classifier, load_denoiser
 from lit_purify.recorded import path_sha256
-
-ROOT = Path(__file__).parent.parent
-
 
 CONFIG = f"""
 classifier: {ROOT}/checkpoints/digits_classifier.safetensors
@@ -134,12 +131,12 @@ def test_resuming_completes_and_changes_nothing(config, finished, tmp_path, caps
     assert {path.name for path in run.rglob("*")} == {path.name for path in finished.rglob("*")}
 
 
-def test_other_settings_are_refused_in_a_used_folder(config, finished, capsys):
+def test_other_settings_are_refused_in_a_used_folder(config, finished, refused, capsys):
     """At most five differences are named, those that somebody set; what it would take is said in any case."""
     before = (finished / "records.jsonl").read_bytes()
     arguments = ["--config", str(config), "--run", str(finished), "--seed", "3", "--runs", "1", "--attacks.pgd", "FGSM"]
     arguments += [f"--defenses.{name}.{key}=4" for name in ("uniform", "paper") for key in ("steps",)]
-    said = refused([*arguments, "--data.subset.n=1", "--attacks.pgd-l2.steps=3"], capsys)
+    said = refused(evaluate, *arguments, "--data.subset.n=1", "--attacks.pgd-l2.steps=3")
     assert said.count(" there, ") == 5
     assert "; 2 more)" in said
     assert "attacks.pgd: lit_purify.attacks.pgd.PGD there, lit_purify.attacks.fgsm.FGSM here" in said
@@ -180,29 +177,21 @@ def left(tiny):
     return arguments, RunFolder(tiny.run)
 
 
-def refused(arguments, capsys):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        evaluate(arguments)
-    assert exit_.value.code == 2
-    return capsys.readouterr().err
-
-
-def test_records_without_their_settings_are_refused(left, capsys):
+def test_records_without_their_settings_are_refused(left, refused):
     arguments, folder = left
     folder.identity.write_text("[]")
-    assert "identity.json: damaged" in refused(arguments, capsys)
+    assert "identity.json: damaged" in refused(evaluate, *arguments)
     folder.identity.unlink()
-    assert "holds records, but no identity.json" in refused(arguments, capsys)
+    assert "holds records, but no identity.json" in refused(evaluate, *arguments)
 
 
 @pytest.mark.parametrize("line", ["[]", '{"defense": "no', '{"adversarial": ["1", "1"]', '{"adversarial": [1]'])
-def test_lines_that_are_no_records_are_refused(line, left, capsys):
+def test_lines_that_are_no_records_are_refused(line, left, refused):
     arguments, folder = left
     first, *others = folder.records.read_text().splitlines(keepends=True)
     changed = json.dumps({**json.loads(first), **json.loads(line + "}")}) if "adversarial" in line else line
     folder.records.write_text("".join([changed + "\n", *others]))
-    assert "records.jsonl: line 1 is not a record" in refused(arguments, capsys)
+    assert "records.jsonl: line 1 is not a record" in refused(evaluate, *arguments)
 
 
 class Lonely(Callback):
@@ -214,9 +203,9 @@ class Heard(Lonely, EvaluationListener):
     pass
 
 
-def test_a_callback_that_would_never_be_called_is_refused(tiny, capsys):
+def test_a_callback_that_would_never_be_called_is_refused(tiny, refused):
     arguments = tiny({"none": "NoPurifier"})
-    said = refused([*arguments, "--trainer.callbacks", "[test_evaluation.Lonely]"], capsys)
+    said = refused(evaluate, *arguments, "--trainer.callbacks", "[test_evaluation.Lonely]")
     assert "Lonely: on_evaluated would never be called: let the class inherit" in said
     evaluate([*arguments, "--trainer.callbacks", "[test_evaluation.Heard]"])
 
@@ -234,12 +223,12 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry_run"]])
-def test_outputs_that_are_no_logits_are_refused_before_anything_is_computed(flags, tiny, capsys):
+def test_outputs_that_are_no_logits_are_refused_before_anything_is_computed(flags, tiny, refused):
     """Which ones: test_classifier.py."""
     network = {"class_path": "test_evaluation.Odd", "kind": "tuple"}
     other = json.dumps({"class_path": "Classifier", "network": network, "size": 8, "num_classes": 10, "channels": 1})
     arguments = [*tiny({"none": "NoPurifier"}), "--classifier", other]
-    assert "returns tuple for 1 images" in refused([*arguments, *flags], capsys)
+    assert "returns tuple for 1 images" in refused(evaluate, *arguments, *flags)
     assert not tiny.run.exists()
     evaluate([*arguments, "--classifier.network.kind=object"])
 

@@ -1,6 +1,5 @@
 """Fine-tuning: what validation measures and shows, what survives a kill, what is exported."""
 
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import yaml
+from conftest import QUIET, RESNET, ROOT, WEIGHTS, training_on_digits, written
+from conftest import UNET as SMALL
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from PIL import Image
 from processes import Launch
@@ -28,11 +28,8 @@ from lit_purify.training import ClassifierTask, DenoiserTask, Export, Previews, 
 from lit_purify.training.checkpoints import Averaging, WholeCheckpoints
 from lit_purify.training.denoiser import psnr
 
-ROOT = Path(__file__).parent.parent
-WEIGHTS = {kind: str(ROOT / f"checkpoints/digits_{kind}.safetensors") for kind in ("classifier", "denoiser")}
-NETWORK = {"channels": 1, "size": 8, "width": 8, "multipliers": [1], "blocks": 1, "dropout": 0.1}
+NETWORK = {**SMALL, "dropout": 0.1}
 AVERAGE = {"decay": 0.9, "use_buffers": False, "update_starting_at_step": 0}
-CLASSIFIER = {"depth": 8, "size": 8, "num_classes": 10, "channels": 1, "width": 4}
 PURIFIERS = {
     "uniform": partial(UniformPurifier, level=200, steps=1),
     "variable": partial(VariableIntensityPurifier, mask=TopFraction(0.3), high=400, low=200, steps=2),
@@ -47,16 +44,8 @@ class SmallDigits(Digits):
 
 
 def trainer(folder, *callbacks, **options):
-    settings = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-        "use_distributed_sampler": False,
-        "default_root_dir": folder,
-        "num_sanity_val_steps": 0,
-    }
-    made = L.Trainer(callbacks=list(callbacks), **(settings | options))
+    settings = {"accelerator": "cpu", "use_distributed_sampler": False, "num_sanity_val_steps": 0, **QUIET, **options}
+    made = L.Trainer(callbacks=list(callbacks), default_root_dir=folder, **settings)
     made.strategy.checkpoint_io = WholeCheckpoints()
     return made
 
@@ -143,15 +132,13 @@ def test_a_part_of_the_validation_split(tmp_path):
 def test_what_is_trained_is_in_training_mode_and_what_gives_masks_is_not(tmp_path):
     made, modes = task(), []
     assert not made.denoiser.training
-    look = LambdaCallback(
-        on_train_batch_start=lambda trainer, task, *_: modes.append((task.denoiser.training, *_modes(task)))
-    )
+
+    def look(trainer, task, *_):
+        modes.append((task.denoiser.training, task._classifier[0].training))
+
+    look = LambdaCallback(on_train_batch_start=look)
     trainer(tmp_path, look, max_steps=1, limit_val_batches=1, enable_checkpointing=False).fit(made, SmallDigits())
     assert modes == [(True, False)]
-
-
-def _modes(made):
-    return [classifier.training for classifier in made._classifier]
 
 
 def test_the_classifier_goes_where_the_training_runs():
@@ -248,41 +235,20 @@ def config(tmp_path_factory):
     """A fine-tuning in small, with everything a real one has."""
     mask = {"class_path": "TopFraction", "fraction": 0.3}
     variable = {"class_path": "VariableIntensityPurifier", "mask": mask, "high": 300, "low": 100, "steps": 2}
-    settings = {
-        "model": {
-            "class_path": "DenoiserTask",
-            "denoiser": {"class_path": "UNet", **NETWORK},
-            "classifier": WEIGHTS["classifier"],
-            "mask": mask,
-            "purifiers": {"uniform": {"class_path": "UniformPurifier", "level": 200, "steps": 2}, "variable": variable},
-            "val_levels": [100],
-            "max_level": 900,
-            "warmup": 2,
-        },
-        "data": {
-            "class_path": "Digits",
-            "batch_size": 128,
-            "val_subset": {"class_path": "RandomChoice", "n": 30, "seed": 1},
-        },
-        "trainer": {
-            "max_steps": 12,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "check_val_every_n_epoch": None,
-            "val_check_interval": 6,
-            "callbacks": [
-                {"class_path": "EMAWeightAveraging", **AVERAGE},
-                {"class_path": "ModelCheckpoint", **EVERY_2, "save_last": True, "enable_version_counter": False},
-                {"class_path": "Previews", "samples": 5},
-                {"class_path": "Export"},
-            ],
-        },
+    uniform = {"class_path": "UniformPurifier", "level": 200, "steps": 2}
+    model = {"denoiser": {"class_path": "UNet", **NETWORK}, "classifier": WEIGHTS["classifier"], "mask": mask}
+    model |= {"purifiers": {"uniform": uniform, "variable": variable}}
+    model |= {"val_levels": [100], "max_level": 900, "warmup": 2}
+    data = {"batch_size": 128, "val_subset": {"class_path": "RandomChoice", "n": 30, "seed": 1}}
+    callbacks = {
+        "EMAWeightAveraging": AVERAGE,
+        "ModelCheckpoint": {**EVERY_2, "save_last": True, "enable_version_counter": False},
+        "Previews": {"samples": 5},
+        "Export": {},
     }
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return path
+    steps = {"max_steps": 12, "check_val_every_n_epoch": None, "val_check_interval": 6}
+    settings = training_on_digits("DenoiserTask", model, data, callbacks, **steps)
+    return written(tmp_path_factory.mktemp("config") / "tiny.yaml", settings)
 
 
 @pytest.fixture(scope="module")
@@ -396,16 +362,11 @@ def test_export_without_a_checkpoint_converts_what_is_configured(config, tmp_pat
 
 
 def test_export_of_a_classifier(tmp_path, capsys):
-    classifier = {"class_path": "ResNetClassifier", **CLASSIFIER}
-    checkpoints = {"class_path": "ModelCheckpoint", "every_n_train_steps": 1, "save_last": True}
-    settings = {
-        "model": {"class_path": "ClassifierTask", "classifier": classifier, "warmup": 1},
-        "data": {"class_path": "Digits", "batch_size": 256},
-        "trainer": {"max_epochs": 1, "limit_train_batches": 2, "logger": False, "callbacks": [checkpoints]},
-    }
-    path, run = tmp_path / "tiny.yaml", tmp_path / "run"
-    path.write_text(yaml.safe_dump(settings))
-    train(["fit", "--config", str(path), "--run", str(run)])
+    model = {"classifier": {"class_path": "ResNetClassifier", **RESNET}, "warmup": 1}
+    callbacks = {"ModelCheckpoint": {"every_n_train_steps": 1, "save_last": True}}
+    few, run = {"max_epochs": 1, "limit_train_batches": 2}, tmp_path / "run"
+    settings = training_on_digits("ClassifierTask", model, {"batch_size": 256}, callbacks, **few)
+    train(["fit", "--config", str(written(tmp_path / "tiny.yaml", settings)), "--run", str(run)])
     last = run / "checkpoints" / "last.ckpt"
     # Without output, into the run's folder.
     train(["export", "--config", str(run / "config.yaml"), "--ckpt_path", str(last)])
@@ -440,9 +401,8 @@ def test_a_recipe_builds(path, tmp_path):
     size = data.get("size") or given.get("size", 8)
     schedule = {key: given[key] for key in ("schedule", "steps") if given.get(key)}
     model["denoiser"] = {"class_path": "UNet", "init_args": {**NETWORK, "size": size, **schedule}}
-    model["classifier"] = {"class_path": "ResNetClassifier", "init_args": {**CLASSIFIER, "size": size}}
-    stand_in = tmp_path / path.name
-    stand_in.write_text(yaml.safe_dump(settings))
+    model["classifier"] = {"class_path": "ResNetClassifier", "init_args": {**RESNET, "size": size}}
+    stand_in = written(tmp_path / path.name, settings)
     train(["export", "--config", str(stand_in), "--output", str(tmp_path / "model.safetensors")])
     assert load_denoiser(str(tmp_path / "model.safetensors")).size == size
     trainer = settings["trainer"]
@@ -474,31 +434,13 @@ def test_levels_beyond_the_training_are_refused():
     assert task(denoiser, max_level=1000).denoiser.schedule.trained == 1000
 
 
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["train.py"])
-        with pytest.raises(SystemExit) as stopped:
-            train([str(word) for word in argv])
-        assert stopped.value.code == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line.removeprefix("train.py: error: ")
-
-    return call
-
-
 def test_a_network_that_cannot_be_saved_is_refused_before_it_is_trained(refused, tmp_path):
     bare = {"class_path": "Classifier", "network": "torch.nn.Flatten", "size": 8, "num_classes": 10, "channels": 1}
-    settings = {
-        "model": {"class_path": "ClassifierTask", "classifier": bare},
-        "data": {"class_path": "Digits"},
-        "trainer": {"max_epochs": 1, "logger": False, "callbacks": [{"class_path": "Export"}]},
-    }
-    path = tmp_path / "bare.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    settings = training_on_digits("ClassifierTask", {"classifier": bare}, {}, {"Export": {}}, max_epochs=1)
+    path = written(tmp_path / "bare.yaml", settings)
     expected = "Classifier is built from other objects, so no file can rebuild it"
-    assert refused("fit", "--config", path, "--run", tmp_path / "run").startswith(expected)
-    assert refused("export", "--config", path, "--output", tmp_path / "m.safetensors").startswith(expected)
+    assert refused(train, "fit", "--config", path, "--run", tmp_path / "run").startswith(expected)
+    assert refused(train, "export", "--config", path, "--output", tmp_path / "m.safetensors").startswith(expected)
     assert [file.name for file in tmp_path.iterdir()] == ["bare.yaml"]
 
 
@@ -515,9 +457,9 @@ def test_export_refuses(refused, run, config, tmp_path, monkeypatch, words, said
     monkeypatch.chdir(tmp_path)
     whole = (run / "checkpoints" / "last.ckpt").read_bytes()
     Path("damaged.ckpt").write_bytes(whole[: len(whole) // 2])
-    other = ClassifierTask(ResNetClassifier(**CLASSIFIER)).state_dict()
+    other = ClassifierTask(ResNetClassifier(**RESNET)).state_dict()
     torch.save({"state_dict": other, "global_step": 1}, "other.ckpt")
-    assert refused("export", "--config", config, *words).startswith(said)
+    assert refused(train, "export", "--config", config, *words).startswith(said)
     assert {path.name for path in tmp_path.iterdir()} == {"damaged.ckpt", "other.ckpt"}
 
 

@@ -2,14 +2,13 @@
 
 import math
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
-import yaml
-from conftest import GaussianDenoiser
+from conftest import QUIET, RESNET, ROOT, GaussianDenoiser, training_on_digits, written
+from conftest import UNET as SMALL
 from lightning.pytorch.callbacks import WeightAveraging
 
 from lit_purify import errors
@@ -23,28 +22,15 @@ from lit_purify.functional.noise import TRAINING, KeyedNoise
 from lit_purify.models import ResNetClassifier, UNet
 from lit_purify.training import Averaging, ClassifierTask, DenoiserTask
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.fixture
 def config(tmp_path):
     """An epoch of five steps."""
-    network = {"class_path": "UNet", "channels": 1, "size": 8, "width": 8, "multipliers": [1], "blocks": 1}
+    model = {"denoiser": {"class_path": "UNet", **SMALL}, "attention": 0.0, "shapes": 0.5, "warmup": 2}
     checkpoints = {"save_top_k": -1, "filename": "{epoch}", "dirpath": str(tmp_path / "checkpoints")}
-    settings = {
-        "model": {"class_path": "DenoiserTask", "denoiser": network, "attention": 0.0, "shapes": 0.5, "warmup": 2},
-        "data": {"class_path": "Digits", "batch_size": 256},
-        "trainer": {
-            "max_epochs": 1,
-            "logger": False,
-            "enable_progress_bar": False,
-            "limit_val_batches": 1,
-            "callbacks": [{"class_path": "ModelCheckpoint", **checkpoints}, {"class_path": "Export"}],
-        },
-    }
-    path = tmp_path / "tiny_denoiser.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return path
+    callbacks, few = {"ModelCheckpoint": checkpoints, "Export": {}}, {"max_epochs": 1, "limit_val_batches": 1}
+    settings = training_on_digits("DenoiserTask", model, {"batch_size": 256}, callbacks, **few)
+    return written(tmp_path / "tiny_denoiser.yaml", settings)
 
 
 def test_how_much_there_was_to_do_is_said(config, tmp_path, capsys):
@@ -94,7 +80,7 @@ def test_a_training_that_takes_days_on_a_cpu_says_so_before_it_starts(config, tm
     said = capsys.readouterr().err
     assert re.search(r"warning: on this CPU the training takes about \d+ days: use a GPU", said)
     monkeypatch.undo()
-    network = UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1).train()
+    network = UNet(**SMALL).train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert 0 < training.seconds_a_sample(network) < 60
     assert network.training
@@ -112,7 +98,7 @@ def test_an_average_that_lags_says_so(monkeypatch, capsys):
 
 def test_gradients_are_clipped_for_a_fused_optimizer():
     """Lightning would refuse, under bf16-mixed too."""
-    task = DenoiserTask(UNet(channels=1, size=8, width=8, multipliers=[1], blocks=1), attention=0.0, shapes=0.5)
+    task = DenoiserTask(UNet(**SMALL), attention=0.0, shapes=0.5)
     weights = list(task.network.requires_grad_().parameters())
     for weight in weights:
         weight.grad = torch.ones_like(weight)
@@ -123,7 +109,7 @@ def test_gradients_are_clipped_for_a_fused_optimizer():
 
 def denoiser_task(**options):
     settings = {"constant": 0.5, "attention": 0.25, "shapes": 0.25, "max_level": 400, **options}
-    classifier = ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4)
+    classifier = ResNetClassifier(**RESNET)
     return DenoiserTask(GaussianDenoiser(size=8), classifier, TopFraction(0.3), **settings)
 
 
@@ -195,25 +181,20 @@ def test_learning_rate_warms_up_then_falls_as_a_cosine():
     assert rates[110] == pytest.approx(0.0)
 
 
-def test_two_trainings_at_once_do_not_share_a_folder(config, tmp_path, capsys):
+def test_two_trainings_at_once_do_not_share_a_folder(config, tmp_path, refused):
     folder = RunFolder(tmp_path / "run")
     folder.lock()
-    with pytest.raises(SystemExit) as exit_:
-        train(["fit", "--config", str(config), "--run", str(folder.path)])
+    assert "another run is writing there" in refused(train, "fit", "--config", config, "--run", folder.path)
     folder.release()
-    assert exit_.value.code == 2
-    assert "another run is writing there" in capsys.readouterr().err
     assert not folder.config.exists()
 
 
-def test_a_second_training_does_not_overwrite_the_first(config, tmp_path, capsys):
+def test_a_second_training_does_not_overwrite_the_first(config, tmp_path, refused):
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
     last.write_bytes(b"weeks of work")
-    with pytest.raises(SystemExit) as stopped:
-        train(["fit", "--config", str(config), "--run", str(tmp_path / "run")])
-    assert stopped.value.code == 2
-    assert "holds a training already: resume it with --ckpt_path" in capsys.readouterr().err
+    said = refused(train, "fit", "--config", config, "--run", tmp_path / "run")
+    assert "holds a training already: resume it with --ckpt_path" in said
     assert last.read_bytes() == b"weeks of work"
 
 
@@ -240,9 +221,7 @@ def test_training_draws_differ_between_epochs_also_an_attacks_random_start(monke
 
 
 def test_attacking_in_training_leaves_batch_statistics_alone(images):
-    task = ClassifierTask(
-        ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4), PGD("linf", 0.1, 1, 0.05)
-    ).train()
+    task = ClassifierTask(ResNetClassifier(**RESNET), PGD("linf", 0.1, 1, 0.05)).train()
     before = task.classifier.network.bn1.running_mean.clone()
     noise = KeyedNoise(0, torch.arange(6), torch.zeros(6, dtype=torch.long))
     task._attacked(task.attack, images, torch.arange(6), noise)
@@ -267,11 +246,10 @@ def test_training_loss_is_the_error_in_the_noise(images):
 
 def test_classifier_learns_and_adversarial_training_is_more_robust(tmp_path):
     accuracy = {}
-    off = ("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary", "inference_mode")
-    off = dict.fromkeys((*off, "use_distributed_sampler"), False)
+    off = QUIET | dict.fromkeys(("enable_checkpointing", "inference_mode", "use_distributed_sampler"), False)
     for name, attack in (("plain", None), ("adversarial", PGD("linf", 0.15, 4, 0.06))):
         torch.manual_seed(0)
-        network = ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=8)
+        network = ResNetClassifier(**RESNET | {"width": 8})
         task = ClassifierTask(network, attack, learning_rate=5e-3, warmup=10)
         trainer = L.Trainer(max_epochs=5, accelerator="cpu", default_root_dir=tmp_path, **off)
         data = Digits(batch_size=64)

@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 import urllib.request
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import wandb
-import yaml
+from conftest import WEIGHTS, training_on_digits, written
 from processes import Launch
 
 from lit_purify.callbacks import Progress, WandbReport, WandbRun
@@ -24,10 +25,8 @@ from lit_purify.cli import evaluate, train
 from lit_purify.evaluation import read_records
 
 pytest.importorskip("openwandb")
-ROOT = Path(__file__).parent.parent
 # It takes any key, and a fourth of a second to check one that it knows.
 KEY = 40 * "0"
-WEIGHTS = {name: str(ROOT / f"checkpoints/digits_{name}.safetensors") for name in ("classifier", "denoiser")}
 MASK = {"class_path": "TopFraction", "fraction": 0.3}
 VARIABLE = {"class_path": "VariableIntensityPurifier", "mask": MASK, "high": 200, "low": 100, "steps": 1}
 
@@ -109,9 +108,7 @@ def evaluation(tmp_path_factory):
         "data": {"class_path": "Digits", "batch_size": 2, "subset": {"class_path": "First", "n": 5}},
         "trainer": {"accelerator": "cpu", "logger": {"class_path": "WandbRun", "mode": "online"}},
     }
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    return path
+    return written(tmp_path_factory.mktemp("config") / "tiny.yaml", settings)
 
 
 def check_evaluation(stored, folder):
@@ -146,21 +143,15 @@ def check_evaluation(stored, folder):
         assert stored.file(overlay["strong_noise"]["path"]).startswith(b"\x89PNG")
 
 
-class Environment:
-    """Of the processes of a launch."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def __call__(self, rank):
-        os.environ.update(self.values)
+def set_environment(values, rank):
+    os.environ.update(values)
 
 
 def test_evaluation_of_two_processes(server, environment, evaluation, tmp_path):
     """Rank zero alone makes the run, and shows samples of both processes."""
     folder = tmp_path / "run"
     argv = ["--config", str(evaluation), "--run", str(folder)]
-    launched = Launch("evaluate", argv, tmp_path / "log", 2, spoil=Environment(environment))
+    launched = Launch("evaluate", argv, tmp_path / "log", 2, spoil=partial(set_environment, environment))
     assert launched.wait() == [0, 0], launched.said
     assert "upload" not in launched.said
     (url,) = re.findall("W&B: (.*)", launched.said)
@@ -173,25 +164,15 @@ def test_evaluation_of_two_processes(server, environment, evaluation, tmp_path):
 
 
 def test_training(server, environment, tmp_path):
-    folder, path = tmp_path / "run", tmp_path / "training.yaml"
-    measured = {"mask": MASK, "val_levels": [50, 200], "purifiers": {"variable": VARIABLE}}
-    few = {"class_path": "RandomChoice", "n": 20, "seed": 1}
-    settings = {
-        "model": {"class_path": "DenoiserTask", **WEIGHTS, **measured},
-        "data": {"class_path": "Digits", "batch_size": 64, "val_subset": few},
-        "trainer": {
-            "max_steps": 4,
-            "accelerator": "cpu",
-            "check_val_every_n_epoch": None,
-            "val_check_interval": 2,
-            "log_every_n_steps": 1,
-            "enable_model_summary": False,
-            "logger": {"class_path": "WandbRun", "mode": "online"},
-            "callbacks": [{"class_path": "Previews", "samples": 3}],
-        },
-    }
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    train(["fit", "--config", str(path), "--run", str(folder)])
+    folder, data = (
+        tmp_path / "run",
+        {"batch_size": 64, "val_subset": {"class_path": "RandomChoice", "n": 20, "seed": 1}},
+    )
+    model = {**WEIGHTS, "mask": MASK, "val_levels": [50, 200], "purifiers": {"variable": VARIABLE}}
+    steps = {"max_steps": 4, "check_val_every_n_epoch": None, "val_check_interval": 2, "log_every_n_steps": 1}
+    steps["logger"] = {"class_path": "WandbRun", "mode": "online"}
+    settings = training_on_digits("DenoiserTask", model, data, {"Previews": {"samples": 3}}, **steps)
+    train(["fit", "--config", str(written(tmp_path / "training.yaml", settings)), "--run", str(folder)])
     wandb.teardown()
     stored = Stored(server, folder)
     for keys, wanted in (
