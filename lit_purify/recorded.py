@@ -21,7 +21,7 @@ SHA256 = " (sha256)"
 
 
 class Recorded:
-    """Records the arguments of its constructor (of the most derived class).
+    """Records the arguments of its constructor (of the most derived class), and checks those of ``Literal`` types.
 
     Attributes:
         arguments: Arguments by name, with defaults.
@@ -40,8 +40,10 @@ class Recorded:
 
         @functools.wraps(init)
         def recording(self: Recorded, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+            bound = _bound(init, (self, *args), kwargs, skip=1)
+            _check_choices(init, bound)
             if "arguments" not in vars(self):
-                object.__setattr__(self, "arguments", _bound(init, (self, *args), kwargs, skip=1))
+                object.__setattr__(self, "arguments", bound)
             init(self, *args, **kwargs)
 
         cls.__init__ = recording  # type: ignore
@@ -85,9 +87,16 @@ def _hints(make: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def _types(hint: Any) -> set[Any]:  # noqa: ANN401
-    parts = typing.get_args(hint)
-    return {hint}.union(*map(_types, parts)) if parts else {hint}
+def _types(hint: Any) -> list[Any]:  # noqa: ANN401
+    return [hint, *(inner for part in typing.get_args(hint) for inner in _types(part))]
+
+
+def _check_choices(make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Raises an ``InputError`` if an argument is none of the values of its ``Literal`` type."""
+    for name, hint in _hints(make).items():
+        *others, last = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else [None]
+        if others and name in arguments and arguments[name] not in (*others, last):
+            raise InputError(f"{name} = {arguments[name]!r}: use {', '.join(map(str, others))} or {last}")
 
 
 def identity(**values: Any) -> dict[str, Any]:  # noqa: ANN401

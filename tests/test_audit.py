@@ -30,7 +30,7 @@ from lit_purify.defense import (
 )
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import logits_in_chunks
-from lit_purify.functional.noise import ATTACK, EVALUATION, FrozenNoise, KeyedNoise
+from lit_purify.functional.noise import ATTACK, EVALUATION, START_STEP, FrozenNoise, KeyedNoise
 
 EPS = 0.1
 
@@ -94,6 +94,9 @@ def test_fixed_noise_is_one_draw_for_each_row():
     assert torch.equal(FrozenNoise(*keys).runs([4, 5, 6]).normal(0, like), one.repeat_interleave(3, dim=0))
     rows = torch.tensor([1, 0, 1])
     assert torch.equal(FrozenNoise(*keys).rows(rows).runs([9]).normal(0, like[:3]), one[rows])
+    # What an attack draws for itself still differs.
+    own, fresh = (kind(*keys).runs([4, 5]).uniform(START_STEP, like[:4]) for kind in (FrozenNoise, KeyedNoise))
+    assert torch.equal(own, fresh)
 
 
 # Honest
@@ -218,6 +221,14 @@ def test_attacks_of_equal_cost_are_compared():
     rows = audited(zoo.defense(zoo.Blurred), pgd(eot=4), count=16)
     assert rows["hammer"].verdict == rows["apgd"].verdict == "pass"
     assert "at equal cost" in rows["hammer"].reason
+
+    class Whole(DefendedClassifier):
+        def forward(self, image, noise=None, mask=None):
+            return super().forward(image, noise, mask)
+
+    # In one part: DiffHammer differentiates all its ten draws.
+    rows = audited(Whole(zoo.Blurred(zoo.Idle()), zoo.classifier()), pgd(eot=4), count=16)
+    assert "(40 + 40 queries)" in rows["hammer"].reason
     rows = audited(zoo.defense(zoo.Blurred), DiffHammer("linf", EPS, 10, 0.02, eot=4), count=16)
     assert "hammer" not in rows
 

@@ -8,10 +8,10 @@ import torch
 from made_runs import cells
 
 import lit_purify as lp
-from lit_purify.attacks import PGD, Transfer
+from lit_purify.attacks import PGD, Square, Transfer
 from lit_purify.attacks.base import single_draw
 from lit_purify.cli import evaluate
-from lit_purify.defense import UniformPurifier
+from lit_purify.defense import NoPurifier, UniformPurifier
 from lit_purify.evaluation import Evaluator, Ledger, Record, read_records
 from lit_purify.evaluation.diagnostics import REPLICAS
 from lit_purify.evaluation.estimate import network_calls
@@ -76,6 +76,16 @@ def test_they_do_not_depend_on_batches_or_an_interruption(tmp_path):
     resumed = shaken(count=6, folder=tmp_path)
     assert [{**vars(record), "seconds": 0} for record in resumed.records] == strip
     assert [record.frozen for record in read_records(tmp_path / "records.jsonl")] == [r.frozen for r in whole.records]
+
+
+def test_attacks_still_choose_at_random_under_frozen_noise():
+    """Square breaks every margin far below eps, unless all its proposals are one square."""
+    image, label, _ = zoo.samples(6, 0.02, 0.03)
+    attack = {"square": Square("linf", EPS, 150, p=0.3)}
+    result = lp.evaluate(
+        zoo.classifier(), NoPurifier(), attack, image, label, runs=2, progress=False, diagnostics=True
+    ).summary["results"][0]
+    assert result["robust"]["average"][0] == result["frozen"][0] == 0.0
 
 
 def test_an_attack_on_the_bare_classifier_knows_no_noise():

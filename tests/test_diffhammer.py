@@ -173,6 +173,12 @@ def test_only_survivors_are_started_again_and_the_best_start_counts(images):
     assert attack.raised == ["margin", "ce", "dlr"]
 
 
+def test_a_start_on_the_attacks_own_loss_keeps_its_targets():
+    starts = Restarts(APGD("linf", 0.1, 5, loss="dlr", targets=2), ["ce", "dlr"])
+    assert [(start.loss, start.targets) for start in starts._starts()] == [("ce", 0), ("dlr", 2)]
+    assert starts.title.startswith("APGD on the ce loss from")
+
+
 def test_success_counts_draws_first_and_margins_then():
     label = torch.zeros(3, dtype=torch.long)
     logits = torch.tensor([[[1.0, 0.0], [0.0, 9.0]], [[0.0, 0.1], [0.0, 0.1]], [[0.1, 0.0], [0.0, 9.0]]])

@@ -54,7 +54,7 @@ def test_the_result_is_within_the_distance_and_the_margin_rises(eps):
     far = SSIM(0.5)(found, image)
     assert 0.2 * eps < float(far.max()) < eps
     assert bool((margin_loss(zoo.classifier()(found), label) > margin_loss(zoo.classifier()(image), label)).all())
-    assert (attack.threat, attack.queries) == ("1 - SSIM", (31 * 4, 30 * 4))
+    assert (attack.threat, attack.queries) == ("1 - SSIM (sigma 0.5)", (31 * 4, 30 * 4))
 
 
 def test_an_image_beyond_the_distance_is_stopped():
@@ -86,6 +86,14 @@ def test_the_threat_model_has_its_name_in_results_and_reports(tmp_path):
         lp.audit(zoo.classifier(), zoo.defense(), attacks["lf"], image, label)
 
 
+def test_distances_that_differ_are_different_threat_models():
+    """No ensemble joins them, and a sample that one has broken is attacked under the other."""
+    image, label, _ = zoo.samples(3)
+    attacks = {name: LF(SSIM(sigma), 0.5, 2, 2, kernels=[3]) for name, sigma in (("one", None), ("other", 0.3))}
+    result = lp.evaluate(zoo.classifier(), zoo.defense(), attacks, image, label, runs=2, chunk=16, progress=False)
+    assert [row["norm"] for row in result.summary["results"]] == ["1 - SSIM", "1 - SSIM (sigma 0.3)"]
+
+
 def test_lpips_takes_named_weights_and_says_where_they_come_from(tmp_path):
     with pytest.raises(InputError, match=r"none.pth: no such file; LPIPS needs the weights of https://.*alexnet-owt"):
         LPIPS(tmp_path / "none.pth")
@@ -95,6 +103,7 @@ def test_lpips_takes_named_weights_and_says_where_they_come_from(tmp_path):
     state = {name: value for name, value in alexnet(weights=None).state_dict().items() if name.startswith("features")}
     torch.save(state, tmp_path / "alex.pth")
     distance, image = LPIPS(tmp_path / "alex.pth"), torch.rand(2, 3, 32, 32, requires_grad=True)
+    assert distance.name == "LPIPS (alex)"
     assert distance(image, image.detach()).abs().max() == 0
     far = distance(image, image.detach().flip(3))
     assert far.shape == (2,)
@@ -113,6 +122,8 @@ def test_lpips_takes_named_weights_and_says_where_they_come_from(tmp_path):
     [
         (lambda: LF(SSIM(), kernels=[4]), r"kernels = \[4\]: use odd numbers"),
         (lambda: LF(SSIM(), penalty=0.0), "use numbers above 0"),
+        (lambda: LF(SSIM(), color=float("nan")), "use numbers above 0"),
+        (lambda: LF(SSIM), "distance = .*SSIM.*: use a distance such as SSIM()"),
         (lambda: LF(SSIM(), eps=0.0), "eps = 0.0 must be above 0"),
         (lambda: SSIM(sigma=0.0), "sigma = 0.0: use a number above 0"),
         (lambda: SSIM(sigma=9.0).check(torch.rand(1, 1, 8, 8)), r"sigma = 9.0: the window is larger than \(8, 8\)"),

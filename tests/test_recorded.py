@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from lit_purify.attacks import PGD
 from lit_purify.defense import HeterogeneousPurifier, NoPurifier, TopFraction
+from lit_purify.errors import InputError
 from lit_purify.recorded import Recorded, identity
 
 
@@ -94,3 +96,20 @@ def test_an_object_that_appears_twice_is_named_by_its_first_place(unet):
     assert found["defenses.b.denoiser"] == "the defenses.a.denoiser"
     copies = identity(x=nn.Linear(1, 1), y=nn.Linear(1, 1))
     assert copies["y"] == "torch.nn.modules.linear.Linear"
+
+
+class Choosing(Recorded):
+    def __init__(self, way: Literal["a", "b", "c"] = "a"):
+        self.way = way
+
+
+class Passing(Choosing):
+    def __init__(self, **more: str):
+        super().__init__(**more)
+
+
+@pytest.mark.parametrize("make", [Choosing, Passing])
+def test_a_choice_is_one_of_its_type(make):
+    assert make(way="c").way == "c"
+    with pytest.raises(InputError, match=r"^way = 'd': use a, b or c$"):
+        make(way="d")

@@ -70,10 +70,10 @@ class APGD(Attack):
         self.loss = loss
 
     def stronger(self, **changes: Any) -> APGD:  # noqa: ANN401
-        """Returns a stronger version, see ``Attack``; another loss is untargeted."""
+        """Returns a stronger version, see ``Attack``; a loss other than this one is untargeted."""
         other = super().stronger(**changes)
         assert isinstance(other, APGD)
-        other.targets = 0 if "loss" in changes else self.targets
+        other.targets = self.targets if other.loss == self.loss else 0
         return other
 
     @property

@@ -211,8 +211,10 @@ class AttackWrapper(Attack):
     """
 
     def __init__(self, attack: Attack) -> None:
-        super().__init__(attack.norm, attack.eps)
-        self.attack, self.steps, self.eot = attack, attack.steps, attack.eot
+        if not isinstance(attack, Attack):
+            raise InputError(f"attack is a {type(attack).__name__}: use an attack, or wrap a function in ForeignAttack")
+        self.attack, self.norm, self.eps = attack, attack.norm, attack.eps
+        self.steps, self.eot = attack.steps, attack.eot
 
     @property
     @override
@@ -297,7 +299,7 @@ def draws(first: int, count: int) -> list[int]:
 
 
 def check_counts(**counts: int) -> None:
-    """Raises an ``InputError`` if a count is below 1."""
+    """Raises an ``InputError`` if a count is not a whole number of at least 1."""
     for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"{name} = {value}: use at least 1")
+        if not value >= 1 or value % 1:
+            raise InputError(f"{name} = {value}: use {'a whole number' if value > 1 else 'at least 1'}")

@@ -89,7 +89,7 @@ class DiffHammer(PGD):
         decay: float = 0.5,
     ) -> None:
         super().__init__(norm, eps, steps, step_size, eot, loss, select, random_start, restarts)
-        if rounds < 0 or sharpness <= 0.0 or decay < 0.0:
+        if not (rounds >= 0 and sharpness > 0.0 and decay >= 0.0):
             raise InputError(
                 f"rounds = {rounds}, sharpness = {sharpness}, decay = {decay}: use a sharpness above 0, the others "
                 "0 or more"

@@ -50,6 +50,8 @@ class ForeignAttack(Attack):
         name: str | None = None,
     ) -> None:
         super().__init__(norm, eps)
+        if not callable(function):
+            raise InputError(f"function is a {type(function).__name__}: give a function (model, images, labels)")
         self.function, self.name = function, name or getattr(function, "__name__", type(function).__name__)
 
     @property

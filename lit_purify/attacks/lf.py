@@ -72,8 +72,10 @@ class LF(Attack):
         check_counts(steps=steps, eot=eot)
         if any(side < 1 or side % 2 == 0 for side in kernels):
             raise InputError(f"kernels = {list(kernels)}: use odd numbers")
-        if min(filter_rate, shift_rate, color, penalty) <= 0.0:
+        if not all(value > 0.0 for value in (filter_rate, shift_rate, color, penalty)):
             raise InputError("filter_rate, shift_rate, color and penalty: use numbers above 0")
+        if not isinstance(distance, Distance):
+            raise InputError(f"distance = {distance!r}: use a distance such as SSIM()")
         self.distance, self.steps, self.eot, self.kernels = distance, steps, eot, list(kernels)
         self.filter_rate, self.shift_rate, self.color, self.penalty = filter_rate, shift_rate, color, penalty
 
@@ -95,9 +97,9 @@ class LF(Attack):
 
     @override
     def outside(self, adversarial: Tensor, image: Tensor, chunk: int) -> Tensor:
-        far = self._far(adversarial, image, chunk) > self.eps + _SLACK
+        near = self._far(adversarial, image, chunk) <= self.eps + _SLACK
         low, high = adversarial.flatten(1).amin(dim=1), adversarial.flatten(1).amax(dim=1)
-        return far | ~((low >= 0.0) & (high <= 1.0))
+        return ~(near & (low >= 0.0) & (high <= 1.0))
 
     @override
     def perturb(self, model: AttackedFunction, image: Tensor, label: Tensor, noise: Noise, chunk: int) -> Tensor:

@@ -25,7 +25,7 @@ class Distance(Recorded, ABC):
     """A perceptual distance between two images.
 
     Attributes:
-        name: Name in reports.
+        name: Name in reports. Results under distances of the same name form one threat model.
     """
 
     name: str
@@ -45,12 +45,10 @@ class SSIM(Distance):
         sigma: Standard deviation of the Gaussian window, in pixels; ``None`` is 1.5, or a sixteenth of smaller images.
     """
 
-    name = "1 - SSIM"
-
     def __init__(self, sigma: float | None = None) -> None:
         if sigma is not None and not sigma > 0.0:
             raise InputError(f"sigma = {sigma}: use a number above 0")
-        self.sigma = sigma
+        self.sigma, self.name = sigma, "1 - SSIM" + ("" if sigma is None else f" (sigma {sigma:g})")
 
     @override
     def __call__(self, point: Tensor, image: Tensor) -> Tensor:
@@ -78,11 +76,8 @@ class LPIPS(Distance):
         InputError: The file is missing, or has other weights.
     """
 
-    name = "LPIPS"
-
     def __init__(self, weights: Path, network: Literal["alex", "vgg"] = "alex") -> None:
-        if network not in _FROM:
-            raise InputError(f"network = {network!r}: use alex or vgg")
+        self.name = f"LPIPS ({network})"
         path = Path(weights).expanduser()
         if not path.is_file():
             raise InputError(f"{path}: no such file; LPIPS needs the weights of {_FROM[network]}, or use SSIM")

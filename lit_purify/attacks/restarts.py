@@ -79,7 +79,7 @@ class Restarts(AttackWrapper):
     @property
     @override
     def title(self) -> str:
-        return f"{self.attack.title}; started on the losses {', '.join(self.losses)} while a sample survives"
+        return f"{self._starts()[0].title}; started on the losses {', '.join(self.losses)} while a sample survives"
 
     @property
     @override

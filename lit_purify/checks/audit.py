@@ -186,10 +186,15 @@ def equal_cost(audit: Audited) -> Iterator[Comparison]:
     for name, kind in suite:
         if isinstance(attack, type(kind)):
             continue
-        other = at_cost(kind, attack.queries)
+        counted = kind
+        if isinstance(kind, DiffHammer) and audit.view.function.purified is None:
+            # It then differentiates all its draws.
+            counted = PGD(attack.norm, attack.eps, 1, attack.eps, kind.eot)
+        counted = at_cost(counted, attack.queries)
+        other = kind.stronger(steps=counted.steps)
         if isinstance(other, DiffHammer):
             other.step_size = max(audit.step, 2.5 * attack.eps / other.steps)
-        calls = f"{other.queries.forward} + {other.queries.backward}"
+        calls = f"{counted.queries.forward} + {counted.queries.backward}"
         yield audit.compare(name, other, audit.view, f"{type(other).__name__} at equal cost ({calls} queries)", meaning)
 
 

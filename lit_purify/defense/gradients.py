@@ -77,8 +77,6 @@ class Exact(Gradient):
     """
 
     def __init__(self, mask: MaskGradient = "frozen", temperature: float = 0.1) -> None:
-        if mask not in ("frozen", "straight_through", "soft"):
-            raise InputError(f"mask = {mask!r}: use frozen, straight_through or soft")
         if not temperature > 0.0:
             raise InputError(f"temperature = {temperature}: use a number above 0")
         self.mask, self.temperature = mask, temperature

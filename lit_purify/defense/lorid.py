@@ -57,8 +57,6 @@ class LoRIDPurifier(GradualPurifier):
         require_images(self)
         if len(ranks) != 4 or min(ranks) < 1:
             raise InputError(f"ranks = {list(ranks)}: use 4 numbers >= 1: patches, channels, rows, columns")
-        if order not in ("before", "after"):
-            raise InputError(f"order = {order!r}: use before or after")
         if not 1 <= stride <= patch <= denoiser.size or (denoiser.size - patch) % stride:
             raise InputError(
                 f"patch = {patch}, stride = {stride} do not cover {denoiser.size} pixels: use a stride "

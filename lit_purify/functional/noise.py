@@ -26,7 +26,7 @@ EVALUATION, ATTACK, TRAINING = range(3)
 """Streams: noise for different purposes never shares a key. Epoch e of a training uses the stream TRAINING + e."""
 
 MASK_STEP, START_STEP = _LOW, _LOW - 1
-"""Steps that no sampler reaches, used for random masks and for random starts of attacks."""
+"""Steps that no sampler reaches, used for random masks and for random choices of attacks (also START_STEP - 1)."""
 
 
 class Noise(Protocol):
@@ -104,11 +104,12 @@ class KeyedNoise:
 
 
 class FrozenNoise(KeyedNoise):
-    """One draw of noise for each row, the same in every run."""
+    """Noise of run 0 in every run. The choices of attacks (starts, proposals) still differ between runs."""
 
-    def runs(self, runs: list[int]) -> KeyedNoise:
-        """Repeats the draw of each row, (B len(runs)) rows."""
-        return self.rows(torch.arange(len(self.index), device=self.index.device).repeat_interleave(len(runs)))
+    def _draw(self, step: int, like: Tensor, normal: bool) -> Tensor:
+        if step in (START_STEP, START_STEP - 1):
+            return super()._draw(step, like, normal)
+        return KeyedNoise(self.seed, self.index, torch.zeros_like(self.run), self.stream)._draw(step, like, normal)
 
 
 @functools.cache
