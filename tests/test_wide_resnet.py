@@ -234,7 +234,7 @@ def test_weights_of_another_network_are_refused(tmp_path, layout, change, size, 
     [
         ({"depth": 20}, "depth = 20 is not 6 n"),
         ({"depth": 4}, "depth = 4 is not 6 n"),
-        ({"activation": "gelu"}, "activation = 'gelu' is not known: use relu or silu"),
+        ({"activation": "gelu"}, "activation = 'gelu': use relu or silu"),
         ({"padding": "same", "size": 30}, "size = 30: padding = 'same' needs a multiple of 4"),
         ({"mean": [0.1, 0.2]}, "mean has 2 values"),
         ({"blocks": ["layer1"]}, "no module 'layer1'"),

@@ -34,8 +34,8 @@ def diagnose(
 
     ``replicas`` holds predictions of fresh draws on the finished adversarial image; ``averaged`` holds the predictions
     of their averaged logits (MEFA, 2026). The attack has seen none of these draws. For ``frozen`` the attack runs once
-    more and shares its only draw with the defense, so the attacker knows all noise (DW-box; ADDT, ICLR 2025). An attack
-    on the bare classifier uses no noise and keeps its image.
+    more and shares its only draw with the defense, so the attacker knows all noise (DW-box; ADDT, ICLR 2025). Images
+    that were not computed on the defense (``Transfer``, ``SavedImages``) stay as they are.
 
     Args:
         records: The records of the batch, in order.

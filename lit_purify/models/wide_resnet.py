@@ -83,8 +83,6 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise InputError(f"depth = {depth} is not 6 n + 4: use 10, 16, 22, 28, 34, 40 or 70")
-        if activation not in _ACTIVATIONS:
-            raise InputError(f"activation = {activation!r} is not known: use {' or '.join(_ACTIVATIONS)}")
 
         def group(width_in: int, width_out: int, stride: int) -> nn.Sequential:
             widths = [(width_in, stride)] + [(width_out, 1)] * ((depth - 4) // 6 - 1)
