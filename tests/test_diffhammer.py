@@ -173,6 +173,31 @@ def test_only_survivors_are_started_again_and_the_best_start_counts(images):
     assert attack.raised == ["margin", "ce", "dlr"]
 
 
+@pytest.mark.parametrize("losses", [["ce", "margin", "dlr"], ["margin", "dlr", "ce"], ["dlr", "ce", "margin"]])
+def test_of_survivors_the_best_start_counts_whatever_its_place(losses):
+    """Half of the draws are wrong whatever is done: a survivor. The start on the margin has the highest margin."""
+    asked = []
+
+    class Known(PGD):
+        def perturb(self, model, image, label, noise, chunk):
+            asked.append(self.loss)
+            return image + {"margin": 0.1, "ce": 0.05, "dlr": 0.0}[self.loss]
+
+    def model(x, noise):
+        margin = torch.where(noise.run % 2 == 0, 1.0, -1.0) + 0.1 * x[:, 0, 0, 0]
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+    image, label = torch.full((2, 1, 2, 2), 0.5), torch.zeros(2, dtype=torch.long)
+    found = Restarts(Known("linf", 0.1, 1, 0.1), losses, judged=4, until=0.5)(model, image, label, keyed(2))
+    torch.testing.assert_close(found, image + 0.1)
+    assert asked == losses
+
+
+def test_the_best_iterate_has_the_most_wrong_draws():
+    logits, label = torch.randn(5, 4, 3), torch.arange(5) % 3
+    assert torch.equal(DiffHammer("linf", 0.1, 5)._score(logits, logits[:, :, 0], label), success(logits, label))
+
+
 def test_a_start_on_the_attacks_own_loss_keeps_its_targets():
     starts = Restarts(APGD("linf", 0.1, 5, loss="dlr", targets=2), ["ce", "dlr"])
     assert [(start.loss, start.targets) for start in starts._starts()] == [("ce", 0), ("dlr", 2)]

@@ -13,8 +13,8 @@ from lit_purify.functional.losses import margin_loss
 from lit_purify.functional.noise import ATTACK
 
 
-def filtered(image, kernel, side, color):
-    """Of one image (C, H, W): tap by tap, kernel (taps, H, W) of the first half and the center."""
+def filtered(seen, image, kernel, side, color):
+    """Of one image (C, H, W), by the colors of the original: tap by tap, kernel of the first half and the center."""
     half, (_, height, width), out = side // 2, image.shape, torch.zeros_like(image)
     for y in range(height):
         for x in range(width):
@@ -26,7 +26,7 @@ def filtered(image, kernel, side, color):
                     unlike = (image[:, y, x] - image[:, v, u]).abs().sum()
                     weights[v, u] = tap * torch.exp(-(unlike**2) / (2 * color**2))
             total = sum(weights.values())
-            out[:, y, x] = sum(w / total * image[:, v, u] for (v, u), w in weights.items())
+            out[:, y, x] = sum(w / total * seen[:, v, u] for (v, u), w in weights.items())
     return out
 
 
@@ -34,9 +34,12 @@ def filtered(image, kernel, side, color):
 def test_a_filter_is_its_docstring(channels, side):
     generator = torch.Generator().manual_seed(0)
     image = 0.1 + 0.8 * torch.rand(2, channels, 6, 5, generator=generator)
-    kernel = torch.randn(2, side * side // 2 + 1, 6, 5, generator=generator)
-    found = LF(SSIM(), kernels=[side], color=0.3)._filtered([kernel, torch.zeros_like(image)], image)
-    expected = torch.stack([filtered(x, k, side, 0.3) for x, k in zip(image, kernel, strict=True)])
+    kernels = torch.randn(2, 2, side * side // 2 + 1, 6, 5, generator=generator)
+    found = LF(SSIM(), kernels=[side, side], color=0.3)._filtered([*kernels, torch.zeros_like(image)], image)
+    expected = image
+    for kernel in kernels:
+        each = zip(expected, image, kernel, strict=True)
+        expected = torch.stack([filtered(seen, x, k, side, 0.3) for seen, x, k in each])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -44,6 +47,46 @@ def test_a_shift_moves_where_the_sigmoid_is():
     image, shift = torch.full((1, 1, 2, 2), 0.3), torch.full((1, 1, 2, 2), 0.4)
     found = LF(SSIM(), kernels=[])._filtered([shift], image)
     torch.testing.assert_close(found, ((2 * image - 1).atanh() + shift).tanh() / 2 + 0.5)
+
+
+def test_beyond_the_distance_the_penalty_pulls_back():
+    image, direction, kernel, shift = torch.rand(4, 3, 1, 8, 8).mul(0.8).add(0.1)
+    values = [kernel.expand(-1, 5, -1, -1).contiguous(), shift]
+    for eps, penalty in ((0.9, 0.0), (1e-4, 7.0)):
+        attack = LF(SSIM(0.5), eps, kernels=[3], color=0.3, penalty=7.0)
+        leaves = [value.clone().requires_grad_() for value in values]
+        point = attack._filtered(leaves, image)
+        gain = (point * direction).sum() - penalty * SSIM(0.5)(point, image).sum()
+        for found, expected in zip(
+            attack._gradients(values, image, direction, 2), torch.autograd.grad(gain, leaves), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_adam_gets_the_average_of_draws_clipped_for_each_sample(scale, monkeypatch):
+    """Half of the draws rise with x, the others fall three times as steeply; filters begin near the identity."""
+    found = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: found.extend(self.param_groups))
+
+    def model(x, noise):
+        margin = scale * torch.where(noise.run % 2 == 0, 1.0, -3.0) * x.flatten(1).sum(dim=1)
+        return torch.stack([torch.zeros_like(margin), margin], dim=1)
+
+    image, label = torch.rand(3, 1, 8, 8).mul(0.8).add(0.1), torch.zeros(3, dtype=torch.long)
+    LF(SSIM(), 0.5, 1, 2, kernels=[3], color=100.0)(model, image, label, keyed(3))
+    (kernel,), (shift,) = (group["params"] for group in found)
+    assert [group["lr"] for group in found] == [0.05, 0.008]
+    assert torch.cat([kernel, kernel[:, :-1].flip(1)], dim=1).softmax(dim=1)[:, 4].mean() == pytest.approx(0.99)
+    # Adam descends: a positive gradient lowers x.
+    assert bool((shift.grad > 0).all())
+    length = torch.cat([kernel.grad.flatten(1), shift.grad.flatten(1)], dim=1).norm(dim=1)
+    assert bool((length < 0.02).all()) if scale < 1 else length.tolist() == pytest.approx([1.0] * 3)
+
+
+def test_ssim_of_flat_images():
+    found = SSIM()(torch.full((2, 1, 8, 8), 0.2), torch.full((2, 1, 8, 8), 0.6))
+    torch.testing.assert_close(found, torch.full((2,), 1.0 - (0.24 + 1e-4) / (0.4 + 1e-4)))
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.3])
@@ -107,6 +150,7 @@ def test_lpips_takes_named_weights_and_says_where_they_come_from(tmp_path):
     assert distance(image, image.detach()).abs().max() == 0
     far = distance(image, image.detach().flip(3))
     assert far.shape == (2,)
+    torch.testing.assert_close(far, distance.network(2 * image - 1, 2 * image.detach().flip(3) - 1).flatten())
     assert float(far.min()) > 0.0
     assert torch.autograd.grad(far.sum(), image)[0].abs().max() > 0
     # The backbone is the file's.
