@@ -8,35 +8,9 @@ import torch
 from conftest import keyed as keyed_in
 from PIL import Image
 
-from lit_purify.attacks import (
-    APGD,
-    FGSM,
-    LF,
-    PGD,
-    SSIM,
-    Attack,
-    CarliniWagnerL2,
-    DiffHammer,
-    ForeignAttack,
-    Queries,
-    Restarts,
-    SavedImages,
-    Square,
-    Transfer,
-)
+import lit_purify as lp
 from lit_purify.attacks.base import NotApplicableError
 from lit_purify.attacks.square import _window
-from lit_purify.defense import (
-    DefendedClassifier,
-    Exact,
-    FullMask,
-    HeterogeneousPurifier,
-    MinMaxThreshold,
-    RandomArea,
-    TopFraction,
-    UniformPurifier,
-    VariableIntensityPurifier,
-)
 from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction, draws_in_chunks, gradient_in_chunks, logits_in_chunks
 from lit_purify.functional.losses import (
@@ -58,21 +32,21 @@ def keyed(count):
 def every_attack():
     """One of each kind, small; the first four work on other draws than the mean of all."""
     return {
-        "worst": PGD("l2", 0.7, 2, 0.4, eot=3, aggregate="worst"),
-        "vote": PGD("linf", 0.1, 2, 0.06, eot=3, aggregate="vote", select="best"),
-        "apgd": APGD("linf", 0.1, 3, eot=2, restarts=2),
-        "targeted": APGD("l2", 0.7, 2, eot=2, loss="dlr", targets=2, select="last"),
-        "pgd": PGD("linf", 0.1, 2, 0.06, eot=3, restarts=2),
-        "shift": PGD("linf", 0.1, 2, 0.06, shift_steps=2, eot=2),
-        "fgsm": FGSM("l2", 0.7, eot=2, random_start=True),
-        "square": Square("linf", 0.1, 4, eot=2, paired=False),
-        "square-l2": Square("l2", 0.7, 3, eot=2),
-        "carlini": CarliniWagnerL2(0.7, 2, 2, eot=2, step_size=0.1),
-        "hammer": DiffHammer("linf", 0.1, 3, 0.06, eot=3),
-        "hammer-l2": DiffHammer("l2", 0.7, 2, 0.4, eot=3, loss="ce", select="best", restarts=2),
-        "restarts": Restarts(PGD("linf", 0.1, 2, 0.06, eot=2), ["margin", "dlr"], judged=3, until=1.0),
-        "lf": LF(SSIM(), 0.9, 3, eot=2, kernels=[3, 5], shift_rate=0.3),
-        "transfer": Transfer(PGD("linf", 0.1, 2, 0.05, eot=2)),
+        "worst": lp.PGD("l2", 0.7, 2, 0.4, eot=3, aggregate="worst"),
+        "vote": lp.PGD("linf", 0.1, 2, 0.06, eot=3, aggregate="vote", select="best"),
+        "apgd": lp.APGD("linf", 0.1, 3, eot=2, restarts=2),
+        "targeted": lp.APGD("l2", 0.7, 2, eot=2, loss="dlr", targets=2, select="last"),
+        "pgd": lp.PGD("linf", 0.1, 2, 0.06, eot=3, restarts=2),
+        "shift": lp.PGD("linf", 0.1, 2, 0.06, shift_steps=2, eot=2),
+        "fgsm": lp.FGSM("l2", 0.7, eot=2, random_start=True),
+        "square": lp.Square("linf", 0.1, 4, eot=2, paired=False),
+        "square-l2": lp.Square("l2", 0.7, 3, eot=2),
+        "carlini": lp.CarliniWagnerL2(0.7, 2, 2, eot=2, step_size=0.1),
+        "hammer": lp.DiffHammer("linf", 0.1, 3, 0.06, eot=3),
+        "hammer-l2": lp.DiffHammer("l2", 0.7, 2, 0.4, eot=3, loss="ce", select="best", restarts=2),
+        "restarts": lp.Restarts(lp.PGD("linf", 0.1, 2, 0.06, eot=2), ["margin", "dlr"], judged=3, until=1.0),
+        "lf": lp.LF(lp.SSIM(), 0.9, 3, eot=2, kernels=[3, 5], shift_rate=0.3),
+        "transfer": lp.Transfer(lp.PGD("linf", 0.1, 2, 0.05, eot=2)),
     }
 
 
@@ -110,13 +84,13 @@ def test_stronger_versions_change_what_they_say_and_nothing_else(name):
 
 def test_an_attack_takes_modules_functions_and_defenses(unet, classifier, images):
     """Without noise it draws a fresh key from torch's generator."""
-    attack, label = PGD(eps=0.1, steps=2), torch.arange(6)
+    attack, label = lp.PGD(eps=0.1, steps=2), torch.arange(6)
     assert (attack.norm, attack.loss, attack.step_size) == ("linf", "margin", 0.125)
     expected = attack(classifier, images, label, keyed(6), chunk=6)
     for model in (lambda x, scale=1.0: scale * classifier(x), lambda x, noise: classifier(x), classifier.network):
         assert torch.equal(attack(model, images, label, keyed(6), chunk=6), expected)
-    defended = DefendedClassifier(UniformPurifier(unet, 200, 2), classifier)
-    for model in (defended.attacked(), Exact().attacked(defended)):
+    defended = lp.DefendedClassifier(lp.UniformPurifier(unet, 200, 2), classifier)
+    for model in (defended.attacked(), lp.Exact().attacked(defended)):
         assert torch.equal(attack(model, images, label, keyed(6)), attack(defended, images, label, keyed(6)))
     torch.manual_seed(0)
     first, second = attack(defended, images, label), attack(defended, images, label)
@@ -138,14 +112,14 @@ def test_an_attack_takes_modules_functions_and_defenses(unet, classifier, images
 )
 def test_images_of_another_range_are_refused(change, message, classifier, images):
     with pytest.raises(InputError, match=message) as error:
-        PGD()(classifier, change(images), torch.arange(6))
+        lp.PGD()(classifier, change(images), torch.arange(6))
     assert "\n" not in str(error.value)
 
 
 def test_an_attack_that_leaves_its_threat_model_is_stopped(images):
-    class Cheat(Attack):
+    class Cheat(lp.Attack):
         steps = eot = 1
-        queries = Queries(1, 1)
+        queries = lp.Queries(1, 1)
 
         def perturb(self, model, image, label, noise, chunk):
             return (image + 0.2).clamp(0, 1)
@@ -178,17 +152,17 @@ def test_projection_and_steepest_direction():
 
 def test_random_start_is_uniform_in_the_ball():
     image = torch.full((4000, 1, 2, 2), 0.5)
-    linf = PGD("linf", 0.1, 1, 0.1)._start(image, keyed(4000)) - image
+    linf = lp.PGD("linf", 0.1, 1, 0.1)._start(image, keyed(4000)) - image
     assert float(linf.abs().max()) <= 0.1 + 1e-6
     assert float(linf.std()) == pytest.approx(0.1 / 3**0.5, rel=0.03)
-    radius = l2_norm(PGD("l2", 0.1, 1, 0.1)._start(image, keyed(4000)) - image) / 0.1
+    radius = l2_norm(lp.PGD("l2", 0.1, 1, 0.1)._start(image, keyed(4000)) - image) / 0.1
     # In four dimensions the radius of a uniform point has mean 4 / 5.
     assert float(radius.mean()) == pytest.approx(0.8, abs=0.01)
     assert float(radius.max()) <= 1.0 + 1e-5
 
 
 def test_averaged_gradient_is_the_mean_over_draws(unet, classifier, images):
-    model = DefendedClassifier(UniformPurifier(unet, 300, 2), classifier)
+    model = lp.DefendedClassifier(lp.UniformPurifier(unet, 300, 2), classifier)
     label, noise, runs = torch.arange(6), keyed(6), [3, 5, 8]
     loss, gradient = gradient_in_chunks(model.attacked(), cross_entropy_loss, images, label, noise, runs, 7)
     losses, gradients = [], []
@@ -205,7 +179,7 @@ def test_averaged_gradient_is_the_mean_over_draws(unet, classifier, images):
 @pytest.mark.parametrize("name", EACH)
 def test_chunks_make_a_sample_independent_of_its_batch(name, unet, classifier, images):
     """Bit for bit: alone, in another order, in any batch; also through sign steps."""
-    model = DefendedClassifier(VariableIntensityPurifier(unet, MinMaxThreshold(0.4), 300, 150, 1), classifier)
+    model = lp.DefendedClassifier(lp.VariableIntensityPurifier(unet, lp.MinMaxThreshold(0.4), 300, 150, 1), classifier)
     noise, attack = keyed(6), every_attack()[name]
     logits = logits_in_chunks(model.attacked(), images, noise, [0, 1, 2], 4)
     label = logits.mean(dim=1).argmax(dim=1)
@@ -251,7 +225,7 @@ def test_an_output_or_gradient_that_is_not_a_number_stops_the_attack(name, image
 
 def test_votes_follow_the_gradient_of_the_averaged_probability(unet, classifier, images):
     """-log of the mean over draws of p(label), by autograd over all draws at once."""
-    model = DefendedClassifier(UniformPurifier(unet, 300, 2), classifier)
+    model = lp.DefendedClassifier(lp.UniformPurifier(unet, 300, 2), classifier)
     label, noise, runs = torch.arange(6), keyed(6), [0, 1, 2]
     leaf = images.clone().requires_grad_()
     right = torch.stack(
@@ -259,7 +233,7 @@ def test_votes_follow_the_gradient_of_the_averaged_probability(unet, classifier,
     )
     (expected,) = torch.autograd.grad(-right.mean(dim=1).log().sum(), leaf)
     seen = draws_in_chunks(model.attacked(), cross_entropy_loss, images, label, noise, runs, 18)
-    found = PGD("linf", 0.1, 1, 0.1, eot=3, aggregate="vote")._gradient(seen, label)
+    found = lp.PGD("linf", 0.1, 1, 0.1, eot=3, aggregate="vote")._gradient(seen, label)
     torch.testing.assert_close(steepest(found, "l2"), steepest(expected, "l2"), rtol=1e-3, atol=1e-5)
 
 
@@ -275,7 +249,7 @@ def test_where_draws_disagree_each_aggregate_serves_its_end():
 
     image, label = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, dtype=torch.long)
     found = {
-        name: float(PGD("linf", 0.4, 20, 0.05, eot=9, loss="margin", aggregate=name)(model, image, label, keyed(1)))
+        name: float(lp.PGD("linf", 0.4, 20, 0.05, eot=9, loss="margin", aggregate=name)(model, image, label, keyed(1)))
         for name in ("mean", "vote", "worst")
     }
     assert found["mean"] < 0.2
@@ -288,9 +262,9 @@ def test_best_iterate_is_at_least_as_good_as_the_last(restarts, aggregate, class
     label, pgd, apgd = classifier(images).argmax(dim=1), {}, {}
     for select in ("last", "best"):
         # Steps far too long: the last iterate is a poor one.
-        attack = PGD("linf", 0.2, 5, 0.4, 2, "ce", select, restarts=restarts, aggregate=aggregate)
+        attack = lp.PGD("linf", 0.2, 5, 0.4, 2, "ce", select, restarts=restarts, aggregate=aggregate)
         pgd[select] = cross_entropy_loss(classifier(attack(classifier, images, label, keyed(6))), label)
-        attack = APGD("linf", 0.2, 3, select=select, restarts=restarts)
+        attack = lp.APGD("linf", 0.2, 3, select=select, restarts=restarts)
         apgd[select] = margin_loss(classifier(attack(classifier, images, label, keyed(6))), label)
     for found in (pgd, apgd):
         assert bool((found["best"] >= found["last"] - 1e-6).all())
@@ -305,8 +279,8 @@ def test_apgd_returns_a_misclassified_point_once_it_met_one():
         return torch.stack([torch.zeros_like(x), torch.where((x - 0.5).abs() < 0.01, 1.0, -1.0) + 0.0 * x], dim=1)
 
     image, label = torch.full((3, 1, 1, 1), 0.5), torch.zeros(3, dtype=torch.long)
-    assert torch.equal(APGD("linf", 0.1, 5)(model, image, label, keyed(3)), image)
-    assert float((APGD("linf", 0.1, 5, select="last")(model, image, label, keyed(3)) - image).abs().min()) > 0.01
+    assert torch.equal(lp.APGD("linf", 0.1, 5)(model, image, label, keyed(3)), image)
+    assert float((lp.APGD("linf", 0.1, 5, select="last")(model, image, label, keyed(3)) - image).abs().min()) > 0.01
 
 
 @pytest.mark.parametrize(("sign", "expected"), [(False, [0.06, 0.08]), (True, [0.1, 0.1])])
@@ -316,7 +290,7 @@ def test_l2_steps_are_the_steepest_or_signs(sign, expected):
         return torch.stack([torch.zeros_like(x[:, 0]), 3 * x[:, 0] + 4 * x[:, 1]], dim=1)
 
     image = torch.full((1, 1, 1, 2), 0.5)
-    attack = PGD("l2", 1.0, 1, 0.1, random_start=False, sign=sign)
+    attack = lp.PGD("l2", 1.0, 1, 0.1, random_start=False, sign=sign)
     moved = attack(model, image, torch.zeros(1, dtype=torch.long), keyed(1)) - image
     assert moved.flatten().tolist() == pytest.approx(expected)
     assert ("signs" in attack.title) == sign
@@ -325,14 +299,14 @@ def test_l2_steps_are_the_steepest_or_signs(sign, expected):
 @pytest.mark.parametrize(("norm", "size"), [("linf", linf_norm), ("l2", l2_norm)])
 def test_apgd_starts_on_the_border_of_the_ball(norm, size):
     image = torch.full((50, 1, 4, 4), 0.5)
-    start = APGD(norm, 0.1)._start(image, keyed(50)) - image
+    start = lp.APGD(norm, 0.1)._start(image, keyed(50)) - image
     torch.testing.assert_close(size(start), torch.full((50,), 0.1))
     assert abs(float(start.mean())) < 0.01
 
 
 def test_targets_are_the_likeliest_wrong_classes_in_turn():
     logits = torch.tensor([[[0.0, 5.0, 3.0, 4.0, 1.0], [0.0, 5.0, 3.0, 0.0, 1.0]], [[9.0, 1.0, 2.0, 3.0, 4.0]] * 2])
-    goals = APGD("linf", 0.1, loss="dlr", targets=3)._goals(logits, torch.tensor([1, 4]))
+    goals = lp.APGD("linf", 0.1, loss="dlr", targets=3)._goals(logits, torch.tensor([1, 4]))
     assert [goal.tolist() for goal in goals] == [[[1, 2], [4, 0]], [[1, 3], [4, 3]], [[1, 4], [4, 2]]]
 
 
@@ -350,7 +324,7 @@ def test_squares_reach_every_pixel_equally():
 def test_square_uses_its_ball(norm, classifier, images):
     """Where the box is far, every Linf pixel moves by eps, and the L2 norm is eps."""
     image, eps = 0.4 + 0.2 * images, 0.1
-    delta = Square(norm, eps, 12)(classifier, image, torch.arange(6), keyed(6)) - image
+    delta = lp.Square(norm, eps, 12)(classifier, image, torch.arange(6), keyed(6)) - image
     if norm == "linf":
         torch.testing.assert_close(delta.abs(), torch.full_like(delta, eps))
     else:
@@ -360,12 +334,12 @@ def test_square_uses_its_ball(norm, classifier, images):
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.1), ("l2", 1.0)])
 def test_the_mask_is_moved_off_the_image(norm, eps, unet, classifier, images):
     """Where the loss does not matter, the hard mask that is left overlaps less with the original one."""
-    rule = MinMaxThreshold(0.4)
-    model = DefendedClassifier(HeterogeneousPurifier(unet, rule, 200, 100, 2), classifier)
+    rule = lp.MinMaxThreshold(0.4)
+    model = lp.DefendedClassifier(lp.HeterogeneousPurifier(unet, rule, 200, 100, 2), classifier)
     settings = {"norm": norm, "eps": eps, "steps": 1, "step_size": eps / 10, "loss": "margin"}
     label = torch.arange(6)
-    shifted = PGD(**settings, shift_steps=20)(model, images, label, keyed(6), chunk=8)
-    plain = PGD(**settings)(model, images, label, keyed(6), chunk=8)
+    shifted = lp.PGD(**settings, shift_steps=20)(model, images, label, keyed(6), chunk=8)
+    plain = lp.PGD(**settings)(model, images, label, keyed(6), chunk=8)
     original, left, other = (rule(classifier, x, keyed(6)) for x in (images, shifted, plain))
     overlaps = [float((mask * original).sum() / original.sum()) for mask in (left, other)]
     assert overlaps[0] < overlaps[1] - 0.1
@@ -374,18 +348,18 @@ def test_the_mask_is_moved_off_the_image(norm, eps, unet, classifier, images):
 
 
 def test_without_a_mask_to_move_nothing_is_shifted(unet, classifier, images):
-    for purifier in (UniformPurifier(unet, 200, 2), HeterogeneousPurifier(unet, FullMask(), 200, 100, 2)):
-        model, settings = DefendedClassifier(purifier, classifier), ("linf", 0.1, 2, 0.06)
-        attacks = (PGD(*settings, eot=2, shift_steps=shift_steps) for shift_steps in (0, 20))
+    for purifier in (lp.UniformPurifier(unet, 200, 2), lp.HeterogeneousPurifier(unet, lp.FullMask(), 200, 100, 2)):
+        model, settings = lp.DefendedClassifier(purifier, classifier), ("linf", 0.1, 2, 0.06)
+        attacks = (lp.PGD(*settings, eot=2, shift_steps=shift_steps) for shift_steps in (0, 20))
         found = [attack(model, images, torch.arange(6), keyed(6)) for attack in attacks]
         assert torch.equal(*found)
 
 
 def test_fast_gradient_step_has_full_length(classifier, images):
     image = 0.4 + 0.2 * images
-    delta = FGSM("linf", 0.1)(classifier, image, torch.arange(6), keyed(6)) - image
+    delta = lp.FGSM("linf", 0.1)(classifier, image, torch.arange(6), keyed(6)) - image
     torch.testing.assert_close(delta.abs(), torch.full_like(delta, 0.1))
-    started = FGSM("linf", 0.1, random_start=True)(classifier, image, torch.arange(6), keyed(6)) - image
+    started = lp.FGSM("linf", 0.1, random_start=True)(classifier, image, torch.arange(6), keyed(6)) - image
     assert not torch.equal(started, delta)
     # 1.25 eps from a uniform point of -eps .. eps: at least eps / 4 beyond the image, and cut at eps in 5 of 8 pixels.
     assert 0.025 - 1e-6 <= float(started.abs().min()) < float(started.abs().max()) <= 0.1 + 1e-6
@@ -417,10 +391,6 @@ def test_sizes_in_pixels():
     for bad in ("8/0", "abc", 0, -0.1, "0"):
         with pytest.raises(InputError, match="eps"):
             pixels("eps", bad)
-    with pytest.raises(InputError, match="above 1"):
-        PGD("linf", 8, 1, 1)
-    with pytest.raises(InputError, match="eot = 0"):
-        PGD("linf", 0.1, 1, 0.1, eot=0)
 
 
 def few_classes(x, noise):
@@ -430,26 +400,28 @@ def few_classes(x, noise):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: APGD("linf", 0.1, restarts=0), "restarts = 0: use at least 1"),
-        (lambda: APGD("linf", 0.1, targets=-1), "targets = -1: use 0"),
-        (lambda: APGD("linf", 0.1, loss="ce", targets=3), "targets = 3 with loss = .*: only dlr has"),
-        (lambda: PGD("linf", 0.1, 1, 0.1, aggregate="vote"), "use eot of 2 or more"),
-        (lambda: PGD("linf", 0.1, 1, 0.1, loss="hinge"), "loss = 'hinge': use ce, margin or dlr"),
-        (lambda: PGD("Linf", 0.1, 1, 0.1), "norm = 'Linf': use linf or l2"),
-        (lambda: APGD("linf", 0.1, select="first"), "select = 'first': use best or last"),
-        (lambda: PGD("linf", 0.1, 1, 0.1, eot=2, aggregate="votes"), "aggregate = 'votes': use mean, worst or vote"),
-        (lambda: PGD("linf", 0.1, 1, 0.1, eot=2.5), "eot = 2.5: use a whole number"),
-        (lambda: Transfer(few_classes), "attack is a function: use an attack, or wrap a function in ForeignAttack"),
-        (lambda: ForeignAttack("pgd"), r"function is a str: give a function \(model, images, labels\)"),
-        (lambda: Square("linf", 0.1, p=0.0), "p = 0.0: use a fraction"),
-        (lambda: CarliniWagnerL2(0.5, c=0.0), "c = 0.0"),
-        (lambda: DiffHammer("linf", 0.1, 5, sharpness=0.0), "sharpness = 0.0"),
-        (lambda: DiffHammer("linf", 0.1, 5, decay=float("nan")), "decay = nan"),
-        (lambda: Restarts(CarliniWagnerL2(0.5)), "CarliniWagnerL2 has no version with other loss: use PGD"),
-        (lambda: Restarts(PGD("linf", 0.1, 1, 0.1), []), "losses is empty"),
-        (lambda: Restarts(PGD("linf", 0.1, 1, 0.1), ["hinge"]), "loss = 'hinge': use one of"),
-        (lambda: Restarts(PGD("linf", 0.1, 1, 0.1), until=2.0), "until = 2.0: use a fraction"),
-        (lambda: APGD("linf", 0.1, loss="dlr", targets=1), "targets = 1 needs 4 classes, the classifier has 3"),
+        (lambda: lp.PGD("linf", 8, 1, 1), "above 1"),
+        (lambda: lp.PGD("linf", 0.1, 1, 0.1, eot=0), "eot = 0"),
+        (lambda: lp.APGD("linf", 0.1, restarts=0), "restarts = 0: use at least 1"),
+        (lambda: lp.APGD("linf", 0.1, targets=-1), "targets = -1: use 0"),
+        (lambda: lp.APGD("linf", 0.1, loss="ce", targets=3), "targets = 3 with loss = .*: only dlr has"),
+        (lambda: lp.PGD("linf", 0.1, 1, 0.1, aggregate="vote"), "use eot of 2 or more"),
+        (lambda: lp.PGD("linf", 0.1, 1, 0.1, loss="hinge"), "loss = 'hinge': use ce, margin or dlr"),
+        (lambda: lp.PGD("Linf", 0.1, 1, 0.1), "norm = 'Linf': use linf or l2"),
+        (lambda: lp.APGD("linf", 0.1, select="first"), "select = 'first': use best or last"),
+        (lambda: lp.PGD("linf", 0.1, 1, 0.1, eot=2, aggregate="votes"), "aggregate = 'votes': use mean, worst or vote"),
+        (lambda: lp.PGD("linf", 0.1, 1, 0.1, eot=2.5), "eot = 2.5: use a whole number"),
+        (lambda: lp.Transfer(few_classes), "attack is a function: use an attack, or wrap a function in ForeignAttack"),
+        (lambda: lp.ForeignAttack("pgd"), r"function is a str: give a function \(model, images, labels\)"),
+        (lambda: lp.Square("linf", 0.1, p=0.0), "p = 0.0: use a fraction"),
+        (lambda: lp.CarliniWagnerL2(0.5, c=0.0), "c = 0.0"),
+        (lambda: lp.DiffHammer("linf", 0.1, 5, sharpness=0.0), "sharpness = 0.0"),
+        (lambda: lp.DiffHammer("linf", 0.1, 5, decay=float("nan")), "decay = nan"),
+        (lambda: lp.Restarts(lp.CarliniWagnerL2(0.5)), "CarliniWagnerL2 has no version with other loss: use PGD"),
+        (lambda: lp.Restarts(lp.PGD("linf", 0.1, 1, 0.1), []), "losses is empty"),
+        (lambda: lp.Restarts(lp.PGD("linf", 0.1, 1, 0.1), ["hinge"]), "loss = 'hinge': use one of"),
+        (lambda: lp.Restarts(lp.PGD("linf", 0.1, 1, 0.1), until=2.0), "until = 2.0: use a fraction"),
+        (lambda: lp.APGD("linf", 0.1, loss="dlr", targets=1), "targets = 1 needs 4 classes, the classifier has 3"),
     ],
 )
 def test_settings_that_cannot_be(make, message, images):
@@ -484,9 +456,9 @@ def test_saved_images_come_back_by_sample(name, channels, tmp_path):
     adversarial = (original + 0.05).clamp(0, 1)
     save(tmp_path / name, adversarial)
     index = torch.tensor([7, 3, 40, 41, 5, 6])
-    attack = SavedImages("linf", 0.05, tmp_path / name, rounded=name == "pictures")
+    attack = lp.SavedImages("linf", 0.05, tmp_path / name, rounded=name == "pictures")
     # Another attack around it passes on what it is told.
-    Transfer(attack).prepare(index.tolist())
+    lp.Transfer(attack).prepare(index.tolist())
     rows = torch.tensor([5, 2, 0])
     noise = KeyedNoise(0, index[rows], torch.zeros(3).long(), ATTACK)
     found = attack(nothing, original[rows], torch.zeros(3).long(), noise)
@@ -501,20 +473,20 @@ def test_rounding_to_bytes_is_allowed_only_when_said(tmp_path):
     noise = KeyedNoise(0, torch.tensor([7]), label, ATTACK)
     for norm, eps in (("linf", 0.04), ("l2", 0.16)):
         with pytest.raises(InputError, match=r"sample 7 is 0\.\d+ from its original, more than .*rounded: true"):
-            SavedImages(norm, eps, tmp_path / "pictures")(nothing, original[:1], label, noise)
-        attack = SavedImages(norm, eps, tmp_path / "pictures", rounded=True)
+            lp.SavedImages(norm, eps, tmp_path / "pictures")(nothing, original[:1], label, noise)
+        attack = lp.SavedImages(norm, eps, tmp_path / "pictures", rounded=True)
         assert "half a level" in attack.title
         assert float(attack(nothing, original[:1], label, noise)[0, 0, 0, 0]) == pytest.approx(111 / 255)
         far = original[:1] + 0.4 / 255
         with pytest.raises(InputError, match="more than"):
-            SavedImages(norm, eps / 2, tmp_path / "pictures", rounded=True)(nothing, far, label, noise)
+            lp.SavedImages(norm, eps / 2, tmp_path / "pictures", rounded=True)(nothing, far, label, noise)
 
 
 def test_saved_images_that_cannot_be_used(tmp_path):
     original, label = torch.full((2, 1, 4, 4), 0.5), torch.zeros(2, dtype=torch.long)
 
     def use(path, prepare):
-        attack = SavedImages("linf", 0.1, path)
+        attack = lp.SavedImages("linf", 0.1, path)
         if prepare:
             attack.prepare(prepare)
         attack(nothing, original, label, keyed(2))
@@ -558,9 +530,9 @@ class Spy(KeyedNoise):
 def test_no_key_is_drawn_twice(norm, unet, classifier, images):
     """Random starts, random masks and the sampler's draws, over restarts, steps and EOT draws."""
     spy = Spy(0, torch.arange(6), torch.zeros(6, dtype=torch.long), ATTACK)
-    purifier = HeterogeneousPurifier(unet, RandomArea(TopFraction(0.3)), 300, 100, 3)
-    attack = PGD(norm, 0.1, 2, 0.05, eot=2, restarts=2)
-    attack(DefendedClassifier(purifier, classifier), images, torch.arange(6), spy, chunk=6)
+    purifier = lp.HeterogeneousPurifier(unet, lp.RandomArea(lp.TopFraction(0.3)), 300, 100, 3)
+    attack = lp.PGD(norm, 0.1, 2, 0.05, eot=2, restarts=2)
+    attack(lp.DefendedClassifier(purifier, classifier), images, torch.arange(6), spy, chunk=6)
     assert len(spy.seen) == len(set(spy.seen))
 
 
@@ -571,7 +543,7 @@ def test_random_start_is_used_and_differs_between_restarts(images):
         starts.append(x.detach().clone())
         return torch.stack([0 * x.sum(dim=(1, 2, 3)), 0 * x.sum(dim=(1, 2, 3))], dim=1)
 
-    attack = PGD("linf", 0.1, 1, 0.05, loss="margin", restarts=2)
+    attack = lp.PGD("linf", 0.1, 1, 0.05, loss="margin", restarts=2)
     attack(flat, images, torch.zeros(6, dtype=torch.long), keyed(6), chunk=6)
     assert not torch.equal(starts[0], images)
     assert not torch.equal(starts[0], starts[2])

@@ -447,6 +447,8 @@ def test_weights_of_another_network_are_refused_as_a_whole(change, message):
 
 # Our own files.
 
+VIT = {"options": {"img_size": 16}, "blocks": ["patch_embed"]}
+
 
 @pytest.fixture
 def denoiser_file(tmp_path, unet):
@@ -456,43 +458,31 @@ def denoiser_file(tmp_path, unet):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
-    "make",
+    ("make", "load"),
     [
-        lambda: resnet(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]),
-        lambda: with_statistics(
-            TimmClassifier("test_vit", 10, 16, mean=[0.3], std=[0.6], options={"img_size": 16}, blocks=["patch_embed"])
-        ),
+        (lambda: resnet(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]), load_classifier),
+        (lambda: with_statistics(TimmClassifier("test_vit", 10, 16, mean=[0.3], std=[0.6], **VIT)), load_classifier),
+        (lambda: randomized(UNet(3, 16, 8, [1, 2], attention=[8])), load_denoiser),
     ],
 )
-def test_classifier_files_round_trip(tmp_path, make, dtype):
+def test_files_round_trip(tmp_path, make, load, dtype):
     source, path = make(), tmp_path / "new" / "some.safetensors"
     save_network(source, path, {"step": 3}, dtype)
-    state = torch.random.get_rng_state()
-    loaded = load_classifier(path)
+    state, inputs = torch.random.get_rng_state(), (pictures(),)
+    loaded = load(path)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert type(loaded) is type(source)
     assert not loaded.training
     assert loaded.arguments == source.arguments
-    assert loaded.blocks == source.blocks
     assert loaded.origin == "some.safetensors"
     assert loaded.title.endswith(", some.safetensors")
-    source.network.to(dtype).float()
-    assert torch.equal(loaded(pictures()), source(pictures()))
+    if load is load_classifier:
+        assert loaded.blocks == source.blocks
+    else:
+        inputs += (torch.tensor([1, 30, 900]),)
+    (source.network if load is load_classifier else source).to(dtype).float()
+    assert torch.equal(loaded(*inputs), source(*inputs))
     assert [p.name for p in path.parent.iterdir()] == ["some.safetensors"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_denoiser_files_round_trip(tmp_path, unet, images, dtype):
-    path = tmp_path / "some.safetensors"
-    save_network(unet, path, dtype=dtype)
-    loaded = load_denoiser(path)
-    t = torch.arange(1, 7)
-    assert not loaded.training
-    assert loaded.origin == "some.safetensors"
-    assert loaded.title.endswith("M parameters, some.safetensors")
-    assert loaded.arguments == unet.arguments
-    assert torch.allclose(loaded(images, t), unet(images, t), atol=1e-6 if dtype == torch.float32 else 1e-2)
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
 def test_a_full_disk_leaves_the_file_that_was_there(tmp_path, monkeypatch):

@@ -10,18 +10,6 @@ import torch
 from conftest import GaussianDenoiser, keyed
 
 import lit_purify as lp
-from lit_purify.attacks import PGD
-from lit_purify.defense import (
-    Approximate,
-    DefendedClassifier,
-    FreqPurePurifier,
-    GradualPurifier,
-    GuidedPurifier,
-    LikelihoodPurifier,
-    LoRIDPurifier,
-    ResizedPurifier,
-    UniformPurifier,
-)
 from lit_purify.defense.guided import REFERENCE
 from lit_purify.errors import InputError
 from lit_purify.functional.schedule import grid
@@ -33,10 +21,10 @@ def gaussian():
 
 
 MAKE = {
-    "guided": lambda denoiser: GuidedPurifier(denoiser, 200, 4, 2, guidance=5.0),
-    "freqpure": lambda denoiser: FreqPurePurifier(denoiser, [200], [4], radius=2.5),
-    "lorid": lambda denoiser: LoRIDPurifier(denoiser, 100, 2, 2, [4, 1, 3, 3], patch=4, stride=2),
-    "likelihood": lambda denoiser: LikelihoodPurifier(denoiser, 100, 300, 3, radius=0.1),
+    "guided": lambda denoiser: lp.GuidedPurifier(denoiser, 200, 4, 2, guidance=5.0),
+    "freqpure": lambda denoiser: lp.FreqPurePurifier(denoiser, [200], [4], radius=2.5),
+    "lorid": lambda denoiser: lp.LoRIDPurifier(denoiser, 100, 2, 2, [4, 1, 3, 3], patch=4, stride=2),
+    "likelihood": lambda denoiser: lp.LikelihoodPurifier(denoiser, 100, 300, 3, radius=0.1),
 }
 
 
@@ -58,14 +46,14 @@ def test_an_image_does_not_depend_on_its_neighbors(name, unet, gray):
 
 def test_no_guidance_is_ddpm(unet, images):
     for rounds in (1, 3):
-        plain = GradualPurifier(unet, [200] * rounds, [4] * rounds, "ddpm")
-        assert torch.equal(GuidedPurifier(unet, 200, 4, rounds, 0.0)(images, keyed(6)), plain(images, keyed(6)))
+        plain = lp.GradualPurifier(unet, [200] * rounds, [4] * rounds, "ddpm")
+        assert torch.equal(lp.GuidedPurifier(unet, 200, 4, rounds, 0.0)(images, keyed(6)), plain(images, keyed(6)))
 
 
 def test_guidance_on_gaussian_data_follows_the_closed_form(gray):
     """Each step by hand: DDPM through the posterior, less what draws the sample to the noised input."""
     denoiser, noise, guidance = gaussian(), keyed(4), 5.0
-    out = GuidedPurifier(denoiser, 300, 3, 2, guidance)(gray, noise)
+    out = lp.GuidedPurifier(denoiser, 300, 3, 2, guidance)(gray, noise)
     m, v, number, x = denoiser.mean, denoiser.variance, itertools.count(), 2 * gray - 1
     for _ in range(2):
         given, levels = x, grid(300, 0, 3)
@@ -86,26 +74,26 @@ def test_strong_guidance_stays_near_the_image(images):
     """On pixels that the data's mean is far from: guided images are nearer to what came in."""
 
     def distance(guidance):
-        purifier = GuidedPurifier(GaussianDenoiser(mean=-0.9, variance=0.01, size=8), 200, 10, 1, guidance)
+        purifier = lp.GuidedPurifier(GaussianDenoiser(mean=-0.9, variance=0.01, size=8), 200, 10, 1, guidance)
         return float((purifier(images, keyed(6)) - images).square().mean())
 
     assert distance(8.0) < distance(4.0) < distance(0.0)
 
 
 def test_no_frequencies_kept_is_ddpm(unet, images):
-    plain = GradualPurifier(unet, [100, 200], [2, 4], "ddpm")(images, keyed(6))
-    assert torch.equal(FreqPurePurifier(unet, [100, 200], [2, 4], radius=0, phase=1.0)(images, keyed(6)), plain)
+    plain = lp.GradualPurifier(unet, [100, 200], [2, 4], "ddpm")(images, keyed(6))
+    assert torch.equal(lp.FreqPurePurifier(unet, [100, 200], [2, 4], radius=0, phase=1.0)(images, keyed(6)), plain)
 
 
 def test_all_frequencies_kept_with_their_phase_is_the_image(unet, images):
-    purifier = FreqPurePurifier(unet, [200], [4], radius=99, phase=0.0)
+    purifier = lp.FreqPurePurifier(unet, [200], [4], radius=99, phase=0.0)
     torch.testing.assert_close(purifier(images, keyed(6)), images, rtol=0, atol=1e-5)
 
 
 def test_kept_frequencies_have_the_amplitude_of_the_input_and_a_phase_near_it(gray):
     """By numpy, frequency by frequency; the others are those of the estimate."""
     radius, phase, free = 2.3, 0.3, gray.flip(0)
-    added = FreqPurePurifier(gaussian(), [200], [1], radius, phase).missing(free, gray)
+    added = lp.FreqPurePurifier(gaussian(), [200], [1], radius, phase).missing(free, gray)
     u, found, free = (np.fft.fft2(x.numpy()) for x in (gray, free + added, free))
     saturated = 0
     for row, column in itertools.product(range(8), repeat=2):
@@ -129,16 +117,16 @@ FULL = [9, 1, 4, 4]
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_full_ranks_leave_rounds_of_ddpm(order, unet, images):
-    plain = GradualPurifier(unet, [100] * 3, [2] * 3, "ddpm")(images, keyed(6))
+    plain = lp.GradualPurifier(unet, [100] * 3, [2] * 3, "ddpm")(images, keyed(6))
     for ranks in (FULL, [99, 3, 8, 8]):
-        found = LoRIDPurifier(unet, 100, 2, 3, ranks, order, patch=4, stride=2)(images, keyed(6))
+        found = lp.LoRIDPurifier(unet, 100, 2, 3, ranks, order, patch=4, stride=2)(images, keyed(6))
         torch.testing.assert_close(found, plain, rtol=0, atol=1e-5)
 
 
 def test_the_projection_stands_before_or_after_the_rounds(unet, images):
     projected = low_rank(images, [3, 1, 2, 2], 4, 2)
-    rounds = GradualPurifier(unet, [100, 100], [2, 2], "ddpm")
-    before, after = (LoRIDPurifier(unet, 100, 2, 2, [3, 1, 2, 2], o, patch=4, stride=2) for o in ("before", "after"))
+    rounds = lp.GradualPurifier(unet, [100, 100], [2, 2], "ddpm")
+    before, after = (lp.LoRIDPurifier(unet, 100, 2, 2, [3, 1, 2, 2], o, patch=4, stride=2) for o in ("before", "after"))
     assert float((projected - images).abs().max()) > 0.1
     torch.testing.assert_close(before(images, keyed(6)), rounds(projected, keyed(6)), rtol=0, atol=1e-5)
     torch.testing.assert_close(after(images, keyed(6)).clamp(0, 1), after(images, keyed(6)))
@@ -180,10 +168,10 @@ def test_the_derivative_is_finite_where_singular_values_are_equal():
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_cheaper_gradients_of_the_projection_have_the_same_outputs(order, unet, classifier, images):
-    lorid = LoRIDPurifier(unet, 100, 1, 2, [3, 1, 2, 2], order, patch=4, stride=2)
-    defended, gradients = DefendedClassifier(lorid, classifier), {}
+    lorid = lp.LoRIDPurifier(unet, 100, 1, 2, [3, 1, 2, 2], order, patch=4, stride=2)
+    defended, gradients = lp.DefendedClassifier(lorid, classifier), {}
     for how in (None, "constant_projection", "identity_projection"):
-        function = defended if how is None else Approximate(how).attacked(defended).function
+        function = defended if how is None else lp.Approximate(how).attacked(defended).function
         leaf = images.clone().requires_grad_()
         out = function(leaf, keyed(6))
         torch.testing.assert_close(out, defended(images, keyed(6)), rtol=0, atol=1e-4)
@@ -206,14 +194,14 @@ def test_held_directions_are_a_linear_projection():
 
 
 def test_no_steps_leave_the_image(unet, images):
-    torch.testing.assert_close(LikelihoodPurifier(unet, 100, 150, 0)(images, keyed(6)), images, rtol=0, atol=1e-6)
+    torch.testing.assert_close(lp.LikelihoodPurifier(unet, 100, 150, 0)(images, keyed(6)), images, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("radius", [None, 0.02])
 def test_likelihood_is_maximized_by_adam(radius, gray):
     """With torch's own Adam, on the error that the denoising leaves."""
     denoiser, noise = gaussian(), keyed(4)
-    purifier = LikelihoodPurifier(denoiser, 100, 300, 4, 0.05, radius)
+    purifier = lp.LikelihoodPurifier(denoiser, 100, 300, 4, 0.05, radius)
     u = 2 * gray - 1
     x, drawn = u.clone().requires_grad_(), set()
     adam = torch.optim.Adam([x], lr=0.05)
@@ -240,7 +228,7 @@ def test_likelihood_is_maximized_by_adam(radius, gray):
 
 
 def test_likelihood_draws_images_towards_the_data(images):
-    purifier = LikelihoodPurifier(GaussianDenoiser(mean=0.5, variance=0.001, size=8), 100, 150, 20)
+    purifier = lp.LikelihoodPurifier(GaussianDenoiser(mean=0.5, variance=0.001, size=8), 100, 150, 20)
     before, after = ((2 * x - 1 - 0.5).abs().mean() for x in (images, purifier(images, keyed(6))))
     assert float(after) < 0.5 * float(before)
 
@@ -257,7 +245,7 @@ class Kept:
 def test_recomputed_steps_of_adam_have_the_gradient_of_plain_autograd(how, unet, gray):
     unet, found, kept = copy.deepcopy(unet).double(), [], []
     for recompute in (True, False):
-        purifier = LikelihoodPurifier(unet, 100, 300, 5, radius=0.05, recompute=recompute)
+        purifier = lp.LikelihoodPurifier(unet, 100, 300, 5, radius=0.05, recompute=recompute)
         purifier = purifier if how == "exact" else purifier.approximated(how)
         leaf, alive = gray.clone().requires_grad_(), weakref.WeakSet()
         with torch.autograd.graph.saved_tensors_hooks(
@@ -272,8 +260,8 @@ def test_recomputed_steps_of_adam_have_the_gradient_of_plain_autograd(how, unet,
 
 
 def test_a_held_moment_has_the_same_outputs_and_another_gradient(unet, classifier, images):
-    defended = DefendedClassifier(LikelihoodPurifier(unet, 100, 150, 3), classifier)
-    held = Approximate("constant_moment").attacked(defended).function
+    defended = lp.DefendedClassifier(lp.LikelihoodPurifier(unet, 100, 150, 3), classifier)
+    held = lp.Approximate("constant_moment").attacked(defended).function
     leaf = images.clone().requires_grad_()
     outputs = [function(leaf, keyed(6)) for function in (defended, held)]
     assert torch.equal(*outputs)
@@ -282,23 +270,23 @@ def test_a_held_moment_has_the_same_outputs_and_another_gradient(unet, classifie
 
 
 def test_results_name_the_approximation(unet, classifier, images):
-    lorid = LoRIDPurifier(unet, 100, 1, 1, [3, 1, 2, 2], patch=4, stride=2)
-    for how, purifier in (("identity_projection", lorid), ("constant_projection", ResizedPurifier(unet, lorid))):
+    lorid = lp.LoRIDPurifier(unet, 100, 1, 1, [3, 1, 2, 2], patch=4, stride=2)
+    for how, purifier in (("identity_projection", lorid), ("constant_projection", lp.ResizedPurifier(unet, lorid))):
         result = lp.evaluate(
             classifier,
             {"it": purifier},
-            {"pgd": PGD("linf", 0.1, 1, 0.1)},
+            {"pgd": lp.PGD("linf", 0.1, 1, 0.1)},
             images[:2],
             torch.arange(2),
             runs=1,
-            gradients={"pgd": Approximate(how)},
+            gradients={"pgd": lp.Approximate(how)},
             progress=False,
         )
         assert result.summary["results"][0]["gradient"] == how
         assert f"{how} gradient" in str(result)
-    for purifier in (UniformPurifier(unet, 100, 1), LikelihoodPurifier(unet, 100, 150, 1)):
+    for purifier in (lp.UniformPurifier(unet, 100, 1), lp.LikelihoodPurifier(unet, 100, 150, 1)):
         with pytest.raises(InputError, match="Purifier has no gradient 'constant_projection'"):
-            Approximate("constant_projection").attacked(DefendedClassifier(purifier, classifier))
+            lp.Approximate("constant_projection").attacked(lp.DefendedClassifier(purifier, classifier))
 
 
 def rows(denoiser):
@@ -311,26 +299,26 @@ def rows(denoiser):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda d: GuidedPurifier(d, 36, 6, 0, 0.1), "rounds = 0"),
-        (lambda d: GuidedPurifier(d, 36, 37, 1, 0.1), "steps = 37"),
-        (lambda d: GuidedPurifier(d, 36, 6, 1, -0.1), "guidance = -0.1"),
-        (lambda d: FreqPurePurifier(d, [100], [4], -1.0), "radius = -1"),
-        (lambda d: FreqPurePurifier(d, [100], [4], 2.0, -1.0), "phase = -1"),
-        (lambda d: LoRIDPurifier(d, 36, 6, 0, FULL, patch=4), "rounds = 0"),
-        (lambda d: LoRIDPurifier(d, 36, 6, 1, [1, 1, 1], patch=4), r"ranks = \[1, 1, 1\]"),
-        (lambda d: LoRIDPurifier(d, 36, 6, 1, [0, 1, 1, 1], patch=4), r"ranks = \[0, 1, 1, 1\]"),
-        (lambda d: LoRIDPurifier(d, 36, 6, 1, FULL, "between", patch=4), "order = 'between'"),
-        (lambda d: LoRIDPurifier(d, 36, 6, 1, FULL, patch=4, stride=3), "patch = 4, stride = 3 do not cover 8 pixels"),
-        (lambda d: LoRIDPurifier(d, 36, 6, 1, FULL, patch=9), "patch = 9"),
-        (lambda d: LoRIDPurifier(d, 36, 6, 1, FULL, sweeps=-1), "sweeps = -1"),
-        (lambda d: LikelihoodPurifier(d, 150, 100, 5), "low = 150 is above high = 100"),
-        (lambda d: LikelihoodPurifier(d, 0, 100, 5), "low = 0"),
-        (lambda d: LikelihoodPurifier(d, 100, 1001, 5), "high = 1001"),
-        (lambda d: LikelihoodPurifier(d, 100, 150, -1), "steps = -1"),
-        (lambda d: LikelihoodPurifier(d, 100, 150, 5, radius=-1.0), "radius = -1"),
-        (lambda d: FreqPurePurifier(rows(d), [100], [4], 2.0), "FreqPurePurifier purifies images, not table rows"),
-        (lambda d: LoRIDPurifier(rows(d), 36, 6, 1, FULL), "LoRIDPurifier purifies images, not table rows"),
-        (lambda d: GuidedPurifier(d, 1001, 6, 1, 0.1), "level = 1001"),
+        (lambda d: lp.GuidedPurifier(d, 36, 6, 0, 0.1), "rounds = 0"),
+        (lambda d: lp.GuidedPurifier(d, 36, 37, 1, 0.1), "steps = 37"),
+        (lambda d: lp.GuidedPurifier(d, 36, 6, 1, -0.1), "guidance = -0.1"),
+        (lambda d: lp.FreqPurePurifier(d, [100], [4], -1.0), "radius = -1"),
+        (lambda d: lp.FreqPurePurifier(d, [100], [4], 2.0, -1.0), "phase = -1"),
+        (lambda d: lp.LoRIDPurifier(d, 36, 6, 0, FULL, patch=4), "rounds = 0"),
+        (lambda d: lp.LoRIDPurifier(d, 36, 6, 1, [1, 1, 1], patch=4), r"ranks = \[1, 1, 1\]"),
+        (lambda d: lp.LoRIDPurifier(d, 36, 6, 1, [0, 1, 1, 1], patch=4), r"ranks = \[0, 1, 1, 1\]"),
+        (lambda d: lp.LoRIDPurifier(d, 36, 6, 1, FULL, "between", patch=4), "order = 'between'"),
+        (lambda d: lp.LoRIDPurifier(d, 36, 6, 1, FULL, patch=4, stride=3), "stride = 3 do not cover 8 pixels"),
+        (lambda d: lp.LoRIDPurifier(d, 36, 6, 1, FULL, patch=9), "patch = 9"),
+        (lambda d: lp.LoRIDPurifier(d, 36, 6, 1, FULL, sweeps=-1), "sweeps = -1"),
+        (lambda d: lp.LikelihoodPurifier(d, 150, 100, 5), "low = 150 is above high = 100"),
+        (lambda d: lp.LikelihoodPurifier(d, 0, 100, 5), "low = 0"),
+        (lambda d: lp.LikelihoodPurifier(d, 100, 1001, 5), "high = 1001"),
+        (lambda d: lp.LikelihoodPurifier(d, 100, 150, -1), "steps = -1"),
+        (lambda d: lp.LikelihoodPurifier(d, 100, 150, 5, radius=-1.0), "radius = -1"),
+        (lambda d: lp.FreqPurePurifier(rows(d), [100], [4], 2.0), "FreqPurePurifier purifies images, not table rows"),
+        (lambda d: lp.LoRIDPurifier(rows(d), 36, 6, 1, FULL), "LoRIDPurifier purifies images, not table rows"),
+        (lambda d: lp.GuidedPurifier(d, 1001, 6, 1, 0.1), "level = 1001"),
     ],
 )
 def test_impossible_settings_are_refused(make, message, unet):

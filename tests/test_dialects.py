@@ -95,13 +95,7 @@ def test_a_converted_file_is_the_same_network(name, tmp_path):
 
 
 CIFAR10 = {"width": 128, "multipliers": (1, 2, 2, 2), "blocks": 2, "attention": (16,)}
-IMAGENET = {
-    "width": 256,
-    "multipliers": (1, 1, 2, 2, 4, 4),
-    "blocks": 2,
-    "attention": (32, 16, 8),
-    "head_width": 64,
-}
+IMAGENET = {"width": 256, "multipliers": (1, 1, 2, 2, 4, 4), "blocks": 2, "attention": (32, 16, 8), "head_width": 64}
 PUBLISHED = {
     "score_sde, DDPM++ deep": (readers.load_score_sde, score_sde, 32, CIFAR10 | {"blocks": 8}, 106_632_579),
     "score_sde, NCSN++ deep": (

@@ -6,27 +6,26 @@ import pytest
 import torch
 from conftest import GaussianDenoiser
 
-from lit_purify.attacks import APGD, FGSM, PGD, CarliniWagnerL2, Square, Transfer
+import lit_purify as lp
 from lit_purify.data import Digits, First
-from lit_purify.defense import HeterogeneousPurifier, NoPurifier, Surrogate, TopFraction, UniformPurifier
 from lit_purify.evaluation import Evaluator, Ledger, Record, estimate
 from lit_purify.evaluation.estimate import Estimate
 from lit_purify.models import Classifier
 
 DEFENSES = {
-    "none": lambda d: NoPurifier(),
-    "uniform": lambda d: UniformPurifier(d, 200, 3),
-    "paper": lambda d: HeterogeneousPurifier(d, mask=TopFraction(0.3), high=300, low=150, steps=2),
+    "none": lambda d: lp.NoPurifier(),
+    "uniform": lambda d: lp.UniformPurifier(d, 200, 3),
+    "paper": lambda d: lp.HeterogeneousPurifier(d, mask=lp.TopFraction(0.3), high=300, low=150, steps=2),
 }
 ATTACKS = {
-    "last": PGD("linf", 0.1, steps=3, step_size=0.05, eot=3),
-    "best": PGD("l2", 0.5, steps=3, step_size=0.1, eot=2, select="best"),
-    "apgd": APGD("linf", 0.1, steps=4, eot=2),
-    "fgsm": FGSM("linf", 0.1),
-    "cw": CarliniWagnerL2(0.5, steps=3, searches=2),
-    "square": Square("linf", 0.1, steps=4, eot=2),
-    "transfer": Transfer(APGD("linf", 0.1, steps=4)),
-    "shift": PGD("linf", 0.1, steps=3, step_size=0.05, shift_steps=2, eot=3),
+    "last": lp.PGD("linf", 0.1, steps=3, step_size=0.05, eot=3),
+    "best": lp.PGD("l2", 0.5, steps=3, step_size=0.1, eot=2, select="best"),
+    "apgd": lp.APGD("linf", 0.1, steps=4, eot=2),
+    "fgsm": lp.FGSM("linf", 0.1),
+    "cw": lp.CarliniWagnerL2(0.5, steps=3, searches=2),
+    "square": lp.Square("linf", 0.1, steps=4, eot=2),
+    "transfer": lp.Transfer(lp.APGD("linf", 0.1, steps=4)),
+    "shift": lp.PGD("linf", 0.1, steps=3, step_size=0.05, shift_steps=2, eot=3),
 }
 
 
@@ -63,7 +62,7 @@ class Setting:
         self.rows += len(inputs[0]) * (module is self.denoiser)
 
     def make(self, *attacks, chunk=5, n=5, runs=3, others=None):
-        gradients = {"last": Surrogate(2)} if "last" in attacks else None
+        gradients = {"last": lp.Surrogate(2)} if "last" in attacks else None
         defenses = {name: make(self.denoiser) for name, make in DEFENSES.items()} | (others or {})
         named = {name: ATTACKS[name] for name in attacks}
         evaluator = Evaluator(self.classifier, defenses, named, gradients, runs=runs, chunk=chunk)

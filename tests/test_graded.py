@@ -4,34 +4,16 @@ import itertools
 
 import pytest
 import torch
-from conftest import GaussianDenoiser, randomized
+from conftest import RESNET, GaussianDenoiser, keyed, randomized
 
-from lit_purify.defense import (
-    AverageMask,
-    DefendedClassifier,
-    Exact,
-    ExternalAttention,
-    FullMask,
-    HeterogeneousPurifier,
-    InvertedMask,
-    QuantizedSaliency,
-    RandomArea,
-    ShiftedMask,
-    TopFraction,
-    VariableIntensityPurifier,
-)
+import lit_purify as lp
 from lit_purify.errors import InputError
 from lit_purify.functional import mask as F
 from lit_purify.functional.diffusion import noised, step_back, to_diffusion, to_image
-from lit_purify.functional.noise import KeyedNoise
 from lit_purify.models import ResNetClassifier
 
-NESTED = AverageMask([TopFraction(0.1), TopFraction(0.3), TopFraction(0.6)])
-RULES = {"votes": NESTED, "proportional": QuantizedSaliency(5), "inverse": InvertedMask(NESTED)}
-
-
-def keyed(count):
-    return KeyedNoise(0, torch.arange(count), torch.zeros(count, dtype=torch.long))
+NESTED = lp.AverageMask([lp.TopFraction(0.1), lp.TopFraction(0.3), lp.TopFraction(0.6)])
+RULES = {"votes": NESTED, "proportional": lp.QuantizedSaliency(5), "inverse": lp.InvertedMask(NESTED)}
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -47,7 +29,7 @@ def test_grades_are_the_stated_ones_for_each_sample_alone(name, classifier, imag
 
 def test_maps_follow_the_attention(classifier, images):
     score = F.minmax_normalize(F.saliency(classifier.features(images), (8, 8))).amax(dim=1, keepdim=True)
-    proportional, votes = QuantizedSaliency(5)(classifier, images, keyed(6)), NESTED(classifier, images, keyed(6))
+    proportional, votes = lp.QuantizedSaliency(5)(classifier, images, keyed(6)), NESTED(classifier, images, keyed(6))
     assert (proportional - score).abs().max() <= 0.5 / 5 + 1e-6
     # The top 10 % have all three votes, the next 20 % two ...
     assert [(votes * 3).round().eq(k).sum().item() // 6 for k in (3, 2, 1)] == [6, 13, 19]
@@ -57,20 +39,16 @@ def test_maps_follow_the_attention(classifier, images):
 
 def test_what_a_rule_depends_on_is_what_its_parts_depend_on(classifier):
     """A mask that is drawn anew in every run must not be kept; one with a gradient anywhere has one."""
-    followed, drawn = TopFraction(0.3), RandomArea(TopFraction(0.3))
-    assert [AverageMask(rules).of_image for rules in ([followed, FullMask()], [followed, drawn], [drawn])] == [
-        True,
-        False,
-        False,
-    ]
-    assert [move(of).of_image for move in (ShiftedMask, InvertedMask) for of in (followed, drawn)] == [True, False] * 2
-    assert [AverageMask(rules).relaxable for rules in ([followed, FullMask()], [FullMask()], [drawn])] == [
-        True,
-        False,
-        False,
-    ]
-    for rule in (followed, drawn, FullMask()):
-        other = ExternalAttention(rule, classifier)
+    followed, drawn = lp.TopFraction(0.3), lp.RandomArea(lp.TopFraction(0.3))
+    full = lp.FullMask()
+    for rules, of_image in (([followed, full], True), ([followed, drawn], False), ([drawn], False)):
+        assert lp.AverageMask(rules).of_image == of_image
+    for rules, relaxable in (([followed, full], True), ([full], False), ([drawn], False)):
+        assert lp.AverageMask(rules).relaxable == relaxable
+    for move in (lp.ShiftedMask, lp.InvertedMask):
+        assert (move(followed).of_image, move(drawn).of_image) == (True, False)
+    for rule in (followed, drawn, full):
+        other = lp.ExternalAttention(rule, classifier)
         assert (other.of_image, other.relaxable) == (rule.of_image, rule.relaxable)
 
 
@@ -78,7 +56,7 @@ def test_what_a_rule_depends_on_is_what_its_parts_depend_on(classifier):
 def test_every_pixel_walks_down_from_its_own_level(name, classifier, images):
     """Against the sampler written with whole maps of levels; the denoiser takes every pixel for itself."""
     denoiser, rule, high, low, steps = GaussianDenoiser(size=8), RULES[name], 300, 120, 3
-    purifier = VariableIntensityPurifier(denoiser, rule, high, low, steps)
+    purifier = lp.VariableIntensityPurifier(denoiser, rule, high, low, steps)
     trace = purifier.trace(images, keyed(6), rule(classifier, images, keyed(6)))
     start = (low + (high - low) * rule(classifier, images, keyed(6)).double() + 0.5).floor()
     u, at = to_diffusion(images), lambda t: denoiser.schedule.at(t).float()
@@ -94,15 +72,15 @@ def test_every_pixel_walks_down_from_its_own_level(name, classifier, images):
 
 def test_walks_start_at_whole_levels():
     """131.25 is 131, two thirds of which are 87; of 131.25 they would be 88."""
-    purifier = VariableIntensityPurifier(GaussianDenoiser(size=8), RULES["votes"], 300, 75, 3)
+    purifier = lp.VariableIntensityPurifier(GaussianDenoiser(size=8), RULES["votes"], 300, 75, 3)
     assert purifier.walks(4)[1] == [131, 87, 44, 0]
     assert purifier.walks(1) == [[75, 50, 25, 0], [300, 200, 100, 0]]
 
 
 @pytest.mark.parametrize("name", ["votes", "proportional"])
 def test_gradients_lead_through_the_grades(name, unet, classifier, images):
-    defended = DefendedClassifier(VariableIntensityPurifier(unet, RULES[name], 400, 150, 2), classifier)
-    views = {kind: Exact(kind).attacked(defended).function for kind in ("frozen", "straight_through", "soft")}
+    defended = lp.DefendedClassifier(lp.VariableIntensityPurifier(unet, RULES[name], 400, 150, 2), classifier)
+    views = {kind: lp.Exact(kind).attacked(defended).function for kind in ("frozen", "straight_through", "soft")}
     gradients = {}
     for kind, view in views.items():
         leaf = images.clone().requires_grad_()
@@ -116,20 +94,20 @@ def test_gradients_lead_through_the_grades(name, unet, classifier, images):
 
 def test_a_relaxed_mask_tells_the_denoiser_the_nearest_grade(classifier, images):
     """It blends two grades, but pixels have one level each: that of the grade that they are nearer to."""
-    denoiser, rule = GaussianDenoiser(size=8), TopFraction(0.3)
-    defended = DefendedClassifier(VariableIntensityPurifier(denoiser, rule, 400, 100, 1), classifier)
-    Exact("soft", 0.5).attacked(defended).function(images, keyed(6))
+    denoiser, rule = GaussianDenoiser(size=8), lp.TopFraction(0.3)
+    defended = lp.DefendedClassifier(lp.VariableIntensityPurifier(denoiser, rule, 400, 100, 1), classifier)
+    lp.Exact("soft", 0.5).attacked(defended).function(images, keyed(6))
     relaxed = rule.relaxed(classifier, images, keyed(6), 0.5)
     assert ((relaxed > 0.5) & (relaxed < 0.9)).any()
     assert torch.equal(denoiser.calls[0] == 400, relaxed > 0.5)
 
 
 def test_attention_of_another_network(classifier, images):
-    other = randomized(ResNetClassifier(depth=8, size=8, num_classes=10, channels=1, width=4), seed=1)
-    rule = ExternalAttention(TopFraction(0.3), other.requires_grad_(True))
+    other = randomized(ResNetClassifier(**RESNET), seed=1)
+    rule = lp.ExternalAttention(lp.TopFraction(0.3), other.requires_grad_(True))
     mask = rule(classifier, images, keyed(6))
-    assert torch.equal(mask, TopFraction(0.3)(other, images, keyed(6)))
-    assert not torch.equal(mask, TopFraction(0.3)(classifier, images, keyed(6)))
+    assert torch.equal(mask, lp.TopFraction(0.3)(other, images, keyed(6)))
+    assert not torch.equal(mask, lp.TopFraction(0.3)(classifier, images, keyed(6)))
     assert rule.relaxable
     leaf = images.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(rule.relaxed(classifier, leaf, keyed(6), 0.1).sum(), leaf)
@@ -142,14 +120,11 @@ def test_attention_of_another_network(classifier, images):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda d, c: AverageMask([]), "0 grades"),
-        (lambda d, c: AverageMask([NESTED]), "several grades cannot be averaged"),
-        (lambda d, c: QuantizedSaliency(64), "use 1 to 63"),
-        (lambda d, c: HeterogeneousPurifier(d, NESTED, 200, 100, 4), "use VariableIntensityPurifier"),
-        (
-            lambda d, c: ExternalAttention(TopFraction(0.3), c)(c, torch.rand(1, 3, 8, 8), keyed(1)),
-            "channels|shape",
-        ),
+        (lambda d, c: lp.AverageMask([]), "0 grades"),
+        (lambda d, c: lp.AverageMask([NESTED]), "several grades cannot be averaged"),
+        (lambda d, c: lp.QuantizedSaliency(64), "use 1 to 63"),
+        (lambda d, c: lp.HeterogeneousPurifier(d, NESTED, 200, 100, 4), "use VariableIntensityPurifier"),
+        (lambda d, c: lp.ExternalAttention(lp.TopFraction(0.3), c)(c, torch.rand(1, 3, 8, 8), keyed(1)), "channels"),
     ],
 )
 def test_refusals(make, said, unet, classifier):

@@ -11,28 +11,7 @@ from conftest import Curved, FixedNoise, GaussianDenoiser, keyed
 from torch.utils.checkpoint import checkpoint
 
 import lit_purify as lp
-from lit_purify.attacks import PGD, Square, Transfer
 from lit_purify.cli import evaluate
-from lit_purify.defense import (
-    BPDA,
-    DefendedClassifier,
-    Exact,
-    FullMask,
-    GradualPurifier,
-    HeterogeneousPurifier,
-    InvertedMask,
-    Mask,
-    MinMaxThreshold,
-    NoPurifier,
-    RandomArea,
-    ShiftedMask,
-    SoftmaxThreshold,
-    Surrogate,
-    SurrogatePurifier,
-    TopFraction,
-    UniformPurifier,
-    VariableIntensityPurifier,
-)
 from lit_purify.defense.masks import RelaxedMask
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, Ledger
@@ -41,11 +20,11 @@ from lit_purify.functional.noise import ATTACK
 from lit_purify.functional.schedule import Schedule, grid
 
 RULES = [
-    MinMaxThreshold(0.4),
-    SoftmaxThreshold(0.02),
-    TopFraction(0.3),
-    InvertedMask(MinMaxThreshold(0.4)),
-    ShiftedMask(MinMaxThreshold(0.4)),
+    lp.MinMaxThreshold(0.4),
+    lp.SoftmaxThreshold(0.02),
+    lp.TopFraction(0.3),
+    lp.InvertedMask(lp.MinMaxThreshold(0.4)),
+    lp.ShiftedMask(lp.MinMaxThreshold(0.4)),
 ]
 
 
@@ -63,7 +42,7 @@ def agrees(found, function, image, step=1e-6):
     return float((high - low) / (2 * step)) == pytest.approx(float((found * direction).sum()), rel=1e-5)
 
 
-class Given(Mask):
+class Given(lp.Mask):
     """The mask that a function of the image gives."""
 
     def __init__(self, function):
@@ -121,14 +100,14 @@ def test_gradient_on_gaussian_data_follows_the_closed_form(name, recompute, gray
     denoiser, on = GaussianDenoiser(mean=0.0, variance=VARIANCE, size=8), torch.zeros(1, 1, 8, 8, dtype=torch.float64)
     on[..., :4] = 1.0
     if name in ("ddim", "ddpm"):
-        purifier = UniformPurifier(denoiser, 300, 5, name, recompute)
+        purifier = lp.UniformPurifier(denoiser, 300, 5, name, recompute)
         inside = outside = walked(ddim_slope if name == "ddim" else ddpm_slope, grid(300, 0, 5))
     elif name == "variable":
-        purifier = VariableIntensityPurifier(denoiser, FullMask(), 300, 90, 4, recompute)
+        purifier = lp.VariableIntensityPurifier(denoiser, lp.FullMask(), 300, 90, 4, recompute)
         inside, outside = (walked(ddim_slope, grid(t, 0, 4)) for t in (300, 90))
     else:
         kind = {"paper": "single", "release": "release"}[name]
-        purifier = HeterogeneousPurifier(denoiser, FullMask(), 300, 150, 4, kind, 20, recompute=recompute)
+        purifier = lp.HeterogeneousPurifier(denoiser, lp.FullMask(), 300, 150, 4, kind, 20, recompute=recompute)
         below = ddim_slope(150, 75) * ddim_slope(75, 0)
         if name == "paper":
             at_low = mended(150, 20) * below
@@ -172,7 +151,9 @@ def test_relaxed_union_and_quantile_by_hand():
     torch.testing.assert_close(F.soft_top_fraction(score, 0.5, 0.2), expected)
 
 
-@pytest.mark.parametrize("rule", [r for r in RULES if not isinstance(r, TopFraction)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "rule", [r for r in RULES if not isinstance(r, lp.TopFraction)], ids=lambda r: type(r).__name__
+)
 def test_mask_gradient_agrees_with_finite_differences_of_the_relaxed_mask(rule, classifier64, gray):
     weight = torch.randn(gray.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     views = {}
@@ -186,13 +167,13 @@ def test_mask_gradient_agrees_with_finite_differences_of_the_relaxed_mask(rule, 
     assert not torch.equal(views["soft"], views["straight_through"])
 
 
-KINDS = {"paper": HeterogeneousPurifier, "variable": VariableIntensityPurifier}
+KINDS = {"paper": lp.HeterogeneousPurifier, "variable": lp.VariableIntensityPurifier}
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_straight_through_has_the_bits_of_the_frozen_mask_forward_and_more_gradient(kind, unet, classifier, images):
-    defended = DefendedClassifier(kind(unet, TopFraction(0.3), 400, 200, 4), classifier)
-    frozen, through = (Exact(how).attacked(defended).function for how in ("frozen", "straight_through"))
+    defended = lp.DefendedClassifier(kind(unet, lp.TopFraction(0.3), 400, 200, 4), classifier)
+    frozen, through = (lp.Exact(how).attacked(defended).function for how in ("frozen", "straight_through"))
     for image in (images, images.clone().requires_grad_()):
         assert torch.equal(through(image, keyed(6)), defended(images, keyed(6)))
     first, second = (gradient(lambda image, f=f: f(image, keyed(6)), images) for f in (frozen, through))
@@ -203,8 +184,8 @@ def test_straight_through_has_the_bits_of_the_frozen_mask_forward_and_more_gradi
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_mask_gradient_of_a_whole_defense_agrees_with_finite_differences(kind, unet, classifier64, gray):
     """Of the soft function itself; and of the hard mask moved by as much as the soft one moves."""
-    rule = MinMaxThreshold(0.4)
-    defended = DefendedClassifier(kind(copy.deepcopy(unet).double(), rule, 400, 200, 4), classifier64)
+    rule = lp.MinMaxThreshold(0.4)
+    defended = lp.DefendedClassifier(kind(copy.deepcopy(unet).double(), rule, 400, 200, 4), classifier64)
 
     def soft(image):
         return rule.relaxed(classifier64, image, keyed(2), 0.1)
@@ -212,11 +193,11 @@ def test_mask_gradient_of_a_whole_defense_agrees_with_finite_differences(kind, u
     hard, before = rule(classifier64, gray, keyed(2)), soft(gray).detach()
     moved = defended.purifier.with_mask(Given(lambda image: hard + soft(image) - before))
     functions = {
-        "straight_through": DefendedClassifier(moved, classifier64),
-        "soft": Exact("soft").attacked(defended).function,
+        "straight_through": lp.DefendedClassifier(moved, classifier64),
+        "soft": lp.Exact("soft").attacked(defended).function,
     }
     for how, function in functions.items():
-        view = Exact(how).attacked(defended).function
+        view = lp.Exact(how).attacked(defended).function
         found = gradient(lambda image, view=view: view(image, keyed(2)).square(), gray)
         assert agrees(found, lambda image, f=function: f(image, keyed(2)).square(), gray)
 
@@ -224,36 +205,36 @@ def test_mask_gradient_of_a_whole_defense_agrees_with_finite_differences(kind, u
 # Views of a defense
 
 
-@pytest.mark.parametrize("how", [Exact(), Exact("soft"), Surrogate(2), BPDA()])
+@pytest.mark.parametrize("how", [lp.Exact(), lp.Exact("soft"), lp.Surrogate(2), lp.BPDA()])
 def test_every_view_tells_where_the_defense_looks(how, unet, classifier, images):
     """Of the defense, not of what stands in for it."""
-    rule = MinMaxThreshold(0.4)
-    masked = DefendedClassifier(HeterogeneousPurifier(unet, rule, 200, 100, 4), classifier)
+    rule = lp.MinMaxThreshold(0.4)
+    masked = lp.DefendedClassifier(lp.HeterogeneousPurifier(unet, rule, 200, 100, 4), classifier)
     view = how.attacked(masked)
     assert torch.equal(view.function.relaxed(images, keyed(6)), rule.relaxed(classifier, images, keyed(6), 0.1))
     assert view.defended is masked
-    assert Exact().attacked(DefendedClassifier(NoPurifier(), classifier)).function.relaxed is None
+    assert lp.Exact().attacked(lp.DefendedClassifier(lp.NoPurifier(), classifier)).function.relaxed is None
 
 
 def test_a_mask_that_is_handed_in_changes_no_bit(unet, classifier, images):
     """Of outputs and gradients, in every view that takes one."""
-    defended = DefendedClassifier(HeterogeneousPurifier(unet, TopFraction(0.3), 400, 200, 4), classifier)
-    for how in (Exact(), Surrogate(2), BPDA()):
+    defended = lp.DefendedClassifier(lp.HeterogeneousPurifier(unet, lp.TopFraction(0.3), 400, 200, 4), classifier)
+    for how in (lp.Exact(), lp.Surrogate(2), lp.BPDA()):
         function = how.attacked(defended).function
         mask = function.mask(images, keyed(6))
-        assert torch.equal(mask, TopFraction(0.3)(classifier, images, None))
+        assert torch.equal(mask, lp.TopFraction(0.3)(classifier, images, None))
         known, unknown = (lambda image, f=function, m=m: f.logits(image, keyed(6), m) for m in (mask, None))
         assert torch.equal(known(images), unknown(images))
         assert torch.equal(gradient(known, images), gradient(unknown, images))
     # A mask that is drawn, or has a gradient of its own, cannot be.
-    assert Exact("straight_through").attacked(defended).function.mask is None
-    random = defended.purifier.with_mask(RandomArea(TopFraction(0.3)))
-    assert DefendedClassifier(random, classifier).attacked().mask is None
+    assert lp.Exact("straight_through").attacked(defended).function.mask is None
+    random = defended.purifier.with_mask(lp.RandomArea(lp.TopFraction(0.3)))
+    assert lp.DefendedClassifier(random, classifier).attacked().mask is None
 
 
 def test_bpda_is_exact_forward_and_the_identity_backward(unet, classifier, images):
-    defended = DefendedClassifier(UniformPurifier(unet, 300, 3), classifier)
-    view = BPDA().attacked(defended)
+    defended = lp.DefendedClassifier(lp.UniformPurifier(unet, 300, 3), classifier)
+    view = lp.BPDA().attacked(defended)
     assert (view.gradient, view.mask_gradient, view.nfe) == ("bpda", "none", 3)
     leaf = images.clone().requires_grad_()
     out = view.function(leaf, keyed(6))
@@ -262,39 +243,42 @@ def test_bpda_is_exact_forward_and_the_identity_backward(unet, classifier, image
     purified = defended.purifier(images, keyed(6))
     assert torch.equal(found, gradient(lambda image: classifier(image).square(), purified))
     # Forward in fewer steps.
-    view, cheap = BPDA(steps=1).attacked(defended), DefendedClassifier(UniformPurifier(unet, 300, 1), classifier)
+    view, cheap = (
+        lp.BPDA(steps=1).attacked(defended),
+        lp.DefendedClassifier(lp.UniformPurifier(unet, 300, 1), classifier),
+    )
     assert (view.gradient, view.nfe) == ("bpda", 1)
     assert torch.equal(view.function(images, keyed(6)), cheap(images, keyed(6)))
 
 
 def test_another_purifier_may_stand_in_for_the_defense(unet, classifier, images):
-    defended = DefendedClassifier(GradualPurifier(unet, [30, 50], [3, 5], "ddpm"), classifier)
-    other = UniformPurifier(unet, 50, 1)
-    for given in (other, lambda denoiser: UniformPurifier(denoiser, 50, 1)):
-        view = SurrogatePurifier(given).attacked(defended)
+    defended = lp.DefendedClassifier(lp.GradualPurifier(unet, [30, 50], [3, 5], "ddpm"), classifier)
+    other = lp.UniformPurifier(unet, 50, 1)
+    for given in (other, lambda denoiser: lp.UniformPurifier(denoiser, 50, 1)):
+        view = lp.SurrogatePurifier(given).attacked(defended)
         assert (view.gradient, view.nfe, view.levels, view.defended) == ("surrogate", 1, [50], defended)
         found = view.function(images, keyed(6))
-        assert torch.equal(found, DefendedClassifier(other, classifier)(images, keyed(6)))
+        assert torch.equal(found, lp.DefendedClassifier(other, classifier)(images, keyed(6)))
 
 
 @pytest.mark.parametrize("name", ["paper", "variable", "ddpm", "multi", "resized", "none"])
 def test_surrogate_is_the_same_purifier_with_fewer_steps(name, unet, classifier, images):
-    rule = TopFraction(0.3)
+    rule = lp.TopFraction(0.3)
     make = {
-        "paper": lambda steps: HeterogeneousPurifier(unet, rule, 400, 200, steps),
-        "variable": lambda steps: VariableIntensityPurifier(unet, rule, 400, 200, steps),
-        "ddpm": lambda steps: UniformPurifier(unet, 400, steps, "ddpm"),
-        "multi": lambda steps: HeterogeneousPurifier(unet, rule, 400, 200, steps, "multi", 10, 5),
-        "resized": lambda steps: lp.ResizedPurifier(unet, UniformPurifier(unet, 400, steps)),
-        "none": lambda steps: NoPurifier(),
+        "paper": lambda steps: lp.HeterogeneousPurifier(unet, rule, 400, 200, steps),
+        "variable": lambda steps: lp.VariableIntensityPurifier(unet, rule, 400, 200, steps),
+        "ddpm": lambda steps: lp.UniformPurifier(unet, 400, steps, "ddpm"),
+        "multi": lambda steps: lp.HeterogeneousPurifier(unet, rule, 400, 200, steps, "multi", 10, 5),
+        "resized": lambda steps: lp.ResizedPurifier(unet, lp.UniformPurifier(unet, 400, steps)),
+        "none": lambda steps: lp.NoPurifier(),
     }[name]
-    view, few = Surrogate(2).attacked(DefendedClassifier(make(4), classifier)), make(2)
-    assert torch.equal(view.function(images, keyed(6)), DefendedClassifier(few, classifier)(images, keyed(6)))
+    view, few = lp.Surrogate(2).attacked(lp.DefendedClassifier(make(4), classifier)), make(2)
+    assert torch.equal(view.function(images, keyed(6)), lp.DefendedClassifier(few, classifier)(images, keyed(6)))
     assert (view.gradient, view.nfe, view.levels) == ("surrogate", few.nfe, few.levels)
     assert view.remark is None
 
 
-class Rounding(UniformPurifier):
+class Rounding(lp.UniformPurifier):
     """A sampler whose grid rounds the level it starts from: the trap of int(n * strength)."""
 
     def with_steps(self, steps):
@@ -302,27 +286,27 @@ class Rounding(UniformPurifier):
 
 
 def test_a_surrogate_that_starts_elsewhere_is_warned_of(unet, classifier):
-    defenses, attacks = {"round": Rounding(unet, 250, 10)}, {"pgd": PGD("linf", 0.1, 1, 0.1)}
-    evaluator = Evaluator(classifier, defenses, attacks, {"pgd": Surrogate(3)})
+    defenses, attacks = {"round": Rounding(unet, 250, 10)}, {"pgd": lp.PGD("linf", 0.1, 1, 0.1)}
+    evaluator = Evaluator(classifier, defenses, attacks, {"pgd": lp.Surrogate(3)})
     assert evaluator.describe()[0]["attack_levels"] == [231, 154, 77]
     assert evaluator.remarks() == ["pgd on round: the surrogate with 3 steps noises to [231], the defense to [250]"]
 
 
 def test_results_name_what_was_differentiated(unet, classifier):
     defenses = {
-        "none": NoPurifier(),
-        "paper": HeterogeneousPurifier(unet, TopFraction(0.3), 400, 200, 4),
-        "random": VariableIntensityPurifier(unet, RandomArea(FullMask()), 400, 200, 4),
+        "none": lp.NoPurifier(),
+        "paper": lp.HeterogeneousPurifier(unet, lp.TopFraction(0.3), 400, 200, 4),
+        "random": lp.VariableIntensityPurifier(unet, lp.RandomArea(lp.FullMask()), 400, 200, 4),
     }
-    pgd = PGD("linf", 0.1, 1, 0.1)
+    pgd = lp.PGD("linf", 0.1, 1, 0.1)
     gradients = {
-        "through": Exact("straight_through"),
-        "soft": Exact("soft"),
-        "few": Surrogate(2),
-        "bpda": BPDA(),
+        "through": lp.Exact("straight_through"),
+        "soft": lp.Exact("soft"),
+        "few": lp.Surrogate(2),
+        "bpda": lp.BPDA(),
     }
-    attacks = {"plain": pgd, **dict.fromkeys(gradients, pgd), "square": Square("linf", 0.1, 2)}
-    attacks |= {"transfer": Transfer(pgd)}
+    attacks = {"plain": pgd, **dict.fromkeys(gradients, pgd), "square": lp.Square("linf", 0.1, 2)}
+    attacks |= {"transfer": lp.Transfer(pgd)}
     found = {
         (r["attack"], r["defense"]): (r["gradient"], r["mask_gradient"], r["nfe_attack"])
         for r in Evaluator(classifier, defenses, attacks, gradients).describe()
@@ -342,28 +326,28 @@ def test_results_name_what_was_differentiated(unet, classifier):
 @pytest.mark.parametrize(
     ("gradients", "message"),
     [
-        ({"pdg": Exact()}, "'pdg' is not among the attacks pgd, transfer"),
-        ({"transfer": Exact()}, "transfer attacks the bare classifier"),
-        ({"pgd": Surrogate(1)}, "pgd on paper: steps = 1"),
-        ({"pgd": Surrogate(0)}, "pgd on paper: steps = 0"),
+        ({"pdg": lp.Exact()}, "'pdg' is not among the attacks pgd, transfer"),
+        ({"transfer": lp.Exact()}, "transfer attacks the bare classifier"),
+        ({"pgd": lp.Surrogate(1)}, "pgd on paper: steps = 1"),
+        ({"pgd": lp.Surrogate(0)}, "pgd on paper: steps = 0"),
     ],
 )
 def test_impossible_gradients_are_refused(gradients, message, unet, classifier):
-    pgd = PGD("linf", 0.1, 1, 0.1)
-    defenses = {"paper": HeterogeneousPurifier(unet, TopFraction(0.3), 400, 200, 4)}
+    pgd = lp.PGD("linf", 0.1, 1, 0.1)
+    defenses = {"paper": lp.HeterogeneousPurifier(unet, lp.TopFraction(0.3), 400, 200, 4)}
     with pytest.raises(InputError, match=message):
-        Evaluator(classifier, defenses, {"pgd": pgd, "transfer": Transfer(pgd)}, gradients)
+        Evaluator(classifier, defenses, {"pgd": pgd, "transfer": lp.Transfer(pgd)}, gradients)
     with pytest.raises(InputError, match="temperature = 0"):
-        Exact("soft", temperature=0)
+        lp.Exact("soft", temperature=0)
     with pytest.raises(InputError, match="use frozen, straight_through or soft"):
-        Exact("hard")
+        lp.Exact("hard")
 
 
 def test_attacks_are_handed_what_is_configured(unet, classifier, images):
     """What the attack is called with, told from its output."""
     seen = []
 
-    class Spy(PGD):
+    class Spy(lp.PGD):
         def perturb(self, model, image, label, noise, chunk):
             seen.append(model(image, noise))
             return image
@@ -372,11 +356,11 @@ def test_attacks_are_handed_what_is_configured(unet, classifier, images):
         target = "classifier"
 
     attacks = {"exact": Spy("linf", 0.1, 1, 0.1), "few": Spy("linf", 0.1, 1, 0.1), "bare": Bare("linf", 0.1, 1, 0.1)}
-    evaluator = Evaluator(classifier, {"uniform": UniformPurifier(unet, 300, 4)}, attacks, {"few": Surrogate(2)})
+    evaluator = Evaluator(classifier, {"uniform": lp.UniformPurifier(unet, 300, 4)}, attacks, {"few": lp.Surrogate(2)})
     batch = {"image": images, "label": torch.zeros(6, dtype=torch.int64), "index": torch.arange(6)}
     list(evaluator.evaluate(batch, Ledger()))
     for found, steps in zip(seen, (4, 2), strict=False):
-        model = DefendedClassifier(UniformPurifier(unet, 300, steps), classifier)
+        model = lp.DefendedClassifier(lp.UniformPurifier(unet, 300, steps), classifier)
         assert torch.equal(found, model(images, keyed(6, stream=ATTACK)))
     assert torch.equal(seen[2], classifier(images))
 
@@ -404,29 +388,29 @@ def test_memory_of_the_exact_gradient_grows_by_little_more_than_the_input_of_eac
     images = images[:2]
     size = images.numel() * images.element_size()
     make = {
-        "ddim": lambda steps: UniformPurifier(unet, 200, steps),
-        "ddpm": lambda steps: UniformPurifier(unet, 200, steps, "ddpm"),
-        "paper": lambda steps: HeterogeneousPurifier(unet, TopFraction(0.3), 200, 100, steps, "none"),
-        "variable": lambda steps: VariableIntensityPurifier(unet, TopFraction(0.3), 200, 100, steps),
+        "ddim": lambda steps: lp.UniformPurifier(unet, 200, steps),
+        "ddpm": lambda steps: lp.UniformPurifier(unet, 200, steps, "ddpm"),
+        "paper": lambda steps: lp.HeterogeneousPurifier(unet, lp.TopFraction(0.3), 200, 100, steps, "none"),
+        "variable": lambda steps: lp.VariableIntensityPurifier(unet, lp.TopFraction(0.3), 200, 100, steps),
     }[name]
     few, many = (kept_bytes(make(steps), images) for steps in (5, 50))
     per_step = (many - few) / 45
     # The map of levels, int64, is twice the size of a gray image; the masks counted at every use are one tensor.
     assert per_step <= {"ddim": 1.1, "ddpm": 1.1, "paper": 3.1, "variable": 7.1}[name] * size
-    assert per_step < kept_bytes(UniformPurifier(unet, 200, 1, recompute=False), images) / 10
+    assert per_step < kept_bytes(lp.UniformPurifier(unet, 200, 1, recompute=False), images) / 10
 
 
 # gradcheck
 
 
-class Detached(UniformPurifier):
+class Detached(lp.UniformPurifier):
     """Cut: the gradient does not go through the denoiser."""
 
     def predict(self, x, t):
         return super().predict(x.detach(), t)
 
 
-class OtherNoiseInTheBackward(UniformPurifier):
+class OtherNoiseInTheBackward(lp.UniformPurifier):
     """Draws at every call, and puts nothing in place of the draw when it is called again."""
 
     def predict(self, x, t):
@@ -439,7 +423,7 @@ class OtherNoiseInTheBackward(UniformPurifier):
         return checkpoint(run, x, use_reentrant=False) if self.recompute and x.requires_grad else run(x)
 
 
-class NotKeyed(UniformPurifier):
+class NotKeyed(lp.UniformPurifier):
     """Draws from torch's generator."""
 
     def trace(self, image, noise, mask=None):
@@ -456,10 +440,10 @@ class Off(zoo.Shown):
 
 
 SOUND = {
-    "none": NoPurifier(),
-    "uniform": UniformPurifier(Curved(), 200, 2),
-    "paper": HeterogeneousPurifier(Curved(), MinMaxThreshold(0.5), 200, 100, 2),
-    "variable": VariableIntensityPurifier(Curved(), MinMaxThreshold(0.5), 200, 100, 2),
+    "none": lp.NoPurifier(),
+    "uniform": lp.UniformPurifier(Curved(), 200, 2),
+    "paper": lp.HeterogeneousPurifier(Curved(), lp.MinMaxThreshold(0.5), 200, 100, 2),
+    "variable": lp.VariableIntensityPurifier(Curved(), lp.MinMaxThreshold(0.5), 200, 100, 2),
 }
 CHECKS = ["recomputed", "finite_differences", "replayed", "nonzero", "zero_share"]
 
@@ -486,7 +470,7 @@ def test_gradcheck_passes_sound_defenses(classifier, images):
     ],
 )
 def test_gradcheck_finds_broken_purifiers(broken, failed, classifier, images):
-    purifier = broken(Curved(), *((200, 2) if issubclass(broken, UniformPurifier) else ()))
+    purifier = broken(Curved(), *((200, 2) if issubclass(broken, lp.UniformPurifier) else ()))
     defenses = {"uniform": SOUND["uniform"], "broken": purifier}
     found = lp.gradcheck(classifier, defenses, images, torch.arange(6), samples=2)
     assert {(f.defense, f.check) for f in found.failed} == {("broken", check) for check in failed}
@@ -498,7 +482,7 @@ def test_gradcheck_does_not_blame_the_kinks_of_a_network():
     classifier = lp.load_classifier("checkpoints/cifar10_classifier.safetensors")
     count = 8
     images = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = lp.gradcheck(classifier, NoPurifier(), images, torch.arange(count) % 10, samples=count)
+    found = lp.gradcheck(classifier, lp.NoPurifier(), images, torch.arange(count) % 10, samples=count)
     assert found.passed, str(found)
 
 

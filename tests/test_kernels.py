@@ -16,15 +16,7 @@ from conftest import Curved, keyed, randomized
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lit_purify.attacks import FGSM, PGD
-from lit_purify.defense import (
-    NoPurifier,
-    ResizedPurifier,
-    SurrogatePurifier,
-    TopFraction,
-    UniformPurifier,
-    VariableIntensityPurifier,
-)
+import lit_purify as lp
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, Ledger
 from lit_purify.functional.levels import LevelMap, two_level
@@ -217,9 +209,9 @@ def test_accelerated_networks(unet):
 
 def test_an_evaluation_in_16_bits(unet, classifier, images):
     """Of a denoiser that its defenses, and what attacks differentiate, share; the one that was given stays."""
-    plain = UniformPurifier(unet, 100, 2)
-    defenses = {"uniform": plain, "resized": ResizedPurifier(unet, UniformPurifier(unet, 100, 2))}
-    given = classifier, defenses, {"pgd": PGD("linf", 0.1, 1, 0.1)}, {"pgd": SurrogatePurifier(plain)}
+    plain = lp.UniformPurifier(unet, 100, 2)
+    defenses = {"uniform": plain, "resized": lp.ResizedPurifier(unet, lp.UniformPurifier(unet, 100, 2))}
+    given = classifier, defenses, {"pgd": lp.PGD("linf", 0.1, 1, 0.1)}, {"pgd": lp.SurrogatePurifier(plain)}
     whole, low = (Evaluator(*given, precision=precision) for precision in ("float32", "bf16"))
     networks = {id(m) for m in low.modules() if isinstance(m, UNet)}
     networks.add(id(low.gradients["pgd"].purifier.denoiser))
@@ -314,8 +306,8 @@ def test_gradients_of_recorded_calls(recorded, unet, recompute, learned):
 
 def test_an_evaluation_replays_calls_and_masks(recorded, unet, classifier, images):
     """By itself, and unless it is told not to; with the same records, and networks that are afterwards as they were."""
-    defenses = {"map": VariableIntensityPurifier(unet, TopFraction(0.3), 300, 150, 2)}
-    attacks = {"pgd": PGD("linf", 0.1, 2, 0.1, eot=2, loss="ce")}
+    defenses = {"map": lp.VariableIntensityPurifier(unet, lp.TopFraction(0.3), 300, 150, 2)}
+    attacks = {"pgd": lp.PGD("linf", 0.1, 2, 0.1, eot=2, loss="ce")}
     batch = {"image": images, "label": torch.arange(6), "index": torch.arange(6)}
     found, calls = [], []
     for replay in (True, False):
@@ -350,7 +342,7 @@ def test_what_cannot_be_recorded_is_called_as_ever(recorded, monkeypatch, classi
     assert (len(asked), len(said)) == (1, 1)
     assert said[0].endswith("not replayed as CUDA graphs (operation not permitted when stream is capturing)")
     # And the report says so.
-    evaluator = Evaluator(classifier, {"none": NoPurifier()}, {"fgsm": FGSM("linf", 0.1)}, runs=1, chunk=16)
+    evaluator = Evaluator(classifier, {"none": lp.NoPurifier()}, {"fgsm": lp.FGSM("linf", 0.1)}, runs=1, chunk=16)
     list(evaluator.evaluate({"image": images, "label": torch.arange(6), "index": torch.arange(6)}, Ledger()))
     assert evaluator.replays.refused == [type(classifier).__name__]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
@@ -362,7 +354,7 @@ def test_what_cannot_be_recorded_is_called_as_ever(recorded, monkeypatch, classi
 
 
 def test_where_memory_runs_out_graphs_make_room_before_chunks_shrink(recorded, classifier, images, capsys):
-    evaluator = Evaluator(classifier, {"none": NoPurifier()}, {"fgsm": FGSM("linf", 0.1)}, runs=1, chunk=16)
+    evaluator = Evaluator(classifier, {"none": lp.NoPurifier()}, {"fgsm": lp.FGSM("linf", 0.1)}, runs=1, chunk=16)
     asked, evaluate = [], evaluator._evaluate
 
     def fails(*arguments):

@@ -1,30 +1,15 @@
 import pytest
 import torch
+from conftest import keyed
 from sklearn.datasets import load_sample_image
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
-from lit_purify.defense import (
-    EmptyMask,
-    FullMask,
-    InvertedMask,
-    Mask,
-    MinMaxThreshold,
-    RandomArea,
-    RenormalizedInput,
-    ShiftedMask,
-    SoftmaxThreshold,
-    TopFraction,
-)
+import lit_purify as lp
 from lit_purify.errors import InputError, notice
 from lit_purify.functional import mask as F
 from lit_purify.functional.images import resize
-from lit_purify.functional.noise import KeyedNoise
 from lit_purify.models import Classifier
-
-
-def noise(count, run=0):
-    return KeyedNoise(0, torch.arange(count), torch.full((count,), run))
 
 
 def test_saliency_sums_channels_and_resizes():
@@ -48,11 +33,11 @@ def test_normalizations():
 
 @pytest.mark.parametrize("build", ["build", "relaxed"])
 def test_renormalized_shows_the_classifier_another_image(build, classifier, images):
-    rule, width = MinMaxThreshold(0.5), [0.1] * (build == "relaxed")
-    found = getattr(RenormalizedInput(rule, [0.7], [0.1]), build)(classifier, images, noise(6), *width)
-    assert torch.equal(found, getattr(rule, build)(classifier, (images - 0.7) / 0.1, noise(6), *width))
+    rule, width = lp.MinMaxThreshold(0.5), [0.1] * (build == "relaxed")
+    found = getattr(lp.RenormalizedInput(rule, [0.7], [0.1]), build)(classifier, images, keyed(6), *width)
+    assert torch.equal(found, getattr(rule, build)(classifier, (images - 0.7) / 0.1, keyed(6), *width))
     with pytest.raises(InputError, match="std"):
-        RenormalizedInput(rule, [0.7], [0.0])
+        lp.RenormalizedInput(rule, [0.7], [0.0])
 
 
 def test_union_of_blocks():
@@ -78,33 +63,33 @@ def test_top_fraction_has_the_exact_area_even_with_ties():
 @pytest.mark.parametrize(
     "rule",
     [
-        SoftmaxThreshold(0.02),
-        MinMaxThreshold(0.5),
-        TopFraction(0.25),
-        FullMask(),
-        EmptyMask(),
-        InvertedMask(TopFraction(0.25)),
-        ShiftedMask(TopFraction(0.25)),
+        lp.SoftmaxThreshold(0.02),
+        lp.MinMaxThreshold(0.5),
+        lp.TopFraction(0.25),
+        lp.FullMask(),
+        lp.EmptyMask(),
+        lp.InvertedMask(lp.TopFraction(0.25)),
+        lp.ShiftedMask(lp.TopFraction(0.25)),
     ],
 )
 def test_rules_give_binary_masks_for_each_sample_alone(rule, classifier, images):
-    mask = rule(classifier, images, noise(len(images)))
+    mask = rule(classifier, images, keyed(len(images)))
     assert mask.shape == (len(images), 1, 8, 8)
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
-    assert torch.equal(rule(classifier, images[2:3], noise(1)), mask[2:3])
+    assert torch.equal(rule(classifier, images[2:3], keyed(1)), mask[2:3])
     assert not mask.requires_grad
 
 
 def test_mask_follows_the_classifiers_features(classifier, images):
     expected = F.top_fraction(F.minmax_normalize(F.saliency(classifier.features(images), (8, 8))), 0.25)
-    mask = TopFraction(0.25)(classifier, images, noise(len(images)))
+    mask = lp.TopFraction(0.25)(classifier, images, keyed(len(images)))
     assert torch.equal(mask, expected)
-    assert torch.equal(InvertedMask(TopFraction(0.25))(classifier, images, noise(len(images))), 1 - expected)
+    assert torch.equal(lp.InvertedMask(lp.TopFraction(0.25))(classifier, images, keyed(len(images))), 1 - expected)
 
 
 def test_rolled_by_half_the_image(classifier, images):
-    base = TopFraction(0.25)(classifier, images, noise(len(images)))[:, 0]
-    mask = ShiftedMask(TopFraction(0.25))(classifier, images, noise(len(images)))[:, 0]
+    base = lp.TopFraction(0.25)(classifier, images, keyed(len(images)))[:, 0]
+    mask = lp.ShiftedMask(lp.TopFraction(0.25))(classifier, images, keyed(len(images)))[:, 0]
     assert torch.equal(mask[:, :4, :4], base[:, 4:, 4:])
     assert torch.equal(mask[:, 4:, :4], base[:, :4, 4:])
     assert torch.equal(mask.sum(dim=(1, 2)), base.sum(dim=(1, 2)))
@@ -112,18 +97,18 @@ def test_rolled_by_half_the_image(classifier, images):
 
 
 def test_random_area(classifier, images):
-    base, rule = MinMaxThreshold(0.5), RandomArea(MinMaxThreshold(0.5))
-    mask = rule(classifier, images, noise(len(images)))
-    assert torch.equal(mask.sum(dim=(1, 2, 3)), base(classifier, images, noise(6)).sum(dim=(1, 2, 3)))
-    assert torch.equal(mask, rule(classifier, images, noise(len(images))))
-    assert not torch.equal(mask, rule(classifier, images, noise(len(images), run=1)))
+    base, rule = lp.MinMaxThreshold(0.5), lp.RandomArea(lp.MinMaxThreshold(0.5))
+    mask = rule(classifier, images, keyed(len(images)))
+    assert torch.equal(mask.sum(dim=(1, 2, 3)), base(classifier, images, keyed(6)).sum(dim=(1, 2, 3)))
+    assert torch.equal(mask, rule(classifier, images, keyed(len(images))))
+    assert not torch.equal(mask, rule(classifier, images, keyed(len(images), run=1)))
     # Every pixel gets its turn.
-    share = torch.stack([rule(classifier, images, noise(6, run=r)) for r in range(200)]).mean(dim=0)
+    share = torch.stack([rule(classifier, images, keyed(6, run=r)) for r in range(200)]).mean(dim=0)
     assert float((share - share.mean(dim=(2, 3), keepdim=True)).abs().max()) < 0.2
 
 
 @pytest.mark.parametrize(
-    "rule", [lambda: MinMaxThreshold(1.0), lambda: SoftmaxThreshold(0.0), lambda: TopFraction(1.5)]
+    "rule", [lambda: lp.MinMaxThreshold(1.0), lambda: lp.SoftmaxThreshold(0.0), lambda: lp.TopFraction(1.5)]
 )
 def test_thresholds_out_of_range(rule):
     with pytest.raises(InputError, match=r"above 0 and below 1"):
@@ -160,10 +145,12 @@ def shares(mask, side, places):
 QUADRANTS, CORNERS = [(y, x) for y in (0, 32) for x in (0, 32)], [(y, x) for y in (0, 48) for x in (0, 48)]
 
 
-@pytest.mark.parametrize("rule", [TopFraction(0.15), TopFraction(0.3), MinMaxThreshold(0.5), MinMaxThreshold(0.9)])
+@pytest.mark.parametrize(
+    "rule", [lp.TopFraction(0.15), lp.TopFraction(0.3), lp.MinMaxThreshold(0.5), lp.MinMaxThreshold(0.9)]
+)
 def test_masks_lie_on_the_flower(rule, capsys):
     notice.cache_clear()
-    mask = rule(Classifier(LooksAtTheFlower(), size=64, num_classes=2), flowers(), noise(5))
+    mask = rule(Classifier(LooksAtTheFlower(), size=64, num_classes=2), flowers(), keyed(5))
     assert "1 of its 5 blocks are left out: has fewer than 4x4 cells\n" in capsys.readouterr().err
     assert shares(mask, 32, QUADRANTS)[1:].diagonal().min() > 0.75
     assert shares(mask, 32, QUADRANTS)[0].max() < 0.45
@@ -188,11 +175,11 @@ def test_coarse_blocks_are_warned_about_and_have_no_plateaus(capsys):
 
 
 def test_masks_are_built_without_a_graph_and_use_their_power(classifier, images):
-    class Probe(Mask):
+    class Probe(lp.Mask):
         def build(self, classifier, image, noise):
             assert not torch.is_grad_enabled()
             return torch.ones_like(image[:, :1])
 
-    Probe()(classifier, images, noise(6))
+    Probe()(classifier, images, keyed(6))
     expected = F.threshold_union(F.softmax_normalize(F.saliency(classifier.features(images), (8, 8), 1.0)), 0.02)
-    assert torch.equal(SoftmaxThreshold(0.02, power=1.0)(classifier, images, noise(6)), expected)
+    assert torch.equal(lp.SoftmaxThreshold(0.02, power=1.0)(classifier, images, keyed(6)), expected)

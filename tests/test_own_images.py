@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from conftest import QUIET
 from PIL import Image
 from processes import Launch, tiny
 
@@ -57,15 +58,12 @@ KNOWN = {
 def run(unet, classifier, images, tmp_path):
     """Purifies the images into a folder; returns whether all could be read."""
 
-    def call(output="out", source=None, defenses=("uniform", "paper"), data=None, world=None, **options):
+    def call(output="out", source=None, defenses=("uniform", "paper"), data=None, **options):
         defined = {"runs": 3, "chunk": 16, "seed": 5}
         defined |= {key: options.pop(key) for key in list(options) if key in defined}
         chosen = {name: KNOWN[name](unet) for name in defenses}
         evaluator = Evaluator(classifier, chosen, {"fgsm": FGSM("linf", 0.1)}, **defined)
-        off = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing", "enable_model_summary"), False)
-        trainer = L.Trainer(accelerator="cpu", inference_mode=False, **off)
-        if world is not None:
-            trainer.strategy.world_size = world
+        trainer = L.Trainer(accelerator="cpu", inference_mode=False, enable_checkpointing=False, **QUIET)
         return purify_files(evaluator, data or Digits(), trainer, source or images, tmp_path / output, **options)
 
     return call
@@ -270,19 +268,11 @@ def test_what_cannot_be_read_stops_no_other(run, images, tmp_path, capsys):
     assert len(rows(tmp_path / "out/predictions.csv")) == 7
 
 
-def twice(folder):
-    Image.new("L", (8, 8)).save(folder / "a.bmp")
-
-
-def mask_of_another(folder):
-    Image.new("L", (8, 8)).save(folder / "a.mask.png")
-
-
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [
-        (twice, {}, r"a\.bmp and .*a\.png would both be written to .*a\.png"),
-        (mask_of_another, {}, r"would both be written to .*a\.mask\.png"),
+        ("a.bmp", {}, r"a\.bmp and .*a\.png would both be written to .*a\.png"),
+        ("a.mask.png", {}, r"would both be written to .*a\.mask\.png"),
         (shutil.rmtree, {}, "input .*images: no such folder or file"),
         (lambda folder: [shutil.rmtree(folder), folder.mkdir()], {}, "no images in it"),
         (None, {"output": "images"}, "output .*images: lies in the input folder"),
@@ -294,7 +284,9 @@ def mask_of_another(folder):
     ],
 )
 def test_refused_before_anything_is_written(run, classifier, images, tmp_path, monkeypatch, change, options, said):
-    if change is not None:
+    if isinstance(change, str):
+        Image.new("L", (8, 8)).save(images / change)
+    elif change is not None:
         change(images)
     before = content(tmp_path)
     given = {"output": "out", **options}

@@ -133,8 +133,7 @@ def test_names_of_downloads(site, cache, name, kept):
 
 
 @pytest.mark.parametrize(
-    ("content", "cut", "said"),
-    [(b"other", None, digest(b"other")[:8]), (CONTENT, 500, "invalid hash value")],
+    ("content", "cut", "said"), [(b"other", None, digest(b"other")[:8]), (CONTENT, 500, "invalid hash value")]
 )
 def test_another_content_leaves_nothing(site, cache, content, cut, said):
     site.content, site.cut = content, cut

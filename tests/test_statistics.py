@@ -35,6 +35,7 @@ def test_wilson_agrees_with_scipy(right, count):
     theirs = stats.binomtest(right, count).proportion_ci(method="wilson")
     assert ours.low == pytest.approx(theirs.low, abs=1e-9)
     assert ours.high == pytest.approx(theirs.high, abs=1e-9)
+    assert ours.low <= ours.value <= ours.high
 
 
 def test_average_interval_reduces_to_wilson_for_one_run_and_never_collapses():
@@ -43,6 +44,8 @@ def test_average_interval_reduces_to_wilson_for_one_run_and_never_collapses():
         interval = average_interval(total, total**2 / 100, 100, 8)
         assert interval.high - interval.low > 0.005
     assert math.isnan(average_interval(0, 0, 0, 8).value)
+    # Runs of equal shares are at most as many independent trials.
+    assert average_interval(50.0, 25.001, 100, 8) == pytest.approx(wilson(0.5, 800))
     # The effective number of samples is by their sample variance: here of the shares 0, 1/2, 1/2, 1.
     assert average_interval(2.0, 1.5, 4, 8) == pytest.approx(wilson(0.5, 0.25 * 4 / (0.5 / 3)))
 

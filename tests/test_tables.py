@@ -3,14 +3,12 @@
 import gzip
 import json
 import lzma
-import shlex
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import keyed, randomized
-from test_docs import DOCS, files_of, lay
-from test_tutorial import BLOCK, run
+from test_tutorial import follow
 
 import lit_purify as lp
 from lit_purify.callbacks import wandb_report
@@ -539,13 +537,7 @@ def test_evaluation_of_rows(tmp_path, denoiser, network):
 def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     """The blocks of docs/tables.md, in order, with the fewer steps that stand beside them."""
     monkeypatch.chdir(tmp_path)
-    lay(files_of("tables.md"), tmp_path)
-    for small, language, code in BLOCK.findall((DOCS / "tables.md").read_text()):
-        if language == "python":
-            exec(code, {})
-            continue
-        for line in code.splitlines():
-            assert run([*shlex.split(line), *shlex.split(small)]) == 0, (line, capsys.readouterr())
+    follow("tables.md", tmp_path, capsys)
     summary = json.loads((tmp_path / "runs/evaluation/summary.json").read_text())
     assert [result["defense"] for result in summary["results"]] == ["none", "uniform", "variable"]
     assert summary["results"][0]["detection"]

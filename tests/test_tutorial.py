@@ -21,11 +21,10 @@ def run(words):
     return 0
 
 
-def test_tutorial(tmp_path, monkeypatch, capsys):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    lay(files_of("tutorial.md"), tmp_path)
-    for small, language, code in BLOCK.findall((DOCS / "tutorial.md").read_text()):
+def follow(page, folder, capsys):
+    """Writes the page's files and runs its blocks in the working directory."""
+    lay(files_of(page), folder)
+    for small, language, code in BLOCK.findall((DOCS / page).read_text()):
         if language == "python":
             exec(code, {})
             continue
@@ -36,6 +35,11 @@ def test_tutorial(tmp_path, monkeypatch, capsys):
             good = (0, 1) if "audit" in words else (0,)
             assert run(words) in good, (line, capsys.readouterr())
 
+
+def test_tutorial(tmp_path, monkeypatch, capsys):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    follow("tutorial.md", tmp_path, capsys)
     results = json.loads((tmp_path / "runs/evaluation/summary.json").read_text())
     assert [result["defense"] for result in results["results"]] == ["none", "uniform", "variable"]
     assert results["samples"] == 4

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from conftest import randomized
 from safetensors.torch import save_file
+from test_classifier import pictures, without
 from torch.nn.functional import adaptive_avg_pool2d, batch_norm, conv2d, linear, pad, relu, silu
 
 from lit_purify.errors import InputError
@@ -115,10 +116,6 @@ def plain_forward(layout, state, x, activation):
     return linear(pooled, state[names["head"] + ".weight"], state[names["head"] + ".bias"]), groups
 
 
-def pictures(count=3, channels=3, size=16):
-    return torch.rand(count, channels, size, size, generator=torch.Generator().manual_seed(0))
-
-
 def loaded(path, content, depth=10, width=2, size=16, **options):
     torch.save(content, path)
     return WideResNetClassifier(depth, width, size, checkpoint=path, **options).eval()
@@ -202,10 +199,6 @@ def test_a_normalization_that_nothing_tells_must_be_given(tmp_path, layout, pref
 
 
 # Refusals.
-
-
-def without(state, *names):
-    return {name: value for name, value in state.items() if name not in names}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

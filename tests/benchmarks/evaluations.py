@@ -4,20 +4,12 @@ import contextlib
 from dataclasses import replace
 
 import torch
-from measuring import ROOT, timed
+from measuring import ROOT, row, target, timed
 from networks import arithmetic, images
 
+import lit_purify as lp
 from lit_purify.api import evaluate
-from lit_purify.attacks import PGD
 from lit_purify.data import Digits, First, ImageFolder, RandomChoice
-from lit_purify.defense import (
-    GradualPurifier,
-    HeterogeneousPurifier,
-    SurrogatePurifier,
-    TopFraction,
-    UniformPurifier,
-    VariableIntensityPurifier,
-)
 from lit_purify.models import accelerated, load_classifier, load_denoiser
 
 FEW = ["uniform", "heterogeneous", "variable"]
@@ -25,13 +17,13 @@ FEW = ["uniform", "heterogeneous", "variable"]
 
 def purifiers(network):
     """Those of configs/eval/cifar10.yaml."""
-    mask, kept = TopFraction(0.25), {"recompute": False}
+    mask, kept = lp.TopFraction(0.25), {"recompute": False}
     return {
-        "uniform": UniformPurifier(network, 200, 4, **kept),
-        "uniform-ddpm": UniformPurifier(network, 150, 4, "ddpm", **kept),
-        "gradual": GradualPurifier(network, [125, 125], [2, 2], **kept),
-        "heterogeneous": HeterogeneousPurifier(network, mask, 200, 175, 4, **kept),
-        "variable": VariableIntensityPurifier(network, mask, 200, 175, 4, **kept),
+        "uniform": lp.UniformPurifier(network, 200, 4, **kept),
+        "uniform-ddpm": lp.UniformPurifier(network, 150, 4, "ddpm", **kept),
+        "gradual": lp.GradualPurifier(network, [125, 125], [2, 2], **kept),
+        "heterogeneous": lp.HeterogeneousPurifier(network, mask, 200, 175, 4, **kept),
+        "variable": lp.VariableIntensityPurifier(network, mask, 200, 175, 4, **kept),
     }
 
 
@@ -42,10 +34,10 @@ def records(kind, device, data, attacked, names, steps=20, runs=10, chunk=1024):
     classifier = load_classifier(place / f"{kind}_classifier.safetensors").to(device)
     low = accelerated(denoiser, "bf16") if attacked == "bf16" else None
     eps, step = ("8/255", "2/255") if kind == "cifar10" else (0.15, 0.02)
-    attack = PGD("linf", eps, steps, step, 4, "margin")
+    attack = lp.PGD("linf", eps, steps, step, 4, "margin")
     with arithmetic("float32" if attacked == "float32" else "tf32"):
         for name in names:
-            gradients = {"pgd": SurrogatePurifier(purifiers(low)[name])} if low is not None else None
+            gradients = {"pgd": lp.SurrogatePurifier(purifiers(low)[name])} if low is not None else None
             result = evaluate(
                 classifier, {name: purifiers(denoiser)[name]}, {"pgd": attack}, *data, runs=runs, chunk=chunk,
                 batch_size=256, gradients=gradients, progress=False, gallery=0,
@@ -95,17 +87,17 @@ def measure(device, now, folder, quick):
         return found, seconds
 
     first, seconds = timed_records("tf32", names)
-    yield {"name": "evaluation", "attacked": "tf32", "seconds": seconds, "purifiers": len(names)}
+    about = target("256 images, PGD 20 x EOT 4, N = 10, five purifiers: seconds", seconds, most=15.0)
+    yield {"name": "evaluation", "attacked": "tf32", "seconds": seconds, "purifiers": len(names), **about}
     again, plain = timed_records("tf32", FEW)
-    yield {"name": "two evaluations are equal", "equal": again == {name: first[name] for name in FEW}}
+    yield target("two evaluations are equal", float(again == {name: first[name] for name in FEW}), least=1.0)
     if not gpu:
         return
     with deterministic():
         _, strict = timed_records("tf32", FEW)
-        yield {"name": "deterministic / default evaluation", "seconds": strict, "bound": plain, "ratio": strict / plain,
-               "quartiles": [strict / plain] * 2, "limit": 1.05}  # fmt: skip
+        yield row("deterministic / default evaluation", [(strict, plain)], limit=1.05)
         same = timed_records("tf32", FEW[1:2])[0] == timed_records("tf32", FEW[1:2])[0]
-        yield {"name": "two deterministic evaluations are equal", "equal": same}
+        yield target("two deterministic evaluations are equal", float(same), least=1.0)
     digits, few = tensors(Digits(subset=First(64)).evaluated), FEW[1:2] if quick else FEW
     ours, found = "cifar10" if folder else "noise", {}
     found["digits"] = {kind: records("digits", device, digits, kind, FEW) for kind in ("float32", "tf32", "bf16")}
@@ -123,5 +115,12 @@ def difference(name, first, second):
     shares = [correct(found) for found in (first, second)]
     points = 100.0 * (shares[1] - shares[0])
     half = 1.96 * points.std().item() / len(points) ** 0.5
-    about = {"difference": points.mean().item(), "half_width": half}
-    return {"name": f"robust accuracy of {name}", "robust": 100.0 * shares[0].mean().item(), **about}
+    mean, robust = points.mean().item(), 100.0 * shares[0].mean().item()
+    title = f"robust accuracy of {name}: points, of {robust:.1f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    return {
+        "name": name,
+        "robust": robust,
+        "difference": mean,
+        "half_width": half,
+        **target(title, abs(mean), most=0.5),
+    }

@@ -47,8 +47,6 @@ def timed(call, now):
 def compare(name, measured, bound, now, pairs, scale=1.0, **facts):
     """A row of the table: what is measured and its bound in turn, the median of the ratios and its quartiles.
 
-    ``facts`` may hold ``limit``, what the ratio is to stay below.
-
     Args:
         scale: Of the bound's seconds, where it does more or less.
     """
@@ -57,13 +55,18 @@ def compare(name, measured, bound, now, pairs, scale=1.0, **facts):
     return row(name, seconds[1:], **facts)
 
 
-def row(name, seconds, per=1, **facts):
-    """The same from pairs of seconds, each for ``per`` units."""
+def row(name, seconds, per=1, limit=None, **facts):
+    """The same from pairs of seconds, each for ``per`` units; the ratio is to stay below ``limit``."""
     ratios = [ours / theirs for ours, theirs in seconds]
     low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     ours, theirs = (statistics.median(each) / per for each in zip(*seconds, strict=True))
     found = {"name": name, "seconds": ours, "bound": theirs, "ratio": ratio, "quartiles": [low, high]}
-    return {**found, "pairs": len(seconds), **facts}
+    return {**found, "pairs": len(seconds), **facts, **({} if limit is None else target(name, ratio, most=limit))}
+
+
+def target(name, figure, least=None, most=None):
+    """What is wanted of a GPU: name, figure, bound, and whether it is reached."""
+    return {"target": (name, figure, least, figure >= least) if most is None else (name, figure, most, figure <= most)}
 
 
 def machine(device):

@@ -3,8 +3,11 @@
 import contextlib
 
 import torch
-from measuring import timed
+from measuring import target, timed
 from networks import PRECISIONS, arithmetic, bandwidth, denoiser, images, made, needs, peak, without_kernels
+
+WANTED = {("imagenet", 8, False): 0.45, ("full", 256, False): 0.35, ("full", 256, True): 0.30}
+"""Shares of the peak that a network's call with so many rows is to reach, without and with its backward pass."""
 
 
 def calls(network, rows, backward, times):
@@ -50,6 +53,10 @@ def measure(device, now, quick):
                             "peak_share": need / peaks[precision][0] / row["seconds"],
                             "memory_share": bytes_ / speed / row["seconds"],
                         }
+                        if (road, precision) == ("accelerated", "bf16") and (size, rows, row["backward"]) in WANTED:
+                            name = f"{size}, {rows} rows, bf16, forward{' + backward' if row['backward'] else ''}"
+                            least = WANTED[size, rows, row["backward"]]
+                            row |= target(f"{name}: share of the peak", row["peak_share"], least)
                         what = f"{size}, {road}, {precision}" + (", + backward" if row["backward"] else "")
                         print(
                             f"{what:34} {rows:5} {1e3 * row['seconds']:9.3f} {rows / row['seconds']:10.0f} "

@@ -8,18 +8,7 @@ from networks import classifier as small_classifier
 from networks import denoiser as random_denoiser
 from networks import images
 
-from lit_purify.attacks import PGD
-from lit_purify.defense import (
-    DefendedClassifier,
-    Exact,
-    GradualPurifier,
-    HeterogeneousPurifier,
-    MinMaxThreshold,
-    SoftmaxThreshold,
-    TopFraction,
-    UniformPurifier,
-    VariableIntensityPurifier,
-)
+import lit_purify as lp
 from lit_purify.functional.chunks import logits_in_chunks
 from lit_purify.functional.levels import two_level
 from lit_purify.functional.noise import KeyedNoise
@@ -31,16 +20,16 @@ EOT, RUNS = 4, 8
 def defenses(denoiser):
     """One of each kind, by name."""
     heterogeneous = {
-        f"heterogeneous {kind}": HeterogeneousPurifier(denoiser, MinMaxThreshold(0.9), 200, 100, 4, kind, 10, 2)
+        f"heterogeneous {kind}": lp.HeterogeneousPurifier(denoiser, lp.MinMaxThreshold(0.9), 200, 100, 4, kind, 10, 2)
         for kind in ("single", "none", "release", "multi")
     }
     return {
-        "uniform": UniformPurifier(denoiser, 150, 4),
-        "ddpm": UniformPurifier(denoiser, 150, 4, "ddpm"),
-        "variable": VariableIntensityPurifier(denoiser, TopFraction(0.25), 200, 100, 4),
+        "uniform": lp.UniformPurifier(denoiser, 150, 4),
+        "ddpm": lp.UniformPurifier(denoiser, 150, 4, "ddpm"),
+        "variable": lp.VariableIntensityPurifier(denoiser, lp.TopFraction(0.25), 200, 100, 4),
         **heterogeneous,
-        "sde": UniformPurifier(denoiser, 150, 4, "sde"),
-        "gradual": GradualPurifier(denoiser, [125, 125], [2, 2]),
+        "sde": lp.UniformPurifier(denoiser, 150, 4, "sde"),
+        "gradual": lp.GradualPurifier(denoiser, [125, 125], [2, 2]),
     }
 
 
@@ -61,7 +50,7 @@ def measure(device, now, quick):
             for _ in range(calls):
                 denoiser(image, level)
 
-    mask = TopFraction(0.25)(classifier, image, noise)
+    mask = lp.TopFraction(0.25)(classifier, image, noise)
     both = two_level(mask, 150, 75)
     yield against("network call at a map / at one level", partial(forward, both, 4), partial(forward, one, 4))
     yield against("keyed noise / network call", lambda: noise.normal(0, image), partial(forward, one))
@@ -74,7 +63,7 @@ def measure(device, now, quick):
             for _ in range(4):
                 classifier(image)
 
-    for rule in (TopFraction(0.25), MinMaxThreshold(0.9), SoftmaxThreshold(1e-3)):
+    for rule in (lp.TopFraction(0.25), lp.MinMaxThreshold(0.9), lp.SoftmaxThreshold(1e-3)):
         masked = lambda rule=rule: [rule(classifier, image, noise) for _ in range(4)]  # noqa: E731
         name = f"mask {type(rule).__name__} / classifier call"
         yield against(name, masked, plain, limit=1.05 if gpu else 1.10)
@@ -101,7 +90,7 @@ def measure(device, now, quick):
             yield from attacked(name, purifier, classifier, denoiser, image, level, against, gpu)
     if not gpu:
         denoiser = random_denoiser("cheap", device)
-        purifier = UniformPurifier(denoiser, 150, 20, "ddpm")
+        purifier = lp.UniformPurifier(denoiser, 150, 20, "ddpm")
 
         def cheap():
             with torch.no_grad():
@@ -113,10 +102,10 @@ def measure(device, now, quick):
 
 def attacked(name, purifier, classifier, denoiser, image, level, against, gpu):
     """A step of an attack, and runs classified, of half as many images as rows in a call."""
-    defended, chunk = DefendedClassifier(purifier, classifier), len(image)
+    defended, chunk = lp.DefendedClassifier(purifier, classifier), len(image)
     index = torch.arange(chunk // 2, device=image.device)
     noise = KeyedNoise(0, index, torch.zeros_like(index))
-    step = PGD("linf", "8/255", 1, "2/255", EOT, "margin")
+    step = lp.PGD("linf", "8/255", 1, "2/255", EOT, "margin")
 
     def differentiated():
         for _ in range(purifier.nfe * EOT // 2):
@@ -130,7 +119,7 @@ def attacked(name, purifier, classifier, denoiser, image, level, against, gpu):
             for _ in range(purifier.nfe * RUNS // 2):
                 denoiser(image, level)
 
-    function = Exact().attacked(defended).function
+    function = lp.Exact().attacked(defended).function
     # The label does not matter.
     stepped = partial(step, function, image[index], index % 10, noise, chunk)
     limit = 1.03 if gpu else 1.10

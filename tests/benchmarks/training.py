@@ -3,7 +3,7 @@
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from measuring import row, timed
+from measuring import row, target, timed
 from networks import classifier, denoiser, images, needs, peak
 from torch.nn.utils import clip_grad_norm_
 
@@ -87,4 +87,5 @@ def measure(device, now, quick):
     seconds = [(lightning(), loop()) for _ in range(1 if quick else 3)]
     yield row("training step / bare loop", seconds, per=steps, limit=1.05)
     bound = steps * flops / peak(device, now, "bf16" if gpu else "float32")[0]
-    yield row("bare loop / matrix peak", [(bare, bound) for _, bare in seconds], per=steps, images_s=batch)
+    found = row("bare loop / matrix peak", [(bare, bound) for _, bare in seconds], per=steps, images_s=batch)
+    yield {**found, **target("training step: share of the peak", 1.0 / found["ratio"], least=0.25)}
