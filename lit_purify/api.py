@@ -44,7 +44,7 @@ Images = Tensor | tuple[Tensor, Tensor] | Dataset[Any]
 class Result(FinishedRun):
     """The result of an evaluation: summary, records, identity and pictures. ``print`` shows the table."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The table that ``eval.py`` prints."""
         return table(self.summary)
 

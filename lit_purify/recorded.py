@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lit_purify.errors import InputError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 SHA256 = " (sha256)"
 """Ending of the key of a hash in an identity."""
@@ -49,11 +51,11 @@ class Recorded:
         cls.__init__ = recording  # type: ignore
 
 
-def recorded(make: Callable[..., T]) -> Callable[..., T]:
+def recorded(make: Callable[P, T]) -> Callable[P, T]:
     """Decorates a function that builds a network: the network records the arguments of the function."""
 
     @functools.wraps(make)
-    def recording(*args: Any, **kwargs: Any) -> T:  # noqa: ANN401
+    def recording(*args: P.args, **kwargs: P.kwargs) -> T:
         made = make(*args, **kwargs)
         object.__setattr__(made, "made_by", (f"{make.__module__}.{make.__qualname__}", _bound(make, args, kwargs)))
         return made
@@ -74,17 +76,25 @@ def _bound(make: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
         found |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     hints = _hints(make)
     # The type of an argument decides whether a string names a file.
-    return {
-        name: Path(value) if isinstance(value, str) and Path in _types(hints.get(name)) else value
-        for name, value in found.items()
-    }
+    return {name: _as_paths(value) if Path in _types(hints.get(name)) else value for name, value in found.items()}
+
+
+def _as_paths(value: Any) -> Any:  # noqa: ANN401
+    """The paths in an argument that holds files; they may be given as strings."""
+    if isinstance(value, Mapping):
+        return {name: _as_paths(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_paths(inner) for inner in value]
+    return Path(value) if isinstance(value, str) else value
 
 
 def _hints(make: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(make)
     except (NameError, TypeError):
-        return {}
+        # Some name exists for type checkers only: the text of an annotation shows whether it is a file.
+        parameters = inspect.signature(make).parameters
+        return {name: Path for name, p in parameters.items() if re.search(r"\bPath\b", str(p.annotation))}
 
 
 def _types(hint: Any) -> list[Any]:  # noqa: ANN401

@@ -1,8 +1,11 @@
 """What notebooks call: the same records as the command line, resumed folders, and one line for what cannot be."""
 
+import inspect
 import json
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import WEIGHTS, Curved, GaussianDenoiser
@@ -54,6 +57,10 @@ def timeless(records):
     return [dict(vars(record), seconds=None) for record in records]
 
 
+def untimed(summary):
+    return {**summary, "results": [{**result, "seconds": None} for result in summary["results"]]}
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """The records that eval.py writes."""
@@ -70,6 +77,9 @@ def test_records_are_those_of_the_command_line(written):
     assert timeless(digits().records) == written
     assert timeless(digits(images=images, labels=labels, batch_size=3).records) == written
     assert timeless(digits(images=TensorDataset(images, labels)).records) == written
+    # A sample is known by its position in the split, whatever else is evaluated.
+    some = replace(split, positions=np.array([4, 2]))
+    assert timeless(digits(images=some).records) == [record for record in written if record["index"] in (2, 4)]
 
 
 class Interrupted(lp.PGD):
@@ -94,6 +104,8 @@ def test_a_folder_resumes_and_refuses_other_settings(written, tmp_path, monkeypa
     assert Interrupted.calls == 3 + 4
     assert timeless(result.records) == timeless(read_records(run / "records.jsonl")) == written
     assert json.loads((run / "summary.json").read_text()) == result.summary
+    in_memory = digits(attacks=attacks, batch_size=2).summary
+    assert untimed(in_memory) == untimed(result.summary)
     assert "<html" in (run / "report.html").read_text()
     assert len(list((run / "overlays").glob("*.pgd.00000?.png"))) == 2 * 5
     with pytest.raises(InputError) as error:
@@ -102,6 +114,14 @@ def test_a_folder_resumes_and_refuses_other_settings(written, tmp_path, monkeypa
     assert str(error.value).count(" there, ") <= 5
     # What changes no record is no other setting.
     assert timeless(digits(folder=run, attacks=attacks, batch_size=5, gallery=0).records) == written
+
+
+def test_editors_know_all_arguments():
+    """By name and type; a path is also a string."""
+    for name in set(lp.__all__) - {"Denoiser", "InputError", "NotApplicableError", "Result"}:
+        for parameter in inspect.signature(getattr(lp, name)).parameters.values():
+            assert parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD), name
+            assert parameter.annotation not in (parameter.empty, "Any", "Path", "Path | None"), f"{name}: {parameter}"
 
 
 class Theirs(nn.Module):
@@ -132,6 +152,7 @@ def test_any_module_is_a_classifier_or_a_defense(result):
     text = str(result)
     assert all(word in text for word in ("none", "uniform", "other", "pgd", "mine (another library)", "Theirs"))
     assert f"<pre>{text[:9]}" in result._repr_html_()
+    assert repr(result) == text
     assert {row["gradient"] for row in result.summary["results"] if row["attack"] == "noise"} == {"theirs"}
     assert len(result.records) == 3 * 2 * len(LABELS)
     assert [(r.index, r.defense, r.attack) for r in result.records] == sorted(

@@ -122,6 +122,16 @@ def test_text_and_page_have_each_figure_in_its_place(pair):
             assert [words[2], words[4]] == [signed(row.robust), signed(row.clean)]
 
 
+def test_several_processes_compare_once(pair, tmp_path, capsys, monkeypatch):
+    """And explain themselves once."""
+    monkeypatch.setenv("RANK", "1")
+    evaluate(["compare", *map(str, pair), "--output", str(tmp_path / "page.html")])
+    with pytest.raises(SystemExit):
+        evaluate(["--help"])
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_compare_command(pair, tmp_path, capsys):
     output = tmp_path / "page.html"
     for _ in range(2):

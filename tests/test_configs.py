@@ -54,3 +54,5 @@ def test_a_configuration_of_the_first_version_is_refused_in_one_line(task, tmp_p
     settings = {"seed_everything": 0, "model": {"class_path": task, "init_args": {"runs": 8}}}
     line = refused(evaluate, "--config", written(tmp_path / "old.yaml", settings))
     assert "there is no setting model; move its settings to the top level of the file" in line
+    said = refused(evaluate, "--seed_everything", "0")
+    assert "there is no setting seed_everything; leave it out: seed is" in said

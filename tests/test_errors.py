@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_purify import cli
 from lit_purify.cli.messages import explanation
+from lit_purify.defense import NoPurifier
 from lit_purify.errors import InputError
 from lit_purify.evaluation import RobustnessTask
 from lit_purify.evaluation.folder import RunFolder
@@ -134,6 +135,13 @@ def images_from(root, **options):
     return {"class_path": "ImageFolder", "init_args": init_args}
 
 
+class Blur(NoPurifier):
+    """A purifier without a network, whose constructor leaves the denoiser out."""
+
+    def __init__(self, sigma: float):
+        super().__init__()
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
@@ -146,6 +154,7 @@ def images_from(root, **options):
             "load_classifier has no option pth; did you mean path?",
         ),
         ("trainer.logger", [{"class_path": "CSVLogger", "sav_dir": "x"}], "did you mean save_dir?"),
+        (UNIFORM, {"class_path": "test_errors.Blur", "sigma": 0.1}, "first argument of a purifier must be denoiser"),
         (f"{UNIFORM}.level", "five", "defenses: UniformPurifier.level: expected int; got five"),
         (f"{UNIFORM}.sampler", "ddimm", "UniformPurifier.sampler: expected 'ddim', 'ddpm', 'sde'; got ddimm"),
         (f"{ATTACK}.steps", 5.5, "attacks: PGD.steps: expected int; got 5.5"),

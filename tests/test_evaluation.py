@@ -13,6 +13,7 @@ from torch import nn
 
 from lit_purify.attacks import FGSM, PGD
 from lit_purify.cli import evaluate
+from lit_purify.cli.settings import evaluation_parser
 from lit_purify.data import Digits
 from lit_purify.defense import DefendedClassifier, NoPurifier, UniformPurifier
 from lit_purify.evaluation import EvaluationListener, Evaluator, Ledger, read_records
@@ -20,6 +21,7 @@ from lit_purify.evaluation.folder import RunFolder
 from lit_purify.functional.chunks import logits_in_chunks
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.models import load_classifier, load_denoiser
+from lit_purify.private import settings_of
 from lit_purify.recorded import path_sha256
 
 CONFIG = f"""
@@ -242,6 +244,9 @@ def test_what_a_run_leaves_repeats_it_elsewhere(command, left, tmp_path):
     evaluate([*command, "--config", str(folder.config), "--run", str(other)])
     assert (other / ("gradcheck.json" if len(command) > 1 else "summary.json")).exists()
     assert sorted(path.name for path in folder.path.iterdir()) == before
+    # It states every setting, and defaults too.
+    settings = {name.partition(".")[0] for name in settings_of(evaluation_parser())}
+    assert settings - {"help", "config", "run"} == set(yaml.safe_load(folder.config.read_text()))
     assert "save_dir: null" in folder.config.read_text() or "save_dir" not in folder.config.read_text()
 
 

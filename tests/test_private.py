@@ -2,6 +2,7 @@
 
 import ast
 import atexit
+import inspect
 import os
 import sys
 from argparse import ArgumentParser
@@ -15,6 +16,7 @@ from test_finetuning import EVERY_2, lives
 from test_structure import FILES, PACKAGE
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.optim.swa_utils import AveragedModel
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from lit_purify.private import average_in_few_kernels, copies, leave, mend_resumed, settings_of
 from lit_purify.training import task
@@ -45,6 +47,12 @@ def test_parsers_list_no_arguments_in_public():
     assert not any("action" in name for name in dir(parser) if not name.startswith(("_", "add_")))
 
 
+def test_torchmetrics_takes_no_weights_of_lpips():
+    """When its public class does, ``perceptual_network`` can go; that it works: test_lf.py."""
+    known = set(inspect.signature(LearnedPerceptualImagePatchSimilarity).parameters)
+    assert known == {"net_type", "reduction", "normalize", "kwargs"}
+
+
 def private(name):
     return name.startswith("_") and not name.startswith("__")
 
@@ -58,6 +66,10 @@ def test_private_parts_are_used_in_one_file():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and not node.module.startswith("lit_purify"):
                 used += [*node.module.split("."), *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                used += [part for alias in node.names for part in alias.name.split(".")]
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"):
+                used += [word.value for word in node.args[1:2] if isinstance(word, ast.Constant)]
         foreign = [name for name in used if private(name) and name not in own]
         assert not foreign or path == PACKAGE / "private.py", f"{path}: {foreign}"
 

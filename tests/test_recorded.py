@@ -1,6 +1,6 @@
 """The identity of a run: objects by the arguments that they were made from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ class Own(Recorded):
         note: str = "",
         extra: Path | None = None,
         several: Sequence[Path] = (),
+        named: Mapping[str, Path | None] | None = None,
         workers: int = 0,
         **options: int,
     ):
@@ -43,13 +44,23 @@ def test_a_file_is_a_file_by_the_type_of_its_argument(given, tmp_path):
     for name in ("weights", "extra"):
         assert of("1", **{name: given(path)}) != of("2", **{name: given(path)})
         assert of("1", **{name: given(path)}) == of("1", **{name: given(path)})
-    assert of("1", several=[path]) != of("2", several=[path])
+    assert of("1", several=[given(path)]) != of("2", several=[given(path)])
+    assert of("1", named={"a": given(path)}) != of("2", named={"a": given(path)})
     # A string is a string, even where a file has this name.
     assert of("1", note=str(path)) == of("2", note=str(path))
     (tmp_path / "folder").mkdir()
     before = of("1", extra=tmp_path / "folder")
     (tmp_path / "folder" / "b").write_text("b")
     assert of("1", extra=tmp_path / "folder") != before
+
+
+def test_a_type_that_exists_for_type_checkers_only_hides_no_file(tmp_path):
+    class Lazy(Recorded):
+        def __init__(self, weights: "Path | str", other: "NowhereImported | None" = None):  # noqa: F821
+            self.weights = weights
+
+    (tmp_path / "a").write_text("1")
+    assert "it.weights (sha256)" in identity(it=Lazy(str(tmp_path / "a")))
 
 
 def test_arguments_are_stated_flat_with_their_defaults():
@@ -60,6 +71,7 @@ def test_arguments_are_stated_flat_with_their_defaults():
         "it.note": "n",
         "it.extra": None,
         "it.several": [],
+        "it.named": None,
         "it.depth": 2,
         "runs": 8,
     }

@@ -76,7 +76,7 @@ class LPIPS(Distance):
         InputError: The file is missing, or has other weights.
     """
 
-    def __init__(self, weights: Path, network: Literal["alex", "vgg"] = "alex") -> None:
+    def __init__(self, weights: str | Path, network: Literal["alex", "vgg"] = "alex") -> None:
         self.name = f"LPIPS ({network})"
         path = Path(weights).expanduser()
         if not path.is_file():

@@ -42,7 +42,7 @@ class SavedImages(Attack):
     steps = eot = 0
     gradient = "none"
 
-    def __init__(self, norm: Norm, eps: float | str, path: Path, rounded: bool = False) -> None:
+    def __init__(self, norm: Norm, eps: float | str, path: str | Path, rounded: bool = False) -> None:
         super().__init__(norm, eps)
         self.path, self.rounded = Path(path).expanduser(), rounded
         self.found: dict[int, Path] | Tensor = _png_files(self.path) if self.path.is_dir() else _read_array(self.path)

@@ -101,7 +101,7 @@ class Findings(list[Finding]):
         blamed = dict.fromkeys(f"{finding.defense} ({finding.check})" for finding in self.failed)
         return f"FAILED: not to be believed: {', '.join(blamed)}"
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """Returns the findings, one per line, and the conclusion."""
         return "\n".join([*map(str, self), self.conclusion])
 

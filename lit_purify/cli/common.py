@@ -106,6 +106,7 @@ def quiet() -> None:
 def helped(arguments: list[str], program: str) -> list[str]:
     """The arguments, with ``--help_all`` as jsonargparse's ``--help``; prints a short page and exits for ``--help``."""
     if "-h" in arguments or "--help" in arguments:
-        print(Path(__file__).with_name(f"{program}.txt").read_text(), end="")
+        if rank() == 0:
+            print(Path(__file__).with_name(f"{program}.txt").read_text(), end="")
         sys.exit(0)
     return ["--help" if word == "--help_all" else word for word in arguments]

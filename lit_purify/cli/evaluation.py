@@ -213,7 +213,7 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
     words = helped(words, "eval")
     if words[:1] == ["compare"]:
         with guarded():
-            return _compare(words[1:])
+            return _compare(words[1:]) if rank() == 0 else None
     command = words.pop(0) if words and words[0] in COMMANDS else "test"
     dry = "--dry_run" in words
     if dry and command not in ("test", "frontier", "audit"):

@@ -125,6 +125,11 @@ def check_names(node: Any, place: str) -> None:  # noqa: ANN401
 
 COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "predict")
 """Commands of ``eval.py``."""
+_MOVED = {
+    "model": "move its settings to the top level of the file",
+    "seed_everything": "leave it out: seed is the seed of all noise",
+}
+"""Settings of evaluations in the first version."""
 _CLASS_PATH = "must include a class_path"
 _REASONS = {
     r"arguments are required: ([\w, -]+)": "missing",
@@ -156,8 +161,7 @@ def shortened(message: str, settings: Collection[str], flags: Sequence[str]) -> 
             return f"unexpected argument {name}; {_near(name, COMMANDS, usage)}"
         # For attacks.pgd.steps, only attacks is a setting.
         name = name if _near(name, settings) else name.partition(".")[0]
-        moved = "move its settings to the top level of the file" if name == "model" else "--help_all lists all"
-        return f"there is no setting {name}; {_near(name, settings, moved)}"
+        return f"there is no setting {name}; {_MOVED.get(name) or _near(name, settings, '--help_all lists all')}"
     # For classes that are built later, the message puts the class after the reason.
     later = r"expects a function or a callable class: (.*?)\. Got value: Namespace\(class_path=('[\w.]+')[^\n]*"
     lines = re.sub(later, r"class_path \2: \1", message, flags=re.DOTALL).splitlines()
@@ -188,6 +192,9 @@ def shortened(message: str, settings: Collection[str], flags: Sequence[str]) -> 
             )
         case "option":
             known = _options(made)
+            if word in known:
+                # It was taken for the denoiser, which a configuration gives to all purifiers.
+                return f"{place}: the first argument of a purifier must be denoiser"
             return f"{place} has no option {word}; {_near(word, known, 'it has ' + ', '.join(known))}"
         case "class":
             names = [each.__name__ for each in _below(Recorded)]

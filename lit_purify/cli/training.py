@@ -194,7 +194,8 @@ def train(argv: Sequence[str] | None = None) -> None:
         made = reading.instantiated(parser, settings)
         if command == "export":
             output = settings.output or folder.path / "model.safetensors"
-            export_network(made.model, output, settings.half, settings.ckpt_path)
+            if rank() == 0:
+                export_network(made.model, output, settings.half, settings.ckpt_path)
             return
         if made.data is None:
             raise InputError("no data given: name a datamodule in the configuration, or with --data")

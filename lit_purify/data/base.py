@@ -158,8 +158,8 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
 
     resize: int | None = None
     """Size of the shorter side before the center crop; ``None`` is the size of the crop."""
-    # These do not change which images are evaluated; a folder counts by its file names, not by its path.
-    irrelevant = frozenset({"root", "batch_size", "num_workers", "download", "seed", "val_subset"})
+    # These do not change which images are evaluated.
+    irrelevant = frozenset({"batch_size", "num_workers", "seed", "val_subset"})
 
     def identity(self) -> dict[str, Any]:
         """Returns the values that determine the evaluated images, see ``recorded.identity``."""

@@ -57,9 +57,12 @@ class ImageFolder(ImageDataModule):
         batch_size: See ``ImageDataModule``, as for all further arguments.
     """
 
+    # A folder counts by its file names.
+    irrelevant = ImageDataModule.irrelevant | {"root"}
+
     def __init__(
         self,
-        root: Path,
+        root: str | Path,
         size: int | None = None,
         channels: int = 3,
         val_fraction: float = 0.1,

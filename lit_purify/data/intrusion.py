@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from typing_extensions import override
 
+from lit_purify.data.subset import Subset
 from lit_purify.data.table import Lines, Table
 
 
@@ -62,19 +63,27 @@ class NSLKDD(Table):
         root: Folder of the files of the Canadian Institute for Cybersecurity, as ``.txt``, ``.txt.xz`` or ``.txt.gz``.
         train: Name of the training file: ``KDDTrain+_20Percent`` or ``KDDTrain+``.
         test: ``KDDTest+``, or its rows that at least one of 21 classifiers got wrong (``KDDTest-21``).
-        constrained: See ``Table``.
-        options: Arguments of ``Table`` and ``ImageDataModule``, such as ``batch_size``.
+        constrained: See ``Table``, as for all further arguments.
     """
 
+    # The files are hashed themselves.
+    irrelevant = Table.irrelevant | {"root"}
     source = "NSL-KDD (Tavallaee et al., CISDA 2009) from unb.ca/cic/datasets/nsl.html"
 
     def __init__(
         self,
-        root: Path,
+        root: str | Path,
         train: str = "KDDTrain+_20Percent",
         test: Literal["KDDTest+", "KDDTest-21"] = "KDDTest+",
         constrained: bool = True,
-        **options: Any,  # noqa: ANN401
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        subset: Subset | None = None,
+        evaluate_on: str = "test",
+        seed: int = 0,
+        val_subset: Subset | None = None,
     ) -> None:
         self.hard, folder = test == "KDDTest-21", Path(root).expanduser()
         super().__init__(
@@ -90,7 +99,14 @@ class NSLKDD(Table):
             integer=[*_NSL_COUNTS, *_NSL_LOGIN],
             relations=_NSL_RELATIONS,
             constrained=constrained,
-            **options,
+            val_fraction=val_fraction,
+            split_seed=split_seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            subset=subset,
+            evaluate_on=evaluate_on,
+            seed=seed,
+            val_subset=val_subset,
         )
 
     @property
@@ -118,13 +134,26 @@ class UNSWNB15(Table):
 
     Args:
         root: Folder of ``UNSW_NB15_training-set.csv`` and ``UNSW_NB15_testing-set.csv``, or packed as ``.xz``.
-        constrained: See ``Table``.
-        options: Arguments of ``Table`` and ``ImageDataModule``, such as ``batch_size``.
+        constrained: See ``Table``, as for all further arguments.
     """
 
+    # The files are hashed themselves.
+    irrelevant = Table.irrelevant | {"root"}
     source = "UNSW-NB15 (Moustafa and Slay, MilCIS 2015) from research.unsw.edu.au/projects/unsw-nb15-dataset"
 
-    def __init__(self, root: Path, constrained: bool = True, **options: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        root: str | Path,
+        constrained: bool = True,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        subset: Subset | None = None,
+        evaluate_on: str = "test",
+        seed: int = 0,
+        val_subset: Subset | None = None,
+    ) -> None:
         folder = Path(root).expanduser()
         packets = _words("spkts dpkts sbytes dbytes sloss dloss")
         super().__init__(
@@ -140,5 +169,12 @@ class UNSWNB15(Table):
             integer=packets,
             relations=["tcprtt = synack + ackdat"],
             constrained=constrained,
-            **options,
+            val_fraction=val_fraction,
+            split_seed=split_seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            subset=subset,
+            evaluate_on=evaluate_on,
+            seed=seed,
+            val_subset=val_subset,
         )

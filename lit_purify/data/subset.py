@@ -118,13 +118,13 @@ class IndexFile(Subset):
         path: The file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     @override
     def indices(self, labels: Indices) -> Indices:
         try:
-            found = np.array([int(word) for word in Path(self.path).read_text().split()], dtype=np.int64)
+            found = np.array([int(word) for word in self.path.read_text().split()], dtype=np.int64)
         except OSError as error:
             raise InputError(f"{self.path}: no such file of indices ({error.strerror}): check the path") from error
         except (ValueError, OverflowError) as error:

@@ -65,9 +65,9 @@ class Table(ImageDataModule):
 
     def __init__(
         self,
-        train: Path,
+        train: str | Path,
         label: str,
-        test: Path | None = None,
+        test: str | Path | None = None,
         normal: str | None = None,
         columns: Sequence[str] | None = None,
         drop: Sequence[str] = (),
@@ -97,7 +97,8 @@ class Table(ImageDataModule):
                 raise InputError(f"bounds: {name}: give two values, the minimum below the maximum, not {list(ends)}")
         if used := ({label} | set(categorical or ())) & set(drop):
             raise InputError(f"drop: {min(used)!r} is the label, or listed under categorical: do not drop it")
-        self.train, self.test, self.label, self.normal = Path(train), test and Path(test), label, normal
+        self.train, self.test = Path(train), None if test is None else Path(test)
+        self.label, self.normal = label, normal
         self.columns, self.drop, self.bounds = columns, set(drop), dict(bounds or {})
         self.categorical = {name: list(values or ()) for name, values in (categorical or {}).items()}
         self.immutable, self.increasing, self.integer = set(immutable), set(increasing), set(integer)

@@ -30,9 +30,12 @@ class TorchvisionFiles(ImageDataModule):
         batch_size: See ``ImageDataModule``, as for all further arguments.
     """
 
+    # The files of a version are always the same.
+    irrelevant = ImageDataModule.irrelevant | {"root", "download"}
+
     def __init__(
         self,
-        root: Path,
+        root: str | Path,
         download: bool = False,
         batch_size: int = 64,
         num_workers: int = 0,

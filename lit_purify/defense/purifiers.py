@@ -138,7 +138,8 @@ class Purifier(Recorded, nn.Module, ABC):
 
     def check_image(self, image: Tensor) -> None:
         """Raises an ``InputError`` if images do not fit the purifier."""
-        self.denoiser.check_image(image)
+        if self.nfe:
+            self.denoiser.check_image(image)
 
     def calling(self, last: bool) -> Self:
         """Returns this purifier for a denoiser call; the last call keeps its activations.
@@ -188,9 +189,6 @@ class NoPurifier(Purifier):
     @override
     def with_steps(self, steps: int) -> Self:
         return self
-
-    def check_image(self, image: Tensor) -> None:
-        """Accepts any image: no denoiser is called."""
 
 
 class Step(NamedTuple):

@@ -60,7 +60,7 @@ class Classifier(Recorded, nn.Module):
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
         blocks: Sequence[str] = (),
-        checkpoint: Path | None = None,
+        checkpoint: str | Path | None = None,
         which: Which = "average",
         layout: Layout | None = None,
     ) -> None:
@@ -222,7 +222,7 @@ class TimmClassifier(Classifier):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         blocks: Sequence[str] = (),
-        checkpoint: Path | None = None,
+        checkpoint: str | Path | None = None,
         pretrained: bool = False,
         options: dict[str, Any] | None = None,
         which: Which = "average",

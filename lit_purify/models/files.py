@@ -85,13 +85,13 @@ def saved_step(path: Path) -> int | None:
 
 
 @recorded
-def load_denoiser(path: Path) -> Denoiser:
+def load_denoiser(path: str | Path) -> Denoiser:
     """Loads a denoiser from a file of ``train.py``; see ``load_classifier``."""
     return _load(locate(path), Denoiser)  # type: ignore[type-abstract]
 
 
 @recorded
-def load_classifier(path: Path) -> Classifier:
+def load_classifier(path: str | Path) -> Classifier:
     """Loads a classifier from a ``.safetensors`` file of ``train.py``.
 
     Args:

@@ -85,7 +85,7 @@ class ResNetClassifier(Classifier):
         width: int = 16,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
-        checkpoint: Path | None = None,
+        checkpoint: str | Path | None = None,
         which: Which = "average",
     ) -> None:
         network, blocks = ResNet(depth, width, channels, num_classes), ("layer1", "layer2", "layer3")

@@ -39,7 +39,7 @@ class TableClassifier(Classifier):
         dropout: float = 0.0,
         mean: Sequence[float] = (0.0,),
         std: Sequence[float] = (1.0,),
-        checkpoint: Path | None = None,
+        checkpoint: str | Path | None = None,
     ) -> None:
         layers: list[nn.Module] = []
         for before, after in zip((features, *hidden), hidden, strict=False):

@@ -152,7 +152,7 @@ class WideResNetClassifier(Classifier):
         std: Sequence[float] | None = None,
         padding: Padding | None = None,
         blocks: Sequence[str] = ("block1", "block2", "block3"),
-        checkpoint: Path | None = None,
+        checkpoint: str | Path | None = None,
         which: Which = "average",
     ) -> None:
         state: dict[str, Tensor] = {}

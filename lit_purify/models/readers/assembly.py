@@ -27,7 +27,7 @@ DDPM["middle_attention"] = True
 _RESAMPLING: dict[type, dict[str, str]] = {Downsample: {"conv": ""}, Upsample: {"conv": "conv"}}
 _MATRICES = ("q.weight", "k.weight", "v.weight", "qkv.weight", "out.weight")
 
-Source = Path | Mapping[str, Tensor]
+Source = str | Path | Mapping[str, Tensor]
 """A file (URLs ``https://...#sha256=...`` and ``hf://organization/name/file`` are downloaded), or a state_dict."""
 
 Layer = dict[str, Tensor]

@@ -47,7 +47,7 @@ _ONLY_SCHEDULER: dict[str, tuple[Any, ...]] = {
 
 
 @recorded
-def load_diffusers(path: Path, dropout: float = 0.0, size: int | None = None, which: Which = "average") -> UNet:
+def load_diffusers(path: str | Path, dropout: float = 0.0, size: int | None = None, which: Which = "average") -> UNet:
     """Loads a ``UNet2DModel``, or the ``unet`` of an unconditional pipeline such as google/ddpm-cifar10-32.
 
     Args:
