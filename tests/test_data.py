@@ -219,6 +219,23 @@ def test_digits_are_cut_from_the_stated_permutation():
     assert Digits().classes == [str(digit) for digit in range(10)]
 
 
+class Own(ImageDataModule):
+    """A dataset of one's own, whose argument is called as those of image folders."""
+
+    def __init__(self, root: Path):
+        super().__init__()
+
+    def split(self, name):
+        raise NotImplementedError
+
+
+def test_a_file_of_a_dataset_of_ones_own_is_part_of_the_identity(tmp_path):
+    (tmp_path / "a").write_text("1")
+    before = Own(tmp_path / "a").identity()
+    (tmp_path / "a").write_text("2")
+    assert Own(tmp_path / "a").identity() != before
+
+
 @pytest.mark.parametrize(("kind", "write"), [(CIFAR10, write_cifar10), (SVHN, write_svhn)])
 def test_splits_of_the_original_files(kind, write, tmp_path, any_md5):
     written = write(tmp_path)
