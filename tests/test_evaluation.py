@@ -246,7 +246,7 @@ def test_what_a_run_leaves_repeats_it_elsewhere(command, left, tmp_path):
     assert sorted(path.name for path in folder.path.iterdir()) == before
     # It states every setting, and defaults too.
     settings = {name.partition(".")[0] for name in settings_of(evaluation_parser())}
-    assert settings - {"help", "config", "run"} == set(yaml.safe_load(folder.config.read_text()))
+    assert settings - {"help", "config", "print_config", "run"} == set(yaml.safe_load(folder.config.read_text()))
     assert "save_dir: null" in folder.config.read_text() or "save_dir" not in folder.config.read_text()
 
 

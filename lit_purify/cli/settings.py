@@ -179,7 +179,7 @@ def run_folder(settings: Namespace, command: str) -> Path:
 
 def dump(parser: ArgumentParser, settings: Namespace, *left_out: str) -> str:
     """All settings, with defaults, as YAML for ``--config``."""
-    stated = yaml.safe_load(parser.dump(settings, format="yaml", skip_validation=True))
+    stated = yaml.safe_load(parser.dump(settings, format="yaml", skip_none=False, skip_validation=True))
     kept = {key: value for key, value in stated.items() if key not in ("config", "run", *left_out)}
     return yaml.safe_dump(kept, sort_keys=False)
 
