@@ -50,26 +50,29 @@ def by_hand(loss, gradient, norm, eps, rounds, sharpness):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("loss", ["margin", "ce", "dlr"])
 def test_gradient_is_the_closed_form_on_a_linear_classifier_behind_additive_noise(norm, loss):
-    """y = scale x + sigma n, logits = W y: the derivative of the purifier is the scale of each pixel."""
+    """y = (scale + n') x + sigma n, logits = W y: the derivative of the purifier is a factor of each pixel and draw."""
     generator = torch.Generator().manual_seed(0)
     weight, image = torch.randn(4, 9, generator=generator), torch.rand(6, 1, 3, 3, generator=generator)
     scale = torch.rand(1, 1, 3, 3, generator=generator) + 0.5
     label = (scale * image).flatten(1).matmul(weight.T).argmax(dim=1)
     model = AttackedFunction(
         lambda purified, noise: purified.flatten(1) @ weight.T,
-        lambda image, noise, mask: scale * image + 0.8 * noise.normal(0, image),
+        lambda image, noise, mask: (scale + 0.3 * noise.normal(1, image)) * image + 0.8 * noise.normal(0, image),
     )
     attack = DiffHammer(norm, 0.3, 2, 0.2, eot=4, loss=loss, rounds=3, sharpness=2.0)
     found, chosen = look(attack, model, image, label), set()
     for k in range(len(image)):
-        purified = torch.cat(
-            [scale * image[k] + 0.8 * keyed(6).runs([run]).normal(0, image)[k : k + 1] for run in RUNS]
-        ).requires_grad_()
+        draws = [keyed(6).runs([run]).rows(torch.tensor([k])) for run in RUNS]
+        slopes = [scale[0] + 0.3 * draw.normal(1, image[k : k + 1])[0] for draw in draws]
+        shown = [
+            a * image[k] + 0.8 * draw.normal(0, image[k : k + 1])[0] for a, draw in zip(slopes, draws, strict=True)
+        ]
+        purified = torch.stack(shown).requires_grad_()
         losses = named_loss(loss)(purified.flatten(1) @ weight.T, label[k].expand(4))
         gradient = torch.autograd.grad(losses.sum(), purified)[0].flatten(1)
         border = math.log(2.0) if loss == "ce" else 0.0
         j, r = by_hand(losses.detach() - border, gradient, norm, 0.3, 3, 2.0)
-        torch.testing.assert_close(found[k], (scale[0] * r.reshape(1, 3, 3)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[k], slopes[j] * r.reshape(1, 3, 3), rtol=1e-4, atol=1e-6)
         chosen.add(j)
     assert len(chosen) > 1
 
@@ -127,6 +130,13 @@ def test_where_draws_disagree_the_vulnerable_ones_are_followed():
     image, label, settings = torch.full((1, 1, 1, 1), 0.5), torch.zeros(1, dtype=torch.long), ("linf", 0.4, 20, 0.05, 9)
     assert float(PGD(*settings)(model, image, label, keyed(1))) < 0.2
     assert float(DiffHammer(*settings)(model, image, label, keyed(1))) > 0.8
+
+
+def test_a_draw_within_reach_counts_more_than_many_out_of_reach():
+    """Ahead along the first gradient lie 3, -6, -6, along the others -3, -2, -2: a larger sum, but nothing broken."""
+    loss, gradient = torch.tensor([[0.0, -4.0, -4.0]]), torch.tensor([3.0, -2.0, -2.0]).reshape(1, 3, 1, 1, 1)
+    chosen, direction = DiffHammer("linf", 1.0, 5, rounds=0).selected(loss, gradient)
+    assert (int(chosen), float(direction)) == (0, 3.0)
 
 
 def test_weights_of_a_sample_that_no_draw_breaks_are_numbers():
