@@ -290,6 +290,7 @@ def test_images_of_several_sizes(refused_evaluation, tmp_path, batch_size):
         ({"model.classifier.depth": 9}, "depth = 9 is not 6 n + 2"),
         ({"trainer.val_check_interval": 5000}, "`val_check_interval` (5000) must be less than or equal"),
         ({"trainer.strategy": "foo"}, "invalid strategy name"),
+        ({"trainer.max_steps": -1, "trainer.max_epochs": -1}, "set trainer.max_steps or trainer.max_epochs"),
         ({"trainer.precision": "bf16-true"}, "trainer.precision = bf16-true: use 32-true, bf16-mixed"),
     ],
 )

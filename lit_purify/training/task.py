@@ -163,6 +163,8 @@ class TrainingTask(L.LightningModule, ABC):
         # One kernel for all weights, only on GPUs: on CPUs its rounding differs.
         fused = weights[0].is_cuda or None
         optimizer = torch.optim.AdamW(weights, self.learning_rate, weight_decay=self.weight_decay, fused=fused)
+        if math.isinf(self.trainer.estimated_stepping_batches):
+            raise InputError("the training has no end, so no schedule: set trainer.max_steps or trainer.max_epochs")
         total = int(self.trainer.estimated_stepping_batches)
         warmup = max(1, min(self.warmup, total // 2))
 
