@@ -10,11 +10,9 @@ import re
 import traceback
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -96,31 +94,6 @@ def check_checkpoint(path: Path) -> None:
     # The unpickler raises many kinds of errors for other files.
     except Exception as error:
         raise InputError(f"{path}: not a checkpoint that train.py saved; use a .ckpt file from a run folder") from error
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Reads a configuration, or raises an ``InputError`` that names the file; the parser's errors do not."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such configuration; name another with --config")
-    try:
-        found = yaml.safe_load(path.read_text())
-    except yaml.MarkedYAMLError as error:
-        where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
-        raise InputError(f"{path}: not valid YAML, correct it: {where}{error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a YAML text file: name a configuration") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: holds no settings (key: value lines): name a configuration")
-    check_names(found, str(path))
-    return found
-
-
-def check_names(node: Any, place: str) -> None:  # noqa: ANN401
-    """Raises an ``InputError`` if YAML reads a name as a number or boolean."""
-    for key, value in node.items() if isinstance(node, dict) else ():
-        if not isinstance(key, str):
-            raise InputError(f"{place}: YAML reads a name here as {key!r} ({type(key).__name__}): put it in quotes")
-        check_names(value, f"{place}: {key}")
 
 
 COMMANDS = ("test", "frontier", "gradcheck", "audit", "compare", "purify", "predict")

@@ -21,7 +21,7 @@ from lit_purify import callbacks
 from lit_purify.attacks import Attack
 from lit_purify.checks.gradcheck import Check
 from lit_purify.cli.common import fail, rank
-from lit_purify.cli.messages import check_names, read_config, shortened
+from lit_purify.cli.messages import shortened
 from lit_purify.data import ImageDataModule
 from lit_purify.defense import Purifier
 from lit_purify.errors import InputError
@@ -100,6 +100,23 @@ def evaluation_parser() -> Parser:
     return parser
 
 
+def check_config(path: Path) -> None:
+    """Raises an ``InputError`` about a wrong configuration that names the file; the parser's errors do not."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such configuration; name another with --config")
+    try:
+        found = load(path.read_text())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        where = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise InputError(f"{path}: not valid YAML, correct it: {where}{error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML text file: name a configuration") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: holds no settings (key: value lines): name a configuration")
+
+
 def load(text: str) -> Any:  # noqa: ANN401
     """Reads YAML with ``{class_path: C, a: 1}`` for ``{class_path: C, init_args: {a: 1}}`` and paths for networks."""
     found = yaml.safe_load(text)
@@ -111,7 +128,9 @@ def simplified(node: Any, key: str = "", parent: str = "") -> Any:  # noqa: ANN4
     if isinstance(node, list):
         return [simplified(item, key, parent) for item in node]
     if isinstance(node, dict):
-        check_names(node, key)
+        if odd := [name for name in node if not isinstance(name, str)]:
+            place, kind = f"{key}: " if key else "", type(odd[0]).__name__
+            raise InputError(f"{place}YAML reads a name here as {odd[0]!r} ({kind}): put it in quotes")
         named = {k: simplified(value, k, key) for k, value in node.items()}
         arguments = {k: value for k, value in named.items() if k not in _CLASS}
         if "class_path" not in named or not arguments:
@@ -144,7 +163,7 @@ def _written(flag: str, value: str) -> str:
     *_, parent, key = ["", *flag.removeprefix("--").split(".")]
     if key == "config":
         path = shipped(Path(value))
-        read_config(path)
+        check_config(path)
         return str(path)
     found = simplified(value, key, parent)
     return found if isinstance(found, str) else yaml.safe_dump(found, default_flow_style=True, width=10**6).strip()
