@@ -17,7 +17,7 @@ from lit_purify.data.subset import Subset
 from lit_purify.errors import InputError
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-VAL = 5000
+_VAL = 5000
 """Number of training images used for validation, drawn with ``RandomState(0)``."""
 
 
@@ -64,7 +64,7 @@ class TorchvisionFiles(ImageDataModule):
             return whole
         order = shuffled(len(whole), 0)
         # For files with fewer images than the originals, a tenth is used for validation.
-        val = min(VAL, len(whole) // 10)
+        val = min(_VAL, len(whole) // 10)
         return whole.part(np.sort(order[:val] if name == "val" else order[val:]))
 
     def open(self, make: Callable[..., Any], **options: Any) -> Any:  # noqa: ANN401

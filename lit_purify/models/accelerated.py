@@ -16,7 +16,7 @@ from lit_purify.errors import InputError, notice
 from lit_purify.functional.chunks import out_of_memory
 from lit_purify.models.classifier import Classifier
 from lit_purify.models.denoiser import Denoiser
-from lit_purify.models.layers import once
+from lit_purify.models.layers import first_order
 from lit_purify.private import copies
 
 Network = TypeVar("Network", Denoiser, Classifier)
@@ -203,7 +203,7 @@ class Replayed:
         self.graphs[key] = graphs
         if len(self.graphs) > _MOST_KINDS:
             del self.graphs[next(iter(self.graphs))]
-        graph = next((graph for graph in graphs if not graph.awaited), None)
+        graph = next((graph for graph in graphs if not graph.pending), None)
         if graph is None and (not graphs or (len(graphs) < _MOST_ALIVE and graphs[0].fits_again())):
 
             def flat(*inputs: Tensor) -> Tensor:
@@ -263,7 +263,7 @@ def _swapped(weights: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
 
 def recordable(tensor: Tensor) -> bool:
     """Whether a call with this tensor can become a CUDA graph."""
-    return once() and tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
+    return first_order() and tensor.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
 class _Graph:
@@ -306,7 +306,7 @@ class _Graph:
         self.out, self.bytes = out.detach(), before - torch.cuda.mem_get_info()[0]
 
     @property
-    def awaited(self) -> bool:
+    def pending(self) -> bool:
         """Whether the gradient of the latest call may still be requested."""
         return bool(self.wanted) and self.call is not None and self.call() is not None
 

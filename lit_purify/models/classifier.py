@@ -87,12 +87,12 @@ class Classifier(Recorded, nn.Module):
         # Not part of the state_dict: they are configuration, and other libraries' files lack them.
         self.register_buffer("mean", torch.tensor(list(mean)).reshape(across), persistent=False)
         self.register_buffer("std", torch.tensor(list(std)).reshape(across), persistent=False)
-        self.settle(size=size, mean=list(mean), std=list(std))
+        self.resolve(size=size, mean=list(mean), std=list(std))
         if checkpoint is not None:
             load_into(network, read_state_dict(checkpoint, which), str(checkpoint), which)
         self.eval()
 
-    def settle(self, **values: Any) -> None:  # noqa: ANN401
+    def resolve(self, **values: Any) -> None:  # noqa: ANN401
         """Records arguments that came from the model or the file, so that the file is not needed to build it again."""
         self.arguments |= {name: value for name, value in values.items() if name in self.arguments}
 

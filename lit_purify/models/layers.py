@@ -109,16 +109,15 @@ def differentiable_twice() -> Iterator[None]:
         _twice = before
 
 
-def once() -> bool:
-    """Whether gradients need no second derivative, see ``differentiable_twice``."""
+def first_order() -> bool:
+    """Whether first derivatives suffice, see ``differentiable_twice``."""
     return not _twice
 
 
 def kernels(x: Tensor) -> ModuleType | None:
     """Returns the channels-last kernels if a GPU can run them on this tensor and no compiler is active."""
-    return (
-        _kernels() if once() and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() else None
-    )
+    usable = first_order() and x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+    return _kernels() if usable else None
 
 
 @functools.cache

@@ -25,7 +25,7 @@ _PLAIN = ("state_dict", "model_state_dict", "model", "net", "network", "params",
 _AVERAGE = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema", *_PLAIN)
 # Lightning and RobustBench store the average under the plain name and the last weights under these.
 _LAST = ("current_model_state", "unaveraged_model_state_dict", *_PLAIN)
-TWO = "holds a network and its average: the {} weights are read (which: average or last)"
+TWO_NETWORKS = "holds a network and its average: the {} weights are read (which: average or last)"
 
 
 class _Inert:
@@ -114,7 +114,7 @@ def _entry(found: Mapping[Any, Any], path: str | Path, which: Which) -> Any:  # 
     """The key under which a checkpoint holds the weights; ``None`` if it is the state_dict itself."""
     last, average = (next((k for k in keys if _has_tensors(found.get(k))), None) for keys in (_LAST, _AVERAGE))
     if last is not None and average is not None and last != average:
-        notice(f"{path}: {TWO.format(which)}")
+        notice(f"{path}: {TWO_NETWORKS.format(which)}")
         return average if which == "average" else last
     if last is not None or average is not None or any(isinstance(value, Tensor) for value in found.values()):
         return average if last is None else last
@@ -152,7 +152,7 @@ def without_prefix(
     whole = [prefix for prefix, count in counts.items() if count == len(known)]
     averaged = [prefix for prefix in whole if re.search("ema|averag|shadow", prefix, re.IGNORECASE)]
     if len(whole) == 2 and len(averaged) == 1:
-        notice(f"{origin}: {TWO.format(which)}")
+        notice(f"{origin}: {TWO_NETWORKS.format(which)}")
         whole = averaged if which == "average" else [prefix for prefix in whole if prefix not in averaged]
     if len(whole) > 1:
         raise InputError(

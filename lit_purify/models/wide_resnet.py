@@ -181,7 +181,7 @@ class WideResNetClassifier(Classifier):
         if checkpoint is not None:
             load_into(self.network, state, str(checkpoint), which)
             self.origin = Path(checkpoint).name
-        self.settle(padding=padding)
+        self.resolve(padding=padding)
 
 
 def robustbench_names(state: Mapping[str, Tensor], origin: str, which: Which = "average") -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from lit_purify.models.layers import Attention, ResidualBlock
 from lit_purify.models.readers.assembly import Tensors, assembled, cosines_first, renaming, sequence
 from lit_purify.models.sources import locate
 from lit_purify.models.unet import UNet
-from lit_purify.models.weights import TWO, Which, read_state_dict
+from lit_purify.models.weights import TWO_NETWORKS, Which, read_state_dict
 from lit_purify.recorded import recorded
 
 _RESIDUAL = renaming("norm1 conv1 time_emb_proj=level norm2 conv2 conv_shortcut=skip")
@@ -63,7 +63,7 @@ def load_diffusers(path: str | Path, dropout: float = 0.0, size: int | None = No
     folder = locate(path)
     parts = [folder / name for name in ("unet_ema", "unet") if (folder / name / "config.json").is_file()]
     if len(parts) == 2:
-        notice(f"{folder}: {TWO.format(which)}")
+        notice(f"{folder}: {TWO_NETWORKS.format(which)}")
     inner = (parts or [folder])[-1 if which == "last" else 0]
     config = _json(inner / "config.json")
     if size is not None:
