@@ -80,8 +80,7 @@ def saved_step(path: Path) -> int | None:
             header = json.loads((file.metadata() or {}).get(_KEY, "{}"))
     except (OSError, SafetensorError):
         return None
-    step = header.get("info", {}).get("step")
-    return step if isinstance(step, int) else None
+    return header.get("info", {}).get("step")
 
 
 @recorded
