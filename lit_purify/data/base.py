@@ -238,8 +238,8 @@ class ImageDataModule(Recorded, L.LightningDataModule, ABC):
             return np.flatnonzero(~np.isin(chosen.positions, list(self.finished)))
 
         # Workers that read ahead would claim samples that another process is free for.
-        alone = {} if world == 1 else {"num_workers": 0, "persistent_workers": False}
-        return self._loader(chosen, batch_sampler=Claims(items, self.batch_size, world, rank), **alone)
+        workers, claims = self.num_workers if world == 1 else 0, Claims(items, self.batch_size, world, rank)
+        return self._loader(chosen, batch_sampler=claims, num_workers=workers, persistent_workers=False)
 
     def cached_split(self, name: str) -> ImageDataset:
         """Returns ``split``, read once."""
