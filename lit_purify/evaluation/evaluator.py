@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
 import sys
@@ -27,7 +26,7 @@ from lit_purify.functional.chunks import logits_in_chunks, out_of_memory
 from lit_purify.functional.diffusion import noised, to_diffusion
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.functional.threat import l2_norm, linf_norm
-from lit_purify.models import Classifier, Precision, Replays, arithmetic, rounded
+from lit_purify.models import Classifier, Precision, Replays, arithmetic, copied, rounded
 from lit_purify.recorded import identity
 
 ENSEMBLE = "ensemble"
@@ -105,12 +104,7 @@ class Evaluator(nn.Module):
             raise InputError(f"precision = {precision!r}: use {' or '.join(get_args(Precision))}")
         if precision == "bf16":
             # One deepcopy, because they share networks; the classifier computes with 32 bits and is not copied.
-            try:
-                defenses, gradients = copy.deepcopy(
-                    (dict(defenses), dict(gradients or {})), {id(classifier): classifier}
-                )
-            except (TypeError, RuntimeError) as error:
-                raise InputError(f"precision = 'bf16': a defense cannot be copied ({error}): use float32") from error
+            defenses, gradients = copied((dict(defenses), dict(gradients or {})), classifier)
             rounded(nn.ModuleList(each for each in defenses.values() if isinstance(each, nn.Module)))
         self.classifier, self.unwrapped = classifier, dict(defenses)
         self.defenses = {name: defend(name, defense, classifier) for name, defense in defenses.items()}

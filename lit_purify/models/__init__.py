@@ -1,6 +1,15 @@
 """Networks: denoisers and classifiers, and their checkpoint files."""
 
-from lit_purify.models.accelerated import Precision, Replayed, Replays, accelerated, arithmetic, replayed, rounded
+from lit_purify.models.accelerated import (
+    Precision,
+    Replayed,
+    Replays,
+    accelerated,
+    arithmetic,
+    copied,
+    replayed,
+    rounded,
+)
 from lit_purify.models.classifier import Classifier, TimmClassifier
 from lit_purify.models.denoiser import Denoiser
 from lit_purify.models.files import load_classifier, load_denoiser
@@ -27,6 +36,7 @@ __all__ = [
     "WideResNetClassifier",
     "accelerated",
     "arithmetic",
+    "copied",
     "differentiable_twice",
     "load_classifier",
     "load_ddpm",

@@ -20,6 +20,7 @@ from lit_purify.models.layers import first_order
 from lit_purify.private import copies
 
 Network = TypeVar("Network", Denoiser, Classifier)
+T = TypeVar("T")
 Precision = Literal["float32", "bf16"]
 
 _MOST_KINDS, _MOST_ALIVE = 8, 8
@@ -46,6 +47,18 @@ def accelerated(network: Network, precision: Precision = "float32") -> Network:
         rounded(made)
     made.forward = Replayed(made)  # type: ignore[method-assign]
     return made
+
+
+def copied(values: T, kept: nn.Module) -> T:
+    """Returns a deep copy of objects that share networks, for ``rounded``; ``kept`` is shared, not copied.
+
+    Raises:
+        InputError: An object cannot be copied.
+    """
+    try:
+        return copy.deepcopy(values, {id(kept): kept})
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"precision = 'bf16': a defense cannot be copied ({error}): use float32") from error
 
 
 def rounded(module: nn.Module) -> None:
