@@ -50,11 +50,7 @@ def accelerated(network: Network, precision: Precision = "float32") -> Network:
 
 
 def copied(values: T, kept: nn.Module) -> T:
-    """Returns a deep copy of objects that share networks, for ``rounded``; ``kept`` is shared, not copied.
-
-    Raises:
-        InputError: An object cannot be copied.
-    """
+    """Returns a deep copy of objects that share networks, without ``kept``, or raises an ``InputError``."""
     try:
         return copy.deepcopy(values, {id(kept): kept})
     except (TypeError, RuntimeError) as error:
@@ -83,11 +79,7 @@ def rounded(module: nn.Module) -> None:
 def arithmetic(device: torch.device, precision: Precision, replay: bool, refused: Sequence[str] = ()) -> str:
     """Describes the precision of an evaluation and, on a GPU, how networks are called, for reports.
 
-    Args:
-        device: The device of the networks.
-        precision: That of the denoisers.
-        replay: Whether calls are replayed.
-        refused: Names of networks whose calls could not be recorded.
+    ``refused`` names the networks whose calls could not be recorded.
     """
     text = "float32" if precision == "float32" else f"{precision} denoisers, float32 classifiers"
     if device.type == "cuda":

@@ -104,14 +104,8 @@ def diffusers_unet(
     blocks = ("layers_per_block", "block_out_channels", "down_block_types", "up_block_types")
     missing = [name for name in ("sample_size", "in_channels", *blocks) if not config.get(name)]
     if missing or not isinstance(config["sample_size"], int):
-        raise InputError(
-            f"{origin}: config.json gives no {(missing or ['single sample_size'])[0]}: "
-            + (
-                "is it of a UNet2DModel?"
-                if set(missing) - {"sample_size"}
-                else "give size, the images' height and width"
-            )
-        )
+        remedy = "use that of a UNet2DModel" if set(missing) - {"sample_size"} else "give size, the images' height"
+        raise InputError(f"{origin}: config.json gives no {(missing or ['single sample_size'])[0]}: {remedy}")
     _check(config, _ONLY, origin)
     _check(scheduler, _ONLY_SCHEDULER, origin)
     groups, scale_shift = config.get("norm_num_groups", 32), config.get("resnet_time_scale_shift") == "scale_shift"
