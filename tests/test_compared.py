@@ -197,6 +197,15 @@ def test_no_steps_leave_the_image(unet, images):
     torch.testing.assert_close(lp.LikelihoodPurifier(unet, 100, 150, 0)(images, keyed(6)), images, rtol=0, atol=1e-6)
 
 
+def test_likelihood_takes_its_gradients_where_gradients_are_off(unet, images):
+    """Steps need a gradient of their own, also inside inference mode."""
+    purifier = lp.LikelihoodPurifier(unet, 100, 150, 2, radius=0.05)
+    expected = purifier(images.clone().requires_grad_(), keyed(6)).detach()
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert torch.equal(purifier(images.clone(), keyed(6)), expected)
+
+
 @pytest.mark.parametrize("radius", [None, 0.02])
 def test_likelihood_is_maximized_by_adam(radius, gray):
     """With torch's own Adam, on the error that the denoising leaves."""
@@ -302,6 +311,7 @@ def rows(denoiser):
         (lambda d: lp.GuidedPurifier(d, 36, 6, 0, 0.1), "rounds = 0"),
         (lambda d: lp.GuidedPurifier(d, 36, 37, 1, 0.1), "steps = 37"),
         (lambda d: lp.GuidedPurifier(d, 36, 6, 1, -0.1), "guidance = -0.1"),
+        (lambda d: lp.GuidedPurifier(d, 36, 6, 1, float("inf")), "guidance = inf: use a finite number"),
         (lambda d: lp.FreqPurePurifier(d, [100], [4], -1.0), "radius = -1"),
         (lambda d: lp.FreqPurePurifier(d, [100], [4], 2.0, -1.0), "phase = -1"),
         (lambda d: lp.LoRIDPurifier(d, 36, 6, 0, FULL, patch=4), "rounds = 0"),

@@ -14,6 +14,7 @@ from torch import nn
 import lit_purify as lp
 from lit_purify.cli import evaluate
 from lit_purify.cli.settings import evaluation_parser, load
+from lit_purify.functional.schedule import Schedule
 
 FOLDER = Path(__file__).parent.parent / "configs" / "eval" / "protocols"
 PROTOCOLS = {path.stem: load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
@@ -149,6 +150,8 @@ def release(steps, strength):
     return (np.arange(0, 999, 1000 // steps)[: int(steps * strength) + 1][::-1] + 1).tolist()
 
 
+# The levels whose noise-to-signal ratio is in the range that is drawn from.
+SIGMAS = [t for t, abar in enumerate(Schedule.linear().abar.tolist()) if 0.4 <= (1 / abar - 1) ** 0.5 <= 0.6]
 LEE_KIM = {"cifar10": (470, 125), "svhn": (380, 80), "imagenet": (620, 200)}
 COSTS = {
     **{
@@ -162,8 +165,8 @@ COSTS = {
     "diffpure_cifar10": ("aa_ce", 100, 100, list(range(100, 0, -1))),
     "diffbreak_imagenet": ("apgd", 150, 150, list(range(150, 0, -1))),
     "diffhammer_cifar10": ("apgd_ce", 10, 10, list(range(100, 0, -10))),
-    "diffhammer_cifar10_gdmp": ("diffhammer_ce", 24, 24, [36, 30, 24, 18, 12, 6] * 4),
-    "diffhammer_cifar10_likelihood": ("diffhammer_ce", 5, 5, [170] * 5),
+    "diffhammer_cifar10_gdmp": ("diffhammer", 24, 24, [36, 30, 24, 18, 12, 6] * 4),
+    "diffhammer_cifar10_likelihood": ("diffhammer", 5, 5, [SIGMAS[-1]] * 5),
     "freqpure_cifar10": ("pgd", 100, 1, [100]),
 }
 
@@ -202,7 +205,7 @@ NUMBERS = {
     "diffbreak_cifar10": (10, 256, {"apgd": ("8/255", 100, 10)}),
     "diffbreak_imagenet": (8, 256, {"apgd": ("4/255", 100, 16)}),
     "diffhammer_cifar10": (10, 512, DIFFHAMMER),
-    "diffhammer_cifar10_gdmp": (10, 512, {f"diffhammer_{loss}": ("8/255", 50, 10) for loss in ("margin", "ce", "dlr")}),
+    "diffhammer_cifar10_gdmp": (10, 512, {"diffhammer": ("8/255", 50, 10)}),
     "freqpure_cifar10": (10, 512, {"pgd": ("8/255", *PGD_LONG)}),
 }
 NUMBERS["diffhammer_cifar10_likelihood"] = NUMBERS["diffhammer_cifar10_gdmp"]
@@ -222,7 +225,7 @@ STEERED = {
     "diffbreak_imagenet": {"level": 150, "steps": 150, "sampler": "sde"},
     "diffhammer_cifar10": {"level": 100, "steps": 10, "sampler": "ddpm"},
     "diffhammer_cifar10_gdmp": {"level": 36, "steps": 6, "rounds": 4, "guidance": 2e-3 * 255 / 8},
-    "diffhammer_cifar10_likelihood": {"low": 117, "high": 170, "steps": 5, "rate": 0.1},
+    "diffhammer_cifar10_likelihood": {"low": SIGMAS[0], "high": SIGMAS[-1], "steps": 5, "rate": 0.1},
     "freqpure_cifar10": {"level": [100], "steps": [100], "radius": 10.0, "phase": 0.3},
 }
 

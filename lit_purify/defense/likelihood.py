@@ -37,7 +37,7 @@ class LikelihoodPurifier(Purifier):
     Args:
         denoiser: Predicts noise.
         low: The weakest level drawn, in noising steps.
-        high: The strongest level drawn. DiffHammer draws sigma from 0.4 to 0.6, about 117 .. 170 of the linear
+        high: The strongest level drawn. DiffHammer draws sigma from 0.4 to 0.6, about 118 .. 171 of the linear
             schedule.
         steps: Steps of Adam; 0 returns the image unchanged.
         rate: Adam's learning rate, in diffusion space (twice the scale of [0, 1]).
@@ -92,8 +92,9 @@ class LikelihoodPurifier(Purifier):
         """Takes step k of Adam from the state of the previous step; ``u`` is the input in diffusion space."""
         x, first, second = state
         again = torch.is_grad_enabled() and x.requires_grad
-        with torch.enable_grad(), differentiable_twice():
-            leaf = x if again else x.detach().requires_grad_()
+        # Also inside inference mode, whose tensors take no gradient: a copy outside it does.
+        with torch.inference_mode(False), torch.enable_grad(), differentiable_twice():
+            leaf = x if again else x.detach().clone().requires_grad_()
             at, n, t, abar = self.drawn(k, leaf, noise)
             error = ((1.0 - abar) / abar).to(x.dtype) * (n - self.denoiser(at, t)).square()
             # Always with create_graph: differentiable gradients use operations that round differently.

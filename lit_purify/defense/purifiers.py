@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -336,9 +337,9 @@ def required_mask(mask: Tensor | None) -> Tensor:
 
 
 def nonnegative(name: str, value: float) -> float:
-    """Returns ``value``, or raises an ``InputError`` if it is negative."""
-    if not value >= 0.0:
-        raise InputError(f"{name} = {value}: use 0 or more")
+    """Returns ``value``, or raises an ``InputError`` if it is negative, infinite or NaN."""
+    if not 0.0 <= value < math.inf:
+        raise InputError(f"{name} = {value}: use a finite number, 0 or more")
     return value
 
 
