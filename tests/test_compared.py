@@ -13,7 +13,7 @@ import lit_purify as lp
 from lit_purify.defense.guided import REFERENCE
 from lit_purify.errors import InputError
 from lit_purify.functional.schedule import grid
-from lit_purify.functional.tucker import low_rank, tucker
+from lit_purify.functional.tucker import leading, low_rank, tucker
 
 
 def gaussian():
@@ -90,9 +90,10 @@ def test_all_frequencies_kept_with_their_phase_is_the_image(unet, images):
     torch.testing.assert_close(purifier(images, keyed(6)), images, rtol=0, atol=1e-5)
 
 
-def test_kept_frequencies_have_the_amplitude_of_the_input_and_a_phase_near_it(gray):
-    """By numpy, frequency by frequency; the others are those of the estimate."""
-    radius, phase, free = 2.3, 0.3, gray.flip(0)
+@pytest.mark.parametrize(("radius", "inside"), [(2.3, 21), (2.0, 13)])
+def test_kept_frequencies_have_the_amplitude_of_the_input_and_a_phase_near_it(radius, inside, gray):
+    """By numpy, frequency by frequency; the others are those of the estimate. The disc has its border."""
+    phase, free = 0.3, gray.flip(0)
     added = lp.FreqPurePurifier(gaussian(), [200], [1], radius, phase).missing(free, gray)
     u, found, free = (np.fft.fft2(x.numpy()) for x in (gray, free + added, free))
     saturated = 0
@@ -107,7 +108,7 @@ def test_kept_frequencies_have_the_amplitude_of_the_input_and_a_phase_near_it(gr
             np.testing.assert_allclose(now, expected if row or column else expected.real, atol=1e-9)
         else:
             np.testing.assert_allclose(now, own, atol=1e-9)
-    assert 0 < saturated < 4 * 21
+    assert 0 < saturated < 4 * inside
 
 
 # LoRID
@@ -166,6 +167,15 @@ def test_the_derivative_is_finite_where_singular_values_are_equal():
     assert float(leaf.grad.abs().sum()) > 0
 
 
+def test_the_derivative_leaves_out_where_the_projector_jumps():
+    """A kept and a dropped direction of one singular value, up to rounding: their gap must not be divided by."""
+    q, _ = torch.linalg.qr(torch.randn(8, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    gram = (q * torch.tensor([3.0, 2.0, 2.0, 1.0, 0.0], dtype=torch.float64)) @ q.mT
+    slope = torch.randn(8, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (found,) = torch.autograd.grad(leading(gram.requires_grad_(), 2), gram, slope)
+    assert float(found.abs().max()) < 2 * float(slope.abs().max())
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_cheaper_gradients_of_the_projection_have_the_same_outputs(order, unet, classifier, images):
     lorid = lp.LoRIDPurifier(unet, 100, 1, 2, [3, 1, 2, 2], order, patch=4, stride=2)
@@ -177,6 +187,13 @@ def test_cheaper_gradients_of_the_projection_have_the_same_outputs(order, unet, 
         torch.testing.assert_close(out, defended(images, keyed(6)), rtol=0, atol=1e-4)
         gradients[how] = torch.autograd.grad(out.square().sum(), leaf)[0]
     assert len({float(each.sum()) for each in gradients.values()}) == 3
+    # Also inside another purifier, here one that resizes nothing.
+    resized = lp.Approximate("identity_projection").attacked(
+        lp.DefendedClassifier(lp.ResizedPurifier(unet, lorid), classifier)
+    )
+    leaf = images.clone().requires_grad_()
+    (found,) = torch.autograd.grad(resized.function(leaf, keyed(6)).square().sum(), leaf)
+    torch.testing.assert_close(found, gradients["identity_projection"], rtol=1e-3, atol=1e-3)
 
 
 def test_held_directions_are_a_linear_projection():

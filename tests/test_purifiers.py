@@ -291,7 +291,7 @@ def test_resized_purifies_at_the_size_of_the_denoiser(classifier, images):
     assert torch.equal(denoiser.calls[0][:, :, ::2, ::2] == 2, trace.mask > 0.5)
     assert trace.purified.shape == trace.noised.shape == images.shape
     other = purifier.with_mask(FullMask()).without_recomputation().with_steps(2)
-    assert other.mask.__class__ is FullMask
+    assert other.mask.__class__ is other.purifier.mask.__class__ is FullMask
     assert (other.nfe, other.purifier.recompute, purifier.nfe) == (2, False, 1)
     with pytest.raises(InputError, match=r"\(1, 16, 16\), the data has \(3, 16, 16\)"):
         purifier.check_image(images.expand(-1, 3, -1, -1))
