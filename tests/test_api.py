@@ -17,6 +17,7 @@ from lit_purify import cli
 from lit_purify.data import Digits, First, ImageDataset
 from lit_purify.errors import InputError
 from lit_purify.evaluation import Evaluator, read_records
+from lit_purify.evaluation.diagnostics import denoising
 
 LABELS = torch.arange(6)
 CONFIG = f"""
@@ -236,7 +237,7 @@ def test_the_result_says_how_well_the_denoiser_denoises(classifier, images):
     attacks = {"pgd": lp.PGD(eps=0.1, steps=1)}
     untrained = Curved()
     defenses = {"best": lp.UniformPurifier(denoiser, level, 1), "none": lp.UniformPurifier(untrained, level, 1)}
-    found = Evaluator(classifier, defenses, attacks).denoising(data, samples=64)
+    found = denoising(Evaluator(classifier, defenses, attacks).defenses, data, seed=0, samples=64)
     abar = float(denoiser.schedule.at(level))
     # Var(eps | x) with a^2 = abar and v = 0.05.
     assert found["best"] == [level, pytest.approx(abar * 0.05 / (abar * 0.05 + 1 - abar), rel=0.1)]

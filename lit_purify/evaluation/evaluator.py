@@ -19,11 +19,10 @@ from lit_purify.data.base import Batch, ImageDataset
 from lit_purify.data.subset import subset_sha256
 from lit_purify.defense import AttackView, BareClassifier, Exact, Gradient, Purifier, defend
 from lit_purify.errors import InputError
-from lit_purify.evaluation.diagnostics import cost, diagnose
+from lit_purify.evaluation.diagnostics import cost, denoising, diagnose
 from lit_purify.evaluation.ledger import Ledger, View
 from lit_purify.evaluation.records import Record
 from lit_purify.functional.chunks import logits_in_chunks, out_of_memory
-from lit_purify.functional.diffusion import noised, to_diffusion
 from lit_purify.functional.noise import ATTACK, EVALUATION, KeyedNoise
 from lit_purify.functional.threat import l2_norm, linf_norm
 from lit_purify.models import Classifier, Precision, Replays, arithmetic, copied, rounded
@@ -183,45 +182,12 @@ class Evaluator(nn.Module):
             **{name: getattr(self, name) for name in ("seed", "runs", "chunk")},
             "classifier": self.classifier.title,
             "denoiser": ", ".join(sorted(denoisers)) or "none",
-            "denoising": self.denoising(data),
+            "denoising": denoising(self.defenses, data, self.seed),
             **({} if data.domain is None else {"features": data.domain.stated()}),
             **({} if data.kinds is None else {"kinds": {int(i): str(data.kinds[i]) for i in data.positions}}),
             "arithmetic": arithmetic(self.classifier.mean.device, self.precision, self.replay, self.replays.refused),
             "versions": {package: version(package) for package in ("torch", "lightning")},
         }
-
-    @torch.no_grad()
-    def denoising(self, data: ImageDataset, samples: int = 16) -> dict[str, list[float]]:
-        """Measures how well the denoisers denoise the evaluated images.
-
-        Args:
-            data: The evaluated samples.
-            samples: Number of samples to noise, from the first.
-
-        Returns:
-            For each defense with a denoiser: its strongest level, and the mean squared error of the predicted noise
-            relative to predicting zero. A good denoiser is near 0, one that has learned nothing is at 1.
-        """
-        errors: dict[str, list[float]] = {}
-        known: dict[tuple[int, int], float] = {}
-        device = self.classifier.mean.device
-        items = [data[k] for k in range(min(samples, len(data)))]
-        image = torch.stack([item["image"] for item in items]).to(device)
-        index = torch.tensor([item["index"] for item in items], device=device)
-        noise = KeyedNoise(self.seed, index, torch.zeros_like(index), EVALUATION)
-        for name, defended in self.defenses.items():
-            purifier = defended.purifier
-            if not purifier.nfe or image.shape[-1] != purifier.denoiser.size:
-                continue
-            denoiser, level = purifier.denoiser, purifier.levels[0]
-            if (id(denoiser), level) not in known:
-                u = to_diffusion(image)
-                eps = noise.normal(0, u)
-                t = torch.full((len(u),), level, device=device)
-                error = denoiser(noised(u, denoiser.schedule.at(level), eps), t) - eps
-                known[id(denoiser), level] = float(error.square().mean() / eps.square().mean())
-            errors[name] = [level, known[id(denoiser), level]]
-        return errors
 
     def check(self, data: ImageDataset) -> None:
         """Raises an ``InputError`` if data, networks and attacks do not match."""
