@@ -9,20 +9,20 @@ PACKAGE = ROOT / "lit_purify"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BUDGETS = {
-    "functional": 1880,
+    "functional": 1860,
     "models": 3510,
-    "defense": 2030,
+    "defense": 2020,
     "attacks": 2030,
     "data": 1490,
-    "evaluation": 1640,
-    "checks": 910,
-    "training": 840,
-    "report": 1110,
-    "callbacks": 690,
-    "cli": 1150,
+    "evaluation": 1610,
+    "checks": 900,
+    "training": 810,
+    "report": 1100,
+    "callbacks": 650,
+    "cli": 1110,
 }
 """Lines of each room at most: what it has today. A room may shrink; what lets it grow is a decision."""
-LIBRARY, TESTS = 17_910, 15_320
+LIBRARY, TESTS = 17_880, 15_310
 _BASE = {"atomic", "errors", "recorded", "functional"}
 _EVALUATED = _BASE | {"models", "defense", "attacks", "data", "evaluation"}
 _ALL = _EVALUATED | {"checks", "training", "report", "callbacks", "private", "shipped", "api"}
