@@ -143,6 +143,11 @@ def test_masks_are_ablated_and_attacked(classifier, images):
     assert {"mask_straight_through", "mask_soft", "mask_shift"} < set(rows)
 
 
+def test_a_ball_that_cannot_be_widened_is_reported(classifier, images):
+    rows = tiny_network(UniformPurifier(Curved(), 60, 1), classifier, images[:2], PGD("linf", 0.3, 1, 0.3))
+    assert rows["wider"].verdict == "not applicable"
+
+
 def test_where_an_attack_states_no_stronger_version_the_check_is_not_applicable():
     """Nothing is left out without a word, and nothing that belongs to no attack is poked at."""
     lazy = zoo.Lazy("linf", EPS)

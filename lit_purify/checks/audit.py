@@ -129,10 +129,11 @@ def same_noise(audit: Audited) -> Iterator[Comparison]:
 def stronger_versions(audit: Audited) -> Iterator[Comparison]:
     """Compares with random noise and with a larger ball, more steps, draws and starts of the attack."""
     attack = audit.attack
-    wider = next((k for k in (4.0, 2.0) if k * attack.eps < audit.everything), None)
-    if wider is not None:
-        reason, meaning = f"eps in place of {wider:g} eps", "the gradient misleads"
-        found = audit.compare_stronger("wider", reason, meaning, eps=wider * attack.eps)
+    wider, meaning = next((k for k in (4.0, 2.0) if k * attack.eps < audit.everything), None), "the gradient misleads"
+    if wider is None:
+        yield Comparison("wider", None, AVERAGE, "a larger ball is nearly the whole range: see unbounded", meaning)
+    else:
+        found = audit.compare_stronger("wider", f"eps in place of {wider:g} eps", meaning, eps=wider * attack.eps)
         # Robust accuracy must not be higher in the larger ball, so the sign is reversed.
         yield replace(found, excess=None if found.excess is None else -found.excess)
     random, reason = RandomNoise(attack.norm, attack.eps), "random noise of equal norm"
