@@ -15,7 +15,7 @@ BUDGETS = {
     "attacks": 2030,
     "data": 1490,
     "evaluation": 1610,
-    "checks": 900,
+    "checks": 910,
     "training": 810,
     "report": 1100,
     "callbacks": 650,
