@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,6 @@ class Result(FinishedRun):
 
     def _repr_html_(self) -> str:
         """The table as HTML, for notebooks."""
-        from html import escape
-
         return f"<pre>{escape(str(self))}</pre>"
 
     def to_frame(self) -> Any:  # noqa: ANN401

@@ -38,15 +38,12 @@ def made_evaluator(made):
     return Evaluator(made.classifier, defenses, made.attacks, made.gradients, made.baseline, made.runs, made.chunk)
 
 
-def test_paths_begin_at_home(monkeypatch):
+def test_paths_begin_at_home(monkeypatch, tmp_path):
     """A shell leaves ``~`` in ``--run=~/x``, YAML leaves it everywhere."""
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert arguments(["--run=~/x", "--data.root", "~/y"]) == [
-        "--run=/home/somebody/x",
-        "--data.root",
-        "/home/somebody/y",
-    ]
-    assert load("{run: ~/x, data: {root: ~/y}}") == {"run": "/home/somebody/x", "data": {"root": "/home/somebody/y"}}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    x, y = str(tmp_path / "x"), str(tmp_path / "y")
+    assert arguments(["--run=~/x", "--data.root", "~/y"]) == [f"--run={x}", "--data.root", y]
+    assert load("{run: ~/x, data: {root: ~/y}}") == {"run": x, "data": {"root": y}}
 
 
 @pytest.mark.parametrize("task", ["RobustnessTask", "lit_purify.tasks.FrontierTask"])

@@ -21,7 +21,7 @@ from lit_purify.functional.chunks import (
 )
 from lit_purify.functional.images import each
 from lit_purify.functional.losses import LossName, log_probabilities, named_loss
-from lit_purify.functional.noise import START_STEP, Noise
+from lit_purify.functional.noise import CHOICE_STEP, START_STEP, Noise
 from lit_purify.functional.threat import Norm, l2_norm, pixels, steepest
 
 Aggregate = Literal["mean", "worst", "vote"]
@@ -199,6 +199,6 @@ class PGD(Attack):
             return self.inside(image + self.eps * (2.0 * noise.uniform(START_STEP, image) - 1.0), image)
         direction = noise.normal(START_STEP, image)
         # The radius needs another step number: the same key would correlate it with the direction.
-        radius = noise.uniform(START_STEP - 1, image.flatten(1)[:, 0]) ** (1.0 / image[0].numel())
+        radius = noise.uniform(CHOICE_STEP, image.flatten(1)[:, 0]) ** (1.0 / image[0].numel())
         direction = direction / each(l2_norm(direction), image)
         return self.inside(image + self.eps * each(radius, image) * direction, image)

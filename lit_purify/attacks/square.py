@@ -13,7 +13,7 @@ from lit_purify.errors import InputError
 from lit_purify.functional.chunks import AttackedFunction, logits_in_chunks
 from lit_purify.functional.images import places
 from lit_purify.functional.losses import mean_margin
-from lit_purify.functional.noise import START_STEP, Noise
+from lit_purify.functional.noise import CHOICE_STEP, START_STEP, Noise
 from lit_purify.functional.threat import Norm, l2_norm, project
 
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -111,7 +111,7 @@ class Square(Attack):
 
     def _propose_features(self, current: Tensor, image: Tensor, noise: Noise, area: float) -> Tensor:
         """Proposes + eps or - eps for random features, ``area`` of them on average."""
-        chosen = noise.uniform(START_STEP - 1, image) * image.shape[1] < max(area, 1.0)
+        chosen = noise.uniform(CHOICE_STEP, image) * image.shape[1] < max(area, 1.0)
         return torch.where(chosen, self._signs(image, noise), current)
 
     def _tiles(self, image: Tensor, noise: Noise) -> Tensor:

@@ -25,8 +25,8 @@ _CACHED = 32768
 EVALUATION, ATTACK, TRAINING = range(3)
 """Streams: noise for different purposes never shares a key. Epoch e of a training uses the stream TRAINING + e."""
 
-MASK_STEP, START_STEP = _LOW, _LOW - 1
-"""Steps that no sampler reaches, used for random masks and for random choices of attacks (also START_STEP - 1)."""
+MASK_STEP, START_STEP, CHOICE_STEP = _LOW, _LOW - 1, _LOW - 2
+"""Steps that no sampler reaches: for random masks, for starts of attacks, and for further random choices of attacks."""
 
 
 class Noise(Protocol):
@@ -107,7 +107,7 @@ class FrozenNoise(KeyedNoise):
     """Noise of run 0 in every run. The choices of attacks (starts, proposals) still differ between runs."""
 
     def _draw(self, step: int, like: Tensor, normal: bool) -> Tensor:
-        if step in (START_STEP, START_STEP - 1):
+        if step in (START_STEP, CHOICE_STEP):
             return super()._draw(step, like, normal)
         return KeyedNoise(self.seed, self.index, torch.zeros_like(self.run), self.stream)._draw(step, like, normal)
 
